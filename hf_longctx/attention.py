@@ -1,0 +1,299 @@
+"""The one function that transformers calls: per head group, store the fresh tokens, attend over what is visible."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache.cache import LongContextCache
+from .cache.positions import lap_position, sink_position
+from .cache.step import Step
+from .cache.store import View
+from .errors import UnsupportedError
+from .kernels import ops
+from .models import WANTS_MASK, ModelFacts
+from .plan import HeadGroup, Plan
+
+NAME = "hf_longctx"
+"""The name under which this function and its mask function are registered with transformers."""
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How a layer rotates; `inv_freq` None: it does not.
+
+    Args:
+        inv_freq: `[R/2]`, float32.
+        interleaved: rotated pairs are channels (2i, 2i+1), not (i, i + R/2).
+    """
+
+    inv_freq: Tensor | None
+    interleaved: bool = False
+
+
+@dataclass(eq=False)
+class Forward:
+    """One call of a patched decoder, handed to its attention layers; opaque to everyone else.
+
+    Args:
+        facts: of the model.
+        plan: what each head does.
+        step: where the call's tokens stand.
+        cache: where they go, or None.
+        rotary: how each layer rotates; empty unless positions are counted in the cache.
+        probe: if given, layers put their queries and keys in here and attend to nothing.
+    """
+
+    facts: ModelFacts
+    plan: Plan
+    step: Step
+    cache: LongContextCache | None
+    rotary: tuple[Rotary, ...] = ()
+    probe: dict[int, tuple[Tensor, Tensor]] | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
+PATCHED: WeakSet[nn.Module] = WeakSet()
+"""Attention modules of patched models."""
+
+_LOCAL = threading.local()
+
+
+def current() -> Forward | None:
+    """The call of a patched decoder that runs on this thread."""
+    return getattr(_LOCAL, "forward", None)
+
+
+def enter(forward: Forward | None) -> None:
+    """Make `forward` the current call of this thread, None at its end."""
+    _LOCAL.forward = forward
+
+
+def mask(**kwargs: Any) -> Tensor | None:
+    """Registered with transformers in place of a mask: says no more than None, for `Step` knows what is padding.
+
+    Raises:
+        UnsupportedError: the model composed a mask that is more than causal, sliding and padding.
+    """
+    forward = current()
+    if forward is None:
+        stock: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[_stock_name(kwargs["config"])](**kwargs)
+        return stock
+    local = kwargs.get("local_size") is not None
+    if not kwargs.get("allow_is_causal_skip", True) if local else kwargs["mask_function"] is not causal_mask_function:
+        raise UnsupportedError(
+            f"hf_longctx: expected causal or sliding-window attention with padding in '{forward.facts.family}'; got a "
+            "mask with more to it (packed sequences, blocks of image tokens, or a mask function). Unpatch for this input."
+        )
+    return torch.empty(0, dtype=torch.bool) if forward.facts.family in WANTS_MASK else None
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    hf_longctx: Forward | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as the plan says, for every layer of a patched model.
+
+    Args:
+        module: the attention module; its `layer_idx` names the layer.
+        query: `[B, Hq, T, D]`.
+        key, value: `[B, Hkv, T, D]`, fresh tokens only: the cache hands them through.
+        attention_mask: not read; padding is in the step.
+        scaling: factor of the logits, 1/sqrt(D) if None.
+        dropout: must be 0.
+        hf_longctx: the call, put among the decoder's arguments by the patch.
+        **kwargs: what the model adds; anything that changes the result is honoured or refused.
+
+    Returns:
+        `[B, T, Hq, D]` and None: weights are never formed.
+
+    Raises:
+        UnsupportedError: an argument that changes the result and is not known here.
+    """
+    forward = hf_longctx or current()
+    if forward is None:
+        return _unpatched(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    logits = _logits(module, forward, layer, query, scaling, dropout, kwargs)
+    if forward.probe is not None:
+        forward.probe[layer] = (query, key)
+        return query.new_zeros(query.shape[0], *query.shape[2:0:-1], value.shape[-1]), None
+    plan = forward.plan.layers[layer]
+    if key.shape[1] != plan.kv_heads:
+        raise ValueError(
+            f"attention: expected {plan.kv_heads} KV heads in layer {layer} of plan '{forward.plan.method}'; got "
+            f"{key.shape[1]}. Make the plan for this model."
+        )
+    stores = [None] * len(plan.groups) if forward.cache is None else forward.cache.layers[layer].stores
+    if len(plan.groups) == 1:
+        out = _attend_group(forward, layer, plan.groups[0], stores[0], query, key, value, logits)
+        return out.transpose(1, 2).contiguous(), None
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    parts = []
+    for group, store in zip(plan.groups, stores, strict=True):
+        q_heads, kv_heads = _heads(forward, group, query.shape[1] // key.shape[1], query.device)
+        part = query[:, q_heads], key[:, kv_heads], value[:, kv_heads], logits.heads(q_heads)
+        parts.append((q_heads, _attend_group(forward, layer, group, store, *part)))
+    for q_heads, part_out in parts:
+        out = out.index_copy(1, q_heads, part_out)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_group(
+    forward: Forward,
+    layer: int,
+    group: HeadGroup,
+    stored: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logits: ops.Logits,
+) -> Tensor:
+    """Append, attend, evict for one group of heads: `[B, Hq', T, D]`."""
+    step = forward.step.on(q.device)
+    if step.order is not None:
+        q, k, v = (ops.take_tokens(x, step.order) for x in (q, k, v))
+    if stored is None:
+        view = View(k, v, step.pos if step.ragged else None)
+    else:
+        view = stored[1].append(k, v, step)
+    retention = group.policy.retention
+    window = retention.reach(step.tokens)
+    see = ops.Visibility(retention.sink, window, None if view.k_pos is None else step.pos, view.k_pos)
+    floor = None if forward.cache is None else forward.cache.floors.get(retention)
+    if floor is not None:
+        see = _above(see, floor.to(q.device), view, step)
+    turns = _turns(forward, layer, group, step, floor)
+    few = step.tokens == 1 and step.columns > 0
+    out = (ops.attend_pages if few else ops.attend_blocks)(q, view.k, view.v, logits, see, turns)
+    return out if step.restore is None else ops.take_tokens(out, step.restore)
+
+
+def _above(see: ops.Visibility, floor: Tensor, view: View, step: Step) -> ops.Visibility:
+    """The same without the tokens that were evicted by hand."""
+    k_pos = torch.arange(view.k.shape[2], device=floor.device)[None] if view.k_pos is None else view.k_pos
+    k_pos = torch.where((k_pos < see.sink) | (k_pos >= floor), k_pos, -1)
+    return ops.Visibility(see.sink, see.window, step.pos, k_pos)
+
+
+def _turns(forward: Forward, layer: int, group: HeadGroup, step: Step, floor: Tensor | None) -> ops.Turns | None:
+    """How this group's queries are turned; None while every key stands where the text has it."""
+    plan, retention, lap = forward.plan, group.policy.retention, forward.plan.lap
+    reach = retention.reach(step.tokens)
+    if lap is None or reach is None:
+        return None
+    straight = plan.sink + lap if retention.sink == 0 else min(plan.sink + lap, retention.sink + reach)
+    if floor is None and step.columns + step.tokens <= straight:
+        return None
+    key = (retention, step.device)
+    if key not in forward.memo:
+        moved = None if floor is None else floor.to(step.device)
+        forward.memo[key] = sink_position(step.pos, retention.sink, reach, moved)
+    rotary = forward.rotary[layer]
+    return ops.Turns(forward.memo[key], lap, plan.sink, rotary.inv_freq, rotary.interleaved)
+
+
+def text_positions(forward: Forward) -> Tensor:
+    """`[B or 1, T]`, int64: the lap positions at which the model shall rotate this call's tokens."""
+    assert forward.plan.lap is not None
+    return lap_position(forward.step.pos_in_text, forward.plan.sink, forward.plan.lap)
+
+
+def _heads(forward: Forward, group: HeadGroup, per_kv: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Query and KV heads of a group, as indices on the device."""
+    key = (group.kv_heads, device)
+    if key not in forward.memo:
+        kv = torch.tensor(group.kv_heads, device=device)
+        q = (kv[:, None] * per_kv + torch.arange(per_kv, device=device)).flatten()
+        forward.memo[key] = (q, kv)
+    heads: tuple[Tensor, Tensor] = forward.memo[key]
+    return heads
+
+
+_HARMLESS = frozenset(
+    {"position_ids", "use_cache", "output_router_logits", "position_embeddings", "num_items_in_batch", "logits_to_keep"}
+)
+"""Arguments that models hand down and that do not change attention."""
+
+
+def _logits(
+    module: nn.Module,
+    forward: Forward,
+    layer: int,
+    query: Tensor,
+    scaling: float | None,
+    dropout: float,
+    kwargs: Mapping[str, Any],
+) -> ops.Logits:
+    """From products to logits as this model has it, after a check of every argument."""
+    own_window = forward.facts.layers[layer].window
+    expected: dict[str, Any] = {"is_causal": True, "output_attentions": False, "sliding_window": own_window}
+    if dropout:
+        raise _unknown(module, layer, "dropout", dropout, "set attention_dropout=0 in the configuration")
+    for name, value in kwargs.items():
+        if name in ("softcap", "s_aux", "slopes") or name in _HARMLESS or value is None:
+            continue
+        if name not in expected or value != expected[name]:
+            raise _unknown(module, layer, name, value, "unpatch the model for this input")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return ops.Logits(float(scale), kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("slopes"))
+
+
+def _unknown(module: nn.Module, layer: int, name: str, value: Any, remedy: str) -> UnsupportedError:
+    shown = f"{type(value).__name__} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return UnsupportedError(
+        f"attention: expected arguments that are known to be honoured in layer {layer} ({type(module).__name__}); got "
+        f"{name}={shown}. To go on, {remedy}."
+    )
+
+
+STOCK: list[tuple[Any, str]] = []
+"""Configurations of patched models, each with the attention implementation that it had."""
+
+
+def _stock_name(config: Any) -> str:
+    for known, name in STOCK:
+        if known is config:
+            return name
+    raise RuntimeError(
+        f"hf_longctx: expected a patched model; got attn_implementation='{NAME}' on one that is not. "
+        "Load it with another implementation, then call hf_longctx.patch(model, method)."
+    )
+
+
+def _unpatched(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Stock attention, for a model that shares its configuration object with a patched one."""
+    if module in PATCHED:
+        raise UnsupportedError(
+            f"hf_longctx: expected the call's context in {type(module).__name__}; got none, because the decoder does "
+            "not hand its arguments down or the layer was called by itself. Call the whole model."
+        )
+    name = _stock_name(module.config)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

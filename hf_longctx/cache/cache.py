@@ -1,0 +1,236 @@
+"""The cache that transformers sees: its contract, the rows' lengths, and one store per layer and head group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..errors import UnsupportedError
+from ..plan import HeadGroup, LayerPlan, Plan, Retention
+from .step import Step
+from .store import Store
+
+
+class Ledger:
+    """How many tokens a cache has seen; outlives the cache, so that a report can still speak of it.
+
+    Attributes:
+        columns: columns of the batch so far, padding included.
+        lengths: `[B]`, int64, real tokens of each row, or None while all rows are alike.
+        kv_bytes: bytes of the stores after the last call.
+        stored: most tokens that any row holds in any store.
+    """
+
+    def __init__(self) -> None:
+        self.columns = 0
+        self.rows = 0
+        self.lengths: Tensor | None = None
+        self.kv_bytes = 0
+        self.stored = 0
+
+
+class LongContextLayer(CacheLayerMixin):
+    """One layer's stores behind the contract of transformers' cache layers."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, plan: LayerPlan, ledger: Ledger) -> None:
+        super().__init__()
+        self.plan = plan
+        self.ledger = ledger
+        self.stores: list[tuple[HeadGroup, Store]] = []
+        self.reset()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the stores allocate when the first token comes."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hand the fresh tokens through: the attention function stores them, when it knows what its queries may see."""
+        self.is_initialized = True
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of the text, stored or not: masks are ours."""
+        return self.ledger.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns seen, stored or not."""
+        return self.ledger.columns
+
+    def get_max_length(self) -> int:
+        """No bound on what may be seen."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.stores = [(group, Store(group.policy.retention)) for group in self.plan.groups]
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Check that the last `-tokens_to_remove` tokens can be taken back; the cache then shortens its rows."""
+        for _, store in self.stores:
+            store.crop(-tokens_to_remove, self.ledger.columns)
+
+    def activate_past_recording(self) -> None:
+        """Hold a little more than the window, so that `crop` can take tokens back."""
+        for _, store in self.stores:
+            store.record()
+
+    def map_rows(self, pick: Tensor) -> None:
+        """Replace the batch rows by `rows[pick]`."""
+        for _, store in self.stores:
+            store.map_rows(pick)
+
+    def offload(self) -> None:
+        """Refused: moving whole layers to the host and back is not what this cache is for."""
+        raise UnsupportedError(
+            "LongContextCache: expected to stay on its devices; got a request to offload. Leave out "
+            "cache_implementation='offloaded'."
+        )
+
+    prefetch = offload
+
+
+class LongContextCache(Cache):
+    """A cache for one plan. `patch` hands it out; `generate()` needs no argument.
+
+    Args:
+        plan: what each KV head does; the cache serves this plan only.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.ledger = Ledger()
+        self.floors: dict[Retention, Tensor] = {}
+        self.pending: Step | None = None
+        super().__init__(layers=[LongContextLayer(layer, self.ledger) for layer in plan.layers])
+
+    def begin(self, tokens: int, rows: int, device: torch.device, mask: Tensor | None) -> Step:
+        """The step for a call of `tokens` columns; it counts once `commit` is called.
+
+        Raises:
+            RuntimeError: the call before was interrupted, so layers may hold different tokens.
+            ValueError: another batch size, or a mask that does not fit.
+        """
+        if self.pending is not None:
+            raise RuntimeError(
+                "LongContextCache: expected every call to run to its end; got one that was interrupted, so its layers "
+                "may hold different tokens. Call cache.reset() and feed the text again."
+            )
+        if self.ledger.columns and rows != self.ledger.rows:
+            raise ValueError(
+                f"LongContextCache: expected a batch of {self.ledger.rows} rows, as in the calls before; got {rows}. "
+                "Use batch_repeat_interleave or batch_select_indices, or start a new cache."
+            )
+        self.ledger.rows = rows
+        self.pending = Step.of(self.ledger.columns, tokens, device, self.ledger.lengths, mask)
+        return self.pending
+
+    def commit(self, step: Step) -> None:
+        """Count the tokens of a call that ran to its end."""
+        self.ledger.columns += step.tokens
+        self.ledger.lengths = step.lengths_after if step.ragged else None
+        self.ledger.kv_bytes = self.kv_bytes
+        limits = [store.limit for layer in self.layers for _, store in layer.stores]
+        self.ledger.stored = self.ledger.columns if None in limits else min(self.ledger.columns, max(limits))
+        self.pending = None
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all live key and value tensors."""
+        return sum(store.kv_bytes for layer in self.layers for _, store in layer.stores)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, -1 before the first call."""
+        return self.ledger.rows or -1
+
+    def evict(self, room: int) -> None:
+        """Drop the oldest tokens outside the sinks so that the next `room` tokens push none of the rest out.
+
+        Paper: StreamingLLM's `evict_for_space`, called before each chat turn. Differs: cannot overflow.
+
+        Raises:
+            ValueError: `room` is not between 0 and the window, or some heads keep everything.
+        """
+        groups = [group for layer in self.plan.layers for group in layer.groups if group.policy.positions.in_cache]
+        retentions = {g.policy.retention for g in groups if g.policy.retention.sink} or {
+            g.policy.retention for g in groups
+        }
+        if not retentions:
+            raise ValueError(
+                f"evict: expected a plan that counts positions in the cache; got '{self.plan.method}', which has "
+                "nothing to make room in. Patch with 'streaming_llm'."
+            )
+        window = min(retention.window or 0 for retention in retentions)
+        if not 0 <= room <= window:
+            raise ValueError(f"evict: expected room between 0 and the window of {window}; got {room}. Evict less.")
+        if not self.ledger.columns:
+            return
+        device = self.layers[0].stores[0][1].k.device
+        lengths = self.ledger.lengths
+        if lengths is None:
+            lengths = torch.full((1,), self.ledger.columns, dtype=torch.int64, device=device)
+        for retention in retentions:
+            floor = lengths[:, None] - ((retention.window or 0) - room)
+            known = self.floors.get(retention)
+            self.floors[retention] = floor if known is None else torch.maximum(known, floor)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens of every row.
+
+        Raises:
+            ValueError: a positive number, more than there are, padding among them, or a window that has moved on.
+        """
+        remove = -tokens_to_remove
+        if not 0 <= remove <= self.ledger.columns:
+            raise ValueError(
+                f"crop: expected a number from {-self.ledger.columns} to 0 (tokens to remove, negative); got "
+                f"{tokens_to_remove}. Pass minus the number of tokens to take back."
+            )
+        lengths = self.ledger.lengths
+        if lengths is not None and remove and int(lengths.min()) < remove:
+            raise ValueError(
+                f"crop: expected at most {int(lengths.min())} tokens, the length of the shortest row; got {remove}. "
+                "Crop less, or start a new cache."
+            )
+        super().crop(tokens_to_remove)
+        self.ledger.columns -= remove
+        self.ledger.lengths = None if lengths is None else lengths - remove
+
+    def reset(self) -> None:
+        """Forget everything, and give the memory back."""
+        super().reset()
+        ledger = self.ledger
+        ledger.columns, ledger.rows, ledger.lengths, ledger.kv_bytes, ledger.stored = 0, 0, None, 0, 0
+        self.floors.clear()
+        self.pending = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the batch rows by `rows[beam_idx]` (beam search)."""
+        self._map_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows `indices`."""
+        self._map_rows(indices if indices.dtype != torch.bool else indices.nonzero()[:, 0])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row `repeats` times."""
+        self._map_rows(torch.arange(self.ledger.rows).repeat_interleave(repeats))
+
+    def _map_rows(self, pick: Tensor) -> None:
+        for layer in self.layers:
+            layer.map_rows(pick)
+        if self.ledger.lengths is not None:
+            self.ledger.lengths = self.ledger.lengths[pick.to(self.ledger.lengths.device)]
+        for retention, floor in self.floors.items():
+            self.floors[retention] = floor if floor.shape[0] == 1 else floor[pick.to(floor.device)]
+        if self.ledger.columns:
+            self.ledger.rows = int(pick.shape[0])

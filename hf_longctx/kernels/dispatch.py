@@ -1,0 +1,117 @@
+"""Which backend runs an operation: the first that takes the arguments, or the one that was asked for, or an error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from ..errors import UnsupportedError
+
+ORDER = ("torch", "reference")
+"""Backends, fastest first. `reference` defines every operation and always exists."""
+
+OPS = ("attend_blocks", "attend_pages", "rotate", "append")
+
+_MODULES = {"torch": "fused", "reference": "reference"}
+_WANTED: ContextVar[str | None] = ContextVar("hf_longctx_backend", default=None)
+_LAST: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of the operation x backend table."""
+
+    op: str
+    backend: str
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A backend's function for one operation, and `reject`, which says why it does not take some arguments."""
+
+    run: Callable[..., Any]
+    reject: Callable[..., str | None] = lambda *args: None
+
+
+def _load() -> dict[str, dict[str, Implementation]]:
+    return {name: import_module(f".{module}", __package__).OPS for name, module in _MODULES.items()}
+
+
+_TABLE: dict[str, dict[str, Implementation]] = {}
+
+
+def _table() -> dict[str, dict[str, Implementation]]:
+    if not _TABLE:
+        _TABLE.update(_load())
+    return _TABLE
+
+
+def wanted() -> str | None:
+    """The backend that was asked for by `use_backend` or the variable HF_LONGCTX_BACKEND, or None.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    name = _WANTED.get() or os.environ.get("HF_LONGCTX_BACKEND") or None
+    if name is not None and name not in ORDER:
+        raise ValueError(
+            f"HF_LONGCTX_BACKEND: expected one of {', '.join(ORDER)}; got '{name}'. Unset it for the automatic choice."
+        )
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operation on one backend inside the block; an operation that it does not take raises.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    token = _WANTED.set(name)
+    try:
+        wanted()
+        yield
+    finally:
+        _WANTED.reset(token)
+
+
+def call(op: str, *args: Any) -> Any:
+    """Run `op` on the wanted backend, or on the first in `ORDER` that takes the arguments.
+
+    Raises:
+        UnsupportedError: the wanted backend does not take them; says why.
+    """
+    table, only = _table(), wanted()
+    reasons = []
+    for backend in (only,) if only else ORDER:
+        implementation = table[backend].get(op)
+        reason = "does not have it" if implementation is None else implementation.reject(*args)
+        if implementation is not None and reason is None:
+            _LAST[op] = backend
+            return implementation.run(*args)
+        reasons.append(f"{backend}: {reason}.")
+    raise UnsupportedError(
+        f"{op}: no backend takes these arguments. {' '.join(reasons)} Unset HF_LONGCTX_BACKEND for the automatic choice."
+    )
+
+
+def last_used() -> dict[str, str]:
+    """The backend that each operation ran on last, in this process."""
+    return dict(_LAST)
+
+
+def table() -> list[Row]:
+    """Every operation on every backend, and why not where there is a no."""
+    rows = []
+    for op in OPS:
+        for backend in ORDER:
+            has = op in _table()[backend]
+            rows.append(Row(op, backend, has, "" if has else f"the {backend} backend does not have it"))
+    return rows

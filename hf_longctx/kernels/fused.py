@@ -1,0 +1,56 @@
+"""Attention through torch's own fused kernels (`scaled_dot_product_attention`), where they can express it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .dispatch import Implementation
+from .ops import Logits, Turns, Visibility
+from .reference.attend import blocks, positions, take_columns, visible
+
+
+def reject(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> str | None:
+    """Why the fused kernels do not take these arguments, or None."""
+    if turns is not None:
+        return "cannot turn queries to keys at lap positions"
+    if not logits.plain:
+        return "has no softcap, learned sinks or ALiBi"
+    return None
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> Tensor:
+    """`ops.attend_blocks`; causal attention in one call, a window in blocks of queries."""
+    stored, tokens = k.shape[2], q.shape[2]
+    unbounded = see.window is None or see.window >= stored
+    if see.aligned and unbounded and stored == tokens:
+        grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, scale=logits.scale, enable_gqa=grouped)
+    return torch.cat(
+        [
+            attend_pages(q[:, :, rows], *take_columns((k, v), columns), logits, part, None)
+            for rows, columns, part, _ in blocks(q, k, see, None)
+        ],
+        2,
+    )
+
+
+def attend_pages(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> Tensor:
+    """`ops.attend_pages`; the G query heads of a KV head stand side by side as queries, so keys are not repeated."""
+    rows, heads, tokens, dim = q.shape
+    kv_heads, stored = k.shape[1:3]
+    packed = q.reshape(rows, kv_heads, -1, dim)
+    if see.aligned and tokens == 1 and (see.window is None or see.window >= stored):
+        return scaled_dot_product_attention(packed, k, v, scale=logits.scale).view(rows, heads, tokens, v.shape[-1])
+    seen = visible(see, *positions(see, tokens, stored, q.device))
+    mask = seen.repeat(1, heads // kv_heads, 1)[:, None]
+    out = scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=logits.scale)
+    blind = ~mask.any(-1, keepdim=True)  # some kernels give NaN to a query that sees nothing
+    return out.masked_fill(blind, 0.0).view(rows, heads, tokens, v.shape[-1])
+
+
+OPS = {
+    "attend_blocks": Implementation(attend_blocks, reject),
+    "attend_pages": Implementation(attend_pages, reject),
+}

@@ -1,0 +1,22 @@
+"""Rotary embedding by a further angle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, delta: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:
+    """The definition of `ops.rotate`."""
+    work = torch.promote_types(x.dtype, torch.float32)
+    angle = delta[:, None, :, None].to(work) * inv_freq.to(device=x.device, dtype=work)
+    cos, sin = angle.cos(), angle.sin()
+    size = 2 * inv_freq.shape[0]
+    part, rest = x[..., :size].to(work), x[..., size:]
+    if interleaved:
+        a, b = part[..., 0::2], part[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    else:
+        a, b = part[..., : size // 2], part[..., size // 2 :]
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.cat((turned.to(x.dtype), rest), -1)

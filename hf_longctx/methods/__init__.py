@@ -1,0 +1,64 @@
+"""The systems, each as a dataclass of its paper's knobs that makes a plan for a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, Protocol
+
+from ..models import ModelFacts
+from ..plan import Plan
+from .dense import Dense
+from .duo_attention import DuoAttention
+from .streaming_llm import StreamingLLM
+
+
+class Method(Protocol):
+    """A system's knobs, and the plan that they make."""
+
+    def plan(self, facts: ModelFacts) -> Plan:
+        """The plan for a model; raises UnsupportedError or ValueError if there is none."""
+
+
+METHODS: dict[str, type[Any]] = {"dense": Dense, "streaming_llm": StreamingLLM, "duo_attention": DuoAttention}
+"""Every method by its name."""
+
+
+def make(method: str | Method | Plan, knobs: dict[str, Any]) -> Method | Plan:
+    """The method that a user named, with its knobs.
+
+    Raises:
+        ValueError: no such method, or no such knob; names the nearest.
+        TypeError: knobs beside a ready-made method, or something that is no method.
+    """
+    if not isinstance(method, str):
+        if not (isinstance(method, Plan) or hasattr(method, "plan")):
+            raise TypeError(
+                f"patch: expected the name of a method, a method or a Plan; got {type(method).__name__}. "
+                f"Names are {', '.join(METHODS)}."
+            )
+        if knobs:
+            raise TypeError(
+                f"patch: expected no knobs beside a ready-made {type(method).__name__}; got {', '.join(sorted(knobs))}. "
+                "Set them when you make it."
+            )
+        return method
+    name = method.replace("-", "_").lower()
+    if name not in METHODS:
+        raise ValueError(
+            f"patch: expected a method among {', '.join(METHODS)}; got '{method}'.{_nearest(name, list(METHODS))}"
+        )
+    known = [field.name for field in dataclasses.fields(METHODS[name])]
+    for knob in knobs:
+        if knob not in known:
+            raise ValueError(
+                f"patch: expected knobs of '{name}' among {', '.join(known) or 'none'}; got '{knob}'."
+                f"{_nearest(knob, known)}"
+            )
+    made: Method = METHODS[name](**knobs)
+    return made
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f" Did you mean '{near[0]}'?" if near else ""

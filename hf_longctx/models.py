@@ -1,0 +1,198 @@
+"""Facts about a loaded model that a plan needs, read from its configuration; and the table of what differs by family."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One attention layer.
+
+    Args:
+        q_heads, kv_heads: numbers of heads.
+        head_dim: channels of a key.
+        window: the model's own sliding window, in tokens, the query included; None for full attention.
+    """
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a method may know of a model.
+
+    Args:
+        family: `config.model_type` of the text model.
+        name: the model's name or path, for messages and the search of a head pattern.
+        config: the text model's configuration.
+        layers: one entry per layer.
+        longest_in_cache: most tokens at which in-cache positions keep the model's rotary frequencies, None for no bound.
+        not_in_cache: why positions cannot be counted in the cache, or None.
+    """
+
+    family: str
+    name: str
+    config: Any
+    layers: tuple[LayerFacts, ...]
+    longest_in_cache: int | None
+    not_in_cache: str | None
+
+
+def inspect_model(model: PreTrainedModel) -> ModelFacts:
+    """The facts of a loaded decoder.
+
+    Raises:
+        UnsupportedError: attention that cannot be adapted; names the family and why.
+    """
+    decoder, _ = decoder_of(model)
+    config = decoder.config
+    family = config.model_type
+    reason = _refusal(config) or _refusal_of_modules(decoder, family)
+    if reason:
+        raise UnsupportedError(
+            f"hf_longctx: expected a decoder whose attention can be adapted; got '{family}', which {reason}. "
+            "Use the model as it is."
+        )
+    layers = tuple(_layer(config, i, window) for i, window in enumerate(_windows(config)))
+    found = sorted(module.layer_idx for module in attention_modules(decoder))
+    if found != list(range(len(layers))):
+        raise UnsupportedError(
+            f"hf_longctx: expected one attention module for each of the {len(layers)} layers of '{family}'; got layers "
+            f"{found}. Use the model as it is."
+        )
+    longest, reason = _in_cache_limits(config, family)
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    return ModelFacts(family, name, config, layers, longest, reason)
+
+
+def decoder_of(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The text decoder inside a model (of a PEFT model: inside its base model), and the model without PEFT.
+
+    Raises:
+        UnsupportedError: not a transformers model, or it has no decoder.
+    """
+    if hasattr(model, "get_base_model"):
+        if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
+            raise UnsupportedError(
+                "hf_longctx: expected a PEFT model that leaves the cache alone; got prompt learning, which fills it "
+                "beforehand. Use LoRA or another adapter of weights."
+            )
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"hf_longctx: expected a loaded transformers model; got {type(model).__name__}. "
+            "Load one with AutoModelForCausalLM.from_pretrained()."
+        )
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):
+        raise UnsupportedError(
+            f"hf_longctx: expected a model with a text decoder; got '{model.config.model_type}', whose decoder is "
+            f"{type(decoder).__name__}. Use the model as it is."
+        )
+    return decoder, model
+
+
+def attention_modules(decoder: nn.Module) -> list[nn.Module]:
+    """Its self-attention modules: those with a layer index and a cache argument, and no such module inside."""
+
+    def attends(module: nn.Module) -> bool:
+        if not isinstance(getattr(module, "layer_idx", None), int):
+            return False
+        return bool({"past_key_values", "layer_past"} & set(inspect.signature(module.forward).parameters))
+
+    found = [module for module in decoder.modules() if attends(module)]
+    return [m for m in found if not any(attends(child) for child in m.modules() if child is not m)]
+
+
+def _refusal(config: Any) -> str | None:
+    """Why a configuration cannot be adapted, as the end of a sentence, or None."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "is an encoder-decoder"
+    if getattr(config, "is_causal", True) is False:
+        return "attends in both directions"
+    if getattr(config, "kv_lora_rank", None):
+        return "has multi-latent attention (MLA), whose cache holds latents instead of keys and values"
+    if getattr(config, "index_topk", None) or getattr(config, "index_head_dim", None):
+        return "is sparse by itself"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "shares keys and values between layers"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"has layers of type {', '.join(sorted(kinds))}"
+    return None
+
+
+def _refusal_of_modules(decoder: PreTrainedModel, family: str) -> str | None:
+    modules = attention_modules(decoder)
+    if not modules:
+        return "has no attention layers with a cache"
+    if family in ADAPTED:
+        return None
+    if not all(getattr(module, "is_causal", False) for module in modules):
+        return "has attention that is not causal"
+    if not decoder._can_set_attn_implementation():
+        return "does not let its attention function be chosen, and has no adapter here"
+    return None
+
+
+def _windows(config: Any) -> list[int | None]:
+    """The model's own sliding window per layer, None for full attention."""
+    windows: list[int | None] = []
+    for i, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) is DynamicLayer:
+            windows.append(None)
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            windows.append(int(layer.sliding_window))
+        else:
+            raise UnsupportedError(
+                f"hf_longctx: expected full or sliding attention in layer {i} of '{config.model_type}'; got "
+                f"{type(layer).__name__}. Use the model as it is."
+            )
+    return windows or [None] * int(config.num_hidden_layers)
+
+
+def _layer(config: Any, index: int, window: int | None) -> LayerFacts:
+    q_heads = int(config.num_attention_heads)
+    kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
+    if config.model_type == "falcon":
+        kv_heads = config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
+    return LayerFacts(q_heads, int(kv_heads), int(head_dim), window)
+
+
+def _in_cache_limits(config: Any, family: str) -> tuple[int | None, str | None]:
+    """The longest cache with constant rotary frequencies (None: any), and why in-cache positions are not possible."""
+    if family in ALIBI and (family != "falcon" or config.alibi):
+        return None, None
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        return None, "its positions are learned or absent, not rotary"
+    kinds = rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]
+    limits = []
+    for kind in kinds:
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            trained = kind.get("original_max_position_embeddings") if kind["rope_type"] == "longrope" else None
+            limits.append(int(trained or config.max_position_embeddings))
+    return min(limits, default=None), None
+
+
+ADAPTED = ("falcon", "mpt")
+"""Families whose attention does not go through transformers' attention interface (`adapters.py`)."""
+
+ALIBI = ("falcon", "mpt")
+"""Families whose positions are linear biases, Falcon only where its configuration says so."""
+
+WANTS_MASK = ("mpt",)
+"""Families that use the mask as a tensor even where nothing is masked."""

@@ -1,0 +1,104 @@
+"""What a patched model holds and does, in numbers; and which methods a model supports, with the reason of each no."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from .errors import UnsupportedError
+from .kernels import dispatch
+from .memory import dense_kv_bytes
+from .methods import METHODS
+from .models import inspect_model
+from .patch import check_plan, state_of
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Support:
+    """One method on one model.
+
+    Args:
+        method: its name.
+        ok: True if `patch` takes it with its default knobs.
+        reason: empty, or why not and what to do.
+    """
+
+    method: str
+    ok: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.method}: {'yes' if self.ok else f'no. {self.reason}'}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A patched model, in numbers.
+
+    Args:
+        method: name of the plan.
+        plan: what each head does.
+        kv_bytes: bytes of the last cache's live key and value tensors (of its last call, if it is gone).
+        dense_kv_bytes: bytes that all tokens would take in all layers and KV heads.
+        tokens_seen: columns of the batch so far, padding included.
+        tokens_stored: most tokens that any head holds of a row.
+        live: the cache still exists.
+        backends: backend that each operation ran on last in this process.
+    """
+
+    method: str
+    plan: Plan
+    kv_bytes: int
+    dense_kv_bytes: int
+    tokens_seen: int
+    tokens_stored: int
+    live: bool
+    backends: dict[str, str]
+
+    def __str__(self) -> str:
+        share = self.kv_bytes / self.dense_kv_bytes if self.dense_kv_bytes else 1.0
+        backends = ", ".join(f"{op}: {backend}" for op, backend in self.backends.items()) or "none used yet"
+        return (
+            f"{self.plan.describe()}\n"
+            f"KV cache: {self.kv_bytes / 2**20:.1f} MiB, dense {self.dense_kv_bytes / 2**20:.1f} MiB ({share:.1%})"
+            f"{'' if self.live else ', released since'}\n"
+            f"tokens: {self.tokens_seen} seen, {self.tokens_stored} stored\nbackends: {backends}"
+        )
+
+
+def report(model: PreTrainedModel) -> Report:
+    """What the patched model's last cache holds, and what dense attention would.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    state = state_of(model)
+    if state is None:
+        raise ValueError("report: expected a patched model; got one that is not. Call hf_longctx.patch(model, ...).")
+    cache = None if state.cache is None else state.cache()
+    ledger = state.ledger
+    return Report(
+        method=state.plan.method,
+        plan=state.plan,
+        kv_bytes=ledger.kv_bytes if cache is None else cache.kv_bytes,
+        dense_kv_bytes=dense_kv_bytes(state.facts, ledger.rows, ledger.columns, state.decoder.dtype),
+        tokens_seen=ledger.columns,
+        tokens_stored=ledger.stored,
+        live=cache is not None,
+        backends=dispatch.last_used(),
+    )
+
+
+def supports(model: PreTrainedModel) -> list[Support]:
+    """Which methods the model supports with their default knobs, from its configuration; nothing is changed."""
+    rows = []
+    for name, method in METHODS.items():
+        try:
+            facts = inspect_model(model)
+            check_plan(method().plan(facts), facts)
+            rows.append(Support(name, True, ""))
+        except (UnsupportedError, ValueError) as error:
+            rows.append(Support(name, False, str(error)))
+    return rows
