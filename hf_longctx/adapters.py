@@ -1,4 +1,4 @@
-"""Attention of families that do not go through transformers' attention interface: project, rotate, hand over to ours."""
+"""Attention of families that do not go through transformers' attention interface: project, rotate, hand over."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import attention, current
+from .attention import attention
+from .context import current
 from .errors import UnsupportedError
 
 
@@ -112,7 +113,8 @@ def install(module: nn.Module, family: str) -> None:
 
 def remove(module: nn.Module) -> None:
     """Give the module its class's `forward` back."""
-    if hasattr(module, "_old_forward"):
-        module._old_forward = MethodType(type(module).forward, module)
+    name = "_old_forward"
+    if hasattr(module, name):
+        setattr(module, name, MethodType(type(module).forward, module))
     else:
         module.__dict__.pop("forward", None)

@@ -3,79 +3,22 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache.cache import LongContextCache
 from .cache.positions import lap_position, sink_position
 from .cache.step import Step
 from .cache.store import View
+from .context import PATCHED, Forward, current, stock_name
 from .errors import UnsupportedError
 from .kernels import ops
-from .models import WANTS_MASK, ModelFacts
-from .plan import HeadGroup, Plan
-
-NAME = "hf_longctx"
-"""The name under which this function and its mask function are registered with transformers."""
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """How a layer rotates; `inv_freq` None: it does not.
-
-    Args:
-        inv_freq: `[R/2]`, float32.
-        interleaved: rotated pairs are channels (2i, 2i+1), not (i, i + R/2).
-    """
-
-    inv_freq: Tensor | None
-    interleaved: bool = False
-
-
-@dataclass(eq=False)
-class Forward:
-    """One call of a patched decoder, handed to its attention layers; opaque to everyone else.
-
-    Args:
-        facts: of the model.
-        plan: what each head does.
-        step: where the call's tokens stand.
-        cache: where they go, or None.
-        rotary: how each layer rotates; empty unless positions are counted in the cache.
-        probe: if given, layers put their queries and keys in here and attend to nothing.
-    """
-
-    facts: ModelFacts
-    plan: Plan
-    step: Step
-    cache: LongContextCache | None
-    rotary: tuple[Rotary, ...] = ()
-    probe: dict[int, tuple[Tensor, Tensor]] | None = None
-    memo: dict[Any, Any] = field(default_factory=dict)
-
-
-PATCHED: WeakSet[nn.Module] = WeakSet()
-"""Attention modules of patched models."""
-
-_LOCAL = threading.local()
-
-
-def current() -> Forward | None:
-    """The call of a patched decoder that runs on this thread."""
-    return getattr(_LOCAL, "forward", None)
-
-
-def enter(forward: Forward | None) -> None:
-    """Make `forward` the current call of this thread, None at its end."""
-    _LOCAL.forward = forward
+from .models import WANTS_MASK
+from .plan import HeadGroup
 
 
 def mask(**kwargs: Any) -> Tensor | None:
@@ -86,13 +29,13 @@ def mask(**kwargs: Any) -> Tensor | None:
     """
     forward = current()
     if forward is None:
-        stock: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[_stock_name(kwargs["config"])](**kwargs)
+        stock: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[stock_name(kwargs["config"])](**kwargs)
         return stock
     local = kwargs.get("local_size") is not None
     if not kwargs.get("allow_is_causal_skip", True) if local else kwargs["mask_function"] is not causal_mask_function:
         raise UnsupportedError(
             f"hf_longctx: expected causal or sliding-window attention with padding in '{forward.facts.family}'; got a "
-            "mask with more to it (packed sequences, blocks of image tokens, or a mask function). Unpatch for this input."
+            "mask with more to it (packed sequences, blocks of image tokens, or a mask function). Unpatch the model."
         )
     return torch.empty(0, dtype=torch.bool) if forward.facts.family in WANTS_MASK else None
 
@@ -113,7 +56,8 @@ def attention(
     Args:
         module: the attention module; its `layer_idx` names the layer.
         query: `[B, Hq, T, D]`.
-        key, value: `[B, Hkv, T, D]`, fresh tokens only: the cache hands them through.
+        key: `[B, Hkv, T, D]`, fresh tokens only: the cache hands them through.
+        value: `[B, Hkv, T, Dv]`, likewise.
         attention_mask: not read; padding is in the step.
         scaling: factor of the logits, 1/sqrt(D) if None.
         dropout: must be 0.
@@ -140,7 +84,7 @@ def attention(
             f"attention: expected {plan.kv_heads} KV heads in layer {layer} of plan '{forward.plan.method}'; got "
             f"{key.shape[1]}. Make the plan for this model."
         )
-    stores = [None] * len(plan.groups) if forward.cache is None else forward.cache.layers[layer].stores
+    stores = [None] * len(plan.groups) if forward.cache is None else forward.cache.stacks[layer].stores
     if len(plan.groups) == 1:
         out = _attend_group(forward, layer, plan.groups[0], stores[0], query, key, value, logits)
         return out.transpose(1, 2).contiguous(), None
@@ -169,10 +113,7 @@ def _attend_group(
     step = forward.step.on(q.device)
     if step.order is not None:
         q, k, v = (ops.take_tokens(x, step.order) for x in (q, k, v))
-    if stored is None:
-        view = View(k, v, step.pos if step.ragged else None)
-    else:
-        view = stored[1].append(k, v, step)
+    view = View(k, v, step.pos if step.ragged else None) if stored is None else stored[1].append(k, v, step)
     retention = group.policy.retention
     window = retention.reach(step.tokens)
     see = ops.Visibility(retention.sink, window, None if view.k_pos is None else step.pos, view.k_pos)
@@ -227,7 +168,14 @@ def _heads(forward: Forward, group: HeadGroup, per_kv: int, device: torch.device
 
 
 _HARMLESS = frozenset(
-    {"position_ids", "use_cache", "output_router_logits", "position_embeddings", "num_items_in_batch", "logits_to_keep"}
+    {
+        "position_ids",
+        "use_cache",
+        "output_router_logits",
+        "position_embeddings",
+        "num_items_in_batch",
+        "logits_to_keep",
+    }
 )
 """Arguments that models hand down and that do not change attention."""
 
@@ -263,20 +211,6 @@ def _unknown(module: nn.Module, layer: int, name: str, value: Any, remedy: str) 
     )
 
 
-STOCK: list[tuple[Any, str]] = []
-"""Configurations of patched models, each with the attention implementation that it had."""
-
-
-def _stock_name(config: Any) -> str:
-    for known, name in STOCK:
-        if known is config:
-            return name
-    raise RuntimeError(
-        f"hf_longctx: expected a patched model; got attn_implementation='{NAME}' on one that is not. "
-        "Load it with another implementation, then call hf_longctx.patch(model, method)."
-    )
-
-
 def _unpatched(
     module: nn.Module,
     query: Tensor,
@@ -286,14 +220,17 @@ def _unpatched(
     scaling: float | None,
     dropout: float,
     kwargs: Mapping[str, Any],
-) -> Any:
+) -> tuple[Tensor, None]:
     """Stock attention, for a model that shares its configuration object with a patched one."""
     if module in PATCHED:
         raise UnsupportedError(
             f"hf_longctx: expected the call's context in {type(module).__name__}; got none, because the decoder does "
             "not hand its arguments down or the layer was called by itself. Call the whole model."
         )
-    name = _stock_name(module.config)
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    name = stock_name(module.config)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-    return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    stock: tuple[Tensor, None] = function(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+    return stock

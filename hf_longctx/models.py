@@ -1,4 +1,4 @@
-"""Facts about a loaded model that a plan needs, read from its configuration; and the table of what differs by family."""
+"""Facts about a loaded model that a plan needs, read from its configuration, and what differs by family."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ModelFacts:
         name: the model's name or path, for messages and the search of a head pattern.
         config: the text model's configuration.
         layers: one entry per layer.
-        longest_in_cache: most tokens at which in-cache positions keep the model's rotary frequencies, None for no bound.
+        longest_in_cache: most tokens at which the rotary frequencies stay as they are, None for no bound.
         not_in_cache: why positions cannot be counted in the cache, or None.
     """
 
@@ -66,7 +66,7 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
             "Use the model as it is."
         )
     layers = tuple(_layer(config, i, window) for i, window in enumerate(_windows(config)))
-    found = sorted(module.layer_idx for module in attention_modules(decoder))
+    found = sorted(int(m.layer_idx) for m in attention_modules(decoder))  # type: ignore[arg-type]
     if found != list(range(len(layers))):
         raise UnsupportedError(
             f"hf_longctx: expected one attention module for each of the {len(layers)} layers of '{family}'; got layers "
@@ -83,25 +83,26 @@ def decoder_of(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel
     Raises:
         UnsupportedError: not a transformers model, or it has no decoder.
     """
-    if hasattr(model, "get_base_model"):
-        if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        if base.active_peft_config.is_prompt_learning:
             raise UnsupportedError(
                 "hf_longctx: expected a PEFT model that leaves the cache alone; got prompt learning, which fills it "
                 "beforehand. Use LoRA or another adapter of weights."
             )
-        model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel):
+        base = base.get_base_model()
+    if not isinstance(base, PreTrainedModel):
         raise TypeError(
-            f"hf_longctx: expected a loaded transformers model; got {type(model).__name__}. "
+            f"hf_longctx: expected a loaded transformers model; got {type(base).__name__}. "
             "Load one with AutoModelForCausalLM.from_pretrained()."
         )
-    decoder = model.get_decoder()
+    decoder: Any = base.get_decoder()  # type: ignore[no-untyped-call]
     if not isinstance(decoder, PreTrainedModel):
         raise UnsupportedError(
-            f"hf_longctx: expected a model with a text decoder; got '{model.config.model_type}', whose decoder is "
+            f"hf_longctx: expected a model with a text decoder; got '{base.config.model_type}', whose decoder is "
             f"{type(decoder).__name__}. Use the model as it is."
         )
-    return decoder, model
+    return decoder, base
 
 
 def attention_modules(decoder: nn.Module) -> list[nn.Module]:
@@ -196,3 +197,8 @@ ALIBI = ("falcon", "mpt")
 
 WANTS_MASK = ("mpt",)
 """Families that use the mask as a tensor even where nothing is masked."""
+
+
+def takes_positions(decoder: nn.Module) -> bool:
+    """True if the decoder's forward has a `position_ids` argument."""
+    return "position_ids" in inspect.signature(decoder.forward).parameters

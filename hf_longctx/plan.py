@@ -1,4 +1,4 @@
-"""What each KV head does, as frozen values: `Plan` > `LayerPlan` > `HeadGroup` > `HeadPolicy`. No tensor operations here.
+"""What each KV head does, as frozen values: `Plan` > `LayerPlan` > `HeadGroup` > `HeadPolicy`. No tensors here.
 
 Shape letters, used in every docstring of the package: `B` batch rows, `T` query tokens of this call, `S` stored tokens,
 `Hq`/`Hkv` query and KV heads, `G = Hq // Hkv`, `D` head dim, `L` layers. A bare size is in tokens.

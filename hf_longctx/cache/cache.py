@@ -40,7 +40,7 @@ class LongContextLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, plan: LayerPlan, ledger: Ledger) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.plan = plan
         self.ledger = ledger
         self.stores: list[tuple[HeadGroup, Store]] = []
@@ -110,7 +110,8 @@ class LongContextCache(Cache):
         self.ledger = Ledger()
         self.floors: dict[Retention, Tensor] = {}
         self.pending: Step | None = None
-        super().__init__(layers=[LongContextLayer(layer, self.ledger) for layer in plan.layers])
+        self.stacks = [LongContextLayer(layer, self.ledger) for layer in plan.layers]
+        super().__init__(layers=list(self.stacks))
 
     def begin(self, tokens: int, rows: int, device: torch.device, mask: Tensor | None) -> Step:
         """The step for a call of `tokens` columns; it counts once `commit` is called.
@@ -138,14 +139,14 @@ class LongContextCache(Cache):
         self.ledger.columns += step.tokens
         self.ledger.lengths = step.lengths_after if step.ragged else None
         self.ledger.kv_bytes = self.kv_bytes
-        limits = [store.limit for layer in self.layers for _, store in layer.stores]
-        self.ledger.stored = self.ledger.columns if None in limits else min(self.ledger.columns, max(limits))
+        limits = [self.ledger.columns if s.limit is None else s.limit for layer in self.stacks for _, s in layer.stores]
+        self.ledger.stored = min(self.ledger.columns, max(limits))
         self.pending = None
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of all live key and value tensors."""
-        return sum(store.kv_bytes for layer in self.layers for _, store in layer.stores)
+        return sum(store.kv_bytes for layer in self.stacks for _, store in layer.stores)
 
     @property
     def batch_size(self) -> int:
@@ -174,14 +175,13 @@ class LongContextCache(Cache):
             raise ValueError(f"evict: expected room between 0 and the window of {window}; got {room}. Evict less.")
         if not self.ledger.columns:
             return
-        device = self.layers[0].stores[0][1].k.device
         lengths = self.ledger.lengths
         if lengths is None:
-            lengths = torch.full((1,), self.ledger.columns, dtype=torch.int64, device=device)
+            lengths = torch.full((1,), self.ledger.columns, dtype=torch.int64)
         for retention in retentions:
             floor = lengths[:, None] - ((retention.window or 0) - room)
             known = self.floors.get(retention)
-            self.floors[retention] = floor if known is None else torch.maximum(known, floor)
+            self.floors[retention] = floor if known is None else torch.maximum(known.to(floor.device), floor)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens of every row.
@@ -207,7 +207,7 @@ class LongContextCache(Cache):
 
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         ledger = self.ledger
         ledger.columns, ledger.rows, ledger.lengths, ledger.kv_bytes, ledger.stored = 0, 0, None, 0, 0
         self.floors.clear()
@@ -226,7 +226,7 @@ class LongContextCache(Cache):
         self._map_rows(torch.arange(self.ledger.rows).repeat_interleave(repeats))
 
     def _map_rows(self, pick: Tensor) -> None:
-        for layer in self.layers:
+        for layer in self.stacks:
             layer.map_rows(pick)
         if self.ledger.lengths is not None:
             self.ledger.lengths = self.ledger.lengths[pick.to(self.ledger.lengths.device)]

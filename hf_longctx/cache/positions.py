@@ -1,10 +1,11 @@
 """At which position a stored key is read: its place in the text, or its place in the cache.
 
-In-cache positions without re-rotation. StreamingLLM counts distance over what is stored, so evicting a token would move
-every key. But only the sinks change their distance to the query; inside the window, distance in the cache is distance in
-the text. A key is therefore rotated once, at its *lap position* `lap_position(p)`, which stays small however long the
-stream gets, and queries are turned instead: not at all for keys of their own lap, by one lap for keys of the lap before,
-and to `sink_distance` for the sinks. Nothing is re-rotated, so no error accumulates, and any chunking of the input agrees.
+In-cache positions without re-rotation. StreamingLLM counts distance over what is stored, so evicting a token would
+move every key. But only the sinks change their distance to the query; inside the window, distance in the cache is
+distance in the text. A key is therefore rotated once, at its *lap position* (`lap_position`), which stays small however
+long the stream gets, and queries are turned instead: not at all for keys of their own lap, by one lap for keys of the
+lap before, and to `sink_position` for the sinks. Nothing is re-rotated, so no error accumulates, and any chunking of
+the input agrees.
 """
 
 from __future__ import annotations

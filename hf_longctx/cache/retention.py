@@ -58,7 +58,7 @@ class SinkWindow:
             ("window", self.window, 1),
             ("prefill_window", self.window if self.prefill_window is None else self.prefill_window, self.window),
         ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if type(value) is not int or value < least:
                 raise ValueError(
                     f"SinkWindow: expected {name} as a whole number of tokens >= {least}; got {value!r}. "
                     f"Give {name}={max(least, 1)} or more."

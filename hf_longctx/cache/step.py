@@ -1,4 +1,4 @@
-"""One call of the decoder, as every layer sees it: where its tokens stand in each row, and which of them are padding."""
+"""One call of the decoder, as every layer sees it: where its tokens stand in each row, and which are padding."""
 
 from __future__ import annotations
 

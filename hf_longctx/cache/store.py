@@ -1,8 +1,8 @@
 """The only owner of KV memory: for each group of heads of a layer, one preallocated tensor that grows by pages.
 
-A row's token `p` lives in slot `p`; where retention has a window, tokens beyond the sinks go round in a ring, so that the
-newest overwrites the oldest exactly when that leaves the window. Which token a slot holds follows from the row's length
-alone; there is no table to keep in step. Padding is never stored.
+A row's token `p` lives in slot `p`; where retention has a window, tokens beyond the sinks go round in a ring, so that
+the newest overwrites the oldest exactly when that leaves the window. Which token a slot holds follows from the row's
+length alone; there is no table to keep in step. Padding is never stored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROLLBACK = 128
 
 @dataclass(frozen=True)
 class View:
-    """Keys and values that a call's queries may see, sinks first; in a call of several tokens in the order of positions.
+    """Keys and values that a call's queries may see, sinks first; of several tokens in the order of positions.
 
     Args:
         k: `[B, Hkv, S, D]`.
@@ -142,7 +142,7 @@ class Store:
     # reading --------------------------------------------------------------------------------------------------------
 
     def _in_order(self, k: Tensor, v: Tensor, step: Step) -> View:
-        """Sinks, then the window's tokens right-aligned, then the call's own: a copy, as writing will overwrite some."""
+        """Sinks, then the window's tokens right-aligned, then the call's own: a copy, as writing overwrites some."""
         assert self.k is not None and self.v is not None and self._ring is not None
         sink, before, after = self.retention.sink, step.lengths[:, None], step.lengths_after[:, None]
         first = torch.arange(min(sink, step.columns + step.tokens), device=step.device)[None]

@@ -98,7 +98,7 @@ def call(op: str, *args: Any) -> Any:
             return implementation.run(*args)
         reasons.append(f"{backend}: {reason}.")
     raise UnsupportedError(
-        f"{op}: no backend takes these arguments. {' '.join(reasons)} Unset HF_LONGCTX_BACKEND for the automatic choice."
+        f"{op}: no backend takes these arguments. {' '.join(reasons)} Leave the choice to us: unset HF_LONGCTX_BACKEND."
     )
 
 

@@ -29,7 +29,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibili
         return scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, scale=logits.scale, enable_gqa=grouped)
     return torch.cat(
         [
-            attend_pages(q[:, :, rows], *take_columns((k, v), columns), logits, part, None)
+            attend_pages(q[:, :, rows], take_columns(k, columns), take_columns(v, columns), logits, part, None)
             for rows, columns, part, _ in blocks(q, k, see, None)
         ],
         2,

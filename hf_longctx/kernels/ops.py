@@ -12,7 +12,7 @@ from . import dispatch
 
 @dataclass(frozen=True)
 class Logits:
-    """How a query-key product becomes a logit: `softcap(scale * q.k) + slope * (k_pos - q_pos)`, then softmax with sinks.
+    """From a product to a logit: `softcap(scale * q.k) + slope * (k_pos - q_pos)`, then softmax with sinks.
 
     Args:
         scale: factor of the product, 1/sqrt(D) for Llama.

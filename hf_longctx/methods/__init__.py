@@ -20,6 +20,8 @@ class Method(Protocol):
         """The plan for a model; raises UnsupportedError or ValueError if there is none."""
 
 
+__all__ = ["METHODS", "Dense", "DuoAttention", "Method", "StreamingLLM", "make"]
+
 METHODS: dict[str, type[Any]] = {"dense": Dense, "streaming_llm": StreamingLLM, "duo_attention": DuoAttention}
 """Every method by its name."""
 
@@ -39,8 +41,8 @@ def make(method: str | Method | Plan, knobs: dict[str, Any]) -> Method | Plan:
             )
         if knobs:
             raise TypeError(
-                f"patch: expected no knobs beside a ready-made {type(method).__name__}; got {', '.join(sorted(knobs))}. "
-                "Set them when you make it."
+                f"patch: expected no knobs beside a ready-made {type(method).__name__}; got {', '.join(sorted(knobs))}."
+                " Set them when you make it."
             )
         return method
     name = method.replace("-", "_").lower()

@@ -24,8 +24,8 @@ class DuoAttention:
     Dense at sparsity 0.
 
     Args:
-        pattern: gates per KV head: a folder or file in the published format, the name of a shipped pattern, or the gates
-            themselves `[L][Hkv]`; None finds a shipped one for the model.
+        pattern: gates per KV head: a folder or file in the published format, the name of a shipped pattern, or the
+            gates themselves `[L][Hkv]`; None finds a shipped one for the model.
         sparsity: share of the KV heads that stream, 0 to 1; the lowest gates stream.
         sinks: first tokens that streaming heads keep; None takes the pattern's.
         window: last tokens that streaming heads keep; None takes the pattern's.
@@ -38,7 +38,7 @@ class DuoAttention:
 
     def __post_init__(self) -> None:
         SinkWindow(0 if self.sinks is None else self.sinks, 1 if self.window is None else self.window)
-        if not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity <= 1:
+        if not 0 <= self.sparsity <= 1:
             raise ValueError(
                 f"DuoAttention: expected sparsity between 0 (all heads retrieve) and 1 (all stream); got "
                 f"{self.sparsity!r}. The paper uses 0.5 with grouped KV heads and 0.75 without."

@@ -35,7 +35,7 @@ class StreamingLLM:
         """The plan for a model.
 
         Raises:
-            UnsupportedError: positions cannot be counted in the cache, or the cache is longer than its rotary type allows.
+            UnsupportedError: positions cannot be counted in the cache, or not as far as sinks + window.
         """
         require_full_attention("streaming_llm", facts)
         if facts.not_in_cache:

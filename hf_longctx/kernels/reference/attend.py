@@ -22,7 +22,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibili
     """The definition of `ops.attend_blocks`."""
     return torch.cat(
         [
-            attend_pages(q[:, :, rows], *take_columns((k, v), columns), logits, part, part_turns)
+            attend_pages(q[:, :, rows], take_columns(k, columns), take_columns(v, columns), logits, part, part_turns)
             for rows, columns, part, part_turns in blocks(q, k, see, turns)
         ],
         2,
@@ -52,8 +52,9 @@ def blocks(
         yield rows, columns, part, turns and replace(turns, sink_pos=turns.sink_pos[:, rows])
 
 
-def take_columns(tensors: tuple[Tensor, ...], columns: tuple[slice, ...]) -> list[Tensor]:
-    return [x[:, :, columns[0]] if len(columns) == 1 else torch.cat([x[:, :, c] for c in columns], 2) for x in tensors]
+def take_columns(x: Tensor, columns: tuple[slice, ...]) -> Tensor:
+    """Some ranges of the columns of `[B, H, S, D]`; a view if there is but one."""
+    return x[:, :, columns[0]] if len(columns) == 1 else torch.cat([x[:, :, c] for c in columns], 2)
 
 
 def positions(see: Visibility, tokens: int, stored: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -107,9 +108,7 @@ def _turned(x: Tensor, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, sink:
     if not sinks:
         return x
     far = rotate(q, turns.sink_pos - (q_pos - turns.lap * q_lap), inv_freq, turns.interleaved)
-    head = torch.where(
-        (k_pos[:, :sinks] < sink)[:, None, None], products(far, k[:, :, :sinks], work), x[..., :sinks]
-    )
+    head = torch.where((k_pos[:, :sinks] < sink)[:, None, None], products(far, k[:, :, :sinks], work), x[..., :sinks])
     return torch.cat((head, x[..., sinks:]), -1)
 
 

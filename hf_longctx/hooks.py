@@ -1,0 +1,166 @@
+"""What happens at every call of a patched decoder: a cache is handed out, and the call's context to the layers."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from .attention import text_positions
+from .cache.cache import Ledger, LongContextCache
+from .cache.step import Step
+from .context import NAME, Forward, Rotary, current, enter
+from .errors import UnsupportedError
+from .memory import check_room
+from .models import ModelFacts, takes_positions
+from .plan import Plan
+
+
+@dataclass(eq=False)
+class Patch:
+    """What `patch` did to one model, and what it knows since.
+
+    Attributes:
+        facts: of the model.
+        plan: in force.
+        stock: attention implementation that the model had.
+        rotary: how each layer rotates, when the plan needs it.
+        ledger: of the last cache handed out.
+    """
+
+    facts: ModelFacts
+    decoder: PreTrainedModel
+    stock: str
+    plan: Plan
+    rotary: tuple[Rotary, ...] = ()
+    ledger: Ledger = field(default_factory=Ledger)
+    hooks: list[Any] = field(default_factory=list)
+    cache: ReferenceType[LongContextCache] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": None}
+
+
+@dataclass(eq=False)
+class BeforeForward:
+    """Pre-hook of the decoder: hands out the cache, and the call's context to the layers."""
+
+    state: Patch
+
+    def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Bind the arguments by name, and put ours among them."""
+        state = self.state
+        if decoder.config._attn_implementation != NAME:
+            raise RuntimeError(
+                f"hf_longctx: expected attn_implementation='{NAME}' on a patched model; got "
+                f"'{decoder.config._attn_implementation}'. Call hf_longctx.unpatch(model) before you choose another."
+            )
+        if args:
+            names = list(inspect.signature(decoder.forward).parameters)
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if kwargs.get("hf_longctx") is not None:  # a probe brings its own
+            enter(kwargs["hf_longctx"])
+            return (), kwargs
+        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        mask = _padding(state, kwargs)
+        cache = _cache(state, decoder, kwargs)
+        rows, columns = tokens.shape[:2]
+        if cache is None:
+            step = Step.of(0, columns, tokens.device, None, mask)
+        else:
+            check_room(state.facts, state.plan, cache, rows, columns, decoder.dtype, tokens.device)
+            step = cache.begin(columns, rows, tokens.device, mask)
+            kwargs["past_key_values"] = cache
+        forward = Forward(state.facts, state.plan, step, cache, state.rotary)
+        _place(state, decoder, kwargs, forward, rows, columns)
+        kwargs["hf_longctx"] = forward
+        enter(forward)
+        return (), kwargs
+
+
+@dataclass(eq=False)
+class AfterForward:
+    """Hook of the decoder, called even if it fails: counts the call's tokens if it ran to its end."""
+
+    state: Patch
+
+    def __call__(self, decoder: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Commit the step."""
+        forward = current()
+        enter(None)
+        if forward is not None and forward.cache is not None and output is not None:
+            forward.cache.commit(forward.step)
+
+
+def _padding(state: Patch, kwargs: dict[str, Any]) -> Tensor | None:
+    """The 2-D padding mask of a call, or None; everything else is refused by name."""
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("output_attentions") or getattr(state.decoder.config, "output_attentions", False):
+        raise UnsupportedError(
+            "hf_longctx: expected output_attentions=False, because attention weights are never formed; got True. "
+            "Unpatch the model to look at them."
+        )
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        return mask
+    shown = f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
+    raise UnsupportedError(
+        f"hf_longctx: expected attention_mask as [B, T] (1 for real tokens) or None; got a {shown} mask. "
+        "Unpatch the model for masks of another form."
+    )
+
+
+def _cache(state: Patch, decoder: Any, kwargs: dict[str, Any]) -> LongContextCache | None:
+    """The call's cache: the one that was passed, a new one in place of an empty stock cache, or None."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, LongContextCache):
+        if cache.plan != state.plan:
+            raise TypeError(
+                f"hf_longctx: expected a cache of plan '{state.plan.method}', which is in force; got one made for plan "
+                f"'{cache.plan.method}'. Start a new cache after patching."
+            )
+        state.ledger, state.cache = cache.ledger, ref(cache)
+        return cache
+    if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length() > 0):
+        filled = isinstance(cache, Cache) and bool(cache.get_seq_length() > 0)
+        raise TypeError(
+            f"hf_longctx: expected no cache, an empty DynamicCache or a LongContextCache; got a "
+            f"{'filled ' if filled else ''}{type(cache).__name__}. Leave out past_key_values and cache_implementation: "
+            "a patched model makes its own cache."
+        )
+    use = kwargs.get("use_cache")
+    use = decoder.config.use_cache if use is None else use
+    if cache is None and (not use or (decoder.training and getattr(decoder, "gradient_checkpointing", False))):
+        return None
+    fresh = LongContextCache(state.plan)
+    if cache is not None and any(getattr(layer, "record_past", False) for layer in cache.layers):
+        fresh.activate_past_recording()  # type: ignore[no-untyped-call]
+    state.ledger, state.cache = fresh.ledger, ref(fresh)
+    return fresh
+
+
+def _place(state: Patch, decoder: Any, kwargs: dict[str, Any], forward: Forward, rows: int, columns: int) -> None:
+    """Give the model the positions at which it shall rotate, where the plan counts them in the cache."""
+    given = kwargs.get("position_ids")
+    if forward.cache is None and isinstance(given, Tensor) and given.ndim == 2 and columns > 1:
+        step = given[:, 1:] - given[:, :-1]
+        if kwargs.get("attention_mask") is None and bool((step != 1).any()):
+            raise UnsupportedError(
+                "hf_longctx: expected position_ids that count up by one; got packed sequences. Pass one text per row."
+            )
+    if not state.plan.in_cache or not takes_positions(decoder):
+        return
+    if isinstance(given, Tensor) and given.ndim == 3 and bool((given[-3:] != given[-3:-2]).any()):
+        raise UnsupportedError(
+            f"{state.plan.method}: expected text, whose position is one number; got position_ids {list(given.shape)} "
+            "of images or video. Unpatch the model for them."
+        )
+    pos = text_positions(forward).expand(rows, -1)
+    kwargs["position_ids"] = pos if not isinstance(given, Tensor) or given.ndim == 2 else pos.expand_as(given)
+    if forward.cache is None and kwargs.get("attention_mask") is None:
+        kwargs["attention_mask"] = torch.ones(rows, columns, dtype=torch.bool, device=pos.device)
