@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -88,15 +89,12 @@ def attention(
     if len(plan.groups) == 1:
         out = _attend_group(forward, layer, plan.groups[0], stores[0], query, key, value, logits)
         return out.transpose(1, 2).contiguous(), None
-    out = query.new_empty(*query.shape[:3], value.shape[-1])
-    parts = []
+    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
     for group, store in zip(plan.groups, stores, strict=True):
-        q_heads, kv_heads = _heads(forward, group, query.shape[1] // key.shape[1], query.device)
+        q_heads, kv_heads = _heads(group.kv_heads, query.shape[1] // key.shape[1], query.device)
         part = query[:, q_heads], key[:, kv_heads], value[:, kv_heads], logits.heads(q_heads)
-        parts.append((q_heads, _attend_group(forward, layer, group, store, *part)))
-    for q_heads, part_out in parts:
-        out = out.index_copy(1, q_heads, part_out)
-    return out.transpose(1, 2).contiguous(), None
+        out.index_copy_(2, q_heads, _attend_group(forward, layer, group, store, *part).transpose(1, 2))
+    return out, None
 
 
 def _attend_group(
@@ -156,15 +154,11 @@ def text_positions(forward: Forward) -> Tensor:
     return lap_position(forward.step.pos_in_text, forward.plan.sink, forward.plan.lap)
 
 
-def _heads(forward: Forward, group: HeadGroup, per_kv: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Query and KV heads of a group, as indices on the device."""
-    key = (group.kv_heads, device)
-    if key not in forward.memo:
-        kv = torch.tensor(group.kv_heads, device=device)
-        q = (kv[:, None] * per_kv + torch.arange(per_kv, device=device)).flatten()
-        forward.memo[key] = (q, kv)
-    heads: tuple[Tensor, Tensor] = forward.memo[key]
-    return heads
+@lru_cache(maxsize=4096)
+def _heads(kv_heads: tuple[int, ...], per_kv: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Query and KV heads of a group, as indices on the device; made once, as making them waits for the device."""
+    kv = torch.tensor(kv_heads, device=device)
+    return (kv[:, None] * per_kv + torch.arange(per_kv, device=device)).flatten(), kv
 
 
 _HARMLESS = frozenset(

@@ -43,8 +43,35 @@ class Patch:
     hooks: list[Any] = field(default_factory=list)
     cache: ReferenceType[LongContextCache] | None = None
 
+    def fresh_cache(self) -> LongContextCache:
+        """A new cache for the plan in force; the report speaks of it from now on."""
+        cache = LongContextCache(self.plan)
+        self.ledger, self.cache = cache.ledger, ref(cache)
+        return cache
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cache": None}
+
+
+@dataclass(eq=False)
+class PrepareCache:
+    """In place of the model's `_prepare_cache_for_generation`: `generate()` starts with our cache.
+
+    The pre-hook below would hand one out as well, but later than assisted decoding asks its cache to record.
+    """
+
+    model: PreTrainedModel
+    state: Patch
+
+    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Let the model prepare what it would, then replace a new stock cache."""
+        given = model_kwargs.get("past_key_values")
+        stock: Any = type(self.model)
+        stock._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)
+        if given is None and _replaceable(model_kwargs.get("past_key_values")):
+            cache = model_kwargs["past_key_values"] = self.state.fresh_cache()
+            if getattr(generation_config, "is_assistant", False):
+                cache.activate_past_recording()  # type: ignore[no-untyped-call]
 
 
 @dataclass(eq=False)
@@ -126,7 +153,7 @@ def _cache(state: Patch, decoder: Any, kwargs: dict[str, Any]) -> LongContextCac
             )
         state.ledger, state.cache = cache.ledger, ref(cache)
         return cache
-    if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length() > 0):
+    if cache is not None and not _replaceable(cache):
         filled = isinstance(cache, Cache) and bool(cache.get_seq_length() > 0)
         raise TypeError(
             f"hf_longctx: expected no cache, an empty DynamicCache or a LongContextCache; got a "
@@ -137,11 +164,12 @@ def _cache(state: Patch, decoder: Any, kwargs: dict[str, Any]) -> LongContextCac
     use = decoder.config.use_cache if use is None else use
     if cache is None and (not use or (decoder.training and getattr(decoder, "gradient_checkpointing", False))):
         return None
-    fresh = LongContextCache(state.plan)
-    if cache is not None and any(getattr(layer, "record_past", False) for layer in cache.layers):
-        fresh.activate_past_recording()  # type: ignore[no-untyped-call]
-    state.ledger, state.cache = fresh.ledger, ref(fresh)
-    return fresh
+    return state.fresh_cache()
+
+
+def _replaceable(cache: Any) -> bool:
+    """True for a stock cache that nobody has filled and that asks for nothing special."""
+    return type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
 
 
 def _place(state: Patch, decoder: Any, kwargs: dict[str, Any], forward: Forward, rows: int, columns: int) -> None:

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from . import adapters, attention
 from .cache.cache import Ledger, LongContextCache
 from .context import NAME, PATCHED, STOCK
-from .hooks import AfterForward, BeforeForward, Patch
+from .hooks import AfterForward, BeforeForward, Patch, PrepareCache
 from .methods import Method, make
 from .models import ADAPTED, ModelFacts, attention_modules, decoder_of, inspect_model
 from .plan import Plan
@@ -20,6 +20,7 @@ from .rotary import find_rotary
 
 M = TypeVar("M", bound=PreTrainedModel)
 _KEY = "_hf_longctx"
+_PREPARE = "_prepare_cache_for_generation"
 
 
 def state_of(model: nn.Module) -> Patch | None:
@@ -65,6 +66,8 @@ def patch(model: M, method: str | Method | Plan, **knobs: Any) -> M:
         _remove(state)
         raise
     base.__dict__[_KEY] = state
+    if hasattr(base, _PREPARE):
+        base.__dict__[_PREPARE] = PrepareCache(base, state)
     return model
 
 
@@ -73,6 +76,7 @@ def unpatch(model: M) -> M:
     _, base = decoder_of(model)
     state: Patch | None = base.__dict__.pop(_KEY, None)
     if state is not None:
+        base.__dict__.pop(_PREPARE, None)
         _remove(state)
     return model
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .dispatch import Implementation
 from .ops import Logits, Turns, Visibility
-from .reference.attend import blocks, positions, take_columns, visible
+from .reference.attend import blocks, empty_out, join, positions, take_columns, visible
 
 
 def reject(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> str | None:
@@ -27,13 +26,11 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibili
     if see.aligned and unbounded and stored == tokens:
         grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, scale=logits.scale, enable_gqa=grouped)
-    return torch.cat(
-        [
-            attend_pages(q[:, :, rows], take_columns(k, columns), take_columns(v, columns), logits, part, None)
-            for rows, columns, part, _ in blocks(q, k, see, None)
-        ],
-        2,
+    parts = (
+        (rows, attend_pages(q[:, :, rows], take_columns(k, cols), take_columns(v, cols), logits, part, None))
+        for rows, cols, part, _ in blocks(q, k, see, None)
     )
+    return join(parts, empty_out(q, v))
 
 
 def attend_pages(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> Tensor:

@@ -56,6 +56,10 @@ class Turns:
     inv_freq: Tensor | None = None
     interleaved: bool = False
 
+    def laps(self, pos: Tensor) -> Tensor:
+        """Whole laps before a position, same shape."""
+        return (pos - self.offset).clamp(min=0) // self.lap
+
 
 @dataclass(frozen=True)
 class Visibility:

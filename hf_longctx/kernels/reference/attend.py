@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,19 +14,38 @@ from .rotate import rotate
 if TYPE_CHECKING:
     from ..ops import Logits, Turns, Visibility
 
-LOGITS_PER_BLOCK = 1 << 23
-"""Logits that one block of queries may hold at a time: 32 MiB in float32."""
+LOGITS_PER_BLOCK = 1 << 22
+"""Logits that one block of queries may hold at a time: 16 MiB in float32."""
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> Tensor:
     """The definition of `ops.attend_blocks`."""
-    return torch.cat(
-        [
-            attend_pages(q[:, :, rows], take_columns(k, columns), take_columns(v, columns), logits, part, part_turns)
-            for rows, columns, part, part_turns in blocks(q, k, see, turns)
-        ],
-        2,
+    parts = (
+        (
+            rows,
+            _attend_block(q[:, :, rows], take_columns(k, cols), take_columns(v, cols), logits, part, part_turns),
+        )
+        for rows, cols, part, part_turns in blocks(q, k, see, turns)
     )
+    return join(parts, empty_out(q, v))
+
+
+def empty_out(q: Tensor, v: Tensor) -> Tensor:
+    """`[B, Hq, T, Dv]`, laid out as `[B, T, Hq, Dv]`, in which transformers wants it."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+
+
+def join(parts: Iterable[tuple[slice, Tensor]], out: Tensor) -> Tensor:
+    """Put blocks of queries into `out` `[B, Hq, T, Dv]`; a new tensor where gradients are wanted.
+
+    `out` exists before the first block: results kept between the blocks' large temporaries would keep the allocator
+    from using the same memory again.
+    """
+    if torch.is_grad_enabled():
+        return torch.cat([part for _, part in parts], 2)
+    for rows, part in parts:
+        out[:, :, rows] = part
+    return out
 
 
 def blocks(
@@ -74,42 +93,69 @@ def visible(see: Visibility, q_pos: Tensor, k_pos: Tensor) -> Tensor:
 
 
 def attend_pages(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> Tensor:
-    """The definition of `ops.attend_pages`: one softmax over all key columns."""
-    work = torch.promote_types(q.dtype, torch.float32)
+    """The definition of `ops.attend_pages`: queries are turned to the keys, which stay as they are."""
     q_pos, k_pos = positions(see, q.shape[2], k.shape[2], q.device)
-    x = products(q, k, work)
+    x = products(q, k, logits)
     if turns is not None and turns.inv_freq is not None:
-        x = _turned(x, q, k, q_pos, k_pos, see.sink, turns)
-    x = x * logits.scale
+        before = _turn(q, torch.full_like(q_pos, turns.lap), turns)
+        earlier = turns.laps(q_pos)[:, :, None] > turns.laps(k_pos)[:, None, :]
+        x = torch.where(earlier[:, None], products(before, k, logits), x)
+    return _weigh(x, q, k, v, logits, see, turns, q_pos, k_pos)
+
+
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> Tensor:
+    """The same for a block of many queries: queries and keys are turned to the lap of the block's first query."""
+    q_pos, k_pos = positions(see, q.shape[2], k.shape[2], q.device)
+    if turns is None or turns.inv_freq is None:
+        x = products(q, k, logits)
+    else:
+        base = turns.laps(q_pos[:, :1])
+        x = products(
+            _turn(q, (turns.laps(q_pos) - base) * turns.lap, turns),
+            _turn(k, (turns.laps(k_pos) - base) * turns.lap, turns),
+            logits,
+        )
+    return _weigh(x, q, k, v, logits, see, turns, q_pos, k_pos)
+
+
+def products(q: Tensor, k: Tensor, logits: Logits) -> Tensor:
+    """Scaled query-key products, the G query heads of a KV head side by side: `[B, Hq, T, S]`, float32 or better."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    grouped = (q.to(work) * logits.scale).reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    return (grouped @ k.to(work).transpose(2, 3)).view(*q.shape[:3], k.shape[2])
+
+
+def _turn(x: Tensor, delta: Tensor, turns: Turns) -> Tensor:
+    assert turns.inv_freq is not None
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # one rounding less
+    return rotate(x, delta, turns.inv_freq, turns.interleaved)
+
+
+def _weigh(
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    q_pos: Tensor,
+    k_pos: Tensor,
+) -> Tensor:
+    """From products to attention: sinks, softcap, bias, one softmax over what is visible, values."""
+    sinks = min(see.sink, k.shape[2])
+    if turns is not None and turns.inv_freq is not None and sinks:
+        far = _turn(q, turns.sink_pos - (q_pos - turns.lap * turns.laps(q_pos)), turns)
+        is_sink = (k_pos[:, :sinks] < see.sink)[:, None, None]
+        x[..., :sinks] = torch.where(is_sink, products(far, k[:, :, :sinks], logits), x[..., :sinks])
     if logits.softcap is not None:
         x = logits.softcap * torch.tanh(x / logits.softcap)
     if logits.slopes is not None:
         x = x + logits.slopes.to(x)[None, :, None, None] * _distance(q_pos, k_pos, see.sink, turns).to(x)[:, None]
-    x = x.masked_fill(~visible(see, q_pos, k_pos)[:, None], float("-inf"))
-    weights = _softmax(x, logits.sink_logits).reshape(k.shape[0], k.shape[1], -1, k.shape[2])
-    return (weights @ v.to(work)).view(*q.shape[:3], v.shape[-1]).to(q.dtype)
-
-
-def products(q: Tensor, k: Tensor, work: torch.dtype) -> Tensor:
-    """Query-key products, the G query heads of a KV head side by side: `[B, Hq, T, S]`."""
-    grouped = q.to(work).reshape(q.shape[0], k.shape[1], -1, q.shape[3]) @ k.to(work).transpose(2, 3)
-    return grouped.view(*q.shape[:3], k.shape[2])
-
-
-def _turned(x: Tensor, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, sink: int, turns: Turns) -> Tensor:
-    """Replace the products whose key stands at another lap or is a sink."""
-    work, inv_freq = x.dtype, turns.inv_freq
-    assert inv_freq is not None
-    q = q.to(work)  # turned in float32: one rounding less
-    q_lap, k_lap = ((pos - turns.offset).clamp(min=0) // turns.lap for pos in (q_pos, k_pos))
-    before = rotate(q, torch.full_like(q_pos, turns.lap), inv_freq, turns.interleaved)
-    x = torch.where((q_lap[:, :, None] > k_lap[:, None, :])[:, None], products(before, k, work), x)
-    sinks = min(sink, k.shape[2])
-    if not sinks:
-        return x
-    far = rotate(q, turns.sink_pos - (q_pos - turns.lap * q_lap), inv_freq, turns.interleaved)
-    head = torch.where((k_pos[:, :sinks] < sink)[:, None, None], products(far, k[:, :, :sinks], work), x[..., :sinks])
-    return torch.cat((head, x[..., sinks:]), -1)
+    x = x.masked_fill_(~visible(see, q_pos, k_pos)[:, None], float("-inf"))
+    weights, total = _softmax(x, logits.sink_logits)
+    out = weights.view(k.shape[0], k.shape[1], -1, k.shape[2]) @ v.to(x.dtype)
+    return (out.view(*q.shape[:3], v.shape[-1]) / total).to(q.dtype)
 
 
 def _distance(q_pos: Tensor, k_pos: Tensor, sink: int, turns: Turns | None) -> Tensor:
@@ -120,15 +166,15 @@ def _distance(q_pos: Tensor, k_pos: Tensor, sink: int, turns: Turns | None) -> T
     return torch.where((k_pos < sink)[:, None, :], k_pos[:, None, :] - turns.sink_pos[:, :, None], near)
 
 
-def _softmax(x: Tensor, sink_logits: Tensor | None) -> Tensor:
-    """Softmax over the last axis; zeros where all is -inf; a sink logit takes its share and has no value."""
-    top = x.amax(-1, keepdim=True)
-    if sink_logits is not None:
-        sinks = sink_logits.to(x)[None, :, None, None]
-        top = torch.maximum(top, sinks)
-    top = top.masked_fill(top == float("-inf"), 0.0).detach()
-    weights = torch.exp(x - top)
+def _softmax(x: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights over the last axis before division, and what to divide by; a sink logit has a share and no value."""
+    top = x.detach().amax(-1, keepdim=True)
+    sinks = None if sink_logits is None else sink_logits.to(x)[None, :, None, None]
+    if sinks is not None:
+        top = torch.maximum(top, sinks.detach())
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    weights = x.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
-    if sink_logits is not None:
+    if sinks is not None:
         total = total + torch.exp(sinks - top)
-    return weights / total.masked_fill(total == 0, 1.0)
+    return weights, total.masked_fill(total == 0, 1.0)
