@@ -19,7 +19,7 @@ from .context import PATCHED, Forward, current, stock_name
 from .errors import UnsupportedError
 from .kernels import ops
 from .models import WANTS_MASK
-from .plan import HeadGroup
+from .plan import HeadGroup, Retention
 
 
 def mask(**kwargs: Any) -> Tensor | None:
@@ -115,13 +115,21 @@ def _attend_group(
     retention = group.policy.retention
     window = retention.reach(step.tokens)
     see = ops.Visibility(retention.sink, window, None if view.k_pos is None else step.pos, view.k_pos)
-    floor = None if forward.cache is None else forward.cache.floors.get(retention)
+    floor = _floor(forward, retention, stored, q.device)
     if floor is not None:
-        see = _above(see, floor.to(q.device), view, step)
+        see = _above(see, floor, view, step)
     turns = _turns(forward, layer, group, step, floor)
     few = step.tokens == 1 and step.columns > 0
     out = (ops.attend_pages if few else ops.attend_blocks)(q, view.k, view.v, logits, see, turns)
     return out if step.restore is None else ops.take_tokens(out, step.restore)
+
+
+def _floor(forward: Forward, retention: Retention, stored: Any, device: torch.device) -> Tensor | None:
+    """`[B or 1, 1]`, the oldest position outside the sinks that was neither evicted by hand nor lost; None: all there."""
+    evicted = None if forward.cache is None else forward.cache.floors.get(retention)
+    lost = None if stored is None else stored[1].floor
+    both = [floor.to(device) for floor in (evicted, lost) if floor is not None]
+    return torch.maximum(both[0], both[-1]) if both else None
 
 
 def _above(see: ops.Visibility, floor: Tensor, view: View, step: Step) -> ops.Visibility:
@@ -165,7 +173,9 @@ _HARMLESS = frozenset(
     {
         "position_ids",
         "use_cache",
+        "output_hidden_states",
         "output_router_logits",
+        "cache_position",
         "position_embeddings",
         "num_items_in_batch",
         "logits_to_keep",

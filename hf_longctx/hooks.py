@@ -20,6 +20,7 @@ from .errors import UnsupportedError
 from .memory import check_room
 from .models import ModelFacts, takes_positions
 from .plan import Plan
+from .rotary import find_rotary
 
 
 @dataclass(eq=False)
@@ -31,6 +32,7 @@ class Patch:
         plan: in force.
         stock: attention implementation that the model had.
         rotary: how each layer rotates, when the plan needs it.
+        rotary_dtype: the model's type when that was found; to cast a model rounds its frequencies.
         ledger: of the last cache handed out.
     """
 
@@ -39,9 +41,16 @@ class Patch:
     stock: str
     plan: Plan
     rotary: tuple[Rotary, ...] = ()
+    rotary_dtype: torch.dtype | None = None
     ledger: Ledger = field(default_factory=Ledger)
     hooks: list[Any] = field(default_factory=list)
     cache: ReferenceType[LongContextCache] | None = None
+
+    def find_rotary(self, plan: Plan) -> None:
+        """Look how the model rotates, unless the plan needs no knowledge of it or it is known."""
+        if plan.in_cache and self.rotary_dtype != self.decoder.dtype:
+            self.rotary = find_rotary(self.decoder, self.facts, plan)
+            self.rotary_dtype = self.decoder.dtype
 
     def fresh_cache(self) -> LongContextCache:
         """A new cache for the plan in force; the report speaks of it from now on."""
@@ -94,10 +103,14 @@ class BeforeForward:
         if kwargs.get("hf_longctx") is not None:  # a probe brings its own
             enter(kwargs["hf_longctx"])
             return (), kwargs
-        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            return (), kwargs  # the model says it best
+        state.find_rotary(state.plan)
         mask = _padding(state, kwargs)
         cache = _cache(state, decoder, kwargs)
         rows, columns = tokens.shape[:2]
+        _check_places(state, kwargs, cache, columns)
         if cache is None:
             step = Step.of(0, columns, tokens.device, None, mask)
         else:
@@ -172,23 +185,32 @@ def _replaceable(cache: Any) -> bool:
     return type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
 
 
-def _place(state: Patch, decoder: Any, kwargs: dict[str, Any], forward: Forward, rows: int, columns: int) -> None:
-    """Give the model the positions at which it shall rotate, where the plan counts them in the cache."""
-    given = kwargs.get("position_ids")
-    if forward.cache is None and isinstance(given, Tensor) and given.ndim == 2 and columns > 1:
-        step = given[:, 1:] - given[:, :-1]
-        if kwargs.get("attention_mask") is None and bool((step != 1).any()):
+def _check_places(state: Patch, kwargs: dict[str, Any], cache: LongContextCache | None, columns: int) -> None:
+    """Refuse positions that would be lost: of packed texts, and of images where positions are counted in the cache."""
+    given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if not isinstance(given, Tensor) or columns == 1:
+        return
+    if given.ndim == 2 and (state.plan.in_cache or (mask is None and cache is None)):
+        jumps = given[:, 1:] - given[:, :-1] != 1
+        if mask is not None and mask.shape[1] >= columns:
+            real = mask[:, -columns:].bool()
+            jumps = jumps & real[:, 1:] & real[:, :-1]
+        if bool(jumps.any()):
             raise UnsupportedError(
                 "hf_longctx: expected position_ids that count up by one; got packed sequences. Pass one text per row."
             )
-    if not state.plan.in_cache or not takes_positions(decoder):
-        return
-    if isinstance(given, Tensor) and given.ndim == 3 and bool((given[-3:] != given[-3:-2]).any()):
+    if given.ndim == 3 and state.plan.in_cache and bool((given[-3:] != given[-3:-2]).any()):
         raise UnsupportedError(
             f"{state.plan.method}: expected text, whose position is one number; got position_ids {list(given.shape)} "
             "of images or video. Unpatch the model for them."
         )
-    pos = text_positions(forward).expand(rows, -1)
+
+
+def _place(state: Patch, decoder: Any, kwargs: dict[str, Any], forward: Forward, rows: int, columns: int) -> None:
+    """Give the model the positions at which it shall rotate, where the plan counts them in the cache."""
+    if not state.plan.in_cache or not takes_positions(decoder):
+        return
+    given, pos = kwargs.get("position_ids"), text_positions(forward).expand(rows, -1)
     kwargs["position_ids"] = pos if not isinstance(given, Tensor) or given.ndim == 2 else pos.expand_as(given)
     if forward.cache is None and kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = torch.ones(rows, columns, dtype=torch.bool, device=pos.device)

@@ -141,10 +141,10 @@ def _refusal_of_modules(decoder: PreTrainedModel, family: str) -> str | None:
         return "has no attention layers with a cache"
     if family in ADAPTED:
         return None
-    if not all(getattr(module, "is_causal", False) for module in modules):
-        return "has attention that is not causal"
     if not decoder._can_set_attn_implementation():
         return "does not let its attention function be chosen, and has no adapter here"
+    if not all(getattr(module, "is_causal", False) for module in modules):
+        return "has attention that is not causal"
     return None
 
 

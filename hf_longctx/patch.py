@@ -16,7 +16,6 @@ from .hooks import AfterForward, BeforeForward, Patch, PrepareCache
 from .methods import Method, make
 from .models import ADAPTED, ModelFacts, attention_modules, decoder_of, inspect_model
 from .plan import Plan
-from .rotary import find_rotary
 
 M = TypeVar("M", bound=PreTrainedModel)
 _KEY = "_hf_longctx"
@@ -55,13 +54,13 @@ def patch(model: M, method: str | Method | Plan, **knobs: Any) -> M:
     check_plan(plan, facts)
     state: Patch | None = base.__dict__.get(_KEY)
     if state is not None:
-        state.rotary = state.rotary or (find_rotary(decoder, facts, plan) if plan.in_cache else ())
+        state.find_rotary(plan)
         state.plan, state.cache, state.ledger = plan, None, Ledger()
         return model
     state = Patch(facts, decoder, _stock(decoder.config), plan)
     try:
         _install(state)
-        state.rotary = find_rotary(decoder, facts, plan) if plan.in_cache else ()
+        state.find_rotary(plan)
     except BaseException:
         _remove(state)
         raise

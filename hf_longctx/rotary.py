@@ -24,7 +24,7 @@ def find_rotary(decoder: PreTrainedModel, facts: ModelFacts, plan: Plan) -> tupl
     """
     shift = 7
     weight: Any = decoder.get_input_embeddings().weight
-    device = weight.device
+    device = torch.device("cpu") if weight.is_meta else weight.device  # offloaded: its hooks move what comes in
     pos = torch.arange(3, device=device)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     step = Step.of(0, 3, device, None, None)

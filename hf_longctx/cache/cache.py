@@ -20,6 +20,7 @@ class Ledger:
     Attributes:
         columns: columns of the batch so far, padding included.
         lengths: `[B]`, int64, real tokens of each row, or None while all rows are alike.
+        tail: `[B]`, int64, real tokens of each row since its last padding, or None while there is none.
         kv_bytes: bytes of the stores after the last call.
         stored: most tokens that any row holds in any store.
     """
@@ -28,6 +29,7 @@ class Ledger:
         self.columns = 0
         self.rows = 0
         self.lengths: Tensor | None = None
+        self.tail: Tensor | None = None
         self.kv_bytes = 0
         self.stored = 0
 
@@ -136,6 +138,7 @@ class LongContextCache(Cache):
 
     def commit(self, step: Step) -> None:
         """Count the tokens of a call that ran to its end."""
+        self.ledger.tail = step.tail_after(self.ledger.tail)
         self.ledger.columns += step.tokens
         self.ledger.lengths = step.lengths_after if step.ragged else None
         self.ledger.kv_bytes = self.kv_bytes
@@ -196,20 +199,23 @@ class LongContextCache(Cache):
                 f"{tokens_to_remove}. Pass minus the number of tokens to take back."
             )
         lengths = self.ledger.lengths
-        if lengths is not None and remove and int(lengths.min()) < remove:
+        tail = self.ledger.tail
+        if tail is not None and remove and int(tail.min()) < remove:
             raise ValueError(
-                f"crop: expected at most {int(lengths.min())} tokens, the length of the shortest row; got {remove}. "
+                f"crop: expected at most {int(tail.min())} tokens, as before these a row has padding; got {remove}. "
                 "Crop less, or start a new cache."
             )
         super().crop(tokens_to_remove)
         self.ledger.columns -= remove
         self.ledger.lengths = None if lengths is None else lengths - remove
+        self.ledger.tail = None if tail is None else tail - remove
 
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
         super().reset()  # type: ignore[no-untyped-call]
         ledger = self.ledger
-        ledger.columns, ledger.rows, ledger.lengths, ledger.kv_bytes, ledger.stored = 0, 0, None, 0, 0
+        ledger.columns, ledger.rows, ledger.kv_bytes, ledger.stored = 0, 0, 0, 0
+        ledger.lengths = ledger.tail = None
         self.floors.clear()
         self.pending = None
 
@@ -230,6 +236,8 @@ class LongContextCache(Cache):
             layer.map_rows(pick)
         if self.ledger.lengths is not None:
             self.ledger.lengths = self.ledger.lengths[pick.to(self.ledger.lengths.device)]
+        if self.ledger.tail is not None:
+            self.ledger.tail = self.ledger.tail[pick.to(self.ledger.tail.device)]
         for retention, floor in self.floors.items():
             self.floors[retention] = floor if floor.shape[0] == 1 else floor[pick.to(floor.device)]
         if self.ledger.columns:

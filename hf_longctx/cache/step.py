@@ -77,6 +77,18 @@ class Step:
         """`[B or 1]`, int64, real tokens of each row after this call."""
         return self.lengths + (self.tokens if self.real is None else self.real.sum(1))
 
+    def tail_after(self, tail: Tensor | None) -> Tensor | None:
+        """`[B]`, int64, real tokens of each row since its last padding after this call; None if there never was any.
+
+        Args:
+            tail: the same before this call.
+        """
+        if self.real is None:
+            return None if tail is None else tail + self.tokens
+        run = self.real.long().flip(1).cumprod(1).sum(1)
+        before = self.columns if tail is None else tail.to(run.device)
+        return torch.where(run == self.tokens, run + before, run)
+
     @cached_property
     def order(self) -> Tensor | None:
         """`[B, T]`, int64, the call's columns with each row's real tokens first; None if they are."""

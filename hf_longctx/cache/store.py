@@ -19,6 +19,9 @@ from .step import Step
 PAGE = 64
 """Tokens by which a store grows at least; a page of one row and KV head is contiguous."""
 
+GROWTH = 32
+"""A full store grows by one part in so many: the room that it holds for tokens to come stays below 4 % of its bytes."""
+
 ROLLBACK = 128
 """Tokens beyond the window that stay while `crop` may take tokens back (assisted decoding)."""
 
@@ -44,12 +47,15 @@ class Store:
     Attributes:
         retention: what stays.
         k, v: `[B, Hkv, capacity, D]`, or None before the first token.
+        floor: `[B or 1, 1]`, int64, oldest position outside the sinks that a window grown wider again still finds; None
+            as long as it never grew.
     """
 
     def __init__(self, retention: Retention) -> None:
         self.retention = retention
         self.k: Tensor | None = None
         self.v: Tensor | None = None
+        self.floor: Tensor | None = None
         self._ring: int | None = retention.window  # tokens that go round; None: nothing is ever overwritten
         self._lost = 0  # columns before this one were overwritten, sinks aside
         self._rollback = 0
@@ -107,6 +113,8 @@ class Store:
         if self.k is not None and self.v is not None:
             self.k = self.k.index_select(0, pick.to(self.k.device))
             self.v = self.v.index_select(0, pick.to(self.v.device))
+        if self.floor is not None and self.floor.shape[0] > 1:
+            self.floor = self.floor.index_select(0, pick.to(self.floor.device))
 
     # which token is where -----------------------------------------------------------------------------------------
 
@@ -131,6 +139,8 @@ class Store:
         if size == self._ring:
             return
         old, self._ring = self._ring, size
+        if reach is not None and old is not None and old < reach and step.columns:
+            self.floor = step.lengths[:, None] - old
         if self.k is None or self.v is None or old is None or size is None:
             return
         sink, slots = self.retention.sink, min(step.columns, self.retention.sink + size)
@@ -208,7 +218,7 @@ class Store:
         have = 0 if self.k is None else self.k.shape[2]
         if tokens <= have:
             return
-        size = -(-max(tokens, have + have // 8) // PAGE) * PAGE
+        size = -(-max(tokens, have + have // GROWTH) // PAGE) * PAGE
         size = size if self.limit is None else min(size, self.limit)
         self.k, self.v = _grown(self.k, k, size), _grown(self.v, v, size)
 

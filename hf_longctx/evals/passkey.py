@@ -1,4 +1,4 @@
-"""A number hidden in a long text: the smallest task that shows whether a method still sees the middle of its context."""
+"""A number hidden in a long text: the smallest task that shows whether a method still sees all of its context."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def build(tokenizer: Any, text: str, length: int, depth: float = 0.5, seed: int 
     room = length - len(head) - len(needle) - len(question)
     if room < 1:
         raise ValueError(
-            f"passkey: expected a length of at least {length - room + 1} tokens, so that some text fits around the needle;"
-            f" got {length}."
+            f"passkey: expected a length of at least {length - room + 1} tokens, so that some text fits around the "
+            f"needle; got {length}."
         )
     hay = token_ids(tokenizer, text)
     start = draw.randrange(len(hay))

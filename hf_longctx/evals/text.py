@@ -78,7 +78,9 @@ def stream_ids(tokenizer: Any, text: str, tokens: int | None = None) -> torch.Te
     """
     ids = opening_ids(tokenizer) + token_ids(tokenizer, text)
     if tokens is not None and tokens > len(ids):
-        raise ValueError(f"text: expected at least {tokens:,} tokens; got {len(ids):,}. Pass a longer text or fewer tokens.")
+        raise ValueError(
+            f"text: expected at least {tokens:,} tokens; got {len(ids):,}. Pass a longer text or fewer tokens."
+        )
     ids = ids[:tokens]
     if len(ids) < 2:
         raise ValueError(f"text: expected at least 2 tokens; got {len(ids)}. Pass a longer text or more tokens.")

@@ -19,9 +19,7 @@ from .pattern import DEFAULT_SINK, DEFAULT_WINDOW, HeadPattern, check_size, mess
 
 GATES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
-_TOLERANCE = (
-    0.05  # published gates dip to -0.0014, a last step without a clamp; more than this is another kind of file
-)
+_TOLERANCE = 0.05  # published gates dip to -0.0014, a last step without a clamp; more than this is another kind of file
 
 Gates = Sequence[Sequence[float]]
 
@@ -199,9 +197,7 @@ def _clip_all(rows: list[list[float]], where: str, unit: str, first: int) -> tup
         for column, gate in enumerate(row, start=first):
             here = f"{where}, {unit} {number}, {'column' if unit == 'line' else 'head'} {column}"
             if not math.isfinite(gate):
-                raise ValueError(
-                    message(here, "a finite gate", repr(gate), "Its training diverged; take another file")
-                )
+                raise ValueError(message(here, "a finite gate", repr(gate), "Its training diverged; take another file"))
             if not -_TOLERANCE <= gate <= 1.0 + _TOLERANCE:
                 advice = "Gates are no logits or scores; rescale them"
                 raise ValueError(message(here, f"a gate in [0, 1] (up to {_TOLERANCE} beyond)", repr(gate), advice))

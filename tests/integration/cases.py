@@ -7,7 +7,7 @@ tokens and scaled rotary types an original length of 32, so that 60 tokens cross
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import transformers as hf
@@ -29,12 +29,14 @@ _SIZES: Mapping[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+_NO_GROUPS = ("num_key_value_heads",)
 _MOE: Mapping[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
-def _model(cls: str, config: str, /, **facts: Any) -> Callable[[], hf.PreTrainedModel]:
-    """Return a builder; a fact that is None in `_SIZES`' place is passed on as None."""
-    return lambda: getattr(hf, cls)(getattr(hf, config)(**{**_SIZES, **facts}))
+def _model(cls: str, config: str, /, *, drop: Sequence[str] = (), **facts: Any) -> Callable[[], hf.PreTrainedModel]:
+    """Return a builder; `drop` names sizes that the family does not know, which its configuration would just keep."""
+    sizes = {key: value for key, value in _SIZES.items() if key not in drop}
+    return lambda: getattr(hf, cls)(getattr(hf, config)(**{**sizes, **facts}))
 
 
 def _llama(**facts: Any) -> Callable[[], hf.PreTrainedModel]:
@@ -47,10 +49,8 @@ def _rope(kind: str, **facts: Any) -> dict[str, Any]:
 
 
 def _falcon(**facts: Any) -> Callable[[], hf.PreTrainedModel]:
-    """Falcon knows neither `intermediate_size` nor `num_key_value_heads`."""
-    drop = ("intermediate_size", "num_key_value_heads")
-    sizes = {key: value for key, value in _SIZES.items() if key not in drop}
-    return lambda: hf.FalconForCausalLM(hf.FalconConfig(**{**sizes, "ffn_hidden_size": 96, **facts}))
+    drop = ("intermediate_size", *_NO_GROUPS)
+    return _model("FalconForCausalLM", "FalconConfig", drop=drop, ffn_hidden_size=96, **facts)
 
 
 def _vision_language(name: str, vision: dict[str, Any], **text: Any) -> Callable[[], hf.PreTrainedModel]:
@@ -136,7 +136,7 @@ FAMILIES: tuple[Case, ...] = (
     ),
     Case(
         "gpt_neox",
-        _model("GPTNeoXForCausalLM", "GPTNeoXConfig", **_rope("default", partial_rotary_factor=0.25)),
+        _model("GPTNeoXForCausalLM", "GPTNeoXConfig", drop=_NO_GROUPS, **_rope("default", partial_rotary_factor=0.25)),
         kv_heads=4,
         groups=1,
         rotary=0.25,
@@ -222,12 +222,12 @@ _T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "
 LEARNED_POSITIONS: tuple[Case, ...] = (
     Case(
         "gpt2",
-        _model("GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=2, n_head=4, n_positions=256),
+        _model("GPT2LMHeadModel", "GPT2Config", drop=_NO_GROUPS, n_embd=64, n_layer=2, n_head=4, n_positions=256),
         **_LEARNED,
     ),
     Case(
         "opt",
-        _model("OPTForCausalLM", "OPTConfig", ffn_dim=96, word_embed_proj_dim=64),
+        _model("OPTForCausalLM", "OPTConfig", drop=_NO_GROUPS, ffn_dim=96, word_embed_proj_dim=64),
         **_LEARNED,
     ),
 )

@@ -1,0 +1,40 @@
+"""The claims of `hf-longctx demo`, on the real model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hf_longctx import demo
+from hf_longctx.evals import passkey, text
+
+pytestmark = pytest.mark.network
+
+
+@pytest.fixture(scope="module")
+def outcomes(smollm2: tuple[Any, Any]) -> dict[str, demo.Outcome]:
+    model, tokenizer = smollm2
+    trial = passkey.build(tokenizer, text.shipped(), 1024, 0.3, seed=5)
+    assert trial.distance > 508
+    knobs: dict[str, dict[str, Any]] = {"streaming_llm": {"sinks": 4, "window": 252}}
+    names, left_out = demo.choose(model, None, knobs)
+    assert left_out == []
+    quiet = Console(quiet=True)
+    return {name: demo.ask(model, tokenizer, trial, name, knobs.get(name, {}), 8, quiet) for name in names}
+
+
+def test_dense_and_retrieval_heads_find_what_a_window_cannot_see(outcomes: dict[str, demo.Outcome]) -> None:
+    assert {name: outcome.right for name, outcome in outcomes.items()} == {
+        "dense": True,
+        "streaming_llm": False,
+        "duo_attention": True,
+    }
+
+
+def test_the_bytes_are_those_of_what_is_kept(outcomes: dict[str, demo.Outcome]) -> None:
+    per_token = 2 * 30 * 3 * 64 * 4
+    assert outcomes["dense"].dense_kv_bytes == per_token * 1031  # the last token is never fed back
+    assert outcomes["streaming_llm"].kv_bytes == per_token * 256
+    assert outcomes["streaming_llm"].kv_bytes < outcomes["duo_attention"].kv_bytes < outcomes["dense"].kv_bytes

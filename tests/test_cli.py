@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_longctx
+from hf_longctx import cli
+
+from .evals import tiny_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder.save(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hf-longctx", *args])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+    return call
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ((), ("doctor", "demo", "eval")),
+        (("doctor",), ("--json",)),
+        (("demo",), ("--length", "--sparsity", "SmolLM2-135M-Instruct")),
+        (("eval",), ("ppl",)),
+        (("eval", "ppl"), ("--dense-tokens", "--resume")),
+    ],
+)
+def test_help_names_the_options(run, command: tuple[str, ...], words: tuple[str, ...]) -> None:
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    assert [word for word in words if word not in out] == []
+
+
+def test_version(run) -> None:
+    assert run("--version") == (0, f"hf_longctx {hf_longctx.__version__}\n", "")
+
+
+def test_doctor_prints_the_reason_of_every_no(run) -> None:
+    code, out, _ = run("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["devices"][0]["memory_bytes"] > 0
+    assert {row["op"] for row in found["operations"] if row["available"]} == {row["op"] for row in found["operations"]}
+    assert all(row["reason"] for row in found["operations"] if not row["available"])
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert all(row["reason"][:30] in out for row in found["operations"] if not row["available"])
+
+
+def test_demo_runs_every_method_that_the_model_supports_and_says_which_it_leaves_out(run, folder: Path) -> None:
+    code, out, err = run("demo", "-m", str(folder), "--length", "400", "--window", "60", "--new-tokens", "3")
+    assert code == 0, err
+    table = {line.split()[0]: line for line in out.splitlines() if "MiB" in line}
+    assert set(table) == {"dense", "streaming_llm"}
+    assert "duo_attention is left out" in out
+    held = {name: float(line.split(" MiB")[0].split()[-1]) for name, line in table.items()}
+    assert held["streaming_llm"] < held["dense"]
+
+
+def test_demo_takes_a_pattern(run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "full_attention_heads.tsv").write_text("0.1\t0.9\n0.8\t0.2\n")
+    args = ("--methods", "duo_attention", "--pattern", str(tmp_path), "--length", "300", "--new-tokens", "2")
+    code, out, err = run("demo", "-m", str(folder), *args)
+    assert code == 0, err
+    assert "MiB" in out
+
+
+def test_eval_ppl_writes_numbers_and_a_plot(run, folder: Path, tmp_path: Path) -> None:
+    sizes = ("--tokens", "300", "--window", "60", "--chunk", "32", "--block", "96", "--dense-tokens", "200")
+    code, out, err = run("eval", "ppl", "-m", str(folder), *sizes, "-o", str(tmp_path / "o"))
+    assert code == 0, err
+    stored = json.loads((tmp_path / "o" / "ppl.json").read_text())
+    last = {row["method"]: row["stop"] for row in stored["rows"]}
+    assert last == {"dense": 200, "window": 300, "streaming_llm": 300}
+    assert stored["meta"]["settings"]["model"] == folder.name
+    assert str(folder.parent) not in json.dumps(stored)
+    assert (tmp_path / "o" / "ppl.png").stat().st_size > 5_000
+    assert "KV held at the end" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("demo", "--methods", "streming_llm"), "Did you mean 'streaming_llm'?"),
+        (("demo", "--sinks", "-1", "--methods", "streaming_llm"), "-1"),
+        (("demo", "--length", "20"), "length of at least"),
+        (("demo", "--depth", "2"), "depth from 0 to 1"),
+        (("demo", "--text", "nowhere.txt"), "nowhere.txt, which does not exist"),
+        (("demo", "--methods", "duo_attention", "--pattern", "Nonesuch"), "Nonesuch"),
+        (("eval", "ppl", "--tokens", "10000000"), "Pass a longer text or fewer tokens"),
+        (("eval", "ppl", "--block", "100"), "multiple of the chunk"),
+        (("eval", "ppl", "--device", "cuda:77"), "cuda:77"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(
+    run, folder: Path, tmp_path: Path, args: tuple[str, ...], said: str
+) -> None:
+    where = ("-m", str(folder), *(("-o", str(tmp_path)) if args[0] == "eval" else ()))
+    code, _, err = run(*args, *where)
+    assert code == 1
+    assert err.startswith("error: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_LONGCTX_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["hf-longctx", "demo", "--text", "nowhere.txt"])
+    with pytest.raises(FileNotFoundError):
+        cli.main()
+
+
+def test_a_wrong_option_is_exit_code_2(run) -> None:
+    code, _, err = run("demo", "--lenght", "3")
+    assert code == 2
+    assert "--length" in err
+
+
+def test_the_command_as_a_process_prints_no_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_longctx.cli", "demo", "-m", "./no-such-folder"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 1
+    assert "no-such-folder" in done.stderr
+    assert "Traceback" not in done.stderr
