@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -108,7 +109,7 @@ FORWARDS: dict[str, Callable[..., tuple[Tensor, None]]] = {"falcon": falcon_forw
 def install(module: nn.Module, family: str) -> None:
     """Put the family's adapted `forward` in the instance's place, beneath any hook of accelerate's."""
     name = "_old_forward" if hasattr(module, "_old_forward") else "forward"
-    setattr(module, name, MethodType(FORWARDS[family], module))
+    setattr(module, name, partial(FORWARDS[family], module))
 
 
 def remove(module: nn.Module) -> None:

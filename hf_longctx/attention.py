@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
 from .cache.positions import lap_position, sink_position
 from .cache.step import Step
 from .cache.store import View
-from .context import PATCHED, Forward, current, stock_name
+from .context import NAME, Forward, current
 from .errors import UnsupportedError
 from .kernels import ops
 from .models import WANTS_MASK
 from .plan import HeadGroup, Retention
+
+
+def register() -> None:
+    """Make both functions known to transformers under our name; a model that has not our name never calls them."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
 
 
 def mask(**kwargs: Any) -> Tensor | None:
@@ -27,11 +32,11 @@ def mask(**kwargs: Any) -> Tensor | None:
 
     Raises:
         UnsupportedError: the model composed a mask that is more than causal, sliding and padding.
+        RuntimeError: not inside a call of a patched model.
     """
     forward = current()
     if forward is None:
-        stock: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[stock_name(kwargs["config"])](**kwargs)
-        return stock
+        raise _missing(f"the mask of '{kwargs['config'].model_type}'")
     local = kwargs.get("local_size") is not None
     if not kwargs.get("allow_is_causal_skip", True) if local else kwargs["mask_function"] is not causal_mask_function:
         raise UnsupportedError(
@@ -70,10 +75,11 @@ def attention(
 
     Raises:
         UnsupportedError: an argument that changes the result and is not known here.
+        RuntimeError: not inside a call of a patched model.
     """
     forward = hf_longctx or current()
     if forward is None:
-        return _unpatched(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+        raise _missing(type(module).__name__)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     logits = _logits(module, forward, layer, query, scaling, dropout, kwargs)
     if forward.probe is not None:
@@ -125,7 +131,7 @@ def _attend_group(
 
 
 def _floor(forward: Forward, retention: Retention, stored: Any, device: torch.device) -> Tensor | None:
-    """`[B or 1, 1]`, the oldest position outside the sinks that was neither evicted by hand nor lost; None: all there."""
+    """`[B or 1, 1]`, oldest position outside the sinks neither evicted by hand nor lost; None: all there."""
     evicted = None if forward.cache is None else forward.cache.floors.get(retention)
     lost = None if stored is None else stored[1].floor
     both = [floor.to(device) for floor in (evicted, lost) if floor is not None]
@@ -215,26 +221,8 @@ def _unknown(module: nn.Module, layer: int, name: str, value: Any, remedy: str) 
     )
 
 
-def _unpatched(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    kwargs: Mapping[str, Any],
-) -> tuple[Tensor, None]:
-    """Stock attention, for a model that shares its configuration object with a patched one."""
-    if module in PATCHED:
-        raise UnsupportedError(
-            f"hf_longctx: expected the call's context in {type(module).__name__}; got none, because the decoder does "
-            "not hand its arguments down or the layer was called by itself. Call the whole model."
-        )
-    name = stock_name(module.config)
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-    stock: tuple[Tensor, None] = function(
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+def _missing(where: str) -> RuntimeError:
+    return RuntimeError(
+        f"hf_longctx: expected {where} to run inside a call of a patched model; got attn_implementation='{NAME}' "
+        "outside: it was set by hand, or a layer runs by itself. Call hf_longctx.patch(model, method), then the model."
     )
-    return stock

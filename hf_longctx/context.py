@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
+from weakref import ReferenceType, ref
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .cache.cache import LongContextCache
 from .cache.step import Step
@@ -53,31 +53,15 @@ class Forward:
     memo: dict[Any, Any] = field(default_factory=dict)
 
 
-PATCHED: WeakSet[nn.Module] = WeakSet()
-"""Attention modules of patched models."""
-
 _LOCAL = threading.local()
 
 
 def current() -> Forward | None:
-    """The call of a patched decoder that runs on this thread."""
-    return getattr(_LOCAL, "forward", None)
+    """The call of a patched decoder that runs on this thread; None after one that was interrupted."""
+    running: ReferenceType[Forward] | None = getattr(_LOCAL, "forward", None)
+    return None if running is None else running()
 
 
 def enter(forward: Forward | None) -> None:
     """Make `forward` the current call of this thread, None at its end."""
-    _LOCAL.forward = forward
-
-
-STOCK: list[tuple[Any, str]] = []
-"""Configurations of patched models, each with the attention implementation that it had."""
-
-
-def stock_name(config: Any) -> str:
-    for known, name in STOCK:
-        if known is config:
-            return name
-    raise RuntimeError(
-        f"hf_longctx: expected a patched model; got attn_implementation='{NAME}' on one that is not. "
-        "Load it with another implementation, then call hf_longctx.patch(model, method)."
-    )
+    _LOCAL.forward = None if forward is None else ref(forward)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from .attention import text_positions
+from .attention import register, text_positions
 from .cache.cache import Ledger, LongContextCache
 from .cache.step import Step
 from .context import NAME, Forward, Rotary, current, enter
@@ -30,7 +30,7 @@ class Patch:
     Attributes:
         facts: of the model.
         plan: in force.
-        stock: attention implementation that the model had.
+        stock: the decoder's own configuration.
         rotary: how each layer rotates, when the plan needs it.
         rotary_dtype: the model's type when that was found; to cast a model rounds its frequencies.
         ledger: of the last cache handed out.
@@ -38,7 +38,7 @@ class Patch:
 
     facts: ModelFacts
     decoder: PreTrainedModel
-    stock: str
+    stock: Any
     plan: Plan
     rotary: tuple[Rotary, ...] = ()
     rotary_dtype: torch.dtype | None = None
@@ -60,6 +60,10 @@ class Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cache": None}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values)
+        register()  # a pickle may be read where nothing was patched yet
 
 
 @dataclass(eq=False)

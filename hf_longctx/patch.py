@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from . import adapters, attention
+from . import adapters
+from .attention import register
 from .cache.cache import Ledger, LongContextCache
-from .context import NAME, PATCHED, STOCK
+from .context import NAME
 from .hooks import AfterForward, BeforeForward, Patch, PrepareCache
 from .methods import Method, make
 from .models import ADAPTED, ModelFacts, attention_modules, decoder_of, inspect_model
@@ -57,7 +59,7 @@ def patch(model: M, method: str | Method | Plan, **knobs: Any) -> M:
         state.find_rotary(plan)
         state.plan, state.cache, state.ledger = plan, None, Ledger()
         return model
-    state = Patch(facts, decoder, _stock(decoder.config), plan)
+    state = Patch(facts, decoder, decoder.config, plan)
     try:
         _install(state)
         state.find_rotary(plan)
@@ -135,37 +137,40 @@ def check_plan(plan: Plan, facts: ModelFacts) -> None:
 # installing -----------------------------------------------------------------------------------------------------
 
 
-def _stock(config: Any) -> str:
-    """The attention implementation of a configuration before any patch of ours."""
-    known = next((name for other, name in STOCK if other is config), None)
-    return known or config._attn_implementation
-
-
 def _install(state: Patch) -> None:
-    AttentionInterface.register(NAME, attention.attention)
-    AttentionMaskInterface.register(NAME, attention.mask)
-    STOCK.append((state.decoder.config, state.stock))
-    state.decoder.config._attn_implementation_internal = NAME
+    """Hook the decoder, and let it and its attention see a copy of the configuration that names our function.
+
+    The configuration itself may belong to other models too, and stays as it is.
+    """
+    register()
+    own = copy.copy(state.stock)
+    own._attn_implementation_internal = NAME
+    _share(state, state.stock, own)
     state.hooks = [
         state.decoder.register_forward_pre_hook(BeforeForward(state), with_kwargs=True),
         state.decoder.register_forward_hook(AfterForward(state), always_call=True),
     ]
-    for module in attention_modules(state.decoder):
-        PATCHED.add(module)
-        if state.facts.family in ADAPTED:
+    if state.facts.family in ADAPTED:
+        for module in attention_modules(state.decoder):
             adapters.install(module, state.facts.family)
 
 
 def _remove(state: Patch) -> None:
     for hook in state.hooks:
         hook.remove()
-    for module in attention_modules(state.decoder):
-        PATCHED.discard(module)
-        if state.facts.family in ADAPTED:
+    if state.facts.family in ADAPTED:
+        for module in attention_modules(state.decoder):
             adapters.remove(module)
-    config = state.decoder.config
-    mine = next((i for i, (other, _) in enumerate(STOCK) if other is config), None)
-    if mine is not None:
-        del STOCK[mine]
-    if not any(other is config for other, _ in STOCK):
-        config._attn_implementation_internal = state.stock
+    own: Any = state.decoder.config
+    if own is not state.stock:  # what the user set meanwhile stays set
+        implementation = state.stock._attn_implementation_internal
+        state.stock.__dict__.update(own.__dict__)
+        state.stock._attn_implementation_internal = implementation
+        _share(state, own, state.stock)
+
+
+def _share(state: Patch, old: Any, new: Any) -> None:
+    """Give the decoder and its attention modules another configuration object."""
+    for module in (state.decoder, *attention_modules(state.decoder)):
+        if module.__dict__.get("config") is old:
+            module.__dict__["config"] = new

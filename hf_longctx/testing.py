@@ -172,7 +172,9 @@ def _rotation(decoder: Any, module: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """How a layer rotates `x` `[..., D]` to positions `[...]`."""
     kinds = getattr(decoder.config, "layer_types", None)
     rotary = decoder.rotary_emb
-    inv_freq = rotary.inv_freq if hasattr(rotary, "inv_freq") else getattr(rotary, f"{kinds[module.layer_idx]}_inv_freq")
+    inv_freq = (
+        rotary.inv_freq if hasattr(rotary, "inv_freq") else getattr(rotary, f"{kinds[module.layer_idx]}_inv_freq")
+    )
     size, pairs = 2 * len(inv_freq), decoder.config.model_type in _INTERLEAVED
 
     def turn(x: Tensor, at: Tensor) -> Tensor:
@@ -268,7 +270,9 @@ def feed(
             assert cache is not None
             cache.evict(rooms[number])
         seen = None if attention_mask is None else attention_mask[:, : start + columns]
-        result: Any = model(input_ids[:, start : start + columns], attention_mask=seen, past_key_values=cache, use_cache=True)
+        result: Any = model(
+            input_ids[:, start : start + columns], attention_mask=seen, past_key_values=cache, use_cache=True
+        )
         out.append(result.logits)
         cache, start = result.past_key_values, start + columns
     return torch.cat(out, 1), cache

@@ -39,13 +39,14 @@ class LongContextLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
-    supports_early_init = False
+    supports_early_init = True
 
     def __init__(self, plan: LayerPlan, ledger: Ledger) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.plan = plan
         self.ledger = ledger
         self.stores: list[tuple[HeadGroup, Store]] = []
+        self.recording = False
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -71,9 +72,11 @@ class LongContextLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything but whether to record."""
         self.stores = [(group, Store(group.policy.retention)) for group in self.plan.groups]
         self.is_initialized = False
+        if self.recording:
+            self.activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Check that the last `-tokens_to_remove` tokens can be taken back; the cache then shortens its rows."""
@@ -82,6 +85,7 @@ class LongContextLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """Hold a little more than the window, so that `crop` can take tokens back."""
+        self.recording = True
         for _, store in self.stores:
             store.record()
 
@@ -209,6 +213,9 @@ class LongContextCache(Cache):
         self.ledger.columns -= remove
         self.ledger.lengths = None if lengths is None else lengths - remove
         self.ledger.tail = None if tail is None else tail - remove
+        for retention, floor in self.floors.items():  # tokens to come were never evicted
+            end = self.ledger.columns if lengths is None else (lengths - remove)[:, None].to(floor.device)
+            self.floors[retention] = floor.clamp(max=end)
 
     def reset(self) -> None:
         """Forget everything, and give the memory back."""

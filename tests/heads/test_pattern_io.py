@@ -38,8 +38,8 @@ def folder_with(tmp_path: Path, gates: str | bytes, config: str | None = None) -
 # the shipped patterns
 
 
-def test_seven_patterns_are_shipped() -> None:
-    assert heads.available_patterns() == tuple(sorted(SHAPES))
+def test_seven_published_patterns_are_shipped_and_one_of_our_own() -> None:
+    assert heads.available_patterns() == (*sorted(SHAPES), "SmolLM2-135M-Instruct")
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -87,9 +87,7 @@ def test_round_trip_is_bit_exact(name: str, tmp_path: Path) -> None:
     assert heads.load_pattern(tmp_path / "a" / "b") == pattern
     shipped = Path(pattern_io.__file__).parent / "patterns" / name / pattern_io.GATES_FILE
     written = (tmp_path / "a" / "b" / pattern_io.GATES_FILE).read_text().split()
-    assert all(
-        new == old or old.startswith("-") for new, old in zip(written, shipped.read_text().split(), strict=True)
-    )
+    assert all(new == old or old.startswith("-") for new, old in zip(written, shipped.read_text().split(), strict=True))
 
 
 @given(gates=st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=4))

@@ -1,4 +1,4 @@
-"""All that `patch` could leave behind on a model: attributes, hooks, configurations, and our own registers."""
+"""All that `patch` could leave behind on a model: attributes, hooks and configurations."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import copy
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
-
-from hf_longctx.context import PATCHED, STOCK
 
 
 def snapshot(model: Any) -> dict[str, Any]:
@@ -20,8 +19,6 @@ def snapshot(model: Any) -> dict[str, Any]:
         if isinstance(getattr(module, "config", None), object) and "config" in vars(module):
             seen[f"{name}.config.*"] = copy.deepcopy(vars(module.config))
     seen["generation_config.*"] = copy.deepcopy(vars(model.generation_config)) if hasattr(model, "generate") else None
-    seen["registered modules"] = [module for module in model.modules() if module in PATCHED]
-    seen["registered configurations"] = list(STOCK)
     return seen
 
 
@@ -47,11 +44,11 @@ def _same(before: Any, after: Any) -> bool:
         return before.keys() == after.keys() and all(_same(before[key], after[key]) for key in before)
     if isinstance(before, list) and isinstance(after, list):
         return len(before) == len(after) and all(map(_same, before, after))
-    if isinstance(before, nn.Module):
-        return before is after
+    if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
+        return before is after or (not isinstance(before, nn.Parameter) and torch.equal(before, after))
     if isinstance(before, MethodType):
         return before == after
-    return before is after or type(before) is type(after) and _equal(before, after)
+    return before is after or (type(before) is type(after) and _equal(before, after))
 
 
 def _equal(before: Any, after: Any) -> bool:

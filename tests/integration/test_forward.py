@@ -150,7 +150,9 @@ def test_refused_by_name(row: Row, what: str) -> None:
     model = lc.patch(LLAMA.make(), row.method(LLAMA))
     with pytest.raises(kind, match=words):
         model(LLAMA.prompt(10), **arguments)
-    assert torch.equal(model(LLAMA.prompt(10)).logits, lc.patch(LLAMA.make(), row.method(LLAMA))(LLAMA.prompt(10)).logits)
+    assert torch.equal(
+        model(LLAMA.prompt(10)).logits, lc.patch(LLAMA.make(), row.method(LLAMA))(LLAMA.prompt(10)).logits
+    )
 
 
 @pytest.mark.parametrize("what", ["4-D mask", "weights", "wide mask"])

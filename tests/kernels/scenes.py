@@ -73,7 +73,8 @@ class Scene:
 
     def _query(self, row: int, head: int, t: int) -> Tensor:
         see, turns, options = self.see, self.turns, self.logits
-        assert see.q_pos is not None and see.k_pos is not None
+        assert see.q_pos is not None
+        assert see.k_pos is not None
         mine = head // (self.q.shape[1] // self.k.shape[1])
         q, here = self.q[row, head, t].tolist(), int(see.q_pos[row, t])
         logits, values = [], []
@@ -146,7 +147,8 @@ def _columns(before: int, count: int, columns: int, tokens: int, sink: int, wind
 
 
 def _turns(draw: st.DrawFn, made: torch.Generator, see: Visibility, dim: int) -> Turns:
-    assert see.window is not None and see.q_pos is not None
+    assert see.window is not None
+    assert see.q_pos is not None
     lap, offset = see.window + draw(st.integers(0, 5)), see.sink + draw(st.integers(0, 3))
     sink_pos = torch.randint(0, 30, see.q_pos.shape, generator=made)
     rotated = draw(st.integers(0, dim // 2))

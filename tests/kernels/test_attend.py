@@ -79,9 +79,7 @@ def test_take_tokens() -> None:
     x = torch.randn(2, 3, 5, 4)
     index = torch.tensor([[4, 0, 0], [1, 3, 2]])
     out = ops.take_tokens(x, index)
-    assert all(
-        torch.equal(out[b, h, t], x[b, h, index[b, t]]) for b in range(2) for h in range(3) for t in range(3)
-    )
+    assert all(torch.equal(out[b, h, t], x[b, h, index[b, t]]) for b in range(2) for h in range(3) for t in range(3))
 
 
 def test_logits_of_some_heads() -> None:

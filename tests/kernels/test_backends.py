@@ -20,7 +20,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def eager(q: Tensor, k: Tensor, v: Tensor, logits: ops.Logits, scene: Scene) -> Tensor:
     """Attention as transformers' eager function has it: products and values in the dtype, softmax in float32."""
     see = scene.see
-    assert see.q_pos is not None and see.k_pos is not None
+    assert see.q_pos is not None
+    assert see.k_pos is not None
     group = q.shape[1] // k.shape[1]
     far = see.q_pos[:, :, None] - see.k_pos[:, None]
     seen = (far >= 0) & (see.k_pos >= 0)[:, None]

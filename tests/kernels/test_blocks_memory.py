@@ -51,4 +51,3 @@ def test_without_a_window_a_block_keeps_its_bound(monkeypatch: pytest.MonkeyPatc
     bound, heads, tokens = 1 << 17, 2, 2048
     monkeypatch.setattr(attend, "LOGITS_PER_BLOCK", bound)
     assert largest("reference", tokens, ops.Visibility(), None) <= max(bound, heads * tokens * 16)
-

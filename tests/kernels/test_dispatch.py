@@ -81,7 +81,7 @@ def test_a_refusal_of_the_one_asked_for_says_why() -> None:
 
 
 def test_an_operation_that_the_one_asked_for_does_not_have() -> None:
-    with lc.use_backend("torch"), pytest.raises(lc.UnsupportedError, match="append: .*torch: does not have it"):
+    with lc.use_backend("torch"), pytest.raises(lc.UnsupportedError, match=r"append: .*torch: does not have it"):
         ops.append(torch.zeros(1, 1, 4, 2), torch.ones(1, 1, 2, 2), 0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +19,7 @@ def calls(draw: st.DrawFn, total: int) -> list[int]:
         return [min(most, total - start) for start in range(0, total, most)]
     cuts = draw(st.sets(st.integers(1, max(1, total - 1)), max_size=8))
     edges = [0, *sorted(c for c in cuts if c < total), total]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 @st.composite
@@ -50,5 +52,3 @@ def assert_equal(
     allowed = rounding(model, keys, dtype)  # type: ignore[arg-type]
     assert error <= allowed, f"relative error {error:.2e} exceeds {allowed:.2e}"
     return error
-
-

@@ -47,7 +47,9 @@ def mpt_logits(ids: Tensor, at: list[Tensor]) -> Tensor:
             for h in range(heads):
                 mine = slice(h * q.shape[-1] // heads, (h + 1) * q.shape[-1] // heads)
                 scale = (q.shape[-1] // heads) ** -0.5
-                mixed[row, :, mine] = attend(q[row, :, mine], k[row, :, mine], v[row, :, mine], at[row], slopes[h], scale)
+                mixed[row, :, mine] = attend(
+                    q[row, :, mine], k[row, :, mine], v[row, :, mine], at[row], slopes[h], scale
+                )
         x = x + mixed @ block.attn.out_proj.weight.double().T
         up = gelu(norm(x, block.norm_2) @ block.ffn.up_proj.weight.double().T)
         x = x + up @ block.ffn.down_proj.weight.double().T

@@ -90,3 +90,19 @@ def test_nothing_to_evict_from() -> None:
             lc.evict(cache, room=1)
     with pytest.raises(ValueError, match="expected a patched model with a live cache; got none"):
         lc.evict(MODEL, room=1)
+
+
+def test_crop_below_what_was_evicted() -> None:
+    """Tokens that take the place of cropped ones are new: they were never evicted."""
+    ids = draws.tokens(1, 60, seed=0)
+    plan = lc.StreamingLLM(sinks=4, window=16).plan(inspect_model(MODEL))
+    text = torch.cat((ids[:, :35], ids[:, 40:]), 1)
+    oracle = oracle_logits(MODEL, plan, text, calls=[35, 20], rooms={1: 16})
+    cache = lc.LongContextCache(plan)
+    cache.activate_past_recording()
+    with lc.patched(MODEL, plan), torch.no_grad():
+        MODEL(ids[:, :40], past_key_values=cache)
+        cache.evict(room=16)
+        cache.crop(-5)
+        got = MODEL(ids[:, 40:], past_key_values=cache).logits
+    draws.assert_equal(MODEL, got, oracle[:, 35:], 20)
