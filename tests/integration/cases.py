@@ -29,6 +29,7 @@ _SIZES: Mapping[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+_EAGER = {"attn_implementation": "eager"}  # transformers 5.17 defaults to sdpa for Gemma 2, which drops its softcap
 _NO_GROUPS = ("num_key_value_heads",)
 _MOE: Mapping[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
@@ -116,7 +117,9 @@ FAMILIES: tuple[Case, ...] = (
     Case("phi3_partial", _model(*_PHI3, **_rope("default", partial_rotary_factor=0.5)), rotary=0.5),
     Case(
         "gemma2",
-        _model("Gemma2ForCausalLM", "Gemma2Config", head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=24),
+        _model(
+            "Gemma2ForCausalLM", "Gemma2Config", head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=24, **_EAGER
+        ),
         sliding=(0,),
     ),
     Case(

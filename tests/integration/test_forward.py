@@ -1,4 +1,4 @@
-"""Plain forward calls: with and without a cache, every way to pass arguments, and everything that is refused by name."""
+"""Plain forward calls: with and without a cache, every way to pass arguments, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_images_are_refused_where_positions_are_counted_in_the_cache() -> None:
         assert error(model(ids, position_ids=places).logits, case.make()(ids, position_ids=places).logits) < TOLERANCE
 
 
-# what models hand down and is honoured ----------------------------------------------------------------------------------
+# what models hand down and is honoured --------------------
 
 
 @pytest.mark.parametrize(

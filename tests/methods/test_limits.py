@@ -102,7 +102,7 @@ def test_a_left_padded_batch_gives_what_the_unpatched_model_gives(row: Row, case
 ROWS_APART = [
     (row, case) for row, case in pairs(LIMITS) if row.tokens(case) <= ORIGINAL or not changes_with_length(case)
 ]
-"""Beyond the original length, dynamic and longrope frequencies follow the longest row: a stock batch is not its rows."""
+"""Beyond the original length, dynamic and longrope frequencies follow the longest row: no stock batch is its rows."""
 
 
 @pytest.mark.parametrize(("row", "case"), ROWS_APART, ids=named)

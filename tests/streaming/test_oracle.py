@@ -1,4 +1,4 @@
-"""StreamingLLM against the oracle: random chunks, sinks, windows, padding and head groups; every rotary type and family."""
+"""StreamingLLM against the oracle: random chunks, sinks, windows, padding and groups; every rotary type and family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`prefill_window`: calls of several tokens see the wide window; the first one-token call narrows the store for good."""
+"""`prefill_window`: calls of several tokens see the wide window; the first one-token call narrows the store."""
 
 from __future__ import annotations
 
