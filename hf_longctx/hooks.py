@@ -118,6 +118,11 @@ class BeforeForward:
         if cache is None:
             step = Step.of(0, columns, tokens.device, None, mask)
         else:
+            if cache.ledger.columns and decoder.training and torch.is_grad_enabled():
+                raise UnsupportedError(
+                    "hf_longctx: expected to train on whole texts; got a call that goes on from a filled cache, whose "
+                    "keys and values carry no gradient. Pass the text in one call, or call model.eval()."
+                )
             check_room(state.facts, state.plan, cache, rows, columns, decoder.dtype, tokens.device)
             step = cache.begin(columns, rows, tokens.device, mask)
             kwargs["past_key_values"] = cache

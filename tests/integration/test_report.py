@@ -1,0 +1,160 @@
+"""`report` in numbers, and prompts that do not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hf_longctx as lc
+from hf_longctx import memory
+
+from ..methods.cases import LIMITS, LOSSY, Row, named, pairs
+from .cases import BY_NAME
+from .test_generate import batch, generate
+from .tiny import Case
+
+LLAMA = BY_NAME["llama"]
+SOME = tuple(BY_NAME[name] for name in ("llama", "llama_wide_heads", "gemma3", "gpt_neox", "falcon_multi_query", "mpt"))
+
+
+def live(cache: Any) -> int:
+    """Bytes of every tensor of keys and values that the cache holds, counted one by one."""
+    stores = [store for layer in cache.layers for _, store in layer.stores]
+    return sum(x.element_size() * x.numel() for store in stores for x in (store.k, store.v))
+
+
+def bytes_per_token(model: Any) -> int:
+    """Keys and values of one token, as the unpatched model caches them."""
+    with torch.no_grad():
+        cache = model(torch.tensor([[9]])).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@pytest.mark.parametrize(("row", "case"), pairs((*LIMITS, *LOSSY), SOME), ids=named)
+@torch.no_grad()
+def test_bytes_and_tokens(row: Row, case: Case) -> None:
+    model = lc.patch(case.make(), row.method(case))
+    cache = model(case.prompt(50, rows=3)).past_key_values
+    report = lc.report(model)
+    assert report.live
+    assert report.kv_bytes == live(cache)
+    assert report.dense_kv_bytes == 3 * 50 * bytes_per_token(case.make())
+    assert report.tokens_seen == 50
+    assert report.tokens_stored == (11 if row is LOSSY[0] and not case.sliding else 16 if row is LOSSY[0] else 50)
+    assert (report.method, report.plan) == (
+        row.name.removesuffix("_all_retrieve").removesuffix("_wide_window"),
+        cache.plan,
+    )
+    assert {"attend_blocks", "append"} <= report.backends.keys()
+    model(case.prompt(1, rows=3), past_key_values=cache)
+    assert lc.report(model).tokens_seen == 51
+    assert lc.report(model).kv_bytes == live(cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streaming_holds_sinks_and_window_only(dtype: torch.dtype) -> None:
+    model = lc.patch(LLAMA.make().to(dtype), lc.StreamingLLM(sinks=2, window=9))
+    one = bytes_per_token(LLAMA.make().to(dtype))
+    for tokens in (5, 11, 60):
+        generate(model, {"input_ids": LLAMA.prompt(tokens)}, max_new_tokens=1, min_new_tokens=1)
+        assert lc.report(model).kv_bytes == 11 * one  # a page at least, and never more than sinks + window
+        assert lc.report(model).dense_kv_bytes == tokens * one
+
+
+def test_streaming_heads_hold_sinks_and_window_only() -> None:
+    """Half of the heads hold 7 of 4,096 tokens."""
+    model = lc.patch(LLAMA.make(), LOSSY[1].method(LLAMA))
+    with torch.no_grad():
+        out = model(LLAMA.prompt(4096))
+    report = lc.report(model)
+    assert report.kv_bytes == live(out.past_key_values)
+    assert report.kv_bytes == pytest.approx((0.5 + 0.5 * 7 / 4096) * report.dense_kv_bytes, rel=0.05)
+
+
+def test_the_numbers_outlive_the_cache() -> None:
+    model = lc.patch(LLAMA.make(), LOSSY[0].method(LLAMA))
+    generate(model, batch(LLAMA), return_dict_in_generate=False)
+    report = lc.report(model)
+    assert not report.live
+    assert report.kv_bytes == 2 * 11 * bytes_per_token(LLAMA.make())
+    assert (report.tokens_seen, report.tokens_stored) == (51, 11)
+    assert "51 seen, 11 stored" in str(report)
+    assert "released since" in str(report)
+    assert model.generation_config is not None
+
+
+def test_before_the_first_call_and_after_a_new_plan() -> None:
+    model = lc.patch(LLAMA.make(), "dense")
+    empty = lc.report(model)
+    assert (empty.kv_bytes, empty.dense_kv_bytes, empty.tokens_seen, empty.live) == (0, 0, 0, False)
+    out = model(LLAMA.prompt(10))
+    assert lc.report(model).tokens_seen == 10
+    lc.patch(model, LOSSY[0].method(LLAMA))
+    assert lc.report(model).tokens_seen == 0
+    assert out.past_key_values.get_seq_length() == 10
+
+
+def test_an_unpatched_model_has_no_report() -> None:
+    with pytest.raises(ValueError, match="report: expected a patched model"):
+        lc.report(LLAMA.make())
+
+
+@pytest.mark.parametrize(("row", "case"), pairs((LIMITS[0], *LOSSY), SOME), ids=named)
+def test_text_of_a_report_names_plan_and_backends(row: Row, case: Case) -> None:
+    model = lc.patch(case.make(), row.method(case))
+    generate(model, batch(case))
+    text = str(lc.report(model))
+    assert text.startswith(lc.report(model).plan.describe())
+    assert "KV cache: " in text
+    assert "append: reference" in text
+    assert lc.Plan.from_json(lc.report(model).plan.to_json()) == lc.report(model).plan
+
+
+# what does not fit ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["forward", "generate"])
+def test_a_context_larger_than_memory_is_refused_before_anything_runs(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+    model = lc.patch(LLAMA.make(), "dense")
+    model.model.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    need = 2000 * bytes_per_token(LLAMA.make())
+    ids = LLAMA.prompt(2000)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: need - 1)
+    with pytest.raises(MemoryError, match=r"of 2000 tokens under plan 'dense' on cpu.*patch with 'streaming_llm'"):
+        model(ids) if way == "forward" else model.generate(ids, max_new_tokens=1)
+    assert ran == []
+    lc.patch(model, "streaming_llm")
+    ran.clear()  # to patch it was to look how the layers rotate
+    model(ids)
+    assert ran == [1]
+    monkeypatch.setattr(memory, "available_bytes", lambda device: need)
+    lc.patch(model, "dense")
+    assert model(ids).past_key_values.kv_bytes >= need
+    assert ran == [1, 1]
+
+
+def test_the_suggested_window_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 1500 * bytes_per_token(LLAMA.make())
+    monkeypatch.setattr(memory, "available_bytes", lambda device: free)
+    model, ids = lc.patch(LLAMA.make(), "dense"), LLAMA.prompt(2000)
+    with pytest.raises(MemoryError, match="a window below 1500 tokens"):
+        model(ids)
+    lc.patch(model, lc.StreamingLLM(sinks=4, window=1495))
+    assert model(ids).past_key_values.kv_bytes <= free
+
+
+def test_what_a_filled_cache_holds_already_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = lc.patch(LLAMA.make(), "dense"), LLAMA.prompt(3000)
+    with torch.no_grad():
+        cache = model(ids[:, :1500]).past_key_values
+        monkeypatch.setattr(memory, "available_bytes", lambda device: 1500 * bytes_per_token(LLAMA.make()))
+        assert model(ids[:, 1500:], past_key_values=cache).past_key_values.get_seq_length() == 3000
+        with pytest.raises(MemoryError):
+            model(ids, past_key_values=cache)
+        assert cache.get_seq_length() == 3000
+        model(ids[:, :1], past_key_values=cache)
