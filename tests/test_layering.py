@@ -1,0 +1,65 @@
+"""Imports run one way: patch, attention, methods, cache, kernels, plan; and importing the package changes nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_longctx
+
+ROOT = Path(hf_longctx.__file__).parent
+ROOMS = {
+    "plan": {"errors"},
+    "kernels": {"errors", "kernels"},
+    "cache": {"errors", "plan", "kernels", "cache"},
+    "models": {"errors"},
+    "heads": {"errors", "heads"},
+    "methods": {"errors", "plan", "cache", "models", "heads", "methods"},
+    "attention": {"errors", "plan", "cache", "kernels", "models", "context"},
+    "memory": {"cache", "models", "plan"},
+}
+"""What each room may import from the package; whatever is not listed stands above them all."""
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of the package that a file imports, wherever in the file it does."""
+    here = ("hf_longctx", *path.relative_to(ROOT).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("hf_longctx")):
+            continue
+        base = here[: len(here) - node.level + 1] if node.level else ()
+        target = (*base, *(node.module or "").split(".")) if node.module else base
+        found |= {target[1]} if len(target) > 1 else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_lies_below(room: str) -> None:
+    files = [ROOT / f"{room}.py"] if (ROOT / f"{room}.py").exists() else sorted((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        assert imported(path) <= ROOMS[room], path.name
+
+
+def test_only_the_outermost_rooms_know_of_patch() -> None:
+    knowing = {path.stem for path in ROOT.rglob("*.py") if "patch" in imported(path)}
+    assert knowing == {"__init__", "report"}
+
+
+def test_importing_the_package_registers_nothing() -> None:
+    code = (
+        "import hf_longctx, transformers, torch;"
+        "assert 'hf_longctx' not in transformers.AttentionInterface._global_mapping;"
+        "assert 'hf_longctx' not in transformers.AttentionMaskInterface._global_mapping;"
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+def test_no_file_is_longer_than_300_lines() -> None:
+    assert {path.name for path in ROOT.rglob("*.py") if len(path.read_text().splitlines()) > 300} == set()
