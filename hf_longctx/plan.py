@@ -165,7 +165,7 @@ class Plan:
             raw = json.loads(text)
             layers = tuple(LayerPlan(tuple(map(_unpack_group, groups))) for groups in raw["layers"])
             return Plan(str(raw["method"]), layers)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"Plan.from_json: expected the text of Plan.to_json; got {error!r} while reading it. "
                 "Write the plan again with to_json."

@@ -196,7 +196,7 @@ class LongContextCache(Cache):
         Raises:
             ValueError: a positive number, more than there are, padding among them, or a window that has moved on.
         """
-        remove = -tokens_to_remove
+        remove = -int(tokens_to_remove)  # assisted decoding may pass a tensor of no dimension
         if not 0 <= remove <= self.ledger.columns:
             raise ValueError(
                 f"crop: expected a number from {-self.ledger.columns} to 0 (tokens to remove, negative); got "
