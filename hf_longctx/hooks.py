@@ -31,6 +31,7 @@ class Patch:
         facts: of the model.
         plan: in force.
         stock: the decoder's own configuration.
+        settings: what both configurations said when they were last compared.
         rotary: how each layer rotates, when the plan needs it.
         rotary_dtype: the model's type when that was found; to cast a model rounds its frequencies.
         ledger: of the last cache handed out.
@@ -40,11 +41,23 @@ class Patch:
     decoder: PreTrainedModel
     stock: Any
     plan: Plan
+    settings: dict[str, Any] = field(default_factory=dict)
     rotary: tuple[Rotary, ...] = ()
     rotary_dtype: torch.dtype | None = None
     ledger: Ledger = field(default_factory=Ledger)
     hooks: list[Any] = field(default_factory=list)
     cache: ReferenceType[LongContextCache] | None = None
+
+    def follow(self) -> None:
+        """Carry over what the user has set on one of the two configurations, all but the attention implementation."""
+        own, stock, known = vars(self.decoder.config), vars(self.stock), self.settings
+        for name in {**stock, **own}:
+            if name == "_attn_implementation_internal":
+                continue
+            if own.get(name) is not known.get(name):
+                known[name] = stock[name] = own.get(name)
+            elif stock.get(name) is not known.get(name):
+                known[name] = own[name] = stock.get(name)
 
     def find_rotary(self, plan: Plan) -> None:
         """Look how the model rotates, unless the plan needs no knowledge of it or it is known."""
@@ -110,6 +123,7 @@ class BeforeForward:
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             return (), kwargs  # the model says it best
+        state.follow()
         state.find_rotary(state.plan)
         mask = _padding(state, kwargs)
         cache = _cache(state, decoder, kwargs)
@@ -186,7 +200,11 @@ def _cache(state: Patch, decoder: Any, kwargs: dict[str, Any]) -> LongContextCac
     use = decoder.config.use_cache if use is None else use
     if cache is None and (not use or (decoder.training and getattr(decoder, "gradient_checkpointing", False))):
         return None
-    return state.fresh_cache()
+    before = None if state.cache is None else state.cache()
+    fresh = state.fresh_cache()
+    if before is not None and before.stacks[0].recording:  # Phi-3 drops the prepared cache where its frequencies change
+        fresh.activate_past_recording()  # type: ignore[no-untyped-call]
+    return fresh
 
 
 def _replaceable(cache: Any) -> bool:

@@ -144,6 +144,7 @@ def _install(state: Patch) -> None:
     """
     register()
     own = copy.copy(state.stock)
+    state.settings = dict(vars(own))
     own._attn_implementation_internal = NAME
     _share(state, state.stock, own)
     state.hooks = [
@@ -163,9 +164,9 @@ def _remove(state: Patch) -> None:
             adapters.remove(module)
     own: Any = state.decoder.config
     if own is not state.stock:  # what the user set meanwhile stays set
-        implementation = state.stock._attn_implementation_internal
-        state.stock.__dict__.update(own.__dict__)
-        state.stock._attn_implementation_internal = implementation
+        state.follow()
+        if own._attn_implementation_internal != NAME:
+            state.stock._attn_implementation_internal = own._attn_implementation_internal
         _share(state, own, state.stock)
 
 

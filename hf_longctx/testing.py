@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -134,32 +136,15 @@ def oracle_logits(
     if model.get_decoder().config._attn_implementation == "hf_longctx":  # type: ignore[no-untyped-call]
         raise ValueError("oracle_logits: expected an unpatched model; got a patched one. Pass a copy from before.")
     calls = [input_ids.shape[1]] if calls is None else calls
-    places: dict[tuple[HeadPolicy, int], Tensor] = {}
-    for row in range(input_ids.shape[0]):
-        for policy in {group.policy for layer in plan.layers for group in layer.groups}:
-            real = None if attention_mask is None else attention_mask[row]
-            places[policy, row] = key_positions(policy, calls, real, rooms)
+    rows: Any = [None] * input_ids.shape[0] if attention_mask is None else attention_mask
+    policies = {group.policy for layer in plan.layers for group in layer.groups}
+    places = [{policy: key_positions(policy, calls, real, rooms) for policy in policies} for real in rows]
     wide: Any = copy.deepcopy(model)
     wide.to(dtype)
     decoder = wide.get_decoder()
-
-    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: Any = None, **more: Any) -> Any:
-        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        turn, per_kv = _rotation(decoder, module), q.shape[1] // k.shape[1]
-        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-        for row in range(q.shape[0]):
-            for group in plan.layers[module.layer_idx].groups:
-                for head in group.kv_heads:
-                    mine = slice(head * per_kv, (head + 1) * per_kv)
-                    at, sinks = places[group.policy, row], more.get("s_aux")
-                    read = _read(q[row, mine], k[row, head], v[row, head], at, turn, scale, more.get("softcap"),
-                                 None if sinks is None else sinks[mine])  # fmt: skip
-                    out[row, :, mine] = read.transpose(0, 1)
-        return out, None
-
-    ALL_ATTENTION_FUNCTIONS[_NAME] = attend
     decoder.config._attn_implementation_internal = _NAME
     decoder.config._experts_implementation_internal = "eager"  # other ways to mix experts do not take float64
+    ALL_ATTENTION_FUNCTIONS[_NAME] = partial(_attend, decoder, plan, places)
     try:
         with _Wide(dtype):
             out = wide(input_ids=input_ids, position_ids=torch.zeros_like(input_ids), use_cache=False)
@@ -167,6 +152,33 @@ def oracle_logits(
         ALL_ATTENTION_FUNCTIONS.pop(_NAME)
     logits: Tensor = out.logits
     return logits
+
+
+def _attend(
+    decoder: Any,
+    plan: Plan,
+    places: Sequence[Mapping[HeadPolicy, Tensor]],
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer, q `[B, Hq, C, D]`, k and v `[B, Hkv, C, D]`: row by row, head by head."""
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    turn, per_kv = _rotation(decoder, module), q.shape[1] // k.shape[1]
+    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+    for row, group in product(range(q.shape[0]), plan.layers[module.layer_idx].groups):
+        for head in group.kv_heads:
+            mine, at = slice(head * per_kv, (head + 1) * per_kv), places[row][group.policy]
+            sinks = None if s_aux is None else s_aux[mine]
+            read = _read(q[row, mine], k[row, head], v[row, head], at, turn, scale, softcap, sinks)
+            out[row, :, mine] = read.transpose(0, 1)
+    return out, None
 
 
 def _rotation(decoder: Any, module: Any) -> Callable[[Tensor, Tensor], Tensor]:
@@ -246,16 +258,6 @@ def tiny_llama(seed: int = 0, **facts: Any) -> LlamaForCausalLM:
         embeddings: Any = model.get_input_embeddings()
         embeddings.weight.mul_(weight.shape[-1] ** 0.5)
     return model
-
-
-def qkv(
-    rows: int, q_heads: int, kv_heads: int, tokens: int, stored: int, dim: int, dtype: torch.dtype, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random q `[B, Hq, T, D]`, k and v `[B, Hkv, S, D]`."""
-    made = torch.Generator().manual_seed(seed)
-    shapes = ((q_heads, tokens), (kv_heads, stored), (kv_heads, stored))
-    q, k, v = (torch.randn(rows, *shape, dim, generator=made).to(dtype) for shape in shapes)
-    return q, k, v
 
 
 @torch.no_grad()

@@ -206,7 +206,7 @@ def test_what_is_no_model() -> None:
 
 def test_another_implementation_chosen_while_patched() -> None:
     model = lc.patch(LLAMA.make(), "dense")
-    model.set_attn_implementation("eager")
+    model.get_decoder().set_attn_implementation("eager")
     with pytest.raises(RuntimeError, match=r"got 'eager'. Call hf_longctx.unpatch\(model\) before you choose another"):
         logits(model)
     lc.unpatch(model)
@@ -214,6 +214,14 @@ def test_another_implementation_chosen_while_patched() -> None:
     eager = LLAMA.make()
     eager.set_attn_implementation("eager")
     assert torch.equal(logits(model), logits(eager))
+
+
+def test_an_implementation_chosen_for_the_whole_model_holds_after_unpatch() -> None:
+    model = lc.patch(LLAMA.make(), "dense")
+    model.set_attn_implementation("eager")
+    lc.unpatch(model)
+    assert model.config is model.get_decoder().config
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])

@@ -111,6 +111,27 @@ def test_our_name_on_a_model_that_is_not_patched() -> None:
         logits(model)
 
 
+def test_settings_made_while_patched_count_at_once_and_stay() -> None:
+    case = BY_NAME["llama"]
+    first, second = twins(case)
+    ids = case.prompt(5)
+    lc.patch(first, method(case))
+    assert first(ids).past_key_values is not None
+    first.config.use_cache = False
+    assert first(ids).past_key_values is None
+    second.config.output_hidden_states = True  # the same object
+    assert first(ids).hidden_states is not None
+    first.get_decoder().config.use_cache = True  # of the decoder alone
+    first(ids)
+    assert first.config.use_cache
+    second.config.use_cache = False
+    lc.unpatch(first)
+    assert first.config is first.get_decoder().config is second.config
+    assert not first.config.use_cache
+    assert first.config.output_hidden_states
+    assert first.config._attn_implementation == "sdpa"
+
+
 # copies ----------------------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,23 @@ def test_errors_are_those_of_the_dtype(op: str, backend: str, dtype: torch.dtype
     assert float((got.double() - exact).abs().max()) <= 2 * yardstick + 2 * ulp
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("window", [7, 8, 9])
+@pytest.mark.parametrize("tokens", [8, 1])
+def test_a_window_as_long_as_the_text_hides_nothing_and_a_shorter_one_does(
+    tokens: int, window: int, backend: str
+) -> None:
+    """Aligned, where a backend may take a shortcut: eight keys, of which the last query sees `window`."""
+    made = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, n, 4, generator=made).double() for h, n in ((2, tokens), (1, 8), (1, 8)))
+    with use_backend(backend):
+        for op in (ops.attend_blocks, ops.attend_pages):
+            got, other = (op(q, k, v, ops.Logits(0.5), ops.Visibility(0, w), None)[:, :, -1] for w in (window, None))
+            last = (q[0, :, -1] @ k[0, 0, -window:].T * 0.5).softmax(-1) @ v[0, 0, -window:]
+            torch.testing.assert_close(got[0], last)
+            assert torch.allclose(got, other) == (window >= 8)
+
+
 @settings(deadline=None, max_examples=30)
 @given(scenes(most=6))
 def test_gradients_of_the_reference_are_right(scene: Scene) -> None:

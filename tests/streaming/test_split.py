@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,9 +37,15 @@ def plans(draw: st.DrawFn) -> lc.Plan:
     return lc.Plan("split", tuple(layers))
 
 
-@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("backend", ["", "reference"], ids=["automatic", "reference"])
+@settings(deadline=None, max_examples=30)
 @given(plans(), st.data())
-def test_any_split_equals_the_oracle(plan: lc.Plan, data: st.DataObject) -> None:
+def test_any_split_equals_the_oracle(backend: str, plan: lc.Plan, data: st.DataObject) -> None:
+    with lc.use_backend(backend) if backend else nullcontext():
+        compare(plan, data)
+
+
+def compare(plan: lc.Plan, data: st.DataObject) -> None:
     total = data.draw(st.integers(1, 60))
     mask = data.draw(draws.padding(total))
     ids = draws.tokens(1 if mask is None else len(mask), total, seed=0)
