@@ -97,7 +97,7 @@ class Plan:
     """One policy per KV head of every attention layer.
 
     Raises:
-        ValueError: no layers, or in-cache positions together with heads that keep everything.
+        ValueError: no layers, or in-cache positions together with heads that keep everything or read sinks elsewhere.
     """
 
     method: str
@@ -106,12 +106,12 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("Plan: expected at least one layer; got none. List one LayerPlan per attention layer.")
-        unbounded = next((i for i, p in self._policies() if p.retention.window is None), None)
-        if self.in_cache and unbounded is not None:
+        misfit = next(((i, p) for i, p in self._policies() if not _fits_in_cache(p)), None)
+        if self.in_cache and misfit is not None:
             raise ValueError(
-                f"Plan '{self.method}': expected a window on every head, because some positions are counted in the "
-                f"cache; got a head that keeps everything in layer {unbounded}. Use SinkWindow there, or Absolute "
-                "positions everywhere."
+                f"Plan '{self.method}': expected a window on every head, and its sinks counted in the cache, because "
+                f"some positions are; got '{misfit[1].describe()}' in layer {misfit[0]}. Use SinkWindow with InCache "
+                "there, or Absolute positions everywhere."
             )
 
     def _policies(self) -> list[tuple[int, HeadPolicy]]:
@@ -173,6 +173,11 @@ class Plan:
 
 
 _POLICY_FIELDS = dataclasses.fields(HeadPolicy)
+
+
+def _fits_in_cache(policy: HeadPolicy) -> bool:
+    """True if a head can be read at small positions; a bare window has the same distances in text and cache."""
+    return policy.retention.window is not None and (policy.positions.in_cache or not policy.retention.sink)
 
 
 def _pack(value: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ ROOMS = {
     "methods": {"errors", "plan", "cache", "models", "heads", "methods"},
     "attention": {"errors", "plan", "cache", "kernels", "models", "context"},
     "memory": {"cache", "models", "plan"},
+    "testing": {"plan"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""
 
@@ -44,6 +45,26 @@ def test_a_room_imports_only_what_lies_below(room: str) -> None:
     assert files
     for path in files:
         assert imported(path) <= ROOMS[room], path.name
+
+
+def foreign(path: Path) -> set[str]:
+    """Other packages that a file imports, the standard library aside."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add((node.module or "").split(".")[0])
+    return names - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize(
+    ("room", "packages"),
+    [("plan.py", set()), ("kernels", {"torch"}), ("cache", {"torch", "transformers"}), ("methods", set())],
+)
+def test_other_packages_stay_where_they_belong(room: str, packages: set[str]) -> None:
+    for path in sorted((ROOT / room).rglob("*.py")) or [ROOT / room]:
+        assert foreign(path) <= packages - (set() if path.name == "cache.py" else {"transformers"}), path.name
 
 
 def test_only_the_outermost_rooms_know_of_patch() -> None:

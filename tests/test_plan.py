@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
@@ -73,15 +75,32 @@ def test_groups_must_be_a_partition(heads: list[tuple[int, ...]]) -> None:
         lc.LayerPlan(tuple(lc.HeadGroup(mine, policy) for mine in heads))
 
 
-def test_in_cache_positions_need_windows() -> None:
-    groups = (
-        lc.HeadGroup((0,), lc.HeadPolicy(lc.SinkWindow(4, 16), lc.InCache())),
-        lc.HeadGroup((1,), lc.HeadPolicy(lc.KeepAll(), lc.InCache())),
-    )
-    with pytest.raises(ValueError, match="a head that keeps everything in layer 0"):
-        lc.Plan("mixed", (lc.LayerPlan(groups),))
+def test_a_plan_has_layers() -> None:
     with pytest.raises(ValueError, match="expected at least one layer"):
         lc.Plan("empty", ())
+
+
+STREAM = lc.HeadGroup((0,), lc.HeadPolicy(lc.SinkWindow(4, 16), lc.InCache()))
+MISFITS = {
+    "keep all": lc.HeadPolicy(lc.KeepAll(), lc.InCache()),
+    "keep all, in the text": lc.HeadPolicy(lc.KeepAll(), lc.Absolute()),
+    "sinks of the text": lc.HeadPolicy(lc.SinkWindow(4, 16), lc.Absolute()),
+}
+
+
+@pytest.mark.parametrize("policy", list(MISFITS.values()), ids=list(MISFITS))
+def test_in_cache_positions_need_windows_and_their_sinks(policy: lc.HeadPolicy) -> None:
+    """Keys are rotated at small positions in the whole model then: far sinks of the text are out of reach."""
+    message = f"expected a window on every head, .*; got '{re.escape(policy.describe())}' in layer "
+    with pytest.raises(ValueError, match=message + "0"):
+        lc.Plan("mixed", (lc.LayerPlan((STREAM, lc.HeadGroup((1,), policy))),))
+    with pytest.raises(ValueError, match=message + "1"):
+        lc.Plan("mixed", (lc.LayerPlan((STREAM,)), lc.LayerPlan((lc.HeadGroup((0,), policy),))))
+
+
+def test_a_bare_window_fits_anywhere() -> None:
+    bare = lc.HeadGroup((1,), lc.HeadPolicy(lc.SinkWindow(0, 8), lc.Absolute()))
+    assert lc.Plan("sliding", (lc.LayerPlan((STREAM, bare)),)).in_cache
 
 
 @pytest.mark.parametrize("sizes", [(-1, 4), (0, 0), (4, -3), (4, 2.5), (4, 8, 7), (True, 4)])
@@ -100,3 +119,12 @@ def test_an_unknown_primitive_is_named() -> None:
     plan = lc.Plan("one", (lc.LayerPlan((lc.HeadGroup((0,), lc.HeadPolicy(lc.KeepAll(), lc.Absolute())),)),))
     with pytest.raises(ValueError, match="got 'KeepNone'"):
         lc.Plan.from_json(plan.to_json().replace("KeepAll", "KeepNone"))
+
+
+def test_a_primitive_in_the_wrong_place_is_refused() -> None:
+    text = lc.Plan("one", (lc.LayerPlan((STREAM,)),)).to_json()
+    raw = json.loads(text)
+    group = raw["layers"][0][0]
+    group["retention"], group["positions"] = group["positions"], group["retention"]
+    with pytest.raises(ValueError, match=r"Plan\.from_json: expected the text"):
+        lc.Plan.from_json(json.dumps(raw))

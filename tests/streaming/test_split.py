@@ -55,6 +55,24 @@ def compare(plan: lc.Plan, data: st.DataObject) -> None:
     draws.assert_equal(MODEL, got, oracle, total, mask)
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_heads_of_one_cache_may_have_windows_of_any_size(data: st.DataObject) -> None:
+    """Positions in the cache, each head's own; a bare window may as well be counted in the text."""
+    sizes = st.builds(lc.SinkWindow, st.integers(0, 5), st.integers(1, 20))
+    first, second, third = (data.draw(sizes) for _ in range(3))
+    layers = [
+        lc.LayerPlan(
+            (
+                lc.HeadGroup((0, 3), lc.HeadPolicy(keep, lc.InCache())),
+                lc.HeadGroup((1, 2), lc.HeadPolicy(other, lc.InCache() if other.sink else lc.Absolute())),
+            )
+        )
+        for keep, other in ((first, second), (third, first))
+    ]
+    compare(lc.Plan("sizes", tuple(layers)), data)
+
+
 GATES = [[0.9, 0.1, 0.8, 0.2], [0.3, 0.7, 0.4, 0.6]]
 
 
