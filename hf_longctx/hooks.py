@@ -61,7 +61,7 @@ class Patch:
 
     def find_rotary(self, plan: Plan) -> None:
         """Look how the model rotates, unless the plan needs no knowledge of it or it is known."""
-        if plan.in_cache and self.rotary_dtype != self.decoder.dtype:
+        if plan.bounded and self.rotary_dtype != self.decoder.dtype:
             self.rotary = find_rotary(self.decoder, self.facts, plan)
             self.rotary_dtype = self.decoder.dtype
 
@@ -217,7 +217,7 @@ def _check_places(state: Patch, kwargs: dict[str, Any], cache: LongContextCache 
     given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if not isinstance(given, Tensor) or columns == 1:
         return
-    if given.ndim == 2 and (state.plan.in_cache or (mask is None and cache is None)):
+    if given.ndim == 2 and (state.plan.bounded or (mask is None and cache is None)):
         jumps = given[:, 1:] - given[:, :-1] != 1
         if mask is not None and mask.shape[1] >= columns:
             real = mask[:, -columns:].bool()
@@ -226,7 +226,7 @@ def _check_places(state: Patch, kwargs: dict[str, Any], cache: LongContextCache 
             raise UnsupportedError(
                 "hf_longctx: expected position_ids that count up by one; got packed sequences. Pass one text per row."
             )
-    if given.ndim == 3 and state.plan.in_cache and bool((given[-3:] != given[-3:-2]).any()):
+    if given.ndim == 3 and state.plan.bounded and bool((given[-3:] != given[-3:-2]).any()):
         raise UnsupportedError(
             f"{state.plan.method}: expected text, whose position is one number; got position_ids {list(given.shape)} "
             "of images or video. Unpatch the model for them."
@@ -235,7 +235,7 @@ def _check_places(state: Patch, kwargs: dict[str, Any], cache: LongContextCache 
 
 def _place(state: Patch, decoder: Any, kwargs: dict[str, Any], forward: Forward, rows: int, columns: int) -> None:
     """Give the model the positions at which it shall rotate, where the plan counts them in the cache."""
-    if not state.plan.in_cache or not takes_positions(decoder):
+    if not state.plan.bounded or not takes_positions(decoder):
         return
     given, pos = kwargs.get("position_ids"), text_positions(forward).expand(rows, -1)
     kwargs["position_ids"] = pos if not isinstance(given, Tensor) or given.ndim == 2 else pos.expand_as(given)

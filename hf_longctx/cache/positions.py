@@ -28,6 +28,11 @@ class Absolute:
         """Distance is counted over the text."""
         return False
 
+    @property
+    def distance(self) -> int | None:
+        """No bound."""
+        return None
+
     def describe(self) -> str:
         """One phrase for a table."""
         return "positions of the text"
@@ -46,9 +51,47 @@ class InCache:
         """Distance is counted over what is stored."""
         return True
 
+    @property
+    def distance(self) -> int | None:
+        """Bounded by what is stored."""
+        return None
+
     def describe(self) -> str:
         """One phrase for a table."""
         return "positions in the cache"
+
+
+@primitive
+@dataclass(frozen=True)
+class Clamped:
+    """Keys are read at their distance in the text, those further away than `distance` at just that.
+
+    Paper: InfLLM (arXiv:2402.04617) §3.2, whose far keys all stand at the edge of the local window.
+
+    Args:
+        distance: the largest distance at which a key is read, in tokens.
+
+    Raises:
+        ValueError: a distance below one.
+    """
+
+    distance: int
+
+    def __post_init__(self) -> None:
+        if type(self.distance) is not int or self.distance < 1:
+            raise ValueError(
+                f"Clamped: expected distance as a whole number of tokens >= 1; got {self.distance!r}. "
+                "Use the local window minus one."
+            )
+
+    @property
+    def in_cache(self) -> bool:
+        """Distance is counted over the text."""
+        return False
+
+    def describe(self) -> str:
+        """One phrase for a table."""
+        return f"positions of the text, at most {self.distance} apart"
 
 
 def lap_position(pos: Tensor, offset: int, lap: int) -> Tensor:

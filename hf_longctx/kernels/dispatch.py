@@ -15,7 +15,18 @@ from ..errors import UnsupportedError
 ORDER = ("torch", "reference")
 """Backends, fastest first. `reference` defines every operation and always exists."""
 
-OPS = ("attend_blocks", "attend_pages", "rotate", "append")
+OPS = (
+    "attend_blocks",
+    "attend_pages",
+    "attend_mass",
+    "score_pages",
+    "score_antidiagonal",
+    "pick_blocks",
+    "rotate",
+    "append",
+    "encode_kv",
+    "decode_kv",
+)
 
 _MODULES = {"torch": "fused", "reference": "reference"}
 _WANTED: ContextVar[str | None] = ContextVar("hf_longctx_backend", default=None)

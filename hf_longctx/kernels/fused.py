@@ -6,12 +6,22 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .dispatch import Implementation
-from .ops import Logits, Turns, Visibility
 from .reference.attend import blocks, empty_out, join, positions, take_columns, visible
+from .types import Logits, Packed, Selection, Turns, Visibility
 
 
-def reject(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> str | None:
+def reject(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None,
+) -> str | None:
     """Why the fused kernels do not take these arguments, or None."""
+    if selection is not None:
+        return "cannot read selected blocks"
     if turns is not None:
         return "cannot turn queries to keys at lap positions"
     if not logits.plain:
@@ -19,7 +29,15 @@ def reject(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, tur
     return None
 
 
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> Tensor:
+def attend_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None = None,
+) -> Tensor:
     """`ops.attend_blocks`; causal attention in one call, a window in blocks of queries."""
     stored, tokens = k.shape[2], q.shape[2]
     unbounded = see.window is None or see.window >= stored
@@ -33,7 +51,15 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibili
     return join(parts, empty_out(q, v))
 
 
-def attend_pages(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> Tensor:
+def attend_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None = None,
+) -> Tensor:
     """`ops.attend_pages`; the G query heads of a KV head stand side by side as queries, so keys are not repeated."""
     rows, heads, tokens, dim = q.shape
     kv_heads, stored = k.shape[1:3]

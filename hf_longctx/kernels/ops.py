@@ -2,99 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from . import dispatch
+from .types import Logits, Packed, Selection, Turns, Visibility
+
+__all__ = [
+    "Logits",
+    "Packed",
+    "Selection",
+    "Turns",
+    "Visibility",
+    "append",
+    "attend_blocks",
+    "attend_mass",
+    "attend_pages",
+    "decode_kv",
+    "encode_kv",
+    "pick_blocks",
+    "rotate",
+    "score_antidiagonal",
+    "score_pages",
+    "take_tokens",
+]
 
 
-@dataclass(frozen=True)
-class Logits:
-    """From a product to a logit: `softcap(scale * q.k) + slope * (k_pos - q_pos)`, then softmax with sinks.
-
-    Args:
-        scale: factor of the product, 1/sqrt(D) for Llama.
-        softcap: `cap * tanh(x / cap)` if given (Gemma 2).
-        sink_logits: `[Hq]`, one learned logit per head that takes part in the softmax and has no value (GPT-OSS).
-        slopes: `[Hq]`, float32, ALiBi slope per head (MPT).
-    """
-
-    scale: float
-    softcap: float | None = None
-    sink_logits: Tensor | None = None
-    slopes: Tensor | None = None
-
-    def heads(self, index: Tensor) -> Logits:
-        """The same for some of the query heads; index: `[Hq']`, int64."""
-        sinks = None if self.sink_logits is None else self.sink_logits[index.to(self.sink_logits.device)]
-        slopes = None if self.slopes is None else self.slopes[index.to(self.slopes.device)]
-        return Logits(self.scale, self.softcap, sinks, slopes)
-
-    @property
-    def plain(self) -> bool:
-        """True if the product is only scaled."""
-        return self.softcap is None and self.sink_logits is None and self.slopes is None
-
-
-@dataclass(frozen=True)
-class Turns:
-    """How queries are turned to keys that are rotated at lap positions (`cache/positions.py`).
-
-    Args:
-        sink_pos: `[B or 1, T]`, int64, position from which each query sees the sinks.
-        lap: tokens in a lap; a key of the lap before is seen from one lap further on.
-        offset: tokens before the first lap.
-        inv_freq: `[R/2]`, float32, rotary frequencies; None for a layer without rotary embedding.
-        interleaved: True if rotated pairs are channels (2i, 2i+1), False if (i, i + R/2).
-    """
-
-    sink_pos: Tensor
-    lap: int
-    offset: int
-    inv_freq: Tensor | None = None
-    interleaved: bool = False
-
-    def laps(self, pos: Tensor) -> Tensor:
-        """Whole laps before a position, same shape."""
-        return (pos - self.offset).clamp(min=0) // self.lap
-
-
-@dataclass(frozen=True)
-class Visibility:
-    """Which keys a query sees: `0 <= k_pos <= q_pos`, and `k_pos < sink` or `q_pos - k_pos < window` (None: all).
-
-    Args:
-        sink: first tokens that every later query sees.
-        window: last tokens that a query sees, itself included.
-        q_pos: `[B or 1, T]`, int64; None: query t stands at column `S - T + t`.
-        k_pos: `[B or 1, S]`, int64, -1 for an empty column; None: columns are positions.
-    """
-
-    sink: int = 0
-    window: int | None = None
-    q_pos: Tensor | None = None
-    k_pos: Tensor | None = None
-
-    @property
-    def aligned(self) -> bool:
-        """True if columns are positions and the last query stands at the last column."""
-        return self.q_pos is None and self.k_pos is None
-
-
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> Tensor:
+def attend_blocks(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None = None,
+) -> Tensor:
     """Attention of many queries; keys are in the order of their positions and the last T of them are the queries' own.
 
-    Time is O(T * (sink + window)) and extra memory does not grow with T where there is a window.
+    Time is O(T * (sink + window)) and extra memory does not grow with T where there is a window. With a selection, time
+    is O(T * K * block), and the stored tensors may be in any order.
 
     Args:
         q: `[B, Hq, T, D]`; with `turns`, rotated at the query's lap position.
-        k: `[B, Hkv, S, D]`, Hq a multiple of Hkv, S >= T.
-        v: `[B, Hkv, S, Dv]`.
+        k: `[B, Hkv, S, D]`, Hq a multiple of Hkv, S >= T. Packed only with a selection.
+        v: `[B, Hkv, S, Dv]`, likewise.
         logits: from products to logits.
-        see: which keys each query sees.
+        see: which keys each query sees. With a selection only `q_pos` is read (-1: a place without a query, whose
+            output is zero): a query sees every key of its blocks at or before its own position.
         turns: how queries are turned to keys at lap positions; None: products are right as they are.
+        selection: which blocks are read; None: all. Key i of a block stands at position `id * block + i`, and lies in
+            column `page * block + i`; columns from S on do not exist.
 
     Returns:
         `[B, Hq, T, Dv]`, dtype of q; zero where a query sees nothing.
@@ -102,16 +59,155 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibili
     Raises:
         UnsupportedError: the backend asked for does not take these arguments.
     """
-    out: Tensor = dispatch.call("attend_blocks", q, k, v, logits, see, turns)
+    out: Tensor = dispatch.call("attend_blocks", q, k, v, logits, see, turns, selection)
     return out
 
 
-def attend_pages(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> Tensor:
+def attend_pages(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None = None,
+) -> Tensor:
     """Attention of a few queries (decode); keys in any order, so `see.k_pos` speaks for each column.
 
     Arguments, result and errors as `attend_blocks`.
     """
-    out: Tensor = dispatch.call("attend_pages", q, k, v, logits, see, turns)
+    out: Tensor = dispatch.call("attend_pages", q, k, v, logits, see, turns, selection)
+    return out
+
+
+def attend_mass(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection,
+    near: int,
+) -> tuple[Tensor, Tensor]:
+    """`attend_blocks` with a selection, and how much attention each key got from the queries near it.
+
+    Args:
+        q: as in `attend_blocks`, like the next five.
+        k: keys.
+        v: values.
+        logits: from products to logits.
+        see: positions of the queries.
+        turns: how queries are turned.
+        selection: which blocks are read; not per query head.
+        near: a query counts for a key at a distance below this.
+
+    Returns:
+        `[B, Hq, T, Dv]`, and `[B, Hkv, N, K * block]`, float32: softmax weights of each key, added up over the near
+        queries of block n and the query heads of the KV head; zero where there is no key.
+    """
+    out: tuple[Tensor, Tensor] = dispatch.call("attend_mass", q, k, v, logits, see, turns, selection, near)
+    return out
+
+
+def score_pages(q: Tensor, summary: Tensor, subs: int, share: str) -> Tensor:
+    """Score blocks by their summaries.
+
+    With bounds (R = 2: least, largest) the score of a sub-block is the largest product that a key within the bounds
+    could have, `sum_i max(q_i * least_i, q_i * largest_i)`; with one vector (R = 1) the product with it. A block has
+    the largest score of its `subs` sub-blocks. Heads that share a selection have the largest score of all of them where
+    there are bounds, else the mean.
+
+    Args:
+        q: `[B, Hq, N, D]`.
+        summary: `[B, Hkv, M', R, D]`, one entry per sub-block; bounds of an empty sub-block are +inf and -inf.
+        subs: sub-blocks of a block; M' need not be a multiple.
+        share: `kv_head`, `q_head` or `all`: Hs is Hkv, Hq or 1.
+
+    Returns:
+        `[B, Hs, N, M]`, float32 (float64 if q is), M = ceil(M' / subs); a block without a key scores -inf.
+    """
+    out: Tensor = dispatch.call("score_pages", q, summary, subs, share)
+    return out
+
+
+def score_antidiagonal(
+    q: Tensor, k: Tensor | Packed, q_pos: Tensor, block: int, stride: int, scale: float, causal: bool
+) -> Tensor:
+    """Estimate how much attention each block of queries pays to each block of keys, from sums of antidiagonals.
+
+    Tile r of queries and tile c of keys are positions `r * stride` to `(r + 1) * stride - 1`, and so on. Their logit is
+    `scale / stride * sum_j q[r * stride + stride - 1 - j] . k[c * stride + j]`, with zero for queries that are not in
+    the call and for keys that are not there. Each tile of queries has a softmax over the tiles of keys (c <= r if
+    causal), and a block's score is the sum over its tiles. Tiles without a query add nothing.
+
+    Args:
+        q: `[B, Hq, N * block, D]`; each block's queries stand anywhere in it, at positions of one and the same block of
+            the text.
+        k: `[B, Hkv, S, D]`, column s at position s. If causal, columns after the row's last query hold no key, but
+            anything; else all of them hold keys.
+        q_pos: `[B or 1, N * block]`, int64, positions; -1 where there is no query.
+        block: tokens of a block.
+        stride: tokens of a tile; divides the block.
+        scale: factor of the products.
+        causal: no tile of keys after the tile of queries is seen.
+
+    Returns:
+        `[B, Hq, N, M]`, float32 (float64 if q is), M = ceil(S / block). Nothing of size (T / stride) * (S / stride) is
+        ever held for more than one block of queries.
+    """
+    out: Tensor = dispatch.call("score_antidiagonal", q, k, q_pos, block, stride, scale, causal)
+    return out
+
+
+def pick_blocks(
+    scores: Tensor,
+    low: Tensor,
+    high: Tensor,
+    sink: int,
+    take: int | None,
+    tau: Tensor | None,
+    forced: int,
+) -> Tensor:
+    """The forced blocks, and the best of the others, of equal scores the first.
+
+    Blocks below `sink` and from `low` to `high` are forced; candidates lie between; no block after `high` is picked.
+
+    Args:
+        scores: `[B, Hs, N, M]`, float.
+        low: `[B or 1, N]`, int64, first of the local blocks.
+        high: `[B or 1, N]`, int64, the block of the last query; -1: no query, nothing is picked.
+        sink: blocks at the start.
+        take: how many candidates are picked; None: so many that they and the forced blocks hold a share `tau` of the
+            row's scores up to `high`: the shortest run of best candidates before which the sum is below that share.
+        tau: `[Hs]`, float; a share of 1 picks all candidates, whatever rounding says.
+        forced: an upper bound of the number of local blocks, known without looking at `low` and `high`.
+
+    Returns:
+        `[B, Hs, N, K]`, int32, ascending, then -1; K = min(M, sink + forced + take), or M.
+    """
+    out: Tensor = dispatch.call("pick_blocks", scores, low, high, sink, take, tau, forced)
+    return out
+
+
+def encode_kv(x: Tensor, bits: int) -> Packed:
+    """Quantize keys or values per token and head, asymmetrically, over the channels.
+
+    `scale = (max - min) / (2^bits - 1)` and `zero = -min / scale`, both rounded to float16 before they are used;
+    `payload = round(x / scale + zero)`, clamped. The scale is at least max|x| / 2048, so that zero stays within
+    float16's whole numbers and rows of (nearly) equal values keep their value to 1 / 1000, and at least 2^-14.
+
+    Args:
+        x: `[B, H, T, D]`; for 4 bits D is even.
+        bits: 4 or 8.
+    """
+    out: Packed = dispatch.call("encode_kv", x, bits)
+    return out
+
+
+def decode_kv(x: Packed) -> Tensor:
+    """The values that were stored: `[B, H, S, D]`, computed in float32, in `x.dtype`."""
+    out: Tensor = dispatch.call("decode_kv", x)
     return out
 
 

@@ -12,13 +12,21 @@ from torch import Tensor
 from .rotate import rotate
 
 if TYPE_CHECKING:
-    from ..ops import Logits, Turns, Visibility
+    from ..types import Logits, Selection, Turns, Visibility
 
 LOGITS_PER_BLOCK = 1 << 22
 """Logits that one block of queries may hold at a time: 16 MiB in float32."""
 
 
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> Tensor:
+def attend_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None = None,
+) -> Tensor:
     """The definition of `ops.attend_blocks`."""
     parts = (
         (
@@ -92,7 +100,15 @@ def visible(see: Visibility, q_pos: Tensor, k_pos: Tensor) -> Tensor:
     return seen
 
 
-def attend_pages(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None) -> Tensor:
+def attend_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None = None,
+) -> Tensor:
     """The definition of `ops.attend_pages`: queries are turned to the keys, which stay as they are."""
     q_pos, k_pos = positions(see, q.shape[2], k.shape[2], q.device)
     x = products(q, k, logits)

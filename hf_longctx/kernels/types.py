@@ -1,0 +1,136 @@
+"""The values that operations take beside tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Logits:
+    """From a product to a logit: `softcap(scale * q.k) + slope * (k_pos - q_pos)`, then softmax with sinks.
+
+    Args:
+        scale: factor of the product, 1/sqrt(D) for Llama.
+        softcap: `cap * tanh(x / cap)` if given (Gemma 2).
+        sink_logits: `[Hq]`, one learned logit per head that takes part in the softmax and has no value (GPT-OSS).
+        slopes: `[Hq]`, float32, ALiBi slope per head (MPT).
+    """
+
+    scale: float
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    slopes: Tensor | None = None
+
+    def heads(self, index: Tensor) -> Logits:
+        """The same for some of the query heads; index: `[Hq']`, int64."""
+        sinks = None if self.sink_logits is None else self.sink_logits[index.to(self.sink_logits.device)]
+        slopes = None if self.slopes is None else self.slopes[index.to(self.slopes.device)]
+        return Logits(self.scale, self.softcap, sinks, slopes)
+
+    @property
+    def plain(self) -> bool:
+        """True if the product is only scaled."""
+        return self.softcap is None and self.sink_logits is None and self.slopes is None
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How queries are turned to keys that are rotated at lap positions (`cache/positions.py`).
+
+    Args:
+        sink_pos: `[B or 1, T]`, int64, position from which each query sees the sinks.
+        lap: tokens in a lap; a key of the lap before is seen from one lap further on.
+        offset: tokens before the first lap.
+        inv_freq: `[R/2]`, float32, rotary frequencies; None for a layer without rotary embedding.
+        interleaved: True if rotated pairs are channels (2i, 2i+1), False if (i, i + R/2).
+        clamp: keys further from the query than this are read at just this distance; None: as they are. With it,
+            `sink_pos` is not used.
+    """
+
+    sink_pos: Tensor
+    lap: int
+    offset: int
+    inv_freq: Tensor | None = None
+    interleaved: bool = False
+    clamp: int | None = None
+
+    def laps(self, pos: Tensor) -> Tensor:
+        """Whole laps before a position, same shape."""
+        return (pos - self.offset).clamp(min=0) // self.lap
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys a query sees: `0 <= k_pos <= q_pos`, and `k_pos < sink` or `q_pos - k_pos < window` (None: all).
+
+    Args:
+        sink: first tokens that every later query sees.
+        window: last tokens that a query sees, itself included.
+        q_pos: `[B or 1, T]`, int64; None: query t stands at column `S - T + t`.
+        k_pos: `[B or 1, S]`, int64, -1 for an empty column; None: columns are positions.
+    """
+
+    sink: int = 0
+    window: int | None = None
+    q_pos: Tensor | None = None
+    k_pos: Tensor | None = None
+
+    @property
+    def aligned(self) -> bool:
+        """True if columns are positions and the last query stands at the last column."""
+        return self.q_pos is None and self.k_pos is None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Quantized keys or values as they are stored: `value = (payload - zero) * scale`, per token and head.
+
+    Args:
+        payload: uint8, `[B, H, S, D]` of 8 bits, or `[B, H, S, D / 2]` of 4: channel 2i in the low half, 2i + 1 in the
+            high half of byte i.
+        scale: `[B, H, S]`, float16, never 0.
+        zero: `[B, H, S]`, float16, not a whole number.
+        bits: 4 or 8.
+        dtype: of the values.
+    """
+
+    payload: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the values: `[B, H, S, D]`."""
+        return torch.Size((*self.payload.shape[:3], self.payload.shape[3] * 8 // self.bits))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.payload.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of all three tensors."""
+        return self.payload.nbytes + self.scale.nbytes + self.zero.nbytes
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which blocks of keys each block of queries reads: the only currency between choosing and reading.
+
+    Args:
+        ids: `[B, Hs, N, K]`, int32; blocks by their place in the text, ascending, then -1 for none. Hs is 1, Hkv or Hq.
+        block: tokens of a block of keys.
+        q_block: queries of a block; block n is queries `n * q_block` to `(n + 1) * q_block - 1` of the call.
+        pages: `[B, Hs, N, K]`, int32, where each block lies in the stored tensors, in blocks; None: at its id.
+    """
+
+    ids: Tensor
+    block: int
+    q_block: int
+    pages: Tensor | None = None

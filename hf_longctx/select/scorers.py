@@ -1,0 +1,203 @@
+"""How much a block of keys matters to a block of queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+from ..plan import primitive
+from .summaries import MinMax, Representatives
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a scorer may look at.
+
+    Args:
+        q: `[B, Hq, N * Q, D]`, queries in blocks of Q; each block's tokens first, then zeros.
+        q_pos: `[B or 1, N * Q]`, int64, their positions, -1 where there is none.
+        k: `[B, Hkv, S, D]`, the keys; column s holds position s.
+        summary: `[B, Hkv, M', R, D]`, one entry per sub-block, where the scorer has a summary.
+        q_block: Q.
+        scale: factor of the products.
+        share: as in `Selector`.
+        turns: how queries are turned to keys, where positions are small.
+    """
+
+    q: Tensor
+    q_pos: Tensor
+    k: Tensor | ops.Packed
+    summary: Tensor | None
+    q_block: int
+    scale: float
+    share: str
+    turns: ops.Turns | None
+
+
+@primitive
+@dataclass(frozen=True)
+class UpperBound:
+    """The largest product that a key within the block's bounds could have; over the heads that share, the maximum.
+
+    Paper: Quest (arXiv:2406.10774) §3.3; over logical pages the maximum, LServe (arXiv:2502.14866) §3.5.
+    """
+
+    summary: MinMax = field(default_factory=MinMax)
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block of keys."""
+        return self.summary.block
+
+    @property
+    def q_block(self) -> int:
+        """Each query for itself."""
+        return 1
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """One query at a time."""
+        return ("decode",)
+
+    @property
+    def is_mass(self) -> bool:
+        """Scores are products."""
+        return False
+
+    @property
+    def clamped(self) -> bool:
+        """Bounds hold for keys as they are rotated."""
+        return False
+
+    def describe(self) -> str:
+        """One phrase for a table."""
+        return f"upper bound ({self.summary.describe()})"
+
+    def score(self, look: Look) -> Tensor:
+        """Score every block: `[B, Hs, N, M]`, float32 or better."""
+        assert look.summary is not None
+        return ops.score_pages(look.q, look.summary, self.summary.block // self.summary.sub, look.share)
+
+
+@primitive
+@dataclass(frozen=True)
+class RepresentativeDot:
+    """The mean product of the block's representative with the block of queries; over the heads that share, the mean.
+
+    Paper: InfLLM (arXiv:2402.04617) §3.2.
+
+    Args:
+        summary: how the representative is found.
+        q_block: queries of a prefill call that share a selection.
+    """
+
+    summary: Representatives = field(default_factory=Representatives)
+    q_block: int = 512
+
+    def __post_init__(self) -> None:
+        if self.q_block < 1:
+            raise ValueError(f"RepresentativeDot: expected q_block >= 1; got {self.q_block}. The paper's code has 512.")
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block of keys."""
+        return self.summary.block
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Representatives are found in prefill, and used in both."""
+        return ("prefill", "decode")
+
+    @property
+    def is_mass(self) -> bool:
+        """Scores are products."""
+        return False
+
+    @property
+    def clamped(self) -> bool:
+        """Representatives are kept without rotation where positions are clamped."""
+        return True
+
+    def describe(self) -> str:
+        """One phrase for a table."""
+        return self.summary.describe()
+
+    def score(self, look: Look) -> Tensor:
+        """Score every block: `[B, Hs, N, M]`, float32 or better."""
+        assert look.summary is not None
+        q = look.q.to(torch.promote_types(look.q.dtype, torch.float32))
+        turns = look.turns
+        if turns is not None and turns.clamp is not None and turns.inv_freq is not None:
+            here = look.q_pos - turns.lap * turns.laps(look.q_pos)
+            q = ops.rotate(q, turns.clamp - here, turns.inv_freq, turns.interleaved)
+        rows, heads, _, dim = q.shape
+        real = (look.q_pos >= 0).view(look.q_pos.shape[0], 1, -1, look.q_block, 1)
+        blocks = q.view(rows, heads, -1, look.q_block, dim) * real
+        mean = blocks.sum(3) / real.sum(3).clamp(min=1)
+        return ops.score_pages(mean, look.summary, 1, look.share)
+
+
+@primitive
+@dataclass(frozen=True)
+class Antidiagonal:
+    """Attention on sums of antidiagonals of tiles of `stride` x `stride` products, added up over each block.
+
+    Paper: XAttention (arXiv:2503.16428) §2.1. Over the heads that share, the mean.
+
+    Args:
+        block: tokens of a block of queries and of keys.
+        stride: tokens of a tile; divides the block.
+
+    Raises:
+        ValueError: a stride that does not divide the block.
+    """
+
+    block: int = 128
+    stride: int = 16
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.stride < 1 or self.block % self.stride:
+            raise ValueError(
+                f"Antidiagonal: expected a stride that divides the block of {self.block}; got {self.stride}. "
+                "Use 4, 8 or 16."
+            )
+
+    @property
+    def summary(self) -> None:
+        """Keys are read themselves."""
+        return None
+
+    @property
+    def q_block(self) -> int:
+        """As long as a block of keys."""
+        return self.block
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Many queries at a time."""
+        return ("prefill",)
+
+    @property
+    def is_mass(self) -> bool:
+        """Scores are shares of attention."""
+        return True
+
+    @property
+    def clamped(self) -> bool:
+        """Products are taken as keys are rotated."""
+        return False
+
+    def describe(self) -> str:
+        """One phrase for a table."""
+        return f"antidiagonals ({self.block}, stride {self.stride})"
+
+    def score(self, look: Look) -> Tensor:
+        """Score every block: `[B, Hs, N, M]`, float32 or better; a row adds up to the block's tiles."""
+        scores = ops.score_antidiagonal(look.q, look.k, look.q_pos, self.block, self.stride, look.scale, True)
+        if look.share == "q_head":
+            return scores
+        rows, _, blocks, columns = scores.shape
+        return scores.view(rows, 1 if look.share == "all" else look.k.shape[1], -1, blocks, columns).mean(2)

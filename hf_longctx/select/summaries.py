@@ -1,0 +1,119 @@
+"""What is kept beside each block of keys, so that it can be scored unread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..plan import primitive
+
+
+@primitive
+@dataclass(frozen=True)
+class MinMax:
+    """Per channel, the least and the largest value of the keys in each block of `sub` tokens.
+
+    Paper: Quest (arXiv:2406.10774) §3.2; with `sub` below `block` LServe's logical pages (arXiv:2502.14866) §3.5.
+
+    Args:
+        block: tokens of a block that is read or not.
+        sub: tokens behind one pair of bounds; divides the block.
+
+    Raises:
+        ValueError: a size below one, or a `sub` that does not divide the block.
+    """
+
+    block: int = 16
+    sub: int = 16
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.sub < 1 or self.block % self.sub:
+            raise ValueError(
+                f"MinMax: expected a block of whole logical pages; got block={self.block}, sub={self.sub}. "
+                "Give a sub that divides the block, such as 64 and 16."
+            )
+
+    @property
+    def local(self) -> bool:
+        """Bounds follow from the keys alone."""
+        return False
+
+    def describe(self) -> str:
+        """One phrase for a table."""
+        return f"bounds of {self.block}" + (f" in {self.sub}s" if self.sub != self.block else "")
+
+    def fold(self, k: Tensor, filled: Tensor | None, mass: Tensor | None) -> Tensor:
+        """Bounds of keys.
+
+        Args:
+            k: `[..., sub, D]`.
+            filled: `[..., sub]`, bool, False where there is no key; None: all are there.
+            mass: not used.
+
+        Returns:
+            `[..., 2, D]`, dtype of k: least, then largest; of no key +inf and -inf.
+        """
+        if filled is None:
+            return torch.stack((k.amin(-2), k.amax(-2)), -2)
+        missing = ~filled[..., None]
+        least = k.masked_fill(missing, float("inf")).amin(-2)
+        return torch.stack((least, k.masked_fill(missing, float("-inf")).amax(-2)), -2)
+
+
+@primitive
+@dataclass(frozen=True)
+class Representatives:
+    """The mean of the `count` keys of each block that got most attention from the queries near them.
+
+    Paper: InfLLM (arXiv:2402.04617) §3.2. Differs: per KV head, whose query heads' attention is added; the paper's code
+    keeps one set of keys per query head. The mean says as much as the keys apart, for scores are sums over them.
+
+    Args:
+        block: tokens of a block.
+        count: keys that stand for it.
+
+    Raises:
+        ValueError: a count that is not between one and the block.
+    """
+
+    block: int = 128
+    count: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= self.block:
+            raise ValueError(
+                f"Representatives: expected a count between 1 and the block of {self.block}; got {self.count}. "
+                "The paper uses 4 of 128."
+            )
+
+    @property
+    def sub(self) -> int:
+        """One entry a block."""
+        return self.block
+
+    @property
+    def local(self) -> bool:
+        """The block must have left the local window of every query to come."""
+        return True
+
+    def describe(self) -> str:
+        """One phrase for a table."""
+        return f"{self.count} representatives of {self.block}"
+
+    def fold(self, k: Tensor, filled: Tensor | None, mass: Tensor | None) -> Tensor:
+        """The mean of the keys with most mass; of equal ones the first.
+
+        Args:
+            k: `[..., block, D]`, at one position.
+            filled: not used: a block that is closed is full.
+            mass: `[..., block]`, float32, attention that each key got.
+
+        Returns:
+            `[..., 1, D]`, dtype of k.
+        """
+        assert mass is not None
+        best = mass.sort(dim=-1, descending=True, stable=True).indices[..., : self.count, None]
+        chosen = k.gather(-2, best.expand(*best.shape[:-1], k.shape[-1]))
+        return chosen.to(torch.promote_types(k.dtype, torch.float32)).mean(-2, keepdim=True).to(k.dtype)
