@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from .cache.positions import lap_position, sink_position
-from .cache.step import Step
-from .cache.store import View
+from .cache.positions import lap_position
 from .context import NAME, Forward, current
 from .errors import UnsupportedError
+from .group import attend_group
 from .kernels import ops
 from .models import WANTS_MASK
-from .plan import HeadGroup, Retention
 
 
 def register() -> None:
@@ -93,73 +91,14 @@ def attention(
         )
     stores = [None] * len(plan.groups) if forward.cache is None else forward.cache.stacks[layer].stores
     if len(plan.groups) == 1:
-        out = _attend_group(forward, layer, plan.groups[0], stores[0], query, key, value, logits)
+        out = attend_group(forward, layer, plan.groups[0], stores[0], query, key, value, logits)
         return out.transpose(1, 2).contiguous(), None
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
     for group, store in zip(plan.groups, stores, strict=True):
         q_heads, kv_heads = _heads(group.kv_heads, query.shape[1] // key.shape[1], query.device)
         part = query[:, q_heads], key[:, kv_heads], value[:, kv_heads], logits.heads(q_heads)
-        out.index_copy_(2, q_heads, _attend_group(forward, layer, group, store, *part).transpose(1, 2))
+        out.index_copy_(2, q_heads, attend_group(forward, layer, group, store, *part).transpose(1, 2))
     return out, None
-
-
-def _attend_group(
-    forward: Forward,
-    layer: int,
-    group: HeadGroup,
-    stored: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    logits: ops.Logits,
-) -> Tensor:
-    """Append, attend, evict for one group of heads: `[B, Hq', T, D]`."""
-    step = forward.step.on(q.device)
-    if step.order is not None:
-        q, k, v = (ops.take_tokens(x, step.order) for x in (q, k, v))
-    view = View(k, v, step.pos if step.ragged else None) if stored is None else stored[1].append(k, v, step)
-    retention = group.policy.retention
-    window = retention.reach(step.tokens)
-    see = ops.Visibility(retention.sink, window, None if view.k_pos is None else step.pos, view.k_pos)
-    floor = _floor(forward, retention, stored, q.device)
-    if floor is not None:
-        see = _above(see, floor, view, step)
-    turns = _turns(forward, layer, group, step, floor)
-    few = step.tokens == 1 and step.columns > 0
-    out = (ops.attend_pages if few else ops.attend_blocks)(q, view.k, view.v, logits, see, turns)
-    return out if step.restore is None else ops.take_tokens(out, step.restore)
-
-
-def _floor(forward: Forward, retention: Retention, stored: Any, device: torch.device) -> Tensor | None:
-    """`[B or 1, 1]`, oldest position outside the sinks neither evicted by hand nor lost; None: all there."""
-    evicted = None if forward.cache is None else forward.cache.floors.get(retention)
-    lost = None if stored is None else stored[1].floor
-    both = [floor.to(device) for floor in (evicted, lost) if floor is not None]
-    return torch.maximum(both[0], both[-1]) if both else None
-
-
-def _above(see: ops.Visibility, floor: Tensor, view: View, step: Step) -> ops.Visibility:
-    """The same without the tokens that were evicted by hand."""
-    k_pos = torch.arange(view.k.shape[2], device=floor.device)[None] if view.k_pos is None else view.k_pos
-    k_pos = torch.where((k_pos < see.sink) | (k_pos >= floor), k_pos, -1)
-    return ops.Visibility(see.sink, see.window, step.pos, k_pos)
-
-
-def _turns(forward: Forward, layer: int, group: HeadGroup, step: Step, floor: Tensor | None) -> ops.Turns | None:
-    """How this group's queries are turned; None while every key stands where the text has it."""
-    plan, retention, lap = forward.plan, group.policy.retention, forward.plan.lap
-    reach = retention.reach(step.tokens)
-    if lap is None or reach is None:
-        return None
-    straight = plan.sink + lap if retention.sink == 0 else min(plan.sink + lap, retention.sink + reach)
-    if floor is None and step.columns + step.tokens <= straight:
-        return None
-    key = (retention, step.device)
-    if key not in forward.memo:
-        moved = None if floor is None else floor.to(step.device)
-        forward.memo[key] = sink_position(step.pos, retention.sink, reach, moved)
-    rotary = forward.rotary[layer]
-    return ops.Turns(forward.memo[key], lap, plan.sink, rotary.inv_freq, rotary.interleaved)
 
 
 def text_positions(forward: Forward) -> Tensor:

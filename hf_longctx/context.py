@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ReferenceType, ref
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from .cache.cache import LongContextCache
 from .cache.step import Step
+from .kernels.types import Selection
 from .models import ModelFacts
-from .plan import Plan
+from .plan import HeadGroup, Plan, Selector
 
 NAME = "hf_longctx"
 """The name under which this function and its mask function are registered with transformers."""
@@ -42,6 +44,8 @@ class Forward:
         cache: where they go, or None.
         rotary: how each layer rotates; empty unless positions are counted in the cache.
         probe: if given, layers put their queries and keys in here and attend to nothing.
+        watch: if given, called with layer, group, selector, positions of the queries and what they read, wherever
+            blocks are chosen.
     """
 
     facts: ModelFacts
@@ -50,7 +54,14 @@ class Forward:
     cache: LongContextCache | None
     rotary: tuple[Rotary, ...] = ()
     probe: dict[int, tuple[Tensor, Tensor]] | None = None
+    watch: Callable[[int, HeadGroup, Selector, Tensor, Selection], None] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What all layers share, made by the first that asks."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
 
 
 _LOCAL = threading.local()

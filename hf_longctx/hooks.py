@@ -35,6 +35,7 @@ class Patch:
         rotary: how each layer rotates, when the plan needs it.
         rotary_dtype: the model's type when that was found; to cast a model rounds its frequencies.
         ledger: of the last cache handed out.
+        watch: told of every choice of blocks, as `Forward.watch`.
     """
 
     facts: ModelFacts
@@ -47,6 +48,7 @@ class Patch:
     ledger: Ledger = field(default_factory=Ledger)
     hooks: list[Any] = field(default_factory=list)
     cache: ReferenceType[LongContextCache] | None = None
+    watch: Any = None
 
     def follow(self) -> None:
         """Carry over what the user has set on one of the two configurations, all but the attention implementation."""
@@ -72,7 +74,7 @@ class Patch:
         return cache
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cache": None}
+        return {**self.__dict__, "cache": None, "watch": None}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
@@ -140,7 +142,7 @@ class BeforeForward:
             check_room(state.facts, state.plan, cache, rows, columns, decoder.dtype, tokens.device)
             step = cache.begin(columns, rows, tokens.device, mask)
             kwargs["past_key_values"] = cache
-        forward = Forward(state.facts, state.plan, step, cache, state.rotary)
+        forward = Forward(state.facts, state.plan, step, cache, state.rotary, watch=state.watch)
         _place(state, decoder, kwargs, forward, rows, columns)
         kwargs["hf_longctx"] = forward
         enter(forward)

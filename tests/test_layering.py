@@ -20,7 +20,8 @@ ROOMS = {
     "models": {"errors"},
     "heads": {"errors", "heads"},
     "methods": {"errors", "plan", "cache", "select", "models", "heads", "methods"},
-    "attention": {"errors", "plan", "cache", "kernels", "select", "models", "context"},
+    "group": {"errors", "plan", "cache", "kernels", "select", "context"},
+    "attention": {"errors", "plan", "cache", "kernels", "models", "context", "group"},
     "memory": {"cache", "models", "plan"},
     "testing": {"plan"},
 }

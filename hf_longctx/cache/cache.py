@@ -23,6 +23,7 @@ class Ledger:
         tail: `[B]`, int64, real tokens of each row since its last padding, or None while there is none.
         kv_bytes: bytes of the stores after the last call.
         stored: most tokens that any row holds in any store.
+        tally: per phase and device, how many blocks were read and how many a query could have seen, where heads choose.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,20 @@ class Ledger:
         self.tail: Tensor | None = None
         self.kv_bytes = 0
         self.stored = 0
+        self.tally: dict[tuple[str, torch.device], Tensor] = {}
+
+    def count(self, phase: str, ids: Tensor, high: Tensor) -> None:
+        """Count what blocks of queries read, `[B, Hs, N, K]`, of blocks 0 to `high` `[B or 1, N]`."""
+        visible = (high + 1).clamp(min=0).expand(ids.shape[0], -1).sum() * ids.shape[1]
+        both = torch.stack(((ids >= 0).sum(), visible)).double()
+        key = (phase, ids.device)
+        self.tally[key] = both if key not in self.tally else self.tally[key] + both
+
+    def density(self, phase: str | None = None) -> float | None:
+        """Share of the visible blocks that were read where heads choose, in one phase or both; None: no choice yet."""
+        counts = [both.cpu() for (when, _), both in self.tally.items() if phase in (None, when)]
+        read, visible = torch.stack(counts).sum(0).tolist() if counts else (0.0, 0.0)
+        return read / visible if visible else None
 
 
 class LongContextLayer(CacheLayerMixin):

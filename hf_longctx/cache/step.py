@@ -8,6 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+FEW = 8
+"""A call of at most so many tokens on a cache that is not empty is a decode call: each token chooses for itself."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -71,6 +74,16 @@ class Step:
     @cached_property
     def _elsewhere(self) -> dict[torch.device, Step]:
         return {}
+
+    @property
+    def end(self) -> int:
+        """Columns of the batch after this call; no row is longer."""
+        return self.columns + self.tokens
+
+    @property
+    def decodes(self) -> bool:
+        """True for a call of a few tokens that follow others."""
+        return self.columns > 0 and self.tokens <= FEW
 
     @cached_property
     def lengths_after(self) -> Tensor:

@@ -23,6 +23,7 @@ class Selector:
         local: last tokens that are always read, the query included; the query's own block always is.
         share: which query heads share a selection: those of a KV head, none, or all of the group.
         refresh_every: decode steps from one selection to the next; forced blocks are up to date at every step.
+        dense_below: a block of queries that ends before this position reads everything.
     """
 
     scorer: Scorer
@@ -31,12 +32,14 @@ class Selector:
     local: int = 1
     share: Literal["kv_head", "q_head", "all"] = "kv_head"
     refresh_every: int = 1
+    dense_below: int = 0
 
     def __post_init__(self) -> None:
         for name, value, least in (
             ("sink", self.sink, 0),
             ("local", self.local, 1),
             ("refresh_every", self.refresh_every, 1),
+            ("dense_below", self.dense_below, 0),
         ):
             if type(value) is not int or value < least:
                 raise ValueError(
@@ -63,5 +66,6 @@ class Selector:
         forced = [f"{n} {word}" for n, word in ((self.sink, "sinks"), (self.local, "local")) if n > 1]
         shared = {"kv_head": "", "q_head": ", each query head for itself", "all": ", one choice for all heads"}
         again = f", chosen every {self.refresh_every} steps" if self.refresh_every > 1 else ""
+        from_there = f", all before {self.dense_below}" if self.dense_below else ""
         beside = f" beside {' + '.join(forced)}" if forced else ""
-        return f"{self.budget.describe()} by {self.scorer.describe()}{beside}{shared[self.share]}{again}"
+        return f"{self.budget.describe()} by {self.scorer.describe()}{beside}{shared[self.share]}{again}{from_there}"

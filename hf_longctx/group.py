@@ -1,0 +1,249 @@
+"""One group of heads in one call: store the fresh tokens, choose what is read, read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache.pieces import Blocks, pieces
+from .cache.positions import sink_position
+from .cache.step import Step
+from .cache.store import View, make_store
+from .context import Forward
+from .errors import UnsupportedError
+from .kernels import ops
+from .plan import HeadGroup, Retention, Selector
+from .select.choose import choose, forced, unite
+from .select.scorers import Look
+
+QUERIES = 2048
+"""Queries of a prompt for which blocks are chosen at a time: bounds the memory of scores and lists."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One group of heads of one layer in one call, all that does not change from token to token."""
+
+    forward: Forward
+    layer: int
+    group: HeadGroup
+    store: Any
+    logits: ops.Logits
+
+
+def attend_group(
+    forward: Forward,
+    layer: int,
+    group: HeadGroup,
+    stored: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logits: ops.Logits,
+) -> Tensor:
+    """Append, attend, evict for one group of heads: `[B, Hq', T, D]`."""
+    step = forward.step.on(q.device)
+    if step.order is not None:
+        q, k, v = (ops.take_tokens(x, step.order) for x in (q, k, v))
+    policy = group.policy
+    selector = policy.decode if step.decodes else policy.prefill
+    in_turn = selector is not None and _in_turn(selector, step)
+    store = None if stored is None else stored[1]
+    if store is None and (in_turn or policy.kv is not None):
+        _refuse_gradients(policy.describe(), k, v)
+        store = make_store(policy)  # for this call alone
+    if store is not None and not step.decodes:
+        store.picked = None
+    call = Call(forward, layer, group, store, logits)
+    if selector is None or _reads_all(selector, step):
+        out = _read_all(call, step, q, k, v)
+    elif in_turn:
+        out = _read_in_turn(call, selector, step, q, k, v)
+    else:
+        out = _read_chosen(call, selector, step, q, k, v)
+    return out if step.restore is None else ops.take_tokens(out, step.restore)
+
+
+def _in_turn(selector: Selector, step: Step) -> bool:
+    """True if a block of queries must be read before the next can choose."""
+    summary = selector.scorer.summary
+    return (summary is not None and summary.local) or (step.decodes and selector.refresh_every > 1)
+
+
+def _reads_all(selector: Selector, step: Step) -> bool:
+    """True if no query of the call leaves a block out, for its number alone, and nothing needs to be known of it."""
+    tokens = selector.budget.tokens
+    if _in_turn(selector, step):
+        return False
+    if step.end <= selector.dense_below or min(getattr(selector.budget, "shares", (0,))) >= 1:
+        return True
+    return tokens is not None and step.end <= tokens + selector.sink_blocks * selector.block + selector.block
+
+
+def _refuse_gradients(what: str, k: Tensor, v: Tensor) -> None:
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        raise UnsupportedError(
+            f"attention: expected keys and values that need no gradient, because these heads store them on the way "
+            f"({what}); got a call that is being trained. Use torch.no_grad(), or another method for training."
+        )
+
+
+# reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over all that is stored and visible."""
+    store, retention = call.store, call.group.policy.retention
+    view = View(k, v, step.pos if step.ragged else None) if store is None else store.append(k, v, step)
+    window, q_pos = retention.reach(step.tokens), None if view.k_pos is None else step.pos
+    see = ops.Visibility(retention.sink, window, q_pos, view.k_pos)
+    floor = _floor(call.forward, retention, store, q.device)
+    if floor is not None:
+        see = _above(see, floor, view, step)
+    turns = _turns(call, step, floor)
+    few = step.tokens == 1 and step.columns > 0
+    return (ops.attend_pages if few else ops.attend_blocks)(q, view.k, view.v, call.logits, see, turns)
+
+
+def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every block of queries chooses for itself, and nothing that it reads depends on the others."""
+    store, turns = call.store, _turns(call, step, None)
+    keys: Tensor | ops.Packed = k
+    values: Tensor | ops.Packed = v
+    if store is not None:
+        store.write(k, v, step, turns)
+        if step.columns or call.group.policy.kv is not None:
+            keys, values = store.memory if step.decodes else store.whole()
+    blocks = Blocks.of(step, 1 if step.decodes else selector.scorer.q_block)
+    each = max(1, QUERIES // blocks.size)
+    parts = []
+    for first in range(0, blocks.number, each):
+        last = min(blocks.number, first + each)
+        pos = blocks.pos[:, first * blocks.size : last * blocks.size]
+        asked = blocks.take(q, first, last)
+        look = _look(call, selector, asked, pos, blocks.size, keys, turns)
+        ids = choose(selector, look)
+        pages = store.locate(ids) if store is not None and step.decodes else None
+        read = _note(call, selector, pos, ops.Selection(ids, selector.block, blocks.size, pages))
+        see = ops.Visibility(q_pos=pos)
+        attend = ops.attend_pages if step.decodes else ops.attend_blocks
+        parts.append(attend(asked, keys, values, call.logits, see, turns, read))
+    return blocks.restore(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
+
+
+def _read_in_turn(call: Call, selector: Selector, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Block of queries after block of queries: what one reads decides what the next may choose."""
+    store, turns = call.store, _turns(call, step, None)
+    size = 1 if step.decodes else selector.scorer.q_block
+    out = v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+    for tokens, piece in call.forward.once(("pieces", step.device, size), lambda: list(pieces(step, size))):
+        asked, fresh_k, fresh_v = (_some(x, tokens) for x in (q, k, v))
+        store.write(fresh_k, fresh_v, piece, turns)
+        keys, values = store.memory
+        ids = _renew(call, selector, piece, asked, keys, turns)
+        read = _note(call, selector, piece.pos, ops.Selection(ids, selector.block, piece.tokens, store.locate(ids)))
+        see = ops.Visibility(q_pos=piece.pos)
+        summary = selector.scorer.summary
+        if summary is not None and summary.local:
+            part, mass = ops.attend_mass(asked, keys, values, call.logits, see, turns, read, selector.local)
+            store.add_mass(ids, mass)
+        else:
+            part = ops.attend_pages(asked, keys, values, call.logits, see, turns, read)
+        _put(out, tokens, piece, part)
+    return out
+
+
+def _renew(
+    call: Call, selector: Selector, piece: Step, q: Tensor, keys: Tensor | ops.Packed, turns: ops.Turns | None
+) -> Tensor:
+    """What a block of queries reads: chosen now, or what was chosen some decode steps ago and is forced now."""
+    store = call.store
+    if selector.refresh_every == 1 or not call.forward.step.decodes:
+        return choose(selector, _look(call, selector, q, piece.pos, piece.tokens, keys, turns))
+    store.age = 0 if store.picked is None else store.age + 1
+    if store.age % selector.refresh_every == 0:
+        store.picked = choose(selector, _look(call, selector, q, piece.pos, 1, keys, turns))
+        return store.picked
+    return unite(store.picked, selector, piece.pos)
+
+
+def _look(
+    call: Call,
+    selector: Selector,
+    q: Tensor,
+    pos: Tensor,
+    size: int,
+    keys: Tensor | ops.Packed,
+    turns: ops.Turns | None,
+) -> Look:
+    summary = None if selector.scorer.summary is None else call.store.summaries
+    return Look(q, pos, keys, summary, size, call.logits.scale, selector.share, turns)
+
+
+def _some(x: Tensor, tokens: Tensor | slice) -> Tensor:
+    return x[:, :, tokens] if isinstance(tokens, slice) else ops.take_tokens(x, tokens.expand(x.shape[0], -1))
+
+
+def _put(out: Tensor, tokens: Tensor | slice, piece: Step, part: Tensor) -> None:
+    """Put what a piece gave where its tokens are in the call."""
+    if isinstance(tokens, slice):
+        out[:, :, tokens] = part
+        return
+    index = tokens.expand(out.shape[0], -1)[:, None, :, None].expand_as(part)
+    real = (piece.pos >= 0)[:, None, :, None]
+    out.scatter_add_(2, index, part.masked_fill(~real, 0).to(out.dtype))
+
+
+def _note(call: Call, selector: Selector, pos: Tensor, read: ops.Selection) -> ops.Selection:
+    """Count what is read, and tell whoever watches."""
+    forward = call.forward
+    if forward.cache is not None:
+        _, high = forced(selector, pos, read.q_block)
+        forward.cache.ledger.count("decode" if forward.step.decodes else "prefill", read.ids, high)
+    if forward.watch is not None:
+        forward.watch(call.layer, call.group, selector, pos, read)
+    return read
+
+
+# what is visible, and at which angle --------------------------------------------------------------------------------
+
+
+def _floor(forward: Forward, retention: Retention, store: Any, device: torch.device) -> Tensor | None:
+    """`[B or 1, 1]`, oldest position outside the sinks neither evicted by hand nor lost; None: all there."""
+    evicted = None if forward.cache is None else forward.cache.floors.get(retention)
+    lost = None if store is None else store.floor
+    both = [floor.to(device) for floor in (evicted, lost) if floor is not None]
+    return torch.maximum(both[0], both[-1]) if both else None
+
+
+def _above(see: ops.Visibility, floor: Tensor, view: View, step: Step) -> ops.Visibility:
+    """The same without the tokens that were evicted by hand."""
+    k_pos = torch.arange(view.k.shape[2], device=floor.device)[None] if view.k_pos is None else view.k_pos
+    k_pos = torch.where((k_pos < see.sink) | (k_pos >= floor), k_pos, -1)
+    return ops.Visibility(see.sink, see.window, step.pos, k_pos)
+
+
+def _turns(call: Call, step: Step, floor: Tensor | None) -> ops.Turns | None:
+    """How this group's queries are turned; None while every key stands where the text has it."""
+    forward, policy = call.forward, call.group.policy
+    plan, retention, lap = forward.plan, policy.retention, forward.plan.lap
+    if lap is None:
+        return None
+    rotary, clamp = forward.rotary[call.layer], policy.positions.distance
+    if clamp is not None:
+        straight = step.end <= min(clamp + 1, plan.sink + lap)
+        return None if straight else ops.Turns(step.pos, lap, plan.sink, rotary.inv_freq, rotary.interleaved, clamp)
+    reach = retention.reach(step.tokens)
+    if reach is None:
+        return None
+    straight_to = plan.sink + lap if retention.sink == 0 else min(plan.sink + lap, retention.sink + reach)
+    if floor is None and step.end <= straight_to:
+        return None
+    moved = None if floor is None else floor.to(step.device)
+    sinks = forward.once(
+        ("sink_position", retention, step.device), lambda: sink_position(step.pos, retention.sink, reach, moved)
+    )
+    return ops.Turns(sinks, lap, plan.sink, rotary.inv_freq, rotary.interleaved)

@@ -1,0 +1,76 @@
+"""The choice that a selector makes for each block of queries."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+from ..plan import Selector
+from .scorers import Look
+
+_LATE = 2**31 - 1
+
+
+def choose(selector: Selector, look: Look) -> Tensor:
+    """The blocks of keys that each block of queries reads: `[B, Hs, N, K]`, int32, ascending, then -1.
+
+    Args:
+        selector: how it is done.
+        look: the queries and what they may look at.
+    """
+    low, high = forced(selector, look.q_pos, look.q_block)
+    scores = selector.scorer.score(look)  # type: ignore[attr-defined]  # a protocol of plan/, which knows no tensors
+    take = None if selector.budget.tokens is None else selector.budget.tokens // selector.block
+    shares = getattr(selector.budget, "shares", None)
+    tau = None if shares is None else _shares(shares, scores.shape[1], scores.device)
+    return ops.pick_blocks(scores, low, high, selector.sink_blocks, take, tau, most_forced(selector, look.q_block))
+
+
+def forced(selector: Selector, q_pos: Tensor, q_block: int) -> tuple[Tensor, Tensor]:
+    """First and last of the local blocks of each block of queries: `[B or 1, N]`, int64; last is -1 without a query."""
+    pos = q_pos.view(q_pos.shape[0], -1, q_block)
+    last = pos.amax(-1)
+    first = pos.masked_fill(pos < 0, _LATE).amin(-1)
+    low = (first - selector.local + 1).clamp(min=0) // selector.block
+    whole = last < selector.dense_below
+    return torch.where(whole, 0, low), torch.where(last < 0, -1, last // selector.block)
+
+
+def most_forced(selector: Selector, q_block: int) -> int:
+    """Most local blocks of a block of queries."""
+    span = selector.local + q_block - 1
+    return max((span + selector.block - 2) // selector.block + 1, -(-selector.dense_below // selector.block))
+
+
+def unite(ids: Tensor, selector: Selector, q_pos: Tensor) -> Tensor:
+    """An earlier choice of the same heads, and what is forced for one query a row now.
+
+    Args:
+        ids: `[B, Hs, 1, K]`, int32, the earlier choice.
+        selector: that made it.
+        q_pos: `[B or 1, 1]`, int64, position of the query, -1 for none.
+
+    Returns:
+        `[B, Hs, 1, K + F]`, int32, ascending, then -1.
+    """
+    low, high = (x[:, None, :, None] for x in forced(selector, q_pos, 1))
+    new = high - torch.arange(most_forced(selector, 1), device=ids.device)
+    new = torch.where((new >= low) & (new >= 0), new, -1).to(ids.dtype).expand(*ids.shape[:3], -1)
+    known = (new[..., None] == ids[..., None, :]).any(-1)
+    both = torch.cat((ids, new.masked_fill(known, -1)), -1)
+    both = both.masked_fill(both < 0, _LATE).sort(-1).values
+    return both.masked_fill(both == _LATE, -1)
+
+
+@lru_cache(maxsize=4096)
+def _shares(shares: tuple[float, ...], heads: int, device: torch.device) -> Tensor:
+    """`[Hs]`, float32, made once: making it waits for the device."""
+    if len(shares) not in (1, heads):
+        raise ValueError(
+            f"Mass: expected one tau, or one for each of {heads} heads that select; got {len(shares)}. "
+            "Tune thresholds for this model and this sharing."
+        )
+    return torch.tensor(shares, dtype=torch.float32, device=device).expand(heads)
