@@ -17,7 +17,7 @@ from .cache.store import View
 from .context import NAME, Forward, current
 from .errors import UnsupportedError
 from .kernels import ops
-from .models import WANTS_MASK
+from .models import WANTS_MASK, spans_all
 from .plan import HeadGroup, Retention
 
 
@@ -206,6 +206,8 @@ def _logits(
         raise _unknown(module, layer, "dropout", dropout, "set attention_dropout=0 in the configuration")
     for name, value in kwargs.items():
         if name in ("softcap", "s_aux", "slopes") or name in _HARMLESS or value is None:
+            continue
+        if name == "sliding_window" and own_window is None and spans_all(forward.facts.config, value):
             continue
         if name not in expected or value != expected[name]:
             raise _unknown(module, layer, name, value, "unpatch the model for this input")

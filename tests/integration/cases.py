@@ -114,6 +114,7 @@ FAMILIES: tuple[Case, ...] = (
     Case("qwen3", _model("Qwen3ForCausalLM", "Qwen3Config", head_dim=32)),
     Case("qwen3_moe", _model("Qwen3MoeForCausalLM", "Qwen3MoeConfig", head_dim=16, num_experts=4, **_MOE)),
     Case("phi3", _model(*_PHI3)),
+    Case("phi3_wide_window", _model(*_PHI3, sliding_window=_SIZES["max_position_embeddings"])),
     Case("phi3_partial", _model(*_PHI3, **_rope("default", partial_rotary_factor=0.5)), rotary=0.5),
     Case(
         "gemma2",
