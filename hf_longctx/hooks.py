@@ -101,6 +101,28 @@ class PrepareCache:
 
 
 @dataclass(eq=False)
+class PrepareSettings:
+    """In place of `_prepare_generation_config` where a family has no cache by default: `generate()` uses one.
+
+    Without, every step would encode the whole text again. `use_cache=False` as an argument of the call holds, alone or
+    in a `GenerationConfig` of its own; one that was made from the model's configuration only repeats its default.
+    """
+
+    model: PreTrainedModel
+
+    def __call__(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let the model settle what it would, then turn the cache on unless the call asked for none."""
+        stock: Any = type(self.model)
+        settled = stock._prepare_generation_config(self.model, generation_config, *args, **kwargs)
+        asked = kwargs.get("use_cache")
+        if asked is None and not getattr(generation_config, "_from_model_config", False):
+            asked = getattr(generation_config, "use_cache", None)
+        if asked is None:
+            settled[0].use_cache = True
+        return settled
+
+
+@dataclass(eq=False)
 class BeforeForward:
     """Pre-hook of the decoder: hands out the cache, and the call's context to the layers."""
 

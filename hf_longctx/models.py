@@ -210,6 +210,9 @@ ALIBI = ("falcon", "mpt")
 WANTS_MASK = ("mpt",)
 """Families that use the mask as a tensor even where nothing is masked."""
 
+NO_CACHE_BY_DEFAULT = ("mpt",)
+"""Families whose configuration class says `use_cache=False`, though the model has a cache."""
+
 
 def takes_positions(decoder: nn.Module) -> bool:
     """True if the decoder's forward has a `position_ids` argument."""
