@@ -74,7 +74,8 @@ def attention(
         `[B, T, Hq, D]` and None: weights are never formed.
 
     Raises:
-        UnsupportedError: an argument that changes the result and is not known here.
+        UnsupportedError: an argument that changes the result and is not known here; or, later, a backward pass through
+            a filled cache.
         RuntimeError: not inside a call of a patched model.
     """
     forward = hf_longctx or current()
@@ -127,7 +128,27 @@ def _attend_group(
     turns = _turns(forward, layer, group, step, floor)
     few = step.tokens == 1 and step.columns > 0
     out = (ops.attend_pages if few else ops.attend_blocks)(q, view.k, view.v, logits, see, turns)
+    if step.columns and torch.is_grad_enabled():
+        out = _Stored.apply(out, q, k, v)  # type: ignore[no-untyped-call]
     return out if step.restore is None else ops.take_tokens(out, step.restore)
+
+
+class _Stored(torch.autograd.Function):
+    """The result of attention over a filled cache: keys and values were read back from it, cut off from their gradient.
+
+    To decode without `no_grad` is common and works; to go backward through it would give a part of the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *fresh: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise UnsupportedError(
+            "hf_longctx: expected a backward pass through one call on a whole text; got one through a call that went "
+            "on from a filled cache, whose keys and values carry no gradient. Pass the text in one call."
+        )
 
 
 def _floor(forward: Forward, retention: Retention, stored: Any, device: torch.device) -> Tensor | None:
