@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .attention import register, text_positions
 from .cache.cache import Ledger, LongContextCache
-from .cache.step import Step
+from .cache.step import Step, check_cached
 from .context import NAME, Forward, Rotary, current, enter
 from .errors import UnsupportedError
 from .memory import check_room
@@ -91,7 +91,9 @@ class PrepareCache:
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Let the model prepare what it would, then replace a new stock cache."""
-        given = model_kwargs.get("past_key_values")
+        given, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if isinstance(given, LongContextCache) and mask is not None and mask.shape[1] > given.ledger.columns:
+            check_cached(mask.bool(), given.ledger.columns, given.ledger.lengths)  # calls of one token do not look
         stock: Any = type(self.model)
         stock._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)
         if given is None and _replaceable(model_kwargs.get("past_key_values")):
