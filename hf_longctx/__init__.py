@@ -1,38 +1,88 @@
-"""Long contexts for transformers models: `patch(model, method)`, and `generate()` runs in bounded memory."""
+"""Long contexts for transformers models: `patch(model, method)`, and `generate()` runs in bounded memory.
 
-from .cache.cache import LongContextCache
-from .cache.positions import Absolute, InCache
-from .cache.retention import KeepAll, SinkWindow
-from .errors import UnsupportedError
-from .kernels.dispatch import use_backend
-from .methods import Dense, DuoAttention, StreamingLLM
-from .patch import evict, patch, patched, unpatch
-from .plan import HeadGroup, HeadPolicy, LayerPlan, Plan
-from .report import Report, Support, report, supports
+To import the package loads nothing heavy: torch and transformers come with the first of the public names.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Absolute",
-    "Dense",
-    "DuoAttention",
-    "HeadGroup",
-    "HeadPolicy",
-    "InCache",
-    "KeepAll",
-    "LayerPlan",
-    "LongContextCache",
-    "Plan",
-    "Report",
-    "SinkWindow",
-    "StreamingLLM",
-    "Support",
-    "UnsupportedError",
-    "evict",
-    "patch",
-    "patched",
-    "report",
-    "supports",
-    "unpatch",
-    "use_backend",
-]
+_HOME = {
+    "Absolute": "cache.positions",
+    "Dense": "methods",
+    "DuoAttention": "methods",
+    "HeadGroup": "plan",
+    "HeadPolicy": "plan",
+    "InCache": "cache.positions",
+    "KeepAll": "cache.retention",
+    "LayerPlan": "plan",
+    "LongContextCache": "cache.cache",
+    "Plan": "plan",
+    "Report": "report",
+    "SinkWindow": "cache.retention",
+    "StreamingLLM": "methods",
+    "Support": "report",
+    "UnsupportedError": "errors",
+    "evict": "patch",
+    "patch": "patch",
+    "patched": "patch",
+    "report": "report",
+    "supports": "report",
+    "unpatch": "patch",
+    "use_backend": "kernels.dispatch",
+}
+"""Every public name, and the module that defines it; type checkers read the same below."""
+
+if TYPE_CHECKING:
+    from .cache.cache import LongContextCache as LongContextCache
+    from .cache.positions import Absolute as Absolute
+    from .cache.positions import InCache as InCache
+    from .cache.retention import KeepAll as KeepAll
+    from .cache.retention import SinkWindow as SinkWindow
+    from .errors import UnsupportedError as UnsupportedError
+    from .kernels.dispatch import use_backend as use_backend
+    from .methods import Dense as Dense
+    from .methods import DuoAttention as DuoAttention
+    from .methods import StreamingLLM as StreamingLLM
+    from .patch import evict as evict
+    from .patch import patch as patch
+    from .patch import patched as patched
+    from .patch import unpatch as unpatch
+    from .plan import HeadGroup as HeadGroup
+    from .plan import HeadPolicy as HeadPolicy
+    from .plan import LayerPlan as LayerPlan
+    from .plan import Plan as Plan
+    from .report import Report as Report
+    from .report import Support as Support
+    from .report import report as report
+    from .report import supports as supports
+else:
+    __all__ = [*_HOME]
+
+
+class _Package(ModuleType):
+    """This module: loads the public names when one is asked for, and keeps them where a module has the same name."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Load all public names at once: a plan can only be read back where every primitive is known."""
+        if name not in _HOME:
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'", name=name, obj=self)
+        self.__dict__.update({each: getattr(import_module(f".{home}", __name__), each) for each, home in _HOME.items()})
+        return self.__dict__[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Python sets a module as an attribute of its package; `patch` and `report` stay the functions."""
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        """What is there, and what would be loaded."""
+        return sorted({*self.__dict__, *_HOME})
+
+
+sys.modules[__name__].__class__ = _Package

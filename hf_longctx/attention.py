@@ -16,7 +16,7 @@ from .context import NAME, Forward, current
 from .errors import UnsupportedError
 from .group import attend_group
 from .kernels import ops
-from .models import WANTS_MASK
+from .models import WANTS_MASK, spans_all
 
 
 def register() -> None:
@@ -72,7 +72,8 @@ def attention(
         `[B, T, Hq, D]` and None: weights are never formed.
 
     Raises:
-        UnsupportedError: an argument that changes the result and is not known here.
+        UnsupportedError: an argument that changes the result and is not known here; or, later, a backward pass through
+            a filled cache.
         RuntimeError: not inside a call of a patched model.
     """
     forward = hf_longctx or current()
@@ -145,6 +146,8 @@ def _logits(
         raise _unknown(module, layer, "dropout", dropout, "set attention_dropout=0 in the configuration")
     for name, value in kwargs.items():
         if name in ("softcap", "s_aux", "slopes") or name in _HARMLESS or value is None:
+            continue
+        if name == "sliding_window" and own_window is None and spans_all(forward.facts.config, value):
             continue
         if name not in expected or value != expected[name]:
             raise _unknown(module, layer, name, value, "unpatch the model for this input")

@@ -64,7 +64,27 @@ def attend_group(
         out = _read_in_turn(call, selector, step, q, k, v)
     else:
         out = _read_chosen(call, selector, step, q, k, v)
+    if (step.columns or policy.kv is not None) and torch.is_grad_enabled():
+        out = _Stored.apply(out, q, k, v)  # type: ignore[no-untyped-call]
     return out if step.restore is None else ops.take_tokens(out, step.restore)
+
+
+class _Stored(torch.autograd.Function):
+    """The result of attention over stored tokens: keys and values were read back, cut off from their gradient.
+
+    To decode without `no_grad` is common and works; to go backward through it would give a part of the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *fresh: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise UnsupportedError(
+            "hf_longctx: expected a backward pass through one call on a whole text; got one through a call that went "
+            "on from a filled cache, whose keys and values carry no gradient. Pass the text in one call."
+        )
 
 
 def _in_turn(selector: Selector, step: Step) -> bool:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .attention import register, text_positions
 from .cache.cache import Ledger, LongContextCache
-from .cache.step import Step
+from .cache.step import Step, check_cached
 from .context import NAME, Forward, Rotary, current, enter
 from .errors import UnsupportedError
 from .memory import check_room
@@ -93,13 +93,37 @@ class PrepareCache:
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Let the model prepare what it would, then replace a new stock cache."""
-        given = model_kwargs.get("past_key_values")
+        given, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if isinstance(given, LongContextCache) and mask is not None and mask.shape[1] > given.ledger.columns:
+            check_cached(mask.bool(), given.ledger.columns, given.ledger.lengths)  # calls of one token do not look
         stock: Any = type(self.model)
         stock._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)
         if given is None and _replaceable(model_kwargs.get("past_key_values")):
             cache = model_kwargs["past_key_values"] = self.state.fresh_cache()
             if getattr(generation_config, "is_assistant", False):
                 cache.activate_past_recording()  # type: ignore[no-untyped-call]
+
+
+@dataclass(eq=False)
+class PrepareSettings:
+    """In place of `_prepare_generation_config` where a family has no cache by default: `generate()` uses one.
+
+    Without, every step would encode the whole text again. `use_cache=False` as an argument of the call holds, alone or
+    in a `GenerationConfig` of its own; one that was made from the model's configuration only repeats its default.
+    """
+
+    model: PreTrainedModel
+
+    def __call__(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let the model settle what it would, then turn the cache on unless the call asked for none."""
+        stock: Any = type(self.model)
+        settled = stock._prepare_generation_config(self.model, generation_config, *args, **kwargs)
+        asked = kwargs.get("use_cache")
+        if asked is None and not getattr(generation_config, "_from_model_config", False):
+            asked = getattr(generation_config, "use_cache", None)
+        if asked is None:
+            settled[0].use_cache = True
+        return settled
 
 
 @dataclass(eq=False)

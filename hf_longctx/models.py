@@ -20,7 +20,8 @@ class LayerFacts:
     Args:
         q_heads, kv_heads: numbers of heads.
         head_dim: channels of a key.
-        window: the model's own sliding window, in tokens, the query included; None for full attention.
+        window: the model's own sliding window, in tokens, the query included; None for full attention, or a window that
+            spans every position the model has (`spans_all`).
     """
 
     q_heads: int
@@ -148,14 +149,25 @@ def _refusal_of_modules(decoder: PreTrainedModel, family: str) -> str | None:
     return None
 
 
+def spans_all(config: Any, window: int) -> bool:
+    """True for a sliding window at or above the model's positions (Phi-4: 262,144 of 131,072), which bounds no memory.
+
+    Such a layer counts as full attention. A text longer than the window, which is beyond what the model was made for,
+    then differs from the unpatched model: there the window would cut it.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions is not None and window >= positions
+
+
 def _windows(config: Any) -> list[int | None]:
-    """The model's own sliding window per layer, None for full attention."""
+    """The model's own sliding window per layer, None for full attention or a window that bounds nothing."""
     windows: list[int | None] = []
     for i, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) is DynamicLayer:
             windows.append(None)
         elif isinstance(layer, DynamicSlidingWindowLayer):
-            windows.append(int(layer.sliding_window))
+            window = int(layer.sliding_window)
+            windows.append(None if spans_all(config, window) else window)
         else:
             raise UnsupportedError(
                 f"hf_longctx: expected full or sliding attention in layer {i} of '{config.model_type}'; got "
@@ -197,6 +209,9 @@ ALIBI = ("falcon", "mpt")
 
 WANTS_MASK = ("mpt",)
 """Families that use the mask as a tensor even where nothing is masked."""
+
+NO_CACHE_BY_DEFAULT = ("mpt",)
+"""Families whose configuration class says `use_cache=False`, though the model has a cache."""
 
 
 def takes_positions(decoder: nn.Module) -> bool:

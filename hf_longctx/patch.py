@@ -14,14 +14,15 @@ from . import adapters
 from .attention import register
 from .cache.cache import Ledger, LongContextCache
 from .context import NAME
-from .hooks import AfterForward, BeforeForward, Patch, PrepareCache
+from .hooks import AfterForward, BeforeForward, Patch, PrepareCache, PrepareSettings
 from .methods import Method, make
-from .models import ADAPTED, ModelFacts, attention_modules, decoder_of, inspect_model
+from .models import ADAPTED, NO_CACHE_BY_DEFAULT, ModelFacts, attention_modules, decoder_of, inspect_model
 from .plan import Plan
 
 M = TypeVar("M", bound=PreTrainedModel)
 _KEY = "_hf_longctx"
 _PREPARE = "_prepare_cache_for_generation"
+_SETTLE = "_prepare_generation_config"
 
 
 def state_of(model: nn.Module) -> Patch | None:
@@ -69,6 +70,8 @@ def patch(model: M, method: str | Method | Plan, **knobs: Any) -> M:
     base.__dict__[_KEY] = state
     if hasattr(base, _PREPARE):
         base.__dict__[_PREPARE] = PrepareCache(base, state)
+        if facts.family in NO_CACHE_BY_DEFAULT:
+            base.__dict__[_SETTLE] = PrepareSettings(base)
     return model
 
 
@@ -77,7 +80,8 @@ def unpatch(model: M) -> M:
     _, base = decoder_of(model)
     state: Patch | None = base.__dict__.pop(_KEY, None)
     if state is not None:
-        base.__dict__.pop(_PREPARE, None)
+        for name in (_PREPARE, _SETTLE):
+            base.__dict__.pop(name, None)
         _remove(state)
     return model
 

@@ -44,10 +44,11 @@ class Step:
             tokens: columns of this call.
             device: of the model's input.
             lengths: `[B]`, int64, real tokens of each row so far, or None while rows are alike.
-            mask: `[B, columns + T]` or `[B, T]`, nonzero for real tokens, or None.
+            mask: `[B, columns + T]`, nonzero for real tokens, or None.
 
         Raises:
-            ValueError: the mask has another width, or hides tokens that were real before.
+            ValueError: the mask has another width, or (looked for in calls of several tokens only, as it waits for the
+                device) the cached part of it says something else than it said.
         """
         real = None if mask is None else _own(mask, columns, tokens, lengths)
         if real is not None and tokens > 1 and bool(real.all()):
@@ -141,12 +142,30 @@ def _own(mask: Tensor, columns: int, tokens: int, lengths: Tensor | None) -> Ten
             f"{list(mask.shape)}. Pass the mask of the whole text so far, as generate() does."
         )
     mask = mask.bool()
-    if columns and tokens > 1:
-        before = mask[:, :columns].sum(1)
-        known = before.new_full((1,), columns) if lengths is None else lengths.to(before.device)
-        if not bool((before == known).all()):
-            raise ValueError(
-                f"attention_mask: expected {known.tolist()} real tokens a row among the {columns} cached columns; got "
-                f"{before.tolist()}. A cached token cannot be masked afterwards: start a new cache."
-            )
+    if tokens > 1:
+        check_cached(mask, columns, lengths)
     return mask[:, columns:]
+
+
+def check_cached(mask: Tensor, columns: int, lengths: Tensor | None) -> None:
+    """Check that a mask has as many real tokens among the cached columns as there were.
+
+    Args:
+        mask: `[B, columns or more]`, bool.
+        columns: columns so far.
+        lengths: `[B]`, int64, real tokens of each row among them, or None if all are.
+
+    Raises:
+        ValueError: names the usual cause, which is not an explicit mask.
+    """
+    if not columns:
+        return
+    before = mask[:, :columns].sum(1)
+    known = before.new_full((1,), columns) if lengths is None else lengths.to(before.device)
+    if not bool((before == known).all()):
+        raise ValueError(
+            f"attention_mask: expected {known.tolist()} real tokens a row among the {columns} cached columns; got "
+            f"{before.tolist()}. A cached token cannot be masked afterwards: start a new cache. If you passed no mask, "
+            "the text holds pad tokens that the model generated, and generate() takes them for padding: pass "
+            "attention_mask=torch.ones_like(input_ids), with zeros for padding of your own."
+        )

@@ -72,9 +72,9 @@ def _vision_language(name: str, vision: dict[str, Any], **text: Any) -> Callable
     return build
 
 
-def _mpt() -> hf.PreTrainedModel:
+def _mpt(use_cache: bool = True) -> hf.PreTrainedModel:
     config = hf.MptConfig(d_model=64, n_heads=4, n_layers=2, max_seq_len=256, vocab_size=VOCABULARY, expansion_ratio=2)
-    config.update({"use_cache": True, "tie_word_embeddings": False, "bos_token_id": 1, "pad_token_id": 0})
+    config.update({"use_cache": use_cache, "tie_word_embeddings": False, "bos_token_id": 1, "pad_token_id": 0})
     return hf.MptForCausalLM(config)
 
 
@@ -114,6 +114,7 @@ FAMILIES: tuple[Case, ...] = (
     Case("qwen3", _model("Qwen3ForCausalLM", "Qwen3Config", head_dim=32)),
     Case("qwen3_moe", _model("Qwen3MoeForCausalLM", "Qwen3MoeConfig", head_dim=16, num_experts=4, **_MOE)),
     Case("phi3", _model(*_PHI3)),
+    Case("phi3_wide_window", _model(*_PHI3, sliding_window=_SIZES["max_position_embeddings"])),
     Case("phi3_partial", _model(*_PHI3, **_rope("default", partial_rotary_factor=0.5)), rotary=0.5),
     Case(
         "gemma2",
@@ -154,6 +155,7 @@ FAMILIES: tuple[Case, ...] = (
         interface=False,
     ),
     Case("mpt", _mpt, interface=False, **_ALIBI),
+    Case("mpt_default", lambda: _mpt(use_cache=False), interface=False, **_ALIBI),
     Case("olmo2", _model("Olmo2ForCausalLM", "Olmo2Config")),
     Case(
         "gpt_oss",

@@ -37,7 +37,10 @@ def test_layers_heads_and_windows(case: Case) -> None:
     cache = model(case.prompt(WINDOW + 4), use_cache=True).past_key_values
     assert len(cache.layers) == case.layers
     assert {layer.keys.shape[1] for layer in cache.layers} == {case.kv_heads}
-    assert tuple(i for i, layer in enumerate(cache.layers) if layer.is_sliding) == case.sliding
+    assert (
+        tuple(i for i, layer in enumerate(cache.layers) if getattr(layer, "sliding_window", 0) == WINDOW)
+        == case.sliding
+    )
     text = model.config.get_text_config(decoder=True)
     assert text.num_attention_heads == case.kv_heads * case.groups
 

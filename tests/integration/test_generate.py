@@ -6,6 +6,8 @@ fault that storing, evicting, reordering or cropping could have.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -218,6 +220,35 @@ def test_a_dynamic_cache_is_taken_for_the_default() -> None:
     out = generate(model, single(case), cache_implementation="dynamic")
     assert isinstance(out.past_key_values, lc.LongContextCache)
     assert torch.equal(out.sequences, generate(model, single(case)).sequences)
+
+
+GIVEN: dict[str, tuple[Callable[[Any], dict[str, Any]], bool]] = {
+    "nothing": (lambda model: {}, True),
+    "yes": (lambda model: {"use_cache": True}, True),
+    "no": (lambda model: {"use_cache": False}, False),
+    "settings": (lambda model: {"generation_config": hf.GenerationConfig(do_sample=False)}, True),
+    "the model's settings": (lambda model: {"generation_config": copy.deepcopy(model.generation_config)}, True),
+    "settings that say no": (lambda model: {"generation_config": hf.GenerationConfig(use_cache=False)}, False),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_a_family_without_a_cache_by_default_gets_one_unless_the_call_says_no(given: str) -> None:
+    case = BY_NAME["mpt_default"]
+    model = lc.patch(case.make(), "dense")
+    options, cached = GIVEN[given]
+    got = model.generate(**single(case), max_new_tokens=NEW, **options(model))
+    assert lc.report(model).tokens_seen == (PROMPT + NEW - 1 if cached else 0)
+    assert model.generation_config.use_cache is False
+    assert torch.equal(got, case.make().generate(**single(case), max_new_tokens=NEW, do_sample=False))
+
+
+def test_a_family_with_a_cache_by_default_does_without_where_its_settings_say_so() -> None:
+    case = BY_NAME["llama"]
+    model = lc.patch(case.make(), "dense")
+    model.generation_config.use_cache = False
+    generate(model, single(case))
+    assert lc.report(model).tokens_seen == 0
 
 
 def test_embeddings_as_prompt() -> None:

@@ -110,6 +110,54 @@ def test_training_on_a_filled_cache_is_right_or_refused(row: Row) -> None:
         model(ids[:, 12:], past_key_values=cache)
 
 
+FILLED = "got one through a call that went on from a filled cache"
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("row", [LIMITS[0], *LOSSY], ids=named)
+def test_a_backward_pass_through_a_filled_cache_is_refused(row: Row, tokens: int) -> None:
+    """In eval mode the call itself must work, as decoding without `no_grad` is common."""
+    model = lc.patch(LLAMA.make(), row.method(LLAMA))
+    ids = LLAMA.prompt(12 + tokens)
+    first = model(ids[:, :12])
+    more = model(ids[:, 12:], past_key_values=first.past_key_values, output_hidden_states=True)
+    with torch.no_grad():
+        assert error(more.logits, model(ids).logits[:, 12:]) < TOLERANCE
+    for output in (more.logits, more.hidden_states[1]):
+        with pytest.raises(lc.UnsupportedError, match=FILLED):
+            output.sum().backward(retain_graph=True)
+    model.zero_grad()
+    first.logits.sum().backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    stock = lc.patch(LLAMA.make(), row.method(LLAMA)) if row.name != "dense" else LLAMA.make()
+    stock(ids[:, :12], use_cache=False).logits.sum().backward()
+    assert_same(got, {name: p.grad for name, p in stock.named_parameters()})
+
+
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj"])
+def test_no_part_of_a_gradient_is_lost_in_silence(part: str) -> None:
+    """Where only keys or values are trained, nothing that is read back from the cache would ask for a gradient."""
+    model = lc.patch(LLAMA.make(), "dense")
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(part in name or "lm_head" in name)
+    ids = LLAMA.prompt(20)
+    cache = model(ids[:, :12]).past_key_values
+    with pytest.raises(lc.UnsupportedError, match=FILLED):
+        model(ids[:, 12:], past_key_values=cache).logits.sum().backward()
+
+
+def test_what_stands_behind_attention_can_be_trained_on_a_filled_cache() -> None:
+    model = lc.patch(LLAMA.make(), "dense")
+    model.model.requires_grad_(False)
+    ids = LLAMA.prompt(20)
+    cache = model(ids[:, :12]).past_key_values
+    model(ids[:, 12:], past_key_values=cache).logits.sum().backward()
+    got = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    model(ids).logits[:, 12:].sum().backward()
+    assert error(got, model.lm_head.weight.grad) < TOLERANCE
+
+
 # PEFT -----------------------------------------------------------------------------------------------------------------
 
 

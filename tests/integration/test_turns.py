@@ -46,6 +46,33 @@ def test_turns_on_one_cache_equal_one_long_text(row: Row, case: Case) -> None:
         inputs = turn(out.sequences, so_far, case.prompt(11, rows=2, seed=5 + number) * more, more)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("row", [LIMITS[0], *LOSSY], ids=named)
+def test_generated_pad_tokens_are_text_if_the_mask_says_so(row: Row, tokens: int) -> None:
+    """Without a mask, `generate()` takes them for padding; but they are in the cache, and the answer stands on them."""
+    model = lc.patch(LLAMA.make(), row.method(LLAMA))
+    first = model.generate(
+        LLAMA.prompt(20), max_new_tokens=6, do_sample=False, return_dict_in_generate=True, sequence_bias={(0,): 1e4}
+    )
+    assert bool((first.sequences[0, 20:] == model.generation_config.pad_token_id).all())
+    more = LLAMA.prompt(tokens - 1, seed=2)  # the last generated token is not in the cache yet
+    ids, cache = torch.cat((first.sequences, more), 1), first.past_key_values
+    with pytest.raises(ValueError, match=r"pad tokens that the model generated.*torch.ones_like\(input_ids\)"):
+        generate(model, {"input_ids": ids}, past_key_values=cache)
+    assert cache.get_seq_length() == 25
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = generate(model, inputs).sequences
+    assert torch.equal(generate(model, inputs, past_key_values=cache).sequences, expected)
+
+
+def test_a_mask_of_the_new_tokens_alone_is_refused_for_its_width() -> None:
+    model = lc.patch(LLAMA.make(), "dense")
+    cache, more = fill(model, LLAMA.prompt(20)), LLAMA.prompt(5)
+    mask = torch.tensor([[0, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match=r"got \[1, 5\]. Pass the mask of the whole text so far"):
+        generate(model, {"input_ids": more, "attention_mask": mask}, past_key_values=cache)
+
+
 # taking back ----------------------------------------------------------------------------------------------------------
 
 
