@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .dispatch import Implementation
-from .reference.attend import blocks, empty_out, join, positions, take_columns, visible
+from .reference.attend import blocks, take_columns
+from .reference.weigh import empty_out, join, positions, visible
 from .types import Logits, Packed, Selection, Turns, Visibility
 
 
@@ -48,7 +49,7 @@ def attend_blocks(
         (rows, attend_pages(q[:, :, rows], take_columns(k, cols), take_columns(v, cols), logits, part, None))
         for rows, cols, part, _ in blocks(q, k, see, None)
     )
-    return join(parts, empty_out(q, v))
+    return join(parts, empty_out(q, v.shape[3]))
 
 
 def attend_pages(

@@ -5,11 +5,21 @@ from __future__ import annotations
 from ..dispatch import Implementation
 from .append import append
 from .attend import attend_blocks, attend_pages
+from .kv import decode_kv, encode_kv
+from .pick import pick_blocks
 from .rotate import rotate
+from .score import score_antidiagonal, score_pages
+from .selected import attend_mass
 
 OPS = {
     "attend_blocks": Implementation(attend_blocks),
     "attend_pages": Implementation(attend_pages),
+    "attend_mass": Implementation(attend_mass),
+    "score_pages": Implementation(score_pages),
+    "score_antidiagonal": Implementation(score_antidiagonal),
+    "pick_blocks": Implementation(pick_blocks),
     "rotate": Implementation(rotate),
     "append": Implementation(append),
+    "encode_kv": Implementation(encode_kv),
+    "decode_kv": Implementation(decode_kv),
 }
