@@ -88,7 +88,7 @@ class LongContextLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything but whether to record."""
-        self.stores = [(group, Store(group.policy.retention)) for group in self.plan.groups]
+        self.stores = [(group, Store(group.policy)) for group in self.plan.groups]
         self.is_initialized = False
         if self.recording:
             self.activate_past_recording()

@@ -1,4 +1,4 @@
-"""The only owner of KV memory: for each group of heads of a layer, one preallocated tensor that grows by pages.
+"""The only owner of KV memory: for each group of heads of a layer, preallocated slots that grow by pages.
 
 A row's token `p` lives in slot `p`; where retention has a window, tokens beyond the sinks go round in a ring, so that
 the newest overwrites the oldest exactly when that leaves the window. Which token a slot holds follows from the row's
@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
-from ..plan import Retention
+from ..plan import HeadPolicy
+from .index import Marks, index_of
+from .rows import PAGE, Rows, Stored, decoded, each, room
 from .step import Step
-
-PAGE = 64
-"""Tokens by which a store grows at least; a page of one row and KV head is contiguous."""
-
-GROWTH = 32
-"""A full store grows by one part in so many: the room that it holds for tokens to come stays below 4 % of its bytes."""
 
 ROLLBACK = 128
 """Tokens beyond the window that stay while `crop` may take tokens back (assisted decoding)."""
@@ -42,33 +38,59 @@ class View:
 
 
 class Store:
-    """KV memory of one group of heads.
+    """KV memory of one group of heads, on the device.
+
+    With a lossy format whatever is read is what the store holds, the call's own tokens included, so that any chunking
+    of the input reads the same.
 
     Attributes:
         retention: what stays.
-        k, v: `[B, Hkv, capacity, D]`, or None before the first token.
+        index: what is kept beside the keys for the selectors of the policy, or None.
         floor: `[B or 1, 1]`, int64, oldest position outside the sinks that a window grown wider again still finds; None
             as long as it never grew.
+        host_bytes: bytes in host memory: none.
     """
 
-    def __init__(self, retention: Retention) -> None:
-        self.retention = retention
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
+    host_bytes = 0
+
+    def __init__(self, policy: HeadPolicy) -> None:
+        self.retention = policy.retention
+        self.index = index_of(policy)
         self.floor: Tensor | None = None
-        self._ring: int | None = retention.window  # tokens that go round; None: nothing is ever overwritten
+        self._keys, self._values = Rows(policy.kv), Rows(policy.kv)
+        self._ring: int | None = policy.retention.window  # tokens that go round; None: nothing is ever overwritten
         self._lost = 0  # columns before this one were overwritten, sinks aside
         self._rollback = 0
 
     @property
+    def k(self) -> Stored | None:
+        """`[B, Hkv, capacity, D]` as stored, or None before the first token."""
+        return self._keys.data
+
+    @property
+    def v(self) -> Stored | None:
+        """`[B, Hkv, capacity, Dv]`, likewise."""
+        return self._values.data
+
+    @property
     def kv_bytes(self) -> int:
-        """Bytes of the live tensors."""
-        return sum(x.nbytes for x in (self.k, self.v) if x is not None)
+        """Bytes of the live tensors, those of the index included."""
+        return self._keys.nbytes + self._values.nbytes + (0 if self.index is None else self.index.nbytes)
 
     @property
     def limit(self) -> int | None:
         """Most tokens of a row that are ever stored; None: no bound."""
         return None if self._ring is None else self.retention.sink + self._ring
+
+    @property
+    def memory(self) -> tuple[Stored, Stored]:
+        """Keys and values as stored, for selected reads: where everything is kept, column s holds position s."""
+        return self._keys.filled, self._values.filled
+
+    @property
+    def summaries(self) -> Tensor | None:
+        """`[B, Hkv, M', R, D]`, what the index says of each sub-block."""
+        return None if self.index is None else self.index.entries
 
     def append(self, k: Tensor, v: Tensor, step: Step) -> View:
         """Store the call's tokens and return all that its queries may see. What leaves the window is overwritten.
@@ -79,22 +101,49 @@ class Store:
             step: the call.
         """
         self._fit(step)
+        keys, values = self._keys.encode(k), self._values.encode(v)
         if step.columns == 0:
-            self._write(k, v, step)
-            return View(k, v, step.pos if step.ragged else None)
-        if self._ring is None or step.tokens == 1:
-            self._write(k, v, step)
+            view = View(decoded(keys), decoded(values), step.pos if step.ragged else None)
+        elif self._ring is None or step.tokens == 1:
+            self._write(keys, values, step)
+            self._follow(k, step, None)
             return self._in_place(step)
-        view = self._in_order(k, v, step)
-        self._write(k, v, step)
+        else:
+            view = self._in_order(decoded(keys), decoded(values), step)
+        self._write(keys, values, step)
+        self._follow(k, step, None)
         return view
+
+    def write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None = None) -> None:
+        """Store the call's tokens, for queries that read selected blocks.
+
+        Args:
+            k: `[B, Hkv, T, D]`, as in `append`.
+            v: `[B, Hkv, T, Dv]`, likewise.
+            step: the call, or the part of it that is stored now.
+            turns: how the group's queries are turned to the stored keys.
+        """
+        self._fit(step)
+        self._write(self._keys.encode(k), self._values.encode(v), step)
+        self._follow(k, step, turns)
+
+    def add_mass(self, ids: Tensor, mass: Tensor, block: int) -> None:
+        """Tell the index how much attention keys got from the queries near them; arguments as `Marks.add`."""
+        assert isinstance(self.index, Marks)
+        self.index.add(ids, mass, block)
+
+    def locate(self, ids: Tensor, block: int) -> Tensor | None:
+        """Where blocks lie in `memory`, in blocks; None: at their ids."""
+        return None
 
     def crop(self, tokens: int, columns: int) -> None:
         """Check that the last `tokens` of `columns` columns can be taken back.
 
         Raises:
-            ValueError: tokens that were overwritten would be seen again.
+            ValueError: tokens that were overwritten would be seen again, or attention that they paid was counted.
         """
+        if tokens and isinstance(self.index, Marks):
+            raise marked(tokens)
         sink, window, end = self.retention.sink, self.retention.window, columns - tokens
         if window is None or max(sink, end - window + 1) >= min(end, self._lost):
             return
@@ -110,9 +159,9 @@ class Store:
 
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`; pick: `[B']`, int64."""
-        if self.k is not None and self.v is not None:
-            self.k = self.k.index_select(0, pick.to(self.k.device))
-            self.v = self.v.index_select(0, pick.to(self.v.device))
+        for part in (self._keys, self._values, self.index):
+            if part is not None:
+                part.map_rows(pick)
         if self.floor is not None and self.floor.shape[0] > 1:
             self.floor = self.floor.index_select(0, pick.to(self.floor.device))
 
@@ -141,19 +190,20 @@ class Store:
         old, self._ring = self._ring, size
         if reach is not None and old is not None and old < reach and step.columns:
             self.floor = step.lengths[:, None] - old
-        if self.k is None or self.v is None or old is None or size is None:
+        if self.k is None or old is None or size is None:
             return
         sink, slots = self.retention.sink, min(step.columns, self.retention.sink + size)
         if step.columns > sink + size:
             self._lost = max(self._lost, step.columns - size)
         index = self._slot(self._held(step.lengths, slots).clamp(min=0), old).expand(self.k.shape[0], -1)
-        self.k, self.v = ops.take_tokens(self.k, index), ops.take_tokens(self.v, index)
+        self._keys.keep(index)
+        self._values.keep(index)
 
     # reading --------------------------------------------------------------------------------------------------------
 
     def _in_order(self, k: Tensor, v: Tensor, step: Step) -> View:
         """Sinks, then the window's tokens right-aligned, then the call's own: a copy, as writing overwrites some."""
-        assert self.k is not None and self.v is not None and self._ring is not None
+        assert self._ring is not None
         sink, before, after = self.retention.sink, step.lengths[:, None], step.lengths_after[:, None]
         first = torch.arange(min(sink, step.columns + step.tokens), device=step.device)[None]
         width = min(self._ring, max(0, step.columns - sink))
@@ -162,8 +212,8 @@ class Store:
         old = first < before  # a row that was all padding so far brings its sinks along with this call
         index = self._slot(rest.clamp(min=0), self._ring).expand(k.shape[0], -1)
         keys, values = (
-            torch.cat((_mixed(s, x, first, before, old), ops.take_tokens(s, index), x), 2)
-            for s, x in ((self.k, k), (self.v, v))
+            torch.cat((_mixed(s, x, first, before, old), s.take(index), x), 2)
+            for s, x in ((self._keys, k), (self._values, v))
         )
         parts = [torch.where(first < after, first, -1), rest, torch.where(step.pos >= sink, step.pos, -1)]
         rows = max(part.shape[0] for part in parts)
@@ -171,34 +221,34 @@ class Store:
 
     def _in_place(self, step: Step) -> View:
         """The filled slots, as they lie."""
-        assert self.k is not None and self.v is not None
         end = step.columns + step.tokens
         slots = end if self.limit is None else min(end, self.limit)
         straight = slots == end and not step.ragged
         k_pos = None if straight else self._held(step.lengths_after, slots)
-        return View(self.k[:, :, :slots], self.v[:, :, :slots], k_pos)
+        return View(self._keys.span(slice(None), 0, slots), self._values.span(slice(None), 0, slots), k_pos)
 
     # writing --------------------------------------------------------------------------------------------------------
 
-    def _write(self, k: Tensor, v: Tensor, step: Step) -> None:
+    def _write(self, k: Stored, v: Stored, step: Step) -> None:
         end = step.columns + step.tokens
-        self._reserve(k, v, end if self.limit is None else min(end, self.limit))
-        assert self.k is not None and self.v is not None
+        for rows, fresh in ((self._keys, k), (self._values, v)):
+            held = end if self.limit is None else min(end, self.limit)
+            size = room(rows.slots, held, PAGE)
+            rows.reserve(fresh, size if self.limit is None else min(size, self.limit))
         if self._ring is not None and end > self.retention.sink + self._ring:
             self._lost = max(self._lost, end - self._ring)
         if not step.ragged:
             self._write_rows(slice(None), k, v, step.columns, step.tokens)
         elif step.tokens == 1:
             slots = self._slot(step.lengths[:, None], self._ring)
-            for store, fresh in ((self.k, k), (self.v, v)):
-                ops.append(store, fresh, slots, step.real)
+            for rows, fresh in ((self._keys, k), (self._values, v)):
+                rows.write(fresh, slots, step.real)
         else:
             for row, (first, count) in enumerate(step.spans):
                 self._write_rows(slice(row, row + 1), k, v, first, count)
 
-    def _write_rows(self, rows: slice, k: Tensor, v: Tensor, first: int, count: int) -> None:
+    def _write_rows(self, rows: slice, k: Stored, v: Stored, first: int, count: int) -> None:
         """Write `count` tokens from position `first` on, for rows that are alike: runs of slots without a jump."""
-        assert self.k is not None and self.v is not None
         sink, last = self.retention.sink, first + count
         runs = [(first, min(sink, last), first)]
         start = max(first, sink) if self._ring is None else max(first, sink, last - self._ring)
@@ -209,30 +259,30 @@ class Store:
             start = stop
         for start, stop, slot in runs:
             if start < stop:
-                span = slice(start - first, stop - first)
-                ops.append(self.k[rows], k[rows, :, span], slot)
-                ops.append(self.v[rows], v[rows, :, span], slot)
+                for store, fresh in ((self._keys, k), (self._values, v)):
+                    store.write(part_of(fresh, rows, start - first, stop - first), slot, rows=rows)
 
-    def _reserve(self, k: Tensor, v: Tensor, tokens: int) -> None:
-        """Make room for `tokens` tokens a row."""
-        have = 0 if self.k is None else self.k.shape[2]
-        if tokens <= have:
-            return
-        size = -(-max(tokens, have + have // GROWTH) // PAGE) * PAGE
-        size = size if self.limit is None else min(size, self.limit)
-        self.k, self.v = _grown(self.k, k, size), _grown(self.v, v, size)
+    def _follow(self, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
+        if self.index is not None:
+            self.index.follow(self._keys, k, step, turns)
 
 
-def _grown(store: Tensor | None, fresh: Tensor, size: int) -> Tensor:
-    grown = fresh.new_zeros(*fresh.shape[:2], size, fresh.shape[3])
-    if store is not None:
-        grown[:, :, : store.shape[2]] = store
-    return grown.detach()
+def part_of(x: Stored, rows: slice, first: int, last: int) -> Stored:
+    """Some tokens of some rows."""
+    return each(x, lambda tensor: tensor[rows, :, first:last])
 
 
-def _mixed(store: Tensor, fresh: Tensor, first: Tensor, before: Tensor, old: Tensor) -> Tensor:
+def marked(tokens: int) -> ValueError:
+    """Why tokens cannot be taken back whose attention has been counted."""
+    return ValueError(
+        f"crop: expected 0 tokens to take back, because the representatives of blocks have seen the attention of them "
+        f"all; got {tokens}. Start a new cache, or use a selector that scores by bounds of the keys."
+    )
+
+
+def _mixed(store: Rows, fresh: Tensor, first: Tensor, before: Tensor, old: Tensor) -> Tensor:
     """The tokens at positions `first`, out of the store where they are `old`, else out of the call."""
     rows = fresh.shape[0]
-    stored = ops.take_tokens(store, first.clamp(max=store.shape[2] - 1).expand(rows, -1))
+    stored = store.take(first.clamp(max=store.slots - 1).expand(rows, -1))
     own = (first - before).clamp(0, fresh.shape[2] - 1).expand(rows, -1)
     return torch.where(old[:, None, :, None], stored, ops.take_tokens(fresh, own))

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hf_longctx as lc
-from hf_longctx.cache.store import PAGE, ROLLBACK, Store
+from hf_longctx.cache.rows import PAGE
+from hf_longctx.cache.store import ROLLBACK, Store
 
 from .naive import Rows, append, assert_shows, mask_of
 
@@ -158,7 +159,7 @@ def test_crop_stops_at_padding(data: st.DataObject, retention: Any) -> None:
 
 @pytest.mark.parametrize("record", [False, True])
 def test_a_window_holds_no_more_than_it_may(record: bool) -> None:
-    store = Store(lc.SinkWindow(4, 9))
+    store = Store(lc.HeadPolicy(lc.SinkWindow(4, 9), lc.Absolute()))
     cache = lc.LongContextCache(cache_of(lc.SinkWindow(4, 9)).plan)
     cache.stacks[0].stores = [(cache.plan.layers[0].groups[0], store)]
     if record:
@@ -186,7 +187,7 @@ def test_growth_is_by_pages_and_by_a_few_percent() -> None:
 
 
 def test_tensors_that_a_store_gave_out_are_not_of_the_graph() -> None:
-    store = Store(lc.KeepAll())
+    store = Store(lc.HeadPolicy(lc.KeepAll(), lc.Absolute()))
     cache = cache_of(lc.KeepAll())
     step = cache.begin(3, 1, CPU, None)
     k = torch.randn(1, 2, 3, 4, requires_grad=True)

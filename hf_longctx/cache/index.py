@@ -1,0 +1,239 @@
+"""What is kept beside the keys so that blocks can be scored unread; owned by the store whose keys it speaks of."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+from ..plan import HeadPolicy, Selector, Summary
+from .rows import PAGE, room
+from .step import Step
+
+
+class Keys(Protocol):
+    """Where the stored keys of a row can be read, by position."""
+
+    def take(self, index: Tensor) -> Tensor:
+        """Keys at positions `[B, N]`: `[B, H, N, D]`."""
+
+    def span(self, rows: slice, first: int, last: int) -> Tensor:
+        """Keys at positions `first` to `last - 1` of some rows."""
+
+
+class Folding(Summary, Protocol):
+    """A summary with its arithmetic (`select/summaries.py`)."""
+
+    def fold(self, k: Tensor, filled: Tensor | None, mass: Tensor | None) -> Tensor:
+        """Entries of sub-blocks: `[..., sub, D]` to `[..., R, D]`."""
+
+
+class Bounds:
+    """Entries that follow from the keys alone: each sub-block that a call touches is summed up anew, as it is stored.
+
+    Nothing is carried on from the entry before, so a crop leaves nothing behind that would be too wide.
+    """
+
+    local = False
+
+    def __init__(self, summary: Summary) -> None:
+        self._summary = cast(Folding, summary)
+        self._entries: Tensor | None = None
+        self._used = 0
+
+    @property
+    def entries(self) -> Tensor | None:
+        """`[B, H, M', R, D]`, one entry per sub-block of the longest row; None before the first token."""
+        return None if self._entries is None else self._entries[:, :, : self._used]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live tensors."""
+        return 0 if self._entries is None else self._entries.nbytes
+
+    def follow(self, keys: Keys, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
+        """Take in a call whose keys are stored.
+
+        Args:
+            keys: the stored keys, this call's included.
+            k: `[B, H, T, D]`, the call's own.
+            step: the call.
+            turns: not used.
+        """
+        self._used = -(-(step.columns + step.tokens) // self._summary.sub)
+        self._reserve(k)
+        if step.ragged and step.tokens == 1:
+            self._fold_last(keys, step)
+        elif step.ragged:
+            for row, (first, count) in enumerate(step.spans):
+                self._fold_run(keys, slice(row, row + 1), first, first + count)
+        else:
+            self._fold_run(keys, slice(None), step.columns, step.columns + step.tokens)
+
+    def map_rows(self, pick: Tensor) -> None:
+        """Replace the batch rows by `rows[pick]`."""
+        if self._entries is not None:
+            self._entries = self._entries.index_select(0, pick.to(self._entries.device))
+
+    def _reserve(self, k: Tensor) -> None:
+        """Make room; what holds no key yet is out of bounds on both sides."""
+        have = 0 if self._entries is None else self._entries.shape[2]
+        size = room(have, self._used, max(1, PAGE // self._summary.sub))
+        if size == have:
+            return
+        none = torch.zeros(1, dtype=torch.bool, device=k.device)
+        empty = self._summary.fold(k.new_zeros(1, k.shape[3]), none, None)
+        grown = empty.repeat(*k.shape[:2], size, 1, 1)
+        if self._entries is not None:
+            grown[:, :, :have] = self._entries
+        self._entries = grown
+
+    def _fold_run(self, keys: Keys, rows: slice, first: int, end: int) -> None:
+        """The sub-blocks of positions `first` to `end - 1`, for rows that are alike."""
+        assert self._entries is not None
+        sub = self._summary.sub
+        start, whole = first // sub, end // sub
+        if whole > start:
+            k = keys.span(rows, start * sub, whole * sub)
+            k = k.view(*k.shape[:2], whole - start, sub, k.shape[3])
+            self._entries[rows, :, start:whole] = self._summary.fold(k, None, None)
+        if end > max(first, whole * sub):
+            self._entries[rows, :, whole] = self._summary.fold(keys.span(rows, whole * sub, end), None, None)
+
+    def _fold_last(self, keys: Keys, step: Step) -> None:
+        """The last sub-block of each row, wherever that is."""
+        assert self._entries is not None
+        sub, ends = self._summary.sub, step.lengths_after.expand(self._entries.shape[0])
+        last = (ends - 1).clamp(min=0) // sub
+        pos = last[:, None] * sub + torch.arange(sub, device=step.device)
+        filled = pos < ends[:, None]
+        k = keys.take(torch.where(filled, pos, 0))
+        index = last[:, None, None, None, None].expand(-1, *self._entries.shape[1:2], 1, *self._entries.shape[3:])
+        self._entries.scatter_(2, index, self._summary.fold(k, filled[:, None], None)[:, :, None])
+
+
+class Marks:
+    """Entries that wait until the queries near a block have said what matters in it.
+
+    The attention that each key got lies in a ring by position. When a block has left the local window of every query to
+    come, its attention is final and its entry is made: with each call those of the last few blocks, as many as may have
+    left since the call before, so that there is nothing to remember about a row.
+
+    Args:
+        selector: says how wide the local window is, and the most tokens of one write.
+    """
+
+    local = True
+
+    def __init__(self, summary: Summary, selector: Selector) -> None:
+        self._summary = cast(Folding, summary)
+        self._near, self._most = selector.local, selector.scorer.q_block
+        self._ring = self._near + 2 * summary.block + 2 * self._most
+        self._entries: Tensor | None = None
+        self._mass: Tensor | None = None
+        self._used = 0
+        self._before = 0  # tokens of the call before
+
+    @property
+    def entries(self) -> Tensor | None:
+        """`[B, H, M, 1, D]`, one entry per block of the longest row, of blocks near the end of a row anything."""
+        return None if self._entries is None else self._entries[:, :, : self._used]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live tensors."""
+        return sum(x.nbytes for x in (self._entries, self._mass) if x is not None)
+
+    def follow(self, keys: Keys, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
+        """Make the entries of blocks that no query from this call on has near, then take in the call.
+
+        Args:
+            keys: the stored keys.
+            k: `[B, H, T, D]`, the call's own.
+            step: the call.
+            turns: how queries are turned: entries are turned back to position 0 if far keys have one distance.
+        """
+        assert step.tokens <= self._most
+        count = self._newly_closed(step)
+        self._used = -(-(step.columns + step.tokens) // self._summary.block)
+        self._reserve(k, max(self._used, count))
+        if count:
+            self._fold_closed(keys, step, turns, count)
+        assert self._mass is not None
+        slots = (step.lengths[:, None] + torch.arange(step.tokens, device=step.device)) % self._ring
+        self._mass.scatter_(2, slots[:, None].expand(*k.shape[:3]), 0.0)
+        self._before = step.tokens
+
+    def add(self, ids: Tensor, mass: Tensor, block: int) -> None:
+        """Add to the attention of the keys of some blocks.
+
+        Args:
+            ids: `[B, Hs, N, K]`, int, blocks; -1 for none.
+            mass: `[B, H, N, K * block]`, float32, zero for keys that are not near and where there is no key.
+            block: tokens of a block.
+        """
+        assert self._mass is not None
+        pos = ids.long()[..., None] * block + torch.arange(block, device=ids.device)
+        slots = pos.flatten(2).expand(-1, mass.shape[1], -1) % self._ring  # what is far adds zero to whom it hits
+        self._mass.scatter_add_(2, slots, mass.flatten(2))
+
+    def map_rows(self, pick: Tensor) -> None:
+        """Replace the batch rows by `rows[pick]`."""
+        if self._entries is not None and self._mass is not None:
+            pick = pick.to(self._mass.device)
+            self._entries, self._mass = self._entries.index_select(0, pick), self._mass.index_select(0, pick)
+
+    def _newly_closed(self, step: Step) -> int:
+        """Most blocks that a row may have closed since the call before."""
+        block = self._summary.block
+        if step.ragged:
+            return -(-self._before // block)
+        now, then = (max(0, end - self._near + 1) // block for end in (step.columns, step.columns - self._before))
+        return now - then
+
+    def _reserve(self, k: Tensor, size: int) -> None:
+        have = 0 if self._entries is None else self._entries.shape[2]
+        size = room(have, size, max(1, PAGE // self._summary.block))
+        if self._mass is None:
+            self._mass = torch.zeros(*k.shape[:2], self._ring, device=k.device)
+        if size == have:
+            return
+        grown = k.new_zeros(*k.shape[:2], size, 1, k.shape[3]).detach()
+        if self._entries is not None:
+            grown[:, :, :have] = self._entries
+        self._entries = grown
+
+    def _fold_closed(self, keys: Keys, step: Step, turns: ops.Turns | None, count: int) -> None:
+        """The last `count` closed blocks of each row."""
+        assert self._entries is not None and self._mass is not None
+        block, (rows, heads) = self._summary.block, self._mass.shape[:2]
+        closed = (step.lengths[:, None] - self._near + 1).clamp(min=0) // block
+        ids = (closed - count).clamp(min=0) + torch.arange(count, device=step.device)
+        done = ids < closed
+        pos = torch.where(done, ids, 0)[..., None] * block + torch.arange(block, device=step.device)
+        pos = pos.flatten(1).expand(rows, -1)
+        k = keys.take(pos)
+        if turns is not None and turns.clamp is not None and turns.inv_freq is not None:
+            k = ops.rotate(k, turns.lap * turns.laps(pos) - pos, turns.inv_freq, turns.interleaved)
+        mass = self._mass.gather(2, (pos % self._ring)[:, None].expand(-1, heads, -1))
+        made = self._summary.fold(k.view(rows, heads, count, block, -1), None, mass.view(rows, heads, count, block))
+        index = ids[:, None, :, None, None].expand(*made.shape)
+        made = torch.where(done[:, None, :, None, None], made, self._entries.gather(2, index))
+        self._entries.scatter_(2, index, made)
+
+
+Index = Bounds | Marks
+
+
+def index_of(policy: HeadPolicy) -> Index | None:
+    """The index that a policy's selectors read, or None."""
+    summary = policy.summary
+    if summary is None:
+        return None
+    if not summary.local:
+        return Bounds(summary)
+    selector = policy.decode or policy.prefill
+    assert selector is not None
+    return Marks(summary, selector)

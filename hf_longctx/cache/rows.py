@@ -1,0 +1,110 @@
+"""Keys or values in slots, in the format in which they are stored: as the model makes them, or quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..kernels import ops
+from ..plan import KVFormat
+
+PAGE = 64
+"""Tokens by which a store grows at least; a page of one row and KV head is contiguous."""
+
+GROWTH = 32
+"""A full store grows by one part in so many: the room that it holds for tokens to come stays below 4 % of its bytes."""
+
+Stored = Tensor | ops.Packed
+"""`[B, H, S, D]` in either format."""
+
+
+def room(have: int, need: int, page: int) -> int:
+    """The size to which something of size `have` grows when it must hold `need`: whole pages, and some to come."""
+    return have if need <= have else -(-max(need, have + have // GROWTH) // page) * page
+
+
+def parts(x: Stored) -> tuple[Tensor, ...]:
+    """The tensors of either format, each `[B, H, S, ?]`, sharing memory with `x`."""
+    return (x,) if isinstance(x, Tensor) else (x.payload, x.scale[..., None], x.zero[..., None])
+
+
+def each(x: Stored, change: Callable[[Tensor], Tensor]) -> Stored:
+    """The same format after `change` of every tensor `[B, H, S, ?]`."""
+    if isinstance(x, Tensor):
+        return change(x)
+    payload, scale, zero = map(change, parts(x))
+    return replace(x, payload=payload, scale=scale[..., 0], zero=zero[..., 0])
+
+
+def decoded(x: Stored) -> Tensor:
+    """The values: `[B, H, S, D]`, in the model's dtype."""
+    return x if isinstance(x, Tensor) else ops.decode_kv(x)
+
+
+class Rows:
+    """Keys or values of B rows and H heads, in slots.
+
+    Attributes:
+        data: `[B, H, slots, D]`, or None before the first token.
+    """
+
+    def __init__(self, kv: KVFormat | None) -> None:
+        self.data: Stored | None = None
+        self._bits = None if kv is None else kv.bits
+
+    @property
+    def slots(self) -> int:
+        """Tokens of a row that there is room for."""
+        return 0 if self.data is None else self.data.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live tensors."""
+        return 0 if self.data is None else self.data.nbytes
+
+    @property
+    def filled(self) -> Stored:
+        """The tensors; there must be some."""
+        assert self.data is not None
+        return self.data
+
+    def encode(self, x: Tensor) -> Stored:
+        """Fresh values in the format; whatever is read of them is what this holds."""
+        return x if self._bits is None else ops.encode_kv(x.detach(), self._bits)
+
+    def reserve(self, fresh: Stored, slots: int) -> None:
+        """Make room for `slots` tokens a row, keeping what is there; `fresh` says what a token is like."""
+        if slots <= self.slots:
+            return
+        grown = each(fresh, lambda x: x.new_zeros(*x.shape[:2], slots, x.shape[3]).detach())
+        if self.data is not None:
+            for new, old in zip(parts(grown), parts(self.data), strict=True):
+                new[:, :, : old.shape[2]] = old
+        self.data = grown
+
+    def write(
+        self, fresh: Stored, slots: Tensor | int, written: Tensor | None = None, rows: slice = slice(None)
+    ) -> None:
+        """Write tokens in place; arguments as `ops.append`, for the rows `rows`."""
+        for store, x in zip(parts(self.filled), parts(fresh), strict=True):
+            ops.append(store[rows], x, slots, written)
+
+    def take(self, index: Tensor) -> Tensor:
+        """The values in slots `index` `[B, N]`: `[B, H, N, D]`."""
+        return decoded(each(self.filled, lambda x: ops.take_tokens(x, index)))
+
+    def span(self, rows: slice, first: int, last: int) -> Tensor:
+        """The values in slots `first` to `last - 1` of some rows; without a format of their own, as they lie."""
+        return decoded(each(self.filled, lambda x: x[rows, :, first:last]))
+
+    def keep(self, index: Tensor) -> None:
+        """Replace the slots by `slots[index]`; index: `[B, N]`."""
+        self.data = each(self.filled, lambda x: ops.take_tokens(x, index))
+
+    def map_rows(self, pick: Tensor) -> None:
+        """Replace the batch rows by `rows[pick]`; pick: `[B']`, int64."""
+        if self.data is not None:
+            pick = pick.to(self.data.device)
+            self.data = each(self.data, lambda x: x.index_select(0, pick))

@@ -1,0 +1,159 @@
+"""What is kept beside the keys, against what follows from lists of keys and of attention per row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hf_longctx as lc
+from hf_longctx.cache.kv_format import Int4KV, Int8KV
+from hf_longctx.cache.positions import Clamped
+from hf_longctx.kernels import ops
+from hf_longctx.plan import Selector
+from hf_longctx.select.budgets import TopK
+from hf_longctx.select.scorers import RepresentativeDot, UpperBound
+from hf_longctx.select.summaries import MinMax, Representatives
+
+from .vectors import HEADS, Text, change, reals
+
+INV_FREQ = torch.tensor([1.0, 0.3])
+FORMATS = st.sampled_from([None, Int8KV(), Int4KV()])
+
+
+def bounded(block: int, sub: int, kv: Any = None) -> lc.HeadPolicy:
+    selector = Selector(UpperBound(MinMax(block, sub)), TopK(block))
+    return lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), decode=selector, kv=kv)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), kv=FORMATS, sub=st.sampled_from([1, 3, 8]))
+def test_bounds_are_those_of_the_stored_keys(padded: bool, data: st.DataObject, kv: Any, sub: int) -> None:
+    text, cropped = Text(bounded(2 * sub, sub, kv), rows=data.draw(st.integers(1, 3))), False
+    for _ in range(data.draw(st.integers(1, 6))):
+        step, k, v = text.draw(data.draw(reals(len(text.keys), padded)))
+        if data.draw(st.booleans()):
+            text.store.append(k, v, step)
+        else:
+            text.store.write(k, v, step)
+        text.cache.commit(step)
+        entries, longest = text.store.summaries, text.cache.ledger.columns
+        assert entries.shape[1:] == (HEADS, -(-longest // sub), 2, 4)
+        for row, keys in enumerate(text.keys):
+            for j in range(entries.shape[2]):
+                if keys[j * sub : (j + 1) * sub]:
+                    inside = torch.stack(keys[j * sub : (j + 1) * sub])
+                    expected = torch.stack((inside.amin(0), inside.amax(0)), 1)
+                    if not cropped or bool(step.lengths_after.expand(len(text.keys))[row] > step.lengths[0]):
+                        assert torch.equal(entries[row, :, j], expected)
+                elif not cropped:
+                    assert bool((entries[row, :, j, 0] == float("inf")).all())
+                    assert bool((entries[row, :, j, 1] == float("-inf")).all())
+        before = text.cache.ledger.columns
+        change(text, data)
+        cropped = cropped or text.cache.ledger.columns < before
+
+
+def marked(block: int, count: int, local: int, q_block: int, kv: Any = None, distance: int | None = None) -> Any:
+    selector = Selector(RepresentativeDot(Representatives(block, count), q_block), TopK(block), local=local)
+    positions = lc.Absolute() if distance is None else Clamped(distance)
+    return lc.HeadPolicy(lc.KeepAll(), positions, selector, selector, kv=kv)
+
+
+class Attention:
+    """Attention that keys got, as one number per row, head and position; representatives by the paper's words."""
+
+    def __init__(self, text: Text, block: int, count: int, local: int) -> None:
+        self.text, self.block, self.count, self.local = text, block, count, local
+        self.mass: list[dict[int, Tensor]] = [{} for _ in text.keys]
+
+    def look(self, step: Any, ids: Tensor) -> Tensor:
+        """Random attention of the call's queries to keys near them, in blocks `ids` `[K]`: `[B, H, 1, K * block]`."""
+        out = torch.zeros(len(self.mass), HEADS, 1, ids.numel() * self.block)
+        for row, queries in enumerate(step.pos.expand(len(self.mass), -1).tolist()):
+            real = [q for q in queries if q >= 0]
+            for place, pos in enumerate((ids[:, None] * self.block + torch.arange(self.block)).flatten().tolist()):
+                if pos >= 0 and any(0 <= q - pos < self.local for q in real):
+                    paid = torch.rand(HEADS, generator=self.text.random).mul(4).round() / 4  # ties are common
+                    out[row, :, 0, place] = paid
+                    self.mass[row][pos] = self.mass[row].get(pos, torch.zeros(HEADS)) + paid
+        return out
+
+    def representative(self, row: int, j: int, turns: ops.Turns | None) -> Tensor:
+        """`[H, D]`, of block j, which is closed."""
+        places = range(j * self.block, (j + 1) * self.block)
+        out = []
+        for head in range(HEADS):
+            paid = [float(self.mass[row].get(p, torch.zeros(HEADS))[head]) for p in places]
+            best = sorted(range(self.block), key=lambda i: (-paid[i], i))[: self.count]
+            keys = torch.stack([self.text.keys[row][places[i]][head] for i in best])
+            if turns is not None:
+                at = torch.tensor([places[i] for i in best])
+                at = at - turns.lap * turns.laps(at)
+                keys = ops.rotate(keys[None, None], -at[None], INV_FREQ, turns.interleaved)[0, 0]
+            out.append(keys.mean(0))
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@settings(deadline=None, max_examples=40)
+@given(
+    data=st.data(),
+    kv=FORMATS,
+    shape=st.sampled_from([(4, 2, 5, 7), (4, 4, 1, 1), (3, 1, 9, 3), (8, 3, 20, 40)]),
+    clamp=st.booleans(),
+)
+def test_representatives_are_found_when_blocks_close(
+    padded: bool, data: st.DataObject, kv: Any, shape: tuple[int, int, int, int], clamp: bool
+) -> None:
+    block, count, local, q_block = shape
+    text = Text(marked(block, count, local, q_block, kv, 50 if clamp else None), rows=data.draw(st.integers(1, 3)))
+    attention = Attention(text, block, count, local)
+    turns = ops.Turns(torch.zeros(1, 1), 51, 0, INV_FREQ, data.draw(st.booleans()), 50) if clamp else None
+    for _ in range(data.draw(st.integers(1, 12))):
+        step, k, v = text.draw(data.draw(reals(len(text.keys), padded, q_block)))
+        text.store.write(k, v, step, turns)
+        ends = step.lengths.expand(len(text.keys)).tolist()
+        for row, start in enumerate(ends):
+            for j in range(max(0, start - local + 1) // block):
+                got, expected = text.store.summaries[row, :, j, 0], attention.representative(row, j, turns)
+                torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+        ids = torch.arange(-(-(step.columns + step.tokens) // block))
+        ids = torch.cat((ids[torch.rand(len(ids), generator=text.random) < 0.8], torch.tensor([-1])))
+        shown = ids.to(torch.int32).expand(len(text.keys), data.draw(st.sampled_from([1, HEADS])), 1, -1)
+        text.store.add_mass(shown, attention.look(step, ids), block)
+        text.cache.commit(step)
+        rows = data.draw(st.lists(st.integers(0, len(text.keys) - 1), min_size=1, max_size=3))
+        text.pick(rows)
+        attention.mass = [dict(attention.mass[row]) for row in rows]
+
+
+def test_what_has_been_attended_to_cannot_be_taken_back() -> None:
+    text = Text(marked(4, 2, 5, 8), rows=1)
+    step, k, v = text.draw(torch.ones(1, 8, dtype=torch.bool))
+    text.store.write(k, v, step)
+    text.cache.commit(step)
+    text.cache.crop(0)
+    with pytest.raises(ValueError, match=r"crop: expected 0 tokens to take back, .*; got 2\. Start a new cache"):
+        text.cache.crop(-2)
+    assert text.cache.get_seq_length() == 8
+
+
+def test_bytes_count_the_index() -> None:
+    plain = Text(lc.HeadPolicy(lc.KeepAll(), lc.Absolute()), rows=1)
+    for policy, beside in (
+        (bounded(16, 4), 64 // 4 * 2 * 4 * 4),  # sub-blocks, bounds, channels, bytes
+        (marked(16, 2, 5, 8), 64 // 16 * 4 * 4 + (5 + 2 * 16 + 2 * 8) * 4),  # representatives and the ring of mass
+    ):
+        text = Text(policy, rows=1)
+        for driven in (plain, text):
+            step, k, v = driven.draw(torch.ones(1, 8, dtype=torch.bool))
+            driven.store.write(k, v, step)
+            driven.cache.commit(step)
+        assert text.store.kv_bytes - 2 * HEADS * 64 * 4 * 4 == HEADS * beside
+        assert text.cache.kv_bytes == text.store.kv_bytes == text.cache.ledger.kv_bytes
