@@ -11,7 +11,7 @@ from torch import Tensor
 from .cache.pieces import Blocks, pieces
 from .cache.positions import sink_position
 from .cache.step import Step
-from .cache.store import View, make_store
+from .cache.store import Store, View
 from .context import Forward
 from .errors import UnsupportedError
 from .kernels import ops
@@ -54,7 +54,7 @@ def attend_group(
     store = None if stored is None else stored[1]
     if store is None and (in_turn or policy.kv is not None):
         _refuse_gradients(policy.describe(), k, v)
-        store = make_store(policy)  # for this call alone
+        store = Store(policy)  # for this call alone, so on the device
     if store is not None and not step.decodes:
         store.picked = None
     call = Call(forward, layer, group, store, logits)
@@ -136,7 +136,7 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
     if store is not None:
         store.write(k, v, step, turns)
         if step.columns or call.group.policy.kv is not None:
-            keys, values = store.memory if step.decodes else store.whole()
+            keys, values = store.memory
     blocks = Blocks.of(step, 1 if step.decodes else selector.scorer.q_block)
     each = max(1, QUERIES // blocks.size)
     parts = []
@@ -146,7 +146,7 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
         asked = blocks.take(q, first, last)
         look = _look(call, selector, asked, pos, blocks.size, keys, turns)
         ids = choose(selector, look)
-        pages = store.locate(ids) if store is not None and step.decodes else None
+        pages = store.locate(ids, selector.block) if store is not None and step.decodes else None
         read = _note(call, selector, pos, ops.Selection(ids, selector.block, blocks.size, pages))
         see = ops.Visibility(q_pos=pos)
         attend = ops.attend_pages if step.decodes else ops.attend_blocks
@@ -164,12 +164,17 @@ def _read_in_turn(call: Call, selector: Selector, step: Step, q: Tensor, k: Tens
         store.write(fresh_k, fresh_v, piece, turns)
         keys, values = store.memory
         ids = _renew(call, selector, piece, asked, keys, turns)
-        read = _note(call, selector, piece.pos, ops.Selection(ids, selector.block, piece.tokens, store.locate(ids)))
+        read = _note(
+            call,
+            selector,
+            piece.pos,
+            ops.Selection(ids, selector.block, piece.tokens, store.locate(ids, selector.block)),
+        )
         see = ops.Visibility(q_pos=piece.pos)
         summary = selector.scorer.summary
         if summary is not None and summary.local:
             part, mass = ops.attend_mass(asked, keys, values, call.logits, see, turns, read, selector.local)
-            store.add_mass(ids, mass)
+            store.add_mass(ids, mass, selector.block)
         else:
             part = ops.attend_pages(asked, keys, values, call.logits, see, turns, read)
         _put(out, tokens, piece, part)
@@ -185,8 +190,9 @@ def _renew(
         return choose(selector, _look(call, selector, q, piece.pos, piece.tokens, keys, turns))
     store.age = 0 if store.picked is None else store.age + 1
     if store.age % selector.refresh_every == 0:
-        store.picked = choose(selector, _look(call, selector, q, piece.pos, 1, keys, turns))
-        return store.picked
+        picked: Tensor = choose(selector, _look(call, selector, q, piece.pos, 1, keys, turns))
+        store.picked = picked
+        return picked
     return unite(store.picked, selector, piece.pos)
 
 

@@ -48,6 +48,8 @@ class Store:
         index: what is kept beside the keys for the selectors of the policy, or None.
         floor: `[B or 1, 1]`, int64, oldest position outside the sinks that a window grown wider again still finds; None
             as long as it never grew.
+        picked: `[B, Hs, 1, K]`, int32, what the heads chose last in decode, where they choose every few steps only.
+        age: decode steps since.
         host_bytes: bytes in host memory: none.
     """
 
@@ -57,6 +59,8 @@ class Store:
         self.retention = policy.retention
         self.index = index_of(policy)
         self.floor: Tensor | None = None
+        self.picked: Tensor | None = None
+        self.age = 0
         self._keys, self._values = Rows(policy.kv), Rows(policy.kv)
         self._ring: int | None = policy.retention.window  # tokens that go round; None: nothing is ever overwritten
         self._lost = 0  # columns before this one were overwritten, sinks aside
