@@ -22,7 +22,7 @@ ROOMS = {
     "methods": {"errors", "plan", "cache", "select", "models", "heads", "methods"},
     "attention": {"errors", "plan", "cache", "kernels", "select", "models", "context"},
     "memory": {"cache", "models", "plan"},
-    "testing": {"plan"},
+    "testing": {"plan", "testing"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""
 
