@@ -13,8 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import TextStreamer
 
-from . import patched, report, supports
+from . import patched, supports
 from .evals.passkey import Passkey, judge
+from .evals.respond import Answer, respond
 
 _CHUNK = 256
 
@@ -25,21 +26,13 @@ class Outcome:
 
     Attributes:
         method: its name.
-        answer: what the model wrote.
+        answer: what the model wrote, and what it took.
         right: whether that was the key.
-        kv_bytes: held at the end, counted from the cache's tensors.
-        dense_kv_bytes: what all tokens in all heads would take.
-        prefill_s: from the call to the first new token.
-        token_ms: mean of the tokens after that.
     """
 
     method: str
-    answer: str
+    answer: Answer
     right: bool
-    kv_bytes: int
-    dense_kv_bytes: int
-    prefill_s: float
-    token_ms: float
 
 
 class TimedStreamer(TextStreamer):
@@ -103,9 +96,8 @@ def ask(
         console: where bar and text go.
     """
     ids = trial.ids[None].to(model.device)
-    greedy = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id, "return_dict_in_generate": True}
     with patched(model, method, **knobs):
-        model.generate(ids[:, :64], attention_mask=torch.ones_like(ids[:, :64]), max_new_tokens=2, **greedy)  # warm up
+        respond(model, tokenizer, ids[:, :64], 2, _CHUNK)  # warm up
         bar = Progress(
             TextColumn(f"{method:>14}  prefill"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             console=console, transient=True, disable=not console.is_terminal,
@@ -118,23 +110,11 @@ def ask(
         )
         try:
             bar.start()
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                prefill_chunk_size=_CHUNK,
-                streamer=streamer,
-                **greedy,
-            )
+            [answer] = respond(model, tokenizer, ids, new_tokens, _CHUNK, streamer)
         finally:
             hook.remove()
             bar.stop()
-        seen = report(model)
-    prompt, first, *rest = streamer.times
-    answer = tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
-    token_ms = 1000 * (rest[-1] - first) / len(rest) if rest else float("nan")
-    right = judge(answer, trial.key)
-    return Outcome(method, answer, right, seen.kv_bytes, seen.dense_kv_bytes, first - prompt, token_ms)
+    return Outcome(method, answer, judge(answer.text, trial.key))
 
 
 def table(outcomes: list[Outcome], trial: Passkey) -> Table:
@@ -148,13 +128,14 @@ def table(outcomes: list[Outcome], trial: Passkey) -> Table:
     for column in ("method", "answer", "", "KV held", "dense KV", "prefill", "per token"):
         shown.add_column(column, justify="left" if column in ("method", "answer", "") else "right", no_wrap=True)
     for o in outcomes:
+        cost = o.answer
         shown.add_row(
             o.method,
-            " ".join(o.answer.split())[:12],
+            " ".join(cost.text.split())[:12],
             "[green]right[/]" if o.right else "[red]wrong[/]",
-            f"{o.kv_bytes / 2**20:.1f} MiB",
-            f"{o.dense_kv_bytes / 2**20:.1f} MiB",
-            f"{o.prefill_s:.2f} s",
-            f"{o.token_ms:.0f} ms",
+            f"{cost.kv_bytes / 2**20:.1f} MiB",
+            f"{cost.dense_kv_bytes / 2**20:.1f} MiB",
+            f"{cost.prefill_s:.2f} s",
+            "-" if cost.token_ms is None else f"{cost.token_ms:.0f} ms",
         )
     return shown

@@ -5,30 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+
+from .grammar import Choice
 
 WINDOW_ONLY = "window"
 """Not a method but the baseline of StreamingLLM: no sinks, as many tokens stored."""
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Choice):
     """One line of the plot.
 
     Attributes:
-        name: in the table.
-        method: what `patch` is called with.
-        knobs: and its knobs.
         limit: at most this many tokens of the text, None for all.
     """
 
-    name: str
-    method: str
-    knobs: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
 
 

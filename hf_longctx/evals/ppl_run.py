@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -40,11 +39,6 @@ class Settings:
     chunk: int
     block: int
     dtype: str
-
-
-def digest(text: str) -> str:
-    """SHA-256 of a text, which tells two files of one name apart."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ def shipped() -> str:
     return "\n\n".join(message.replace("\n", " ") for message in lines.split("\n\n"))
 
 
-def read(path: str | Path | None = None) -> str:
+def read(path: str | os.PathLike[str] | None = None) -> str:
     """The text of a UTF-8 file, or the shipped one.
 
     Args:
@@ -48,6 +50,16 @@ def read(path: str | Path | None = None) -> str:
     if not text.strip():
         raise ValueError(f"text: expected words in {source}; got {len(text)} characters of white space.")
     return text
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text, which tells two files of one name apart."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def about(path: str | os.PathLike[str] | None, text: str) -> dict[str, str]:
+    """Name and content of a text, for a result file: no path of any machine."""
+    return {"text": Path(path).name if path else "shipped", "text_sha256": digest(text)}
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
