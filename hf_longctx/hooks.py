@@ -260,10 +260,15 @@ def _check_places(state: Patch, kwargs: dict[str, Any], cache: LongContextCache 
 
 
 def _place(state: Patch, decoder: Any, kwargs: dict[str, Any], forward: Forward, rows: int, columns: int) -> None:
-    """Give the model the positions at which it shall rotate, where the plan counts them in the cache."""
-    if not state.plan.bounded or not takes_positions(decoder):
+    """Give the model the positions at which it shall rotate, where they matter and are not those of the columns.
+
+    They matter where the plan keeps them small, and where it looks at keys as they are rotated (scores, quantized
+    keys): a padded row must be what it is alone.
+    """
+    plan, given = state.plan, kwargs.get("position_ids")
+    if not takes_positions(decoder) or not (plan.bounded or (plan.looks and forward.step.ragged and given is None)):
         return
-    given, pos = kwargs.get("position_ids"), text_positions(forward).expand(rows, -1)
+    pos = (text_positions(forward) if plan.bounded else forward.step.pos_in_text).expand(rows, -1)
     kwargs["position_ids"] = pos if not isinstance(given, Tensor) or given.ndim == 2 else pos.expand_as(given)
     if forward.cache is None and kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = torch.ones(rows, columns, dtype=torch.bool, device=pos.device)

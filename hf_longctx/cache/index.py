@@ -197,7 +197,8 @@ class Marks:
         have = 0 if self._entries is None else self._entries.shape[2]
         size = room(have, size, max(1, PAGE // self._summary.block))
         if self._mass is None:
-            self._mass = torch.zeros(*k.shape[:2], self._ring, device=k.device)
+            dtype = torch.promote_types(k.dtype, torch.float32)
+            self._mass = torch.zeros(*k.shape[:2], self._ring, dtype=dtype, device=k.device)
         if size == have:
             return
         grown = k.new_zeros(*k.shape[:2], size, 1, k.shape[3]).detach()

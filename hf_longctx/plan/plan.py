@@ -113,6 +113,11 @@ class Plan:
         return any(p.positions.in_cache or p.positions.distance is not None for p in self._policies())
 
     @property
+    def looks(self) -> bool:
+        """True if some head's result depends on how keys are rotated, and not on distances alone."""
+        return any(p.prefill or p.decode or p.kv for p in self._policies())
+
+    @property
     def sink(self) -> int:
         """The most sinks of any head."""
         return max(policy.retention.sink for policy in self._policies())

@@ -15,6 +15,7 @@ from .scores import score
 def forced_blocks(selector: Selector, first: int, last: int) -> set[int]:
     """Blocks that queries at positions `first` to `last` read in any case: those with sinks and those near them."""
     lowest, own = max(0, first - selector.local + 1) // selector.block, last // selector.block
+    lowest = 0 if last < selector.dense_below else lowest
     sinks = -(-selector.sink // selector.block)
     return {j for j in range(own + 1) if j < sinks or j >= lowest}
 

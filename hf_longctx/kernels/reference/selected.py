@@ -83,7 +83,8 @@ def attend_mass(
 ) -> tuple[Tensor, Tensor]:
     """The definition of `ops.attend_mass`."""
     rows, _, count, chosen = selection.ids.shape
-    mass = torch.zeros(rows, k.shape[1], count, chosen * selection.block, device=q.device)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    mass = torch.zeros(rows, k.shape[1], count, chosen * selection.block, dtype=dtype, device=q.device)
 
     def attended() -> Iterator[tuple[slice, Tensor]]:
         for part in _parts(q, k, v, logits, see, turns, selection):
