@@ -14,25 +14,44 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Absolute": "cache.positions",
+    "Antidiagonal": "select.scorers",
+    "Clamped": "cache.positions",
     "Dense": "methods",
     "DuoAttention": "methods",
+    "DuoHeads": "methods",
     "HeadGroup": "plan",
     "HeadPolicy": "plan",
+    "HostLRU": "cache.placement",
     "InCache": "cache.positions",
+    "InfLLM": "methods",
+    "Int4KV": "cache.kv_format",
+    "Int8KV": "cache.kv_format",
     "KeepAll": "cache.retention",
+    "LServe": "methods",
     "LayerPlan": "plan",
     "LongContextCache": "cache.cache",
+    "Mass": "select.budgets",
+    "MinMax": "select.summaries",
     "Plan": "plan",
+    "Quest": "methods",
     "Report": "report",
+    "RepresentativeDot": "select.scorers",
+    "Representatives": "select.summaries",
+    "Selector": "plan",
     "SinkWindow": "cache.retention",
     "StreamingLLM": "methods",
     "Support": "report",
+    "TopK": "select.budgets",
+    "Trace": "trace",
     "UnsupportedError": "errors",
+    "UpperBound": "select.scorers",
+    "XAttention": "methods",
     "evict": "patch",
     "patch": "patch",
     "patched": "patch",
     "report": "report",
     "supports": "report",
+    "trace": "trace",
     "unpatch": "patch",
     "use_backend": "kernels.dispatch",
 }
@@ -40,7 +59,11 @@ _HOME = {
 
 if TYPE_CHECKING:
     from .cache.cache import LongContextCache as LongContextCache
+    from .cache.kv_format import Int4KV as Int4KV
+    from .cache.kv_format import Int8KV as Int8KV
+    from .cache.placement import HostLRU as HostLRU
     from .cache.positions import Absolute as Absolute
+    from .cache.positions import Clamped as Clamped
     from .cache.positions import InCache as InCache
     from .cache.retention import KeepAll as KeepAll
     from .cache.retention import SinkWindow as SinkWindow
@@ -48,7 +71,12 @@ if TYPE_CHECKING:
     from .kernels.dispatch import use_backend as use_backend
     from .methods import Dense as Dense
     from .methods import DuoAttention as DuoAttention
+    from .methods import DuoHeads as DuoHeads
+    from .methods import InfLLM as InfLLM
+    from .methods import LServe as LServe
+    from .methods import Quest as Quest
     from .methods import StreamingLLM as StreamingLLM
+    from .methods import XAttention as XAttention
     from .patch import evict as evict
     from .patch import patch as patch
     from .patch import patched as patched
@@ -57,10 +85,20 @@ if TYPE_CHECKING:
     from .plan import HeadPolicy as HeadPolicy
     from .plan import LayerPlan as LayerPlan
     from .plan import Plan as Plan
+    from .plan import Selector as Selector
     from .report import Report as Report
     from .report import Support as Support
     from .report import report as report
     from .report import supports as supports
+    from .select.budgets import Mass as Mass
+    from .select.budgets import TopK as TopK
+    from .select.scorers import Antidiagonal as Antidiagonal
+    from .select.scorers import RepresentativeDot as RepresentativeDot
+    from .select.scorers import UpperBound as UpperBound
+    from .select.summaries import MinMax as MinMax
+    from .select.summaries import Representatives as Representatives
+    from .trace import Trace as Trace
+    from .trace import trace as trace
 else:
     __all__ = [*_HOME]
 

@@ -15,9 +15,9 @@ from .attention import register
 from .cache.cache import Ledger, LongContextCache
 from .context import NAME
 from .hooks import AfterForward, BeforeForward, Patch, PrepareCache, PrepareSettings
-from .methods import Method, make
+from .methods import Auto, DuoHeads, Method, compose, make
 from .models import ADAPTED, NO_CACHE_BY_DEFAULT, ModelFacts, attention_modules, decoder_of, inspect_model
-from .plan import Plan
+from .plan import KVFormat, Placement, Plan
 
 M = TypeVar("M", bound=PreTrainedModel)
 _KEY = "_hf_longctx"
@@ -32,7 +32,17 @@ def state_of(model: nn.Module) -> Patch | None:
     return state
 
 
-def patch(model: M, method: str | Method | Plan, **knobs: Any) -> M:
+def patch(
+    model: M,
+    method: str | Method | Plan | None = None,
+    *,
+    prefill: Method | None = None,
+    decode: Method | None = None,
+    heads: DuoHeads | None = None,
+    kv: str | KVFormat | None = None,
+    placement: Placement | None = None,
+    **knobs: Any,
+) -> M:
     """Run a loaded model with another way to hold and read its KV cache.
 
     `generate()`, pipelines and plain forward calls work as before; `unpatch` gives back the very same model. Patching a
@@ -40,7 +50,13 @@ def patch(model: M, method: str | Method | Plan, **knobs: Any) -> M:
 
     Args:
         model: a decoder from transformers, alone or inside PEFT; it is changed in place.
-        method: `"dense"`, `"streaming_llm"`, `"duo_attention"`, a method such as `StreamingLLM(sinks=4)`, or a `Plan`.
+        method: the name of a method (`METHODS` has them all), a method such as `StreamingLLM(sinks=4)`, or a `Plan`;
+            left out: what the values below say, or `"auto"`, if they say nothing.
+        prefill: by whose choice prompts are read, in place of the method's.
+        decode: by whose choice decode steps are read, in place of the method's.
+        heads: which heads stream, whatever the methods choose.
+        kv: how keys and values are stored: `"native"`, `"int8"` or `"int4"`; None: as the method says.
+        placement: where blocks are stored that a step may leave out; None: as the method says.
         **knobs: the method's knobs, if it is given by name.
 
     Returns:
@@ -50,10 +66,10 @@ def patch(model: M, method: str | Method | Plan, **knobs: Any) -> M:
         ValueError: unknown method or knob, or a value that does not fit; nothing was changed.
         UnsupportedError: this model cannot do that, and why; nothing was changed.
     """
-    made = make(method, knobs)
+    made = None if method is None and not knobs else make("auto" if method is None else method, knobs)
     decoder, base = decoder_of(model)
     facts = inspect_model(model)
-    plan = made if isinstance(made, Plan) else made.plan(facts)
+    plan = plan_for(facts, made, prefill, decode, heads, kv, placement)
     check_plan(plan, facts)
     state: Patch | None = base.__dict__.get(_KEY)
     if state is not None:
@@ -75,6 +91,24 @@ def patch(model: M, method: str | Method | Plan, **knobs: Any) -> M:
     return model
 
 
+def plan_for(
+    facts: ModelFacts,
+    method: Method | Plan | None = None,
+    prefill: Method | None = None,
+    decode: Method | None = None,
+    heads: DuoHeads | None = None,
+    kv: str | KVFormat | None = None,
+    placement: Placement | None = None,
+) -> Plan:
+    """The plan that `patch` puts in force for these arguments."""
+    axes = (prefill, decode, heads, kv, placement)
+    if method is None and all(value is None for value in axes):
+        method = Auto()
+    if method is not None and all(value is None for value in axes):
+        return method if isinstance(method, Plan) else method.plan(facts)
+    return compose(facts, prefill or method, decode or method, heads, kv, placement)
+
+
 def unpatch(model: M) -> M:
     """Take every hook off again; the model computes bit for bit what it did before. No-op if it is not patched."""
     _, base = decoder_of(model)
@@ -87,8 +121,8 @@ def unpatch(model: M) -> M:
 
 
 @contextmanager
-def patched(model: M, method: str | Method | Plan, **knobs: Any) -> Iterator[M]:
-    """`patch` inside a block; afterwards the model is as it was, with its former plan if it had one."""
+def patched(model: M, method: str | Method | Plan | None = None, **knobs: Any) -> Iterator[M]:
+    """`patch` inside a block, with its arguments; afterwards the model is as it was, its former plan in force."""
     state = state_of(model)
     before = None if state is None else state.plan
     patch(model, method, **knobs)

@@ -46,6 +46,8 @@ class Report:
         tokens_stored: most tokens that any head holds of a row.
         live: the cache still exists.
         backends: backend that each operation ran on last in this process.
+        density: share of the visible blocks that were read where heads choose; None: none has chosen yet.
+        host_bytes: bytes that the cache holds in host memory or in a file beside.
     """
 
     method: str
@@ -56,6 +58,8 @@ class Report:
     tokens_stored: int
     live: bool
     backends: dict[str, str]
+    density: float | None = None
+    host_bytes: int = 0
 
     def __str__(self) -> str:
         share = self.kv_bytes / self.dense_kv_bytes if self.dense_kv_bytes else 1.0
@@ -63,8 +67,11 @@ class Report:
         return (
             f"{self.plan.describe()}\n"
             f"KV cache: {self.kv_bytes / 2**20:.1f} MiB, dense {self.dense_kv_bytes / 2**20:.1f} MiB ({share:.1%})"
-            f"{'' if self.live else ', released since'}\n"
-            f"tokens: {self.tokens_seen} seen, {self.tokens_stored} stored\nbackends: {backends}"
+            f"{'' if self.live else ', released since'}"
+            f"{f', {self.host_bytes / 2**20:.1f} MiB on the host' if self.host_bytes else ''}\n"
+            f"tokens: {self.tokens_seen} seen, {self.tokens_stored} stored"
+            f"{'' if self.density is None else f'; {self.density:.1%} of the blocks read where heads choose'}\n"
+            f"backends: {backends}"
         )
 
 
@@ -88,6 +95,8 @@ def report(model: PreTrainedModel) -> Report:
         tokens_stored=ledger.stored,
         live=cache is not None,
         backends=dispatch.last_used(),
+        density=ledger.density(),
+        host_bytes=ledger.host_bytes,
     )
 
 

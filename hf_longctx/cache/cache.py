@@ -22,6 +22,7 @@ class Ledger:
         lengths: `[B]`, int64, real tokens of each row, or None while all rows are alike.
         tail: `[B]`, int64, real tokens of each row since its last padding, or None while there is none.
         kv_bytes: bytes of the stores after the last call.
+        host_bytes: bytes that they hold in host memory.
         stored: most tokens that any row holds in any store.
         tally: per phase and device, how many blocks were read and how many a query could have seen, where heads choose.
     """
@@ -32,6 +33,7 @@ class Ledger:
         self.lengths: Tensor | None = None
         self.tail: Tensor | None = None
         self.kv_bytes = 0
+        self.host_bytes = 0
         self.stored = 0
         self.tally: dict[tuple[str, torch.device], Tensor] = {}
 

@@ -103,8 +103,8 @@ def attend_mass(
         near: a query counts for a key at a distance below this.
 
     Returns:
-        `[B, Hq, T, Dv]`, and `[B, Hkv, N, K * block]`, float32 (float64 if q is): softmax weights of each key, added up over the near
-        queries of block n and the query heads of the KV head; zero where there is no key.
+        `[B, Hq, T, Dv]`, and `[B, Hkv, N, K * block]`, float32 (float64 if q is): softmax weights of each key, added up
+        over the near queries of block n and the query heads of the KV head; zero where there is no key.
     """
     out: tuple[Tensor, Tensor] = dispatch.call("attend_mass", q, k, v, logits, see, turns, selection, near)
     return out

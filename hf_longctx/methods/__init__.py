@@ -4,25 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, Protocol
+from typing import Any
 
-from ..models import ModelFacts
 from ..plan import Plan
+from .auto import Auto
+from .compose import compose
 from .dense import Dense
 from .duo_attention import DuoAttention
+from .duo_heads import DuoHeads
+from .inf_llm import InfLLM
+from .lserve import LServe
+from .method import Method
+from .quest import Quest
 from .streaming_llm import StreamingLLM
+from .xattention import XAttention
 
+__all__ = [
+    "METHODS",
+    "Auto",
+    "Dense",
+    "DuoAttention",
+    "DuoHeads",
+    "InfLLM",
+    "LServe",
+    "Method",
+    "Quest",
+    "StreamingLLM",
+    "XAttention",
+    "compose",
+    "make",
+]
 
-class Method(Protocol):
-    """A system's knobs, and the plan that they make."""
-
-    def plan(self, facts: ModelFacts) -> Plan:
-        """The plan for a model; raises UnsupportedError or ValueError if there is none."""
-
-
-__all__ = ["METHODS", "Dense", "DuoAttention", "Method", "StreamingLLM", "make"]
-
-METHODS: dict[str, type[Any]] = {"dense": Dense, "streaming_llm": StreamingLLM, "duo_attention": DuoAttention}
+METHODS: dict[str, type[Any]] = {
+    "auto": Auto,
+    "dense": Dense,
+    "streaming_llm": StreamingLLM,
+    "duo_attention": DuoAttention,
+    "quest": Quest,
+    "xattention": XAttention,
+    "lserve": LServe,
+    "inf_llm": InfLLM,
+}
 """Every method by its name."""
 
 

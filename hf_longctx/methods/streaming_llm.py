@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from ..cache.positions import InCache
 from ..cache.retention import SinkWindow
-from ..errors import UnsupportedError
 from ..models import ModelFacts
-from ..plan import HeadPolicy, Plan
-from .layouts import require_full_attention, uniform
+from ..plan import HeadPolicy, KVFormat, Plan
+from .kv import kv_format
+from .layouts import require_full_attention, require_small_positions, uniform
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,16 @@ class StreamingLLM:
     Args:
         sinks: first real tokens of each row that are never evicted; 0 gives the window-only baseline.
         window: last tokens that stay.
+        kv: how keys and values are stored: `native`, `int8` or `int4`.
     """
 
     sinks: int = 4
     window: int = 1020
+    kv: str | KVFormat = "native"
 
     def __post_init__(self) -> None:
         SinkWindow(self.sinks, self.window)
+        kv_format(self.kv, "StreamingLLM")
 
     def plan(self, facts: ModelFacts) -> Plan:
         """The plan for a model.
@@ -38,15 +41,6 @@ class StreamingLLM:
             UnsupportedError: positions cannot be counted in the cache, or not as far as sinks + window.
         """
         require_full_attention("streaming_llm", facts)
-        if facts.not_in_cache:
-            raise UnsupportedError(
-                f"streaming_llm: expected positions that can be counted in the cache; got '{facts.family}': "
-                f"{facts.not_in_cache}. Use 'dense' or 'duo_attention'."
-            )
-        if facts.longest_in_cache is not None and self.sinks + self.window > facts.longest_in_cache:
-            raise UnsupportedError(
-                f"streaming_llm: expected sinks + window <= {facts.longest_in_cache} for '{facts.family}', because its "
-                f"rotary frequencies change beyond that length; got {self.sinks} + {self.window}. "
-                f"Use window={facts.longest_in_cache - self.sinks} or less."
-            )
-        return uniform("streaming_llm", facts, HeadPolicy(SinkWindow(self.sinks, self.window), InCache()))
+        require_small_positions("streaming_llm", facts, "sinks + window", (self.sinks, self.window))
+        kv = kv_format(self.kv, "StreamingLLM")
+        return uniform("streaming_llm", facts, HeadPolicy(SinkWindow(self.sinks, self.window), InCache(), kv=kv))

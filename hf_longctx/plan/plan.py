@@ -88,12 +88,18 @@ class LayerPlan:
 class Plan:
     """One policy per KV head of every attention layer.
 
+    Args:
+        method: its name, for tables and messages.
+        layers: one for each attention layer.
+        why: how it was chosen, if nobody asked for just this.
+
     Raises:
         ValueError: no layers, or in-cache positions together with heads that keep everything or read sinks elsewhere.
     """
 
     method: str
     layers: tuple[LayerPlan, ...]
+    why: str = ""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -133,6 +139,7 @@ class Plan:
     def describe(self) -> str:
         """A short text: one line per run of equal layers and head group."""
         lines = [f"{self.method}: {len(self.layers)} attention layers"]
+        lines += [f"  {self.why}"] if self.why else []
         for layer, run in groupby(enumerate(self.layers), key=lambda pair: pair[1]):
             ids = [i for i, _ in run]
             for group in layer.groups:
@@ -142,7 +149,7 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives back an equal plan."""
         layers = [[pack(group) for group in layer.groups] for layer in self.layers]
-        return json.dumps({"method": self.method, "layers": layers})
+        return json.dumps({"method": self.method, "why": self.why, "layers": layers})
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -154,7 +161,7 @@ class Plan:
         try:
             raw = json.loads(text)
             layers = tuple(LayerPlan(tuple(map(_unpack_group, groups))) for groups in raw["layers"])
-            return Plan(str(raw["method"]), layers)
+            return Plan(str(raw["method"]), layers, str(raw.get("why", "")))
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"Plan.from_json: expected the text of Plan.to_json; got {error!r} while reading it. "

@@ -63,19 +63,48 @@ def _stream_limit(case: Case) -> lc.StreamingLLM:
     return lc.StreamingLLM(sinks=4, window=(ORIGINAL if changes_with_length(case) else TOKENS) - 4)
 
 
+def _inf_limit(case: Case) -> lc.InfLLM:
+    local = ORIGINAL if changes_with_length(case) else TOKENS
+    return lc.InfLLM(init=8, local=local, block=8, topk=1, representatives=2, q_block=16, resident_blocks=2)
+
+
+def _lserve(sparsity: float, **knobs: Any) -> Callable[[Case], lc.LServe]:
+    return lambda case: lc.LServe(pattern=gates(case), sparsity=sparsity, page=8, logical=4, refresh_every=3, **knobs)
+
+
 LIMITS: tuple[Row, ...] = (
     Row("dense", lambda case: lc.Dense(), everywhere=True),
     Row("streaming_llm", _stream_limit, in_cache=True),
     Row("duo_attention_all_retrieve", _duo(0.0, sinks=1, window=2)),
     Row("duo_attention_wide_window", _duo(0.5, sinks=4, window=TOKENS - 4)),
+    Row("quest_budget", lambda case: lc.Quest(TOKENS, page=4, dense_layers=0)),
+    Row("quest_budget_with_forced", lambda case: lc.Quest(TOKENS, page=4, dense_layers=0, sink=6, local=7)),
+    Row("quest_budget_per_query_head", lambda case: lc.Quest(TOKENS, page=4, dense_layers=0, share="q_head")),
+    Row("quest_all_layers_dense", lambda case: lc.Quest(8, page=4, dense_layers=case.layers)),
+    Row("xattention_tau_1", lambda case: lc.XAttention(stride=4, tau=1.0, block=8)),
+    Row("lserve_budget", _lserve(0.0, token_budget=TOKENS + 4, kv="native", stride=8, tau=1.0)),
+    Row("lserve_wide_window", _lserve(0.5, token_budget=TOKENS + 4, kv="native", sinks=4, window=TOKENS - 4)),
+    Row("inf_llm_local", _inf_limit, in_cache=True),
 )
-"""Equal to the unpatched model; sinks + window is exactly the length of the text."""
+"""Equal to the unpatched model; window, budget or local is exactly the length of the text, or the next whole page."""
 
 LOSSY: tuple[Row, ...] = (
     Row("streaming_llm", lambda case: lc.StreamingLLM(sinks=2, window=9), in_cache=True),
     Row("duo_attention", _duo(0.5, sinks=2, window=5)),
 )
 """Windows so small that a text of some tens of tokens is mostly dropped, and every ring goes round several times."""
+
+SELECTING: tuple[Row, ...] = (
+    Row("quest", lambda case: lc.Quest(8, page=4, dense_layers=0)),
+    Row("xattention", lambda case: lc.XAttention(stride=4, tau=0.2, block=8)),
+    Row("lserve", _lserve(0.5, token_budget=16, kv="int4", sinks=2, window=5, prefill_window=9)),
+    Row(
+        "inf_llm",
+        lambda case: lc.InfLLM(init=4, local=6, block=4, topk=1, representatives=2, q_block=8, resident_blocks=2),
+        in_cache=True,
+    ),
+)
+"""Budgets so small that of some tens of tokens most are not read. What is read depends on where the calls end."""
 
 
 def pairs(rows: tuple[Row, ...], cases: tuple[Case, ...] = DECODERS) -> list[tuple[Row, Case]]:

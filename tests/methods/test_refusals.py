@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import hf_longctx as lc
+from hf_longctx.methods import METHODS
 
 from ..integration.cases import BY_NAME, ORIGINAL, REFUSED
 from ..integration.snapshot import differences, snapshot
 from ..integration.tiny import Case
-from .cases import DECODERS, LIMITS, LOSSY, Row, changes_with_length, named
+from .cases import DECODERS, LIMITS, LOSSY, SELECTING, Row, changes_with_length, named
 
 WHY = {
     "bert": "'bert', which has attention that is not causal",
@@ -74,7 +75,7 @@ def test_supports_gives_the_same_reason(case: Case) -> None:
     model = case.make()
     before = snapshot(model)
     rows = lc.supports(model)
-    assert [row.method for row in rows] == ["dense", "streaming_llm", "duo_attention"]
+    assert [row.method for row in rows] == list(METHODS)
     assert not any(row.ok for row in rows)
     assert all(WHY[case.name] in row.reason for row in rows)
     assert differences(before, snapshot(model)) == []
@@ -112,11 +113,15 @@ def test_streams_stay_where_frequencies_do_not_change(case: Case) -> None:
     lc.patch(case.make(), lc.StreamingLLM(sinks=4, window=ORIGINAL - 4))
 
 
-@pytest.mark.parametrize("row", LOSSY, ids=named)
+@pytest.mark.parametrize("row", [*LOSSY, *SELECTING], ids=named)
 def test_every_method_drops_tokens_somewhere(row: Row) -> None:
-    """The tables are what they say: a lossy row really changes the logits."""
+    """The tables are what they say: a lossy row really changes the logits, of the prompt or of a decode step."""
     case = BY_NAME["llama"]
+    ids = case.prompt(60)
     with torch.no_grad():
-        expected = case.make()(case.prompt(60)).logits[:, -1]
-        got = lc.patch(case.make(), row.method(case))(case.prompt(60)).logits[:, -1]
+        expected = case.make()(ids).logits[:, -2:]
+        model = lc.patch(case.make(), row.method(case))
+        prompt = model(ids[:, :-1], use_cache=True)
+        step = model(ids[:, -1:], past_key_values=prompt.past_key_values)
+        got = torch.cat((prompt.logits[:, -1:], step.logits), 1)
     assert (got - expected).abs().max() > 0.1 * expected.abs().max()

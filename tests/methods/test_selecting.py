@@ -1,0 +1,354 @@
+"""Methods that select: their plans as values, how budgets are counted, knobs refused by name, and compositions."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hf_longctx as lc
+from hf_longctx.evals.results import save_json
+from hf_longctx.methods import METHODS, Method, compose
+from hf_longctx.models import ModelFacts, inspect_model
+from hf_longctx.select.budgets import Mass, TopK
+from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, UpperBound
+from hf_longctx.select.summaries import MinMax, Representatives
+from hf_longctx.tune.thresholds import Thresholds
+
+from ..integration.cases import BY_NAME, ORIGINAL
+from .cases import LIMITS, SELECTING, TOKENS, gates, named, pairs
+
+ALL = pairs((*LIMITS, *SELECTING))
+
+
+def facts_of(name: str = "llama") -> ModelFacts:
+    return inspect_model(BY_NAME[name].make())
+
+
+FACTS = facts_of()
+GATES = [[0.1, 0.9], [0.8, 0.3]]  # KV head 1 of layer 0 and KV head 0 of layer 1 retrieve
+TAU = [[0.5, 0.6, 0.7, 0.8], [0.1, 0.2, 0.3, 0.4]]
+
+
+def policies(plan: lc.Plan) -> list[list[tuple[tuple[int, ...], lc.HeadPolicy]]]:
+    return [[(group.kv_heads, group.policy) for group in layer.groups] for layer in plan.layers]
+
+
+# plans ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("row", "case"), ALL, ids=named)
+def test_plans_survive_json_and_keep_the_models_own_windows(row: Any, case: Any) -> None:
+    facts = inspect_model(case.make())
+    plan = row.method(case).plan(facts)
+    again = lc.Plan.from_json(plan.to_json())
+    assert (again, again.describe()) == (plan, plan.describe())
+    for layer, part in zip(facts.layers, plan.layers, strict=True):
+        assert part.kv_heads == layer.kv_heads
+        if layer.window is not None:
+            (group,) = part.groups
+            assert group.policy.retention == lc.SinkWindow(0, layer.window)
+            assert (group.policy.prefill, group.policy.decode, group.policy.placement) == (None, None, None)
+
+
+def test_quest_is_dense_in_its_first_layers() -> None:
+    plan = lc.Quest(token_budget=2048, dense_layers=1).plan(FACTS)
+    selector = lc.Selector(UpperBound(MinMax(16, 16)), TopK(2032))
+    dense = lc.HeadPolicy(lc.KeepAll(), lc.Absolute())
+    sparse = lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), decode=selector)
+    assert policies(plan) == [[((0, 1), dense)], [((0, 1), sparse)]]
+
+
+def test_xattention_forces_the_first_block_and_the_diagonal() -> None:
+    plan = lc.XAttention(stride=8, tau=0.7).plan(FACTS)
+    selector = lc.Selector(Antidiagonal(128, 8), Mass(0.7), sink=1, local=1, share="q_head")
+    assert policies(plan) == [[((0, 1), lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), prefill=selector))]] * 2
+    assert selector.sink_blocks == 1
+
+
+@pytest.mark.parametrize(
+    ("share", "shares"),
+    [
+        ("q_head", [(0.5, 0.6, 0.7, 0.8), (0.1, 0.2, 0.3, 0.4)]),
+        ("kv_head", [(0.6, 0.8), (0.2, 0.4)]),
+        ("all", [(0.8,), (0.4,)]),
+    ],
+)
+@pytest.mark.parametrize("given_as", ["list", "thresholds", "path"])
+def test_xattention_takes_thresholds_per_head(share: Any, shares: Any, given_as: str, tmp_path: Path) -> None:
+    found = Thresholds("tiny", "llama", 16, 128, tuple(map(tuple, TAU)))
+    save_json(tmp_path / "taus.json", found.to_json())
+    tau = {"list": TAU, "thresholds": found, "path": tmp_path / "taus.json"}[given_as]
+    plan = lc.XAttention(tau=tau, share=share).plan(FACTS)
+    assert [layer.groups[0].policy.prefill.budget for layer in plan.layers] == [Mass(row) for row in shares]
+
+
+def test_lserve_splits_heads_and_hands_each_head_its_own_threshold() -> None:
+    plan = lc.LServe(GATES, stride=16, tau=TAU).plan(FACTS)
+    decode = lc.Selector(UpperBound(MinMax(64, 16)), TopK(4032), refresh_every=4)
+    streaming = lc.HeadPolicy(lc.SinkWindow(128, 256, 8192), lc.Absolute(), kv=lc.Int4KV())
+
+    def far(*tau: float) -> lc.HeadPolicy:
+        prefill = lc.Selector(Antidiagonal(128, 16), Mass(tau), sink=1, share="q_head")
+        return lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), prefill, decode, lc.Int4KV())
+
+    assert policies(plan) == [
+        [((1,), far(0.7, 0.8)), ((0,), streaming)],
+        [((0,), far(0.1, 0.2)), ((1,), streaming)],
+    ]
+
+
+def test_inf_llm_uses_one_selector_for_both_phases() -> None:
+    plan = lc.InfLLM(init=256, local=200, topk=3, kv="int8", host_ram="1GiB").plan(FACTS)
+    selector = lc.Selector(RepresentativeDot(Representatives(128, 4), 512), TopK(384), sink=256, local=200)
+    place = lc.HostLRU(32, "1GiB")
+    policy = lc.HeadPolicy(lc.KeepAll(), lc.Clamped(199), selector, selector, lc.Int8KV(), place)
+    assert policies(plan) == [[((0, 1), policy)]] * 2
+    on_device = lc.InfLLM(local=200, offload=False).plan(FACTS)
+    assert {group.policy.placement for layer in on_device.layers for group in layer.groups} == {None}
+
+
+@pytest.mark.parametrize(("trained", "local"), [(256, 128), (8192, 4096), (131072, 4096), (4096, 2048), (None, 4096)])
+def test_inf_llm_chooses_a_local_window_within_the_trained_length(trained: int | None, local: int) -> None:
+    config = SimpleNamespace(**({} if trained is None else {"max_position_embeddings": trained}))
+    facts = dataclasses.replace(FACTS, config=config)
+    selector = lc.InfLLM().plan(facts).layers[0].groups[0].policy.decode
+    assert selector is not None
+    assert selector.local == local
+
+
+def test_inf_llm_stays_where_frequencies_do_not_change() -> None:
+    facts = facts_of("llama_longrope")
+    assert lc.InfLLM().plan(facts).lap == ORIGINAL
+    with pytest.raises(lc.UnsupportedError, match=f"inf_llm: expected local <= {ORIGINAL} for 'llama'"):
+        lc.InfLLM(local=ORIGINAL + 1).plan(facts)
+    with pytest.raises(lc.UnsupportedError, match="expected local <= 256, on which 'llama' was trained; got 257"):
+        lc.InfLLM(local=257).plan(FACTS)
+
+
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+@pytest.mark.parametrize("case", [BY_NAME["llama"], BY_NAME["gemma2"]], ids=named)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_the_knob_kv(name: str, case: Any, kv: str) -> None:
+    """It holds for all layers, those with a sliding window of their own too."""
+    knobs = {"pattern": gates(case)} if name in ("duo_attention", "lserve") else {}
+    plan = METHODS[name](**knobs, kv=kv).plan(inspect_model(case.make()))
+    formats = {group.policy.kv for layer in plan.layers for group in layer.groups}
+    assert formats == {lc.Int8KV() if kv == "int8" else lc.Int4KV()}
+
+
+# budgets --------------------------------------------------------------------------------------------------------------
+
+
+def pages_read(selector: lc.Selector, position: int) -> tuple[int, int]:
+    """Pages that a decode step at a position reads, by the literal rule, and pages that there are."""
+    page, here = selector.block, position // selector.block
+    oldest = max(0, position - selector.local + 1) // page
+    forced = {j for j in range(here + 1) if j < selector.sink_blocks or j >= oldest}
+    candidates = [j for j in range(here + 1) if j not in forced]
+    assert selector.budget.tokens is not None
+    return len(forced) + min(len(candidates), selector.budget.tokens // page), here + 1
+
+
+@settings(deadline=None, max_examples=200)
+@given(page=st.integers(1, 9), sink=st.integers(0, 20), local=st.integers(1, 25), more=st.integers(1, 4))
+def test_quest_reads_as_many_pages_as_it_says(page: int, sink: int, local: int, more: int) -> None:
+    """Whatever is forced, exactly the budget's pages once there are more, and all of them before."""
+    for budget in range(page, 80 * page, page):
+        try:
+            quest = lc.Quest(budget, page=page, sink=sink, local=local, dense_layers=0)
+            break
+        except ValueError:
+            continue
+    quest = lc.Quest(budget + (more - 1) * page, page=page, sink=sink, local=local, dense_layers=0)
+    selector = quest.plan(FACTS).layers[0].groups[0].policy.decode
+    assert selector is not None
+    assert selector.local >= local
+    for position in range(3 * quest.token_budget):
+        read, there = pages_read(selector, position)
+        assert read == min(there, quest.token_budget // page)
+
+
+def test_lserve_counts_the_last_page() -> None:
+    selector = lc.LServe(GATES, token_budget=256).plan(FACTS).layers[0].groups[0].policy.decode
+    assert selector is not None
+    assert [pages_read(selector, position) for position in (0, 255, 256, 999)] == [(1, 1), (4, 4), (4, 5), (4, 16)]
+
+
+# refusals -------------------------------------------------------------------------------------------------------------
+
+WRONG: list[tuple[Callable[[], Any], str]] = [
+    (lambda: lc.Quest(token_budget=100), "Quest: expected token_budget as whole pages of 16 tokens, at least 32"),
+    (lambda: lc.Quest(token_budget=16), "1 with the last tokens and one to choose; got 16. Give 32"),
+    (lambda: lc.Quest(token_budget=64, sink=17, local=2), "at least 80: 2 with sinks, 2 with the last tokens"),
+    (lambda: lc.Quest(token_budget=2048.0), "got 2048.0"),  # type: ignore[arg-type]
+    (lambda: lc.Quest(page=0), "MinMax: expected a block"),
+    (lambda: lc.Quest(local=0), "Selector: expected local"),
+    (lambda: lc.Quest(sink=-1), "Selector: expected sink"),
+    (lambda: lc.Quest(dense_layers=-1), "Quest: expected dense_layers"),
+    (lambda: lc.Quest(share="heads"), "expected share"),  # type: ignore[arg-type]
+    (lambda: lc.Quest(kv="int3"), "Quest: expected kv among native, int8, int4; got 'int3'"),
+    (lambda: lc.Dense(kv="fp8"), "Dense: expected kv"),
+    (lambda: lc.XAttention(stride=7), "stride that divides the block of 128; got 7"),
+    (lambda: lc.XAttention(tau=0), "tau in"),
+    (lambda: lc.XAttention(tau=1.5), "tau in"),
+    (lambda: lc.XAttention(share="head"), "expected share"),  # type: ignore[arg-type]
+    (lambda: lc.LServe(logical=24), "got block=64, sub=24"),
+    (lambda: lc.LServe(token_budget=100), "LServe: expected token_budget as whole pages of 64 tokens, at least 128"),
+    (lambda: lc.LServe(prefill_window=255), "expected prefill_window"),
+    (lambda: lc.LServe(sparsity=1.1), "expected sparsity"),
+    (lambda: lc.LServe(refresh_every=0), "expected refresh_every"),
+    (lambda: lc.LServe(stride=5), "stride that divides"),
+    (lambda: lc.InfLLM(init=100), "InfLLM: expected init in whole blocks of 128; got 100"),
+    (lambda: lc.InfLLM(topk=0), "InfLLM: expected topk as a whole number >= 1; got 0"),
+    (lambda: lc.InfLLM(offload=False, host_ram="8GiB"), "InfLLM: expected offload True beside host_ram"),
+    (lambda: lc.InfLLM(local=0), "expected local"),
+    (lambda: lc.InfLLM(representatives=129), "expected a count between 1 and the block"),
+    (lambda: lc.InfLLM(q_block=0), "expected q_block"),
+    (lambda: lc.InfLLM(resident_blocks=-1), "expected resident_blocks"),
+    (lambda: lc.InfLLM(host_ram="much"), "expected ram"),
+    (lambda: lc.DuoHeads(sparsity=-0.1), "DuoHeads: expected sparsity"),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), WRONG, ids=[words[-40:] for _, words in WRONG])
+def test_a_knob_that_makes_no_sense_is_refused_when_it_is_set(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        make()
+
+
+def test_kv_of_another_type_is_refused() -> None:
+    with pytest.raises(TypeError, match="Quest: expected kv as a name"):
+        lc.Quest(kv=4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tau", "words"),
+    [
+        ([[0.5] * 4], "expected thresholds for layers 2; got 1"),
+        ([[0.5] * 2] * 2, "expected thresholds for query heads 4; got 2"),
+        ([[0.5] * 4, [0.5, 0.5, 0.5, 1.01]], r"layer 1, query head 3: expected a threshold in \(0, 1\]; got 1.01"),
+        (Thresholds("other", "qwen2", 16, 128, ((0.5,) * 4,) * 2), "for family 'llama'; got 'qwen2'"),
+        (Thresholds("other", "llama", 8, 128, ((0.5,) * 4,) * 2), "for stride 16; got 8"),
+        (Thresholds("other", "llama", 16, 64, ((0.5,) * 4,) * 2), "for block 128; got 64"),
+    ],
+)
+def test_thresholds_of_something_else_are_refused(tau: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        lc.XAttention(tau=tau).plan(FACTS)
+
+
+# compositions ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_axes_at_once() -> None:
+    quest = lc.Quest(token_budget=4096, dense_layers=1)
+    plan = compose(FACTS, lc.XAttention(tau=TAU), quest, lc.DuoHeads(GATES), "int4", lc.HostLRU(8))
+    assert plan.method == "xattention + quest + duo_heads + int4 + host_lru"
+    near = lc.HeadPolicy(lc.SinkWindow(128, 256), lc.Absolute(), kv=lc.Int4KV())
+    decode = lc.Selector(UpperBound(MinMax()), TopK(4080))
+
+    def far(*tau: float) -> lc.HeadPolicy:
+        prefill = lc.Selector(Antidiagonal(), Mass(tau), sink=1, share="q_head")
+        return lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), prefill, kv=lc.Int4KV())
+
+    on_host = lc.HeadPolicy(
+        lc.KeepAll(), lc.Absolute(), far(0.1, 0.2).prefill, decode, lc.Int4KV(), lc.HostLRU(8)
+    )  # layer 1 selects in decode steps
+    assert policies(plan) == [[((1,), far(0.7, 0.8)), ((0,), near)], [((0,), on_host), ((1,), near)]]
+    assert lc.Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen2_sliding", "llama_multi_query", "llama_multi_head", "falcon_new"])
+def test_composed_plans_fit_the_model(name: str) -> None:
+    facts = facts_of(name)
+    heads = lc.DuoHeads(gates(BY_NAME[name]), sinks=2, window=5)
+    plan = compose(facts, lc.XAttention(), lc.Quest(dense_layers=0), heads, kv="int8")
+    for layer, part in zip(facts.layers, plan.layers, strict=True):
+        assert part.kv_heads == layer.kv_heads
+        assert {group.policy.kv for group in part.groups} == {lc.Int8KV()}
+        if layer.window is not None:
+            assert [group.policy.retention for group in part.groups] == [lc.SinkWindow(0, layer.window)]
+
+
+@pytest.mark.parametrize("method", [lc.Quest(dense_layers=0), lc.LServe(GATES, stride=16), lc.InfLLM(), lc.Dense()])
+def test_one_method_alone_is_itself(method: Method) -> None:
+    plan = method.plan(FACTS)
+    assert compose(FACTS, prefill=method) == compose(FACTS, decode=method) == compose(FACTS, decode=plan) == plan
+
+
+def test_xattention_before_lserve_reads_prompts_in_heads_that_retrieve() -> None:
+    plan = compose(FACTS, lc.XAttention(tau=TAU), lc.LServe(GATES))
+    expected = lc.LServe(GATES, stride=16, tau=TAU).plan(FACTS)
+    assert list(map(dict, policies(plan))) == list(map(dict, policies(expected)))
+    assert plan.method == "xattention + lserve"
+
+
+def test_memory_only_in_heads_that_retrieve() -> None:
+    """Beside clamped positions, streaming heads count theirs in the cache: sinks of the text are out of reach."""
+    plan = compose(FACTS, decode=lc.InfLLM(), heads=lc.DuoHeads(GATES, sinks=4, window=32))
+    (_, far), (_, near) = policies(plan)[0]
+    assert near == lc.HeadPolicy(lc.SinkWindow(4, 32), lc.InCache())
+    assert far == lc.InfLLM().plan(FACTS).layers[0].groups[0].policy
+    with pytest.raises(lc.UnsupportedError, match=f"expected sinks \\+ local <= {ORIGINAL} .* got 4 \\+ 32"):
+        compose(facts_of("llama_longrope"), decode=lc.InfLLM(), heads=lc.DuoHeads(GATES, sinks=4, window=8))
+
+
+def test_kv_given_apart_wins() -> None:
+    plan = compose(FACTS, lc.Dense("int8"), lc.LServe(GATES), kv="native")
+    assert {group.policy.kv for layer in plan.layers for group in layer.groups} == {None}
+    assert plan.method == "dense + lserve"
+    assert compose(FACTS, kv="int8").method == "int8"
+
+
+UNFIT: list[tuple[dict[str, Any], str]] = [
+    ({}, "compose: expected a method or a value of an axis; got none"),
+    ({"kv": "int2"}, "compose: expected kv among native, int8, int4; got 'int2'"),
+    ({"placement": lc.HostLRU()}, "compose 'host_lru': expected a method that selects in decode steps"),
+    ({"prefill": lc.XAttention(), "placement": lc.HostLRU()}, "compose 'xattention + host_lru': expected a method"),
+    (
+        {"decode": lc.Quest(dense_layers=0, share="q_head"), "placement": lc.HostLRU()},
+        "Plan 'quest + host_lru', layer 0, KV heads 0-1: expected a decode selector with a fixed budget per KV head",
+    ),
+    ({"decode": lc.XAttention(), "prefill": lc.InfLLM()}, "'inf_llm + xattention', layer 0, KV heads 0-1: expected"),
+    ({"prefill": lc.XAttention(), "decode": lc.InfLLM()}, "expected keys at their places in the text for Antidiagonal"),
+    ({"prefill": lc.Quest(), "decode": lc.InfLLM()}, "expected the same selector in prefill and decode"),
+    (
+        {"prefill": lc.StreamingLLM(), "decode": lc.Quest(dense_layers=0)},
+        "Plan 'streaming_llm + quest', layer 0, KV heads 0-1: expected heads that select blocks to keep everything",
+    ),
+    ({"prefill": lc.InfLLM(), "decode": lc.LServe(GATES)}, "layer 0: expected one way to keep tokens"),
+    ({"prefill": lc.Dense("int8"), "decode": lc.LServe(GATES)}, "layer 0: expected one KV format"),
+    ({"decode": lc.LServe(GATES), "heads": lc.DuoHeads(GATES)}, "expected methods that leave heads= to choose"),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), UNFIT, ids=[words[-40:] for _, words in UNFIT])
+def test_what_does_not_fit_is_refused_by_name(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        compose(FACTS, **values)
+
+
+def test_heads_of_a_model_with_windows_everywhere_are_refused() -> None:
+    with pytest.raises(lc.UnsupportedError, match="sliding window of 16 in all 2 layers"):
+        compose(facts_of("mistral_sliding"), heads=lc.DuoHeads(GATES), kv="int8")
+
+
+def test_limit_rows_have_room_for_the_text() -> None:
+    """A limit row of Quest or LServe reads every page of the text at its last token."""
+    seen = 0
+    for row, case in pairs(LIMITS, (BY_NAME["llama"],)):
+        for layer in row.method(case).plan(FACTS).layers:
+            for group in layer.groups:
+                if group.policy.decode is not None and isinstance(group.policy.decode.scorer, UpperBound):
+                    read, there = pages_read(group.policy.decode, TOKENS - 1)
+                    assert read == there
+                    seen += 1
+    assert seen >= 8
