@@ -81,7 +81,11 @@ class Scene:
         for j, there in enumerate(see.k_pos[row].tolist()):
             if not 0 <= there <= here or not (there < see.sink or see.window is None or here - there < see.window):
                 continue
-            place = int(turns.sink_pos[row, t]) if turns is not None and there < see.sink else here
+            place = here
+            if turns is not None and turns.clamp is not None:
+                place = there + min(here - there, turns.clamp)
+            elif turns is not None and there < see.sink:
+                place = int(turns.sink_pos[row, t])
             a, b = self._turned(q, place), self._turned(self.k[row, mine, j].tolist(), there)
             x = options.scale * sum(p * r for p, r in zip(a, b, strict=True))
             x = x if options.softcap is None else options.softcap * math.tanh(x / options.softcap)
@@ -132,7 +136,7 @@ def scenes(draw: st.DrawFn, plain: bool = False, one: bool = False, most: int = 
             random(heads) if draw(st.booleans()) else None,
             random(heads).abs().float() if draw(st.booleans()) else None,
         )
-        if window is not None and draw(st.booleans()):
+        if draw(st.booleans()):
             turns = _turns(draw, made, see, dim)
     return Scene(q, k, v, logits, see, turns, aligned)
 
@@ -147,13 +151,14 @@ def _columns(before: int, count: int, columns: int, tokens: int, sink: int, wind
 
 
 def _turns(draw: st.DrawFn, made: torch.Generator, see: Visibility, dim: int) -> Turns:
-    assert see.window is not None
     assert see.q_pos is not None
-    lap, offset = see.window + draw(st.integers(0, 5)), see.sink + draw(st.integers(0, 3))
+    clamp = draw(st.integers(1, 12)) if see.window is None or draw(st.booleans()) else None
+    lap = (see.window or 0 if clamp is None else clamp + 1) + draw(st.integers(0, 5))
+    offset = see.sink + draw(st.integers(0, 3))
     sink_pos = torch.randint(0, 30, see.q_pos.shape, generator=made)
     rotated = draw(st.integers(0, dim // 2))
     inv_freq = torch.rand(rotated, generator=made) if rotated else None
-    return Turns(sink_pos, lap, offset, inv_freq, draw(st.booleans()))
+    return Turns(sink_pos, lap, offset, inv_freq, draw(st.booleans()), clamp)
 
 
 def shuffled(scene: Scene, seed: int) -> Scene:
