@@ -14,6 +14,25 @@ from hf_longctx.kernels.ops import Logits, Turns, Visibility
 Vector = list[float]
 
 
+def turned(x: Vector, pos: int, turns: Turns | None) -> Vector:
+    """x rotated to a position."""
+    if turns is None or turns.inv_freq is None:
+        return x
+    out, half = list(x), len(turns.inv_freq)
+    for i, frequency in enumerate(turns.inv_freq.tolist()):
+        a, b = (2 * i, 2 * i + 1) if turns.interleaved else (i, i + half)
+        cos, sin = math.cos(pos * frequency), math.sin(pos * frequency)
+        out[a], out[b] = x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin
+    return out
+
+
+def lap_position(pos: int, turns: Turns | None) -> int:
+    """Where a token is rotated."""
+    while turns is not None and pos >= turns.offset + turns.lap:
+        pos -= turns.lap
+    return pos
+
+
 @dataclass(frozen=True)
 class Scene:
     """Arguments before rotation: `q`, `k`, `v` in float64, positions of every row in full."""
@@ -40,25 +59,8 @@ class Scene:
         for row, places in enumerate(pos.tolist()):
             for head in range(x.shape[1]):
                 for t, place in enumerate(places):
-                    turned = self._turned(x[row, head, t].tolist(), self._lap_position(place))
-                    out[row, head, t] = torch.tensor(turned, dtype=x.dtype)
-        return out
-
-    def _lap_position(self, pos: int) -> int:
-        assert self.turns is not None
-        while pos >= self.turns.offset + self.turns.lap:
-            pos -= self.turns.lap
-        return pos
-
-    def _turned(self, x: Vector, pos: int) -> Vector:
-        """x rotated to a position."""
-        if self.turns is None or self.turns.inv_freq is None:
-            return x
-        out, half = list(x), len(self.turns.inv_freq)
-        for i, frequency in enumerate(self.turns.inv_freq.tolist()):
-            a, b = (2 * i, 2 * i + 1) if self.turns.interleaved else (i, i + half)
-            cos, sin = math.cos(pos * frequency), math.sin(pos * frequency)
-            out[a], out[b] = x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin
+                    at_lap = turned(x[row, head, t].tolist(), lap_position(place, self.turns), self.turns)
+                    out[row, head, t] = torch.tensor(at_lap, dtype=x.dtype)
         return out
 
     def result(self) -> Tensor:
@@ -86,7 +88,7 @@ class Scene:
                 place = there + min(here - there, turns.clamp)
             elif turns is not None and there < see.sink:
                 place = int(turns.sink_pos[row, t])
-            a, b = self._turned(q, place), self._turned(self.k[row, mine, j].tolist(), there)
+            a, b = turned(q, place, turns), turned(self.k[row, mine, j].tolist(), there, turns)
             x = options.scale * sum(p * r for p, r in zip(a, b, strict=True))
             x = x if options.softcap is None else options.softcap * math.tanh(x / options.softcap)
             x += 0.0 if options.slopes is None else float(options.slopes[head]) * (there - place)

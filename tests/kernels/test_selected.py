@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,148 +16,10 @@ from hf_longctx.kernels.dispatch import use_backend
 from hf_longctx.kernels.ops import Logits, Packed, Selection, Turns, Visibility
 from hf_longctx.kernels.reference import selected
 
+from .selections import Scene, scenes
 from .test_blocks_memory import Largest
 
 MANY = settings(deadline=None, max_examples=60)
-EPS = torch.finfo(torch.float64).eps
-Vector = list[float]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Arguments of attention with a selection, in float64; `q` and `k` at lap positions where there are turns."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    logits: Logits
-    q_pos: Tensor
-    turns: Turns | None
-    selection: Selection
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        return self.q, self.k, self.v, self.logits, Visibility(q_pos=self.q_pos), self.turns, self.selection
-
-    @property
-    def allowed(self) -> float:
-        """Half an ulp for every term of the sums; angles are below 200."""
-        terms = self.selection.ids.shape[-1] * self.selection.block + self.q.shape[3] + 400
-        return terms * EPS * max(1.0, float(self.v.abs().max()))
-
-    def _turned(self, x: Vector, delta: int) -> Vector:
-        if self.turns is None or self.turns.inv_freq is None:
-            return x
-        out, half = list(x), len(self.turns.inv_freq)
-        for i, frequency in enumerate(self.turns.inv_freq.tolist()):
-            a, b = (2 * i, 2 * i + 1) if self.turns.interleaved else (i, i + half)
-            cos, sin = math.cos(delta * frequency), math.sin(delta * frequency)
-            out[a], out[b] = x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin
-        return out
-
-    def _at_start(self, x: Vector, pos: int) -> Vector:
-        """Turned back from the lap position of `pos` to position 0."""
-        here = pos
-        while self.turns is not None and here >= self.turns.offset + self.turns.lap:
-            here -= self.turns.lap
-        return self._turned(x, -here)
-
-    def seen(self, row: int, head: int, t: int) -> list[tuple[int, int, int]]:
-        """Position, column, and place among the selected columns, of each key that a query sees."""
-        ids, chosen = self.selection.ids, self.selection
-        own = head * ids.shape[1] // self.q.shape[1]
-        n, here = t // chosen.q_block, int(self.q_pos[row % len(self.q_pos), t])
-        found = []
-        for place, j in enumerate(ids[row, own, n].tolist()):
-            page = j if chosen.pages is None else int(chosen.pages[row, own, n, place])
-            for i in range(chosen.block if j >= 0 else 0):
-                pos, column = j * chosen.block + i, page * chosen.block + i
-                if pos <= here and column < self.k.shape[2]:
-                    found.append((pos, column, place * chosen.block + i))
-        return found
-
-    def result(self, near: int = 0) -> tuple[Tensor, Tensor]:
-        """What attention is defined to give, and the mass of each selected column."""
-        rows, heads, tokens, _ = self.q.shape
-        kv_heads, chosen = self.k.shape[1], self.selection
-        out = torch.zeros(rows, heads, tokens, self.v.shape[3], dtype=torch.float64)
-        mass = torch.zeros(rows, kv_heads, chosen.ids.shape[2], chosen.ids.shape[3] * chosen.block).double()
-        for row in range(rows):
-            for head in range(heads):
-                mine = head // (heads // kv_heads)
-                for t in range(tokens):
-                    here, seen = int(self.q_pos[row % len(self.q_pos), t]), self.seen(row, head, t)
-                    for weight, (pos, column, place) in zip(self._weights(row, head, t, seen), seen, strict=True):
-                        out[row, head, t] += weight * self.v[row, mine, column]
-                        if here - pos < near:
-                            mass[row, mine, t // chosen.q_block, place] += weight
-        return out, mass
-
-    def _weights(self, row: int, head: int, t: int, seen: list[tuple[int, int, int]]) -> Vector:
-        options, here = self.logits, int(self.q_pos[row % len(self.q_pos), t])
-        mine = head // (self.q.shape[1] // self.k.shape[1])
-        q = self._at_start(self.q[row, head, t].tolist(), here)
-        logits = []
-        for pos, column, _ in seen:
-            distance = here - pos
-            if self.turns is not None and self.turns.clamp is not None:
-                distance = min(distance, self.turns.clamp)
-            key = self._at_start(self.k[row, mine, column].tolist(), pos)
-            x = options.scale * sum(a * b for a, b in zip(self._turned(q, distance), key, strict=True))
-            x = x if options.softcap is None else options.softcap * math.tanh(x / options.softcap)
-            logits.append(x - (0.0 if options.slopes is None else float(options.slopes[head]) * distance))
-        sinks = [] if options.sink_logits is None else [float(options.sink_logits[head])]
-        top = max(logits + sinks, default=0.0)
-        total = sum(math.exp(x - top) for x in logits + sinks)
-        return [math.exp(x - top) / total for x in logits]
-
-
-@st.composite
-def scenes(draw: st.DrawFn, shares: tuple[str, ...] = ("all", "kv_head", "q_head"), one: bool = False) -> Scene:
-    """Rows of different lengths, blocks of queries with holes, blocks of keys in any page, the last of them cut."""
-    rows, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 4, 7]))
-    block, q_block, dim = draw(st.integers(1, 5)), 1 if one else draw(st.integers(1, 5)), 2 * draw(st.integers(1, 3))
-    count, blocks, heads = draw(st.integers(1, 3)), draw(st.integers(1, 6)), kv_heads * group
-    tokens = count * q_block - draw(st.integers(0, q_block - 1))  # the last block may be short
-    made = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=made, dtype=torch.float64)
-
-    places = draw(st.sampled_from([1, rows]))
-    q_pos = torch.randint(-1, blocks * block, (places, tokens), generator=made)
-    sharing = {"all": 1, "kv_head": kv_heads, "q_head": heads}[draw(st.sampled_from(shares))]
-    chosen = draw(st.integers(1, blocks))
-    ids, pages = _selected(made, (rows, sharing, count), blocks, chosen)
-    stored = blocks * block - draw(st.integers(0, block - 1))
-    selection = Selection(ids, block, q_block, pages if draw(st.booleans()) else None)
-    logits = Logits(
-        dim**-0.5,
-        draw(st.sampled_from([None, 1.5])),
-        random(heads) if draw(st.booleans()) else None,
-        random(heads).abs().float() if draw(st.booleans()) else None,
-    )
-    turns = None
-    if draw(st.booleans()):
-        clamp = draw(st.one_of(st.none(), st.integers(1, 9)))
-        lap = (30 if clamp is None else clamp + 1) + draw(st.integers(0, 5))
-        rotated = draw(st.integers(0, dim // 2))
-        frequencies = torch.rand(rotated, generator=made) if rotated else None
-        nowhere = torch.full_like(q_pos, -1000)
-        turns = Turns(nowhere, lap, draw(st.integers(0, 4)), frequencies, draw(st.booleans()), clamp)
-    q, k, v = random(rows, heads, tokens, dim), random(rows, kv_heads, stored, dim), random(rows, kv_heads, stored, 3)
-    return Scene(q, k, v, logits, q_pos, turns, selection)
-
-
-def _selected(made: torch.Generator, shape: tuple[int, ...], blocks: int, chosen: int) -> tuple[Tensor, Tensor]:
-    """Some of the blocks, ascending, then -1; and a page for each."""
-    ids = torch.full((*shape, chosen), -1, dtype=torch.int32)
-    pages = ids.clone()
-    for line, places in zip(ids.view(-1, chosen), pages.view(-1, chosen), strict=True):
-        filled = int(torch.randint(0, chosen + 1, (), generator=made))
-        line[:filled] = torch.randperm(blocks, generator=made)[:filled].sort().values
-        places[:filled] = torch.randperm(blocks, generator=made)[:filled]
-    return ids, pages
 
 
 @pytest.mark.parametrize("op", [ops.attend_blocks, ops.attend_pages])
@@ -196,11 +57,12 @@ def test_parts_are_the_whole(scene: Scene, budget: int) -> None:
         torch.testing.assert_close(mine, other, atol=max(scene.allowed, 1e-6 if mine is parts[1] else 0.0), rtol=0)
 
 
-def test_one_large_block_of_queries_is_read_in_parts() -> None:
+@pytest.mark.parametrize("tokens", [43, 75, 80])
+def test_one_large_block_of_queries_is_read_in_parts(tokens: int) -> None:
     """More queries in a block than fit at a time, and a short block after it."""
     made = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, h, 75, 4, generator=made, dtype=torch.float64) for h in (4, 2))
-    q_pos = torch.arange(75)[None]
+    q, k = (torch.randn(2, h, tokens, 4, generator=made, dtype=torch.float64) for h in (4, 2))
+    q_pos = torch.arange(tokens)[None]
     turns = Turns(q_pos, 20, 2, torch.rand(2, generator=made), clamp=15)
     everything = Selection(torch.arange(10, dtype=torch.int32).expand(2, 2, 2, 10), 8, 40)
     arguments = (q, k, k, Logits(0.5), Visibility(), turns)
@@ -218,7 +80,7 @@ def test_one_large_block_of_queries_is_read_in_parts() -> None:
 @settings(deadline=None, max_examples=40)
 @given(scenes(), st.sampled_from([1, 8]))
 def test_everything_selected_is_dense(scene: Scene, q_block: int) -> None:
-    rows, heads, tokens, _ = scene.q.shape
+    rows, _, tokens, _ = scene.q.shape
     stored, block = scene.k.shape[2], scene.selection.block
     q_pos = torch.arange(stored - tokens, stored)[None].clamp(min=-1)
     blocks = torch.arange(-(-stored // block), dtype=torch.int32)
