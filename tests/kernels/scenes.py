@@ -14,6 +14,25 @@ from hf_longctx.kernels.ops import Logits, Turns, Visibility
 Vector = list[float]
 
 
+def turned(x: Vector, pos: int, turns: Turns | None) -> Vector:
+    """x rotated to a position."""
+    if turns is None or turns.inv_freq is None:
+        return x
+    out, half = list(x), len(turns.inv_freq)
+    for i, frequency in enumerate(turns.inv_freq.tolist()):
+        a, b = (2 * i, 2 * i + 1) if turns.interleaved else (i, i + half)
+        cos, sin = math.cos(pos * frequency), math.sin(pos * frequency)
+        out[a], out[b] = x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin
+    return out
+
+
+def lap_position(pos: int, turns: Turns | None) -> int:
+    """Where a token is rotated."""
+    while turns is not None and pos >= turns.offset + turns.lap:
+        pos -= turns.lap
+    return pos
+
+
 @dataclass(frozen=True)
 class Scene:
     """Arguments before rotation: `q`, `k`, `v` in float64, positions of every row in full."""
@@ -40,25 +59,8 @@ class Scene:
         for row, places in enumerate(pos.tolist()):
             for head in range(x.shape[1]):
                 for t, place in enumerate(places):
-                    turned = self._turned(x[row, head, t].tolist(), self._lap_position(place))
-                    out[row, head, t] = torch.tensor(turned, dtype=x.dtype)
-        return out
-
-    def _lap_position(self, pos: int) -> int:
-        assert self.turns is not None
-        while pos >= self.turns.offset + self.turns.lap:
-            pos -= self.turns.lap
-        return pos
-
-    def _turned(self, x: Vector, pos: int) -> Vector:
-        """x rotated to a position."""
-        if self.turns is None or self.turns.inv_freq is None:
-            return x
-        out, half = list(x), len(self.turns.inv_freq)
-        for i, frequency in enumerate(self.turns.inv_freq.tolist()):
-            a, b = (2 * i, 2 * i + 1) if self.turns.interleaved else (i, i + half)
-            cos, sin = math.cos(pos * frequency), math.sin(pos * frequency)
-            out[a], out[b] = x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin
+                    at_lap = turned(x[row, head, t].tolist(), lap_position(place, self.turns), self.turns)
+                    out[row, head, t] = torch.tensor(at_lap, dtype=x.dtype)
         return out
 
     def result(self) -> Tensor:
@@ -81,8 +83,12 @@ class Scene:
         for j, there in enumerate(see.k_pos[row].tolist()):
             if not 0 <= there <= here or not (there < see.sink or see.window is None or here - there < see.window):
                 continue
-            place = int(turns.sink_pos[row, t]) if turns is not None and there < see.sink else here
-            a, b = self._turned(q, place), self._turned(self.k[row, mine, j].tolist(), there)
+            place = here
+            if turns is not None and turns.clamp is not None:
+                place = there + min(here - there, turns.clamp)
+            elif turns is not None and there < see.sink:
+                place = int(turns.sink_pos[row, t])
+            a, b = turned(q, place, turns), turned(self.k[row, mine, j].tolist(), there, turns)
             x = options.scale * sum(p * r for p, r in zip(a, b, strict=True))
             x = x if options.softcap is None else options.softcap * math.tanh(x / options.softcap)
             x += 0.0 if options.slopes is None else float(options.slopes[head]) * (there - place)
@@ -132,7 +138,7 @@ def scenes(draw: st.DrawFn, plain: bool = False, one: bool = False, most: int = 
             random(heads) if draw(st.booleans()) else None,
             random(heads).abs().float() if draw(st.booleans()) else None,
         )
-        if window is not None and draw(st.booleans()):
+        if draw(st.booleans()):
             turns = _turns(draw, made, see, dim)
     return Scene(q, k, v, logits, see, turns, aligned)
 
@@ -147,13 +153,14 @@ def _columns(before: int, count: int, columns: int, tokens: int, sink: int, wind
 
 
 def _turns(draw: st.DrawFn, made: torch.Generator, see: Visibility, dim: int) -> Turns:
-    assert see.window is not None
     assert see.q_pos is not None
-    lap, offset = see.window + draw(st.integers(0, 5)), see.sink + draw(st.integers(0, 3))
+    clamp = draw(st.integers(1, 12)) if see.window is None or draw(st.booleans()) else None
+    lap = (see.window or 0 if clamp is None else clamp + 1) + draw(st.integers(0, 5))
+    offset = see.sink + draw(st.integers(0, 3))
     sink_pos = torch.randint(0, 30, see.q_pos.shape, generator=made)
     rotated = draw(st.integers(0, dim // 2))
     inv_freq = torch.rand(rotated, generator=made) if rotated else None
-    return Turns(sink_pos, lap, offset, inv_freq, draw(st.booleans()))
+    return Turns(sink_pos, lap, offset, inv_freq, draw(st.booleans()), clamp)
 
 
 def shuffled(scene: Scene, seed: int) -> Scene:

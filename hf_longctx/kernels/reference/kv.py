@@ -19,7 +19,7 @@ LARGEST_ZERO = 2048
 
 def encode_kv(x: Tensor, bits: int) -> Packed:
     """The definition of `ops.encode_kv`."""
-    work = x.to(torch.promote_types(x.dtype, torch.float32))
+    work = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     least, largest = work.aminmax(dim=-1, keepdim=True)
     steps = 2**bits - 1
     floor = torch.maximum(least.abs(), largest.abs()) / LARGEST_ZERO

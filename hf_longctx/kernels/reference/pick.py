@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .weigh import LOGITS_PER_BLOCK
 
@@ -46,7 +47,7 @@ def _picked(scores: Tensor, low: Tensor, high: Tensor, sink: int, take: int | No
         total = scores.masked_fill(j > high, 0.0).sum(-1, keepdim=True)
         held = scores.masked_fill(~forced, 0.0).sum(-1, keepdim=True)
         own = scores.gather(-1, order).masked_fill_(~ranked, 0.0)
-        before = held + (own.cumsum(-1) - own)
+        before = held + pad(own.cumsum(-1)[..., :-1], (1, 0))
         best = ranked & ((before < share * total) | (share >= 1))
     return forced | torch.zeros_like(candidate).scatter_(-1, order, best)
 

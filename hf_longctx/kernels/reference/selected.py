@@ -109,23 +109,22 @@ def _parts(
     key_heads = heads if selection.ids.shape[1] == heads else k.shape[1]
     q_pos = positions(see, tokens, k.shape[2], q.device)[0].expand(rows, -1)
     filled = (selection.ids >= 0).sum(-1).amax((0, 1)).tolist()  # a wait for the device, and no empty place is read
-    width = max(1, *filled, 1) * selection.block
+    width = max([1, *filled]) * selection.block
     each = rows * width * (heads * size + key_heads * (q.shape[3] + v.shape[3]))
     some = max(1, LOGITS_PER_BLOCK // max(1, each))
     for first in range(0, count, some):
         blocks = slice(first, min(first + some, count))
         here = slice(first * size, min(blocks.stop * size, tokens))
         q_part, q_places = _fold(q[:, :, here], q_pos[:, here], blocks.stop - first, size)
-        index, k_pos = _find(selection, blocks, max(1, *filled[blocks]), key_heads, k)
+        index, k_pos = _find(selection, blocks, max([1, *filled[blocks]]), key_heads, k)
         k_part, v_part = (read(x, index).flatten(0, 1) for x in (k, v))
         keys = turn_keys(k_part, k_pos, q_places, EVERYTHING, turns, size == 1)
         step = min(size, max(16, LOGITS_PER_BLOCK // max(1, q_part.shape[0] * heads * k_part.shape[2])))
-        for start in range(0, size, step):
-            some_rows = slice(start, min(start + step, size))
-            weights, total = weigh(q_part[:, :, some_rows], q_places[..., some_rows], keys, logits, EVERYTHING, turns)
-            whole = step == size
-            queries = here if whole else slice(here.start + start, min(here.start + some_rows.stop, here.stop))
-            yield Part(blocks, queries, weights, total, v_part, q_places[..., some_rows], k_pos)
+        length = min(size, here.stop - here.start)
+        for start in range(0, length, step):  # more than one step only where there is one block
+            queries = slice(here.start + start, min(here.start + start + step, here.stop)) if step < length else here
+            own, places = q_part[:, :, start : start + step], q_places[..., start : start + step]
+            yield Part(blocks, queries, *weigh(own, places, keys, logits, EVERYTHING, turns), v_part, places, k_pos)
 
 
 def _fold(q: Tensor, q_pos: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
