@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,12 @@ def test_an_answer_is_what_generate_writes_and_its_clock_ticks_for_every_token(t
     assert single.token_ms is None
 
 
+def test_the_density_is_that_of_the_report(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = lc.report
+    monkeypatch.setattr(lc, "report", lambda model: SimpleNamespace(**vars(real(model)), density=0.25))
+    assert {row.density for row in grid(tiny, lengths=[280])} == {0.25}
+
+
 def test_an_interrupted_run_goes_on_where_it_was(tiny: tuple[Any, Any], tmp_path: Path) -> None:
     whole = grid(tiny, tmp_path)
     path = tmp_path / "needle.jsonl"
@@ -124,7 +131,11 @@ def test_what_stops_in_the_middle_leaves_whole_lines_and_an_unpatched_model(
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"seed": 1}, "seed=1; got 0"), ({"batch": 2}, "batch=2; got 1")],
+    [
+        ({"seed": 1}, "seed=1; got 0"),
+        ({"batch": 2}, "batch=2; got 1"),
+        ({"baseline": False}, "baseline=False; got True"),
+    ],
 )
 def test_a_run_of_other_settings_is_refused_and_changes_nothing(
     tiny: tuple[Any, Any], tmp_path: Path, change: dict[str, int], said: str
