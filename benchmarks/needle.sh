@@ -4,7 +4,7 @@
 #   benchmarks/needle.sh MODEL [OUT] [TEXT]
 #
 # TEXT is a long UTF-8 file for the haystack; the text that ships with the package is repeated from 33,000 tokens on, and
-# has too few words for cwe beyond 32K. Interrupted, the same command goes on where it was. METHODS, LENGTHS and BATCH
+# has too few words for cwe beyond 64K. Interrupted, the same command goes on where it was. METHODS, LENGTHS and BATCH
 # can be set in the environment.
 set -euo pipefail
 

@@ -116,9 +116,10 @@ def test_a_length_without_room_is_refused(task: str, source: Source) -> None:
 def test_a_text_with_too_few_words_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"niah_multikey: expected a text with at least 8 different words .* got 4"):
         build("niah_multikey", Source(tokenizer, "Four short words were here. They were."), 900)
-    few = Source(tokenizer, " ".join(sorted(Source(tokenizer, text.shipped()).words)[::20]))
-    with pytest.raises(ValueError, match=rf"cwe: expected a text with at least .* got {len(few.words)}"):
-        build("cwe", few, 9000)
+    words = Source(tokenizer, text.shipped()).words
+    for few, wanted, length in ((words[:150], "200", 3000), (words[::10], r"(4\d\d|5\d\d|6\d\d)", 20_000)):
+        with pytest.raises(ValueError, match=rf"cwe: expected a text with at least {wanted} diff.* got {len(few)}\."):
+            build("cwe", Source(tokenizer, " ".join(few)), length)
 
 
 def test_the_score_is_the_share_of_the_expected_strings() -> None:
