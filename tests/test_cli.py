@@ -41,7 +41,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         ((), ("doctor", "demo", "eval")),
         (("doctor",), ("--json",)),
         (("demo",), ("--length", "--sparsity", "SmolLM2-135M-Instruct")),
-        (("eval",), ("ppl",)),
+        (("eval",), ("ppl", "needle", "passkey", "ruler")),
+        (("eval", "needle"), ("--depths", "--no-dense", "--resume", "--batch")),
         (("eval", "ppl"), ("--dense-tokens", "--resume")),
     ],
 )
@@ -100,6 +101,35 @@ def test_eval_ppl_writes_numbers_and_a_plot(run, folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("name", "sizes", "rows"),
+    [
+        ("needle", ("--lengths", "280,300", "--depths", "2", "--new-tokens", "2"), 8),
+        ("passkey", ("--lengths", "300", "--trials", "3", "--batch", "3", "--new-tokens", "2"), 6),
+        ("ruler", ("--lengths", "900", "--tasks", "niah_single,fwe", "--samples", "1", "--chunk", "64"), 4),
+    ],
+)
+def test_eval_writes_rows_means_and_what_it_takes_to_run_it_again(
+    run, folder: Path, tmp_path: Path, name: str, sizes: tuple[str, ...], rows: int
+) -> None:
+    args = ("eval", name, "-m", str(folder), "--methods", "streaming_llm(window=60)", *sizes, "-o", str(tmp_path))
+    code, out, err = run(*args)
+    assert code == 0, err
+    lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+    assert len(lines) == rows
+    assert {json.loads(line)["method"] for line in lines} == {"dense", "streaming_llm(window=60)"}
+    assert json.loads((tmp_path / f"{name}_summary.json").read_text())[-1]["dense_kv_bytes"] > 0
+    assert str(folder.parent) not in (tmp_path / "run_meta.json").read_text()
+    assert (tmp_path / "needle.png").exists() == (name == "needle")
+    assert "KV held" in out
+    code, out, err = run(*args)
+    assert code == 1
+    assert "Pass --resume" in err
+    code, out, err = run(*args, "--resume")
+    assert code == 0, err
+    assert (tmp_path / f"{name}.jsonl").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize(
     ("args", "said"),
     [
         (("demo", "--methods", "streming_llm"), "Did you mean 'streaming_llm'?"),
@@ -111,6 +141,13 @@ def test_eval_ppl_writes_numbers_and_a_plot(run, folder: Path, tmp_path: Path) -
         (("eval", "ppl", "--tokens", "10000000"), "Pass a longer text or fewer tokens"),
         (("eval", "ppl", "--block", "100"), "multiple of the chunk"),
         (("eval", "ppl", "--device", "cuda:77"), "cuda:77"),
+        (("eval", "needle", "--lengths", "1m"), "tokens such as 1k,2k,4096; got '1m'"),
+        (("eval", "needle", "--methods", "streaming_llm(windw=4)"), "Did you mean 'window'?"),
+        (("eval", "needle", "--methods", "dense,duo_attention", "--lengths", "300"), "duo_attention: expected"),
+        (("eval", "needle", "--depths", "0"), "depths: expected at least 1"),
+        (("eval", "passkey", "--trials", "0"), "at least 1 trial"),
+        (("eval", "passkey", "--batch", "0"), "batch: expected at least 1"),
+        (("eval", "ruler", "--tasks", "vt,qa_1"), "Question answering"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(

@@ -1,1 +1,1 @@
-"""Passkey, perplexity and the real model and text that they run on."""
+"""Needle grid, pass keys, RULER tasks and perplexity, and the real model and text that they run on."""

@@ -59,7 +59,7 @@ def needle(
 
     Writes needle.jsonl as it goes, then needle_summary.json, and needle.png if matplotlib is installed (extra [plot]).
     """
-    console, options = _begin(methods, chunk, batch, dense, seed, out, resume)
+    console, options = _begin(methods, text, chunk, batch, dense, seed, out, resume)
     from . import assets, needle
     from .grammar import lengths as read_lengths
 
@@ -100,7 +100,7 @@ def passkey(
 
     Writes passkey.jsonl as it goes, then passkey_summary.json.
     """
-    console, options = _begin(methods, chunk, batch, dense, seed, out, resume)
+    console, options = _begin(methods, text, chunk, batch, dense, seed, out, resume)
     from . import assets, passkey
     from .grammar import lengths as read_lengths
 
@@ -134,7 +134,7 @@ def ruler(
 
     Writes ruler.jsonl as it goes, then ruler_summary.json. A length is that of prompt and answer together.
     """
-    console, options = _begin(methods, chunk, batch, dense, seed, out, resume)
+    console, options = _begin(methods, text, chunk, batch, dense, seed, out, resume)
     from . import assets
     from . import ruler as tasks_of_ruler
     from .grammar import lengths as read_lengths
@@ -196,15 +196,17 @@ def ppl(
 
 
 def _begin(
-    methods: str, chunk: int | None, batch: int, dense: bool, seed: int, out: Path, resume: bool
+    methods: str, text: Path | None, chunk: int | None, batch: int, dense: bool, seed: int, out: Path, resume: bool
 ) -> tuple[Console, Options]:
-    """The console and the common options; a method that is none is refused before a model is loaded."""
+    """The console and the common options; a method or text that is none is refused before a model is loaded."""
     from rich.console import Console
 
     console = Console()
     with console.status("Loading the libraries"):
         from . import grammar
+        from . import text as texts
         from .runner import Options
     quiet()
     grammar.methods(methods)
+    texts.read(text)
     return console, Options(chunk, batch, dense, seed, out, resume)

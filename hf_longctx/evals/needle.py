@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from .passkey import exam
-from .runner import DEFAULTS, Options, Row, run_exam
+from .runner import DEFAULTS, Options, Row, model_name, run_exam
 from .tables import publish
 
 _ACROSS = 3
@@ -69,13 +69,13 @@ def run(
     rows = run_exam(model, tokenizer, methods, asked, options, console)
     publish(rows, "Needles found, mean of all depths", options.out and options.out / "needle_summary.json", console)
     if options.out and find_spec("matplotlib"):
-        plot(rows, options.out / "needle.png")
+        plot(rows, options.out / "needle.png", f"{model_name(model)}: pass keys found")
     elif options.out and console:
         console.print("No plot: it needs matplotlib. pip install 'hf_longctx[plot]'", markup=False)
     return rows
 
 
-def plot(rows: list[Row], path: str | os.PathLike[str], title: str = "Needle in a haystack") -> None:
+def plot(rows: list[Row], path: str | os.PathLike[str], title: str = "Pass keys found") -> None:
     """Draw a panel for each method, depth over length, all in one scale of colours, as a PNG.
 
     Args:
@@ -97,12 +97,13 @@ def plot(rows: list[Row], path: str | os.PathLike[str], title: str = "Needle in 
     figure.suptitle(title, fontweight="bold")
     colours = LinearSegmentedColormap.from_list("needle", _COLOURS)
     panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    for panel, name in zip_longest(panels.flat, names):
+    for place, (panel, name) in enumerate(zip_longest(panels.flat, names)):
         if name is None:
             panel.axis("off")
             continue
         mine = [row for row in rows if row.method == name]
         image = _panel(panel, mine, lengths, depths, colours)
+        panel.tick_params(axis="x", labelbottom=place + across >= len(names))
     figure.supxlabel("tokens in the prompt", fontsize="medium")
     figure.supylabel("depth of the needle", fontsize="medium")
     bar = figure.colorbar(image, ax=panels, label="found", shrink=0.9, aspect=30, pad=0.02)

@@ -142,6 +142,11 @@ def settle(model: Any, wanted: str, baseline: bool) -> list[Choice]:
     return chosen
 
 
+def model_name(model: Any) -> str:
+    """The model's name for a result file, without the path of any machine; its class if it was never loaded."""
+    return assets.display_name(model.name_or_path) if model.name_or_path else type(model).__name__
+
+
 def derive(seed: int, *parts: object) -> int:
     """A seed for one trial that does not depend on which others run."""
     return random.Random("/".join(map(str, (seed, *parts)))).getrandbits(32)
@@ -213,12 +218,13 @@ def _journal(model: Any, exam: Exam, chunk: int, options: Options) -> Journal | 
     if options.out is None:
         return None
     settings = {
-        "model": assets.display_name(model.name_or_path) if model.name_or_path else type(model).__name__,
+        "model": model_name(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device_name(model.device),
         "chunk": chunk,
         "batch": options.batch,
         "seed": options.seed,
+        "baseline": options.baseline,
         **exam.settings,
     }
     return Journal(options.out, exam.name, settings, model.device, options.resume)

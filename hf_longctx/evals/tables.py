@@ -146,4 +146,6 @@ def publish(rows: list[Row], title: str, path: Path | None, console: Console | N
     if console:
         console.print(table(summaries, title))
     if console and path:
-        console.print(f"Numbers: {path.parent} ({path.name} has means, {META} what it takes to run it again)")
+        console.print(
+            f"Numbers: {path.parent} ({path.name} has means, {META} what it takes to run it again)", soft_wrap=True
+        )

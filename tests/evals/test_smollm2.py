@@ -1,4 +1,4 @@
-"""The claims of `hf-longctx demo`, on the real model."""
+"""The claims of `hf-longctx demo`, and the needle grid, on the real model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from hf_longctx import demo
-from hf_longctx.evals import passkey, text
+from hf_longctx.evals import needle, passkey, text
 
 pytestmark = pytest.mark.network
 
@@ -39,3 +39,16 @@ def test_the_bytes_are_those_of_what_is_kept(outcomes: dict[str, demo.Outcome]) 
     assert outcomes["dense"].answer.dense_kv_bytes == per_token * 1031  # the last token is never fed back
     assert held["streaming_llm"] == per_token * 256
     assert held["streaming_llm"] < held["duo_attention"] < held["dense"]
+
+
+def test_a_needle_grid_shows_where_a_method_is_blind(smollm2: tuple[Any, Any]) -> None:
+    methods = "duo_attention,streaming_llm(sinks=4,window=252)"
+    rows = needle.run(*smollm2, methods, [1024], [0.25, 0.6], new_tokens=8)
+    assert {(row.method.split("(")[0], row.depth): row.score for row in rows} == {
+        ("dense", 0.25): 1.0,
+        ("dense", 0.6): 1.0,
+        ("duo_attention", 0.25): 1.0,
+        ("duo_attention", 0.6): 1.0,
+        ("streaming_llm", 0.25): 0.0,
+        ("streaming_llm", 0.6): 0.0,
+    }

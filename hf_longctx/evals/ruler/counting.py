@@ -37,7 +37,7 @@ _DECODED = (
 
 def _common_words(task: str, source: Source, length: int, seed: int) -> Prompt:
     """A numbered list in which ten words come up to 30 times, and all others a tenth of that, after a solved one."""
-    source.need(task, 100)
+    source.need(task, 200)
     draw = Random(seed)
     pool = draw.sample(source.words, len(source.words))
     alone = (word for word in pool if not any(word in other for other in pool if other != word))
@@ -46,10 +46,12 @@ def _common_words(task: str, source: Source, length: int, seed: int) -> Prompt:
     example = _list(shown, rare, 4 * _COMMON, draw.random())
     solved = f"{_LIST}{example}{_LISTED}{_numbered(shown)}\n\n\n{_LIST}"
     head, tail = source.opening + source.ids(solved), source.ids(_LISTED)
-    order = draw.random()
-    entries, body = _fill(source, space(task, length, head, tail), lambda entries: _list(common, rare, entries, order))
+    room, order = space(task, length, head, tail), draw.random()
+    whole = len(source.ids(_list(common, rare, 30 * _COMMON + 3 * len(rare), order)))
+    if whole < room:
+        source.need(task, len(pool) * room // whole + 1)
+    entries, body = _fill(source, room, lambda entries: _list(common, rare, entries, order))
     _enough(task, entries, 4 * _COMMON, length)
-    source.need(task, 2 * _COMMON + _mix(entries + 1)[2])
     return Prompt(torch.tensor(head + body + tail), tuple(common))
 
 
