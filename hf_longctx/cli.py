@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .tune.cli import app as tune
+
 _EPILOG = "Set HF_LONGCTX_DEBUG=1 to see the traceback of an error."
 _MODEL = typer.Option("--model", "-m", help="Hub id, folder or .gguf file.", show_default="SmolLM2-135M-Instruct")
 _TEXT = typer.Option("--text", help="UTF-8 text file.", show_default="a text that ships with the package")
@@ -26,6 +28,7 @@ app = typer.Typer(
 )
 evals = typer.Typer(help="Measure a model under several methods.", no_args_is_help=True)
 app.add_typer(evals, name="eval")
+app.add_typer(tune, name="tune")
 
 
 def _version(asked: bool) -> None:
@@ -95,7 +98,7 @@ def demo(
         from .demo import ask, choose, table
         from .evals import assets, passkey
         from .evals import text as texts
-    _quiet()
+    assets.quiet()
 
     haystack = texts.read(text)
     loaded, tokenizer = assets.load(model, dtype, device, on_step=console.print)
@@ -145,7 +148,7 @@ def ppl(
         from .evals import assets, ppl_run
         from .evals import text as texts
         from .evals.ppl import variants
-    _quiet()
+    assets.quiet()
 
     chosen = variants(_names(methods), sinks, window, dense_tokens, sparsity)
     content = texts.read(text)
@@ -160,14 +163,6 @@ def ppl(
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
     ppl_run.run(loaded, ids, chosen, settings, out, resume, console)
-
-
-def _quiet() -> None:
-    """No bars of transformers where nobody watches: in a log they are a line each."""
-    if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _names(listed: str) -> list[str]:

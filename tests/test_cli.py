@@ -43,6 +43,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         (("demo",), ("--length", "--sparsity", "SmolLM2-135M-Instruct")),
         (("eval",), ("ppl",)),
         (("eval", "ppl"), ("--dense-tokens", "--resume")),
+        (("tune",), ("xattention",)),
+        (("tune", "xattention"), ("--stride", "--coverage", "--steps")),
     ],
 )
 def test_help_names_the_options(run, command: tuple[str, ...], words: tuple[str, ...]) -> None:

@@ -227,6 +227,14 @@ def load(
     return loaded.to(place).eval(), tokenizer  # type: ignore[arg-type]
 
 
+def quiet() -> None:
+    """No bars of transformers where nobody watches: in a log they are a line each."""
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def display_name(model: str | Path | None) -> str:
     """The model's name for a table or a result file, without the path of any machine."""
     if model is None:
