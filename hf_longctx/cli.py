@@ -11,6 +11,7 @@ import typer
 
 from .evals.cli import app as evals
 from .options import Device, Dtype, Model, Text, names, quiet
+from .tune.cli import app as tune
 
 _EPILOG = "Set HF_LONGCTX_DEBUG=1 to see the traceback of an error."
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(evals, name="eval")
+app.add_typer(tune, name="tune")
 
 
 def _version(asked: bool) -> None:

@@ -44,6 +44,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         (("eval",), ("ppl", "needle", "passkey", "ruler")),
         (("eval", "needle"), ("--depths", "--no-dense", "--resume", "--batch")),
         (("eval", "ppl"), ("--dense-tokens", "--resume")),
+        (("tune",), ("xattention",)),
+        (("tune", "xattention"), ("--stride", "--coverage", "--steps")),
     ],
 )
 def test_help_names_the_options(run, command: tuple[str, ...], words: tuple[str, ...]) -> None:

@@ -40,7 +40,7 @@ def compose(
     if all(value is None for value in (prefill, decode, heads, kv, placement)):
         raise ValueError("compose: expected a method or a value of an axis; got none. Give for example kv='int4'.")
     stored = kv_format(kv, "compose")
-    first, last = (m if m is None or isinstance(m, Plan) else m.plan(facts) for m in (prefill, decode))
+    first, last = (None if m is None else _plan(m, facts) for m in (prefill, decode))
     names = list(dict.fromkeys(plan.method for plan in (first, last) if plan is not None))
     names += [_name(value) for value in (heads, stored, placement) if value is not None]
     name = " + ".join(names) or "dense"
@@ -52,6 +52,18 @@ def compose(
     if heads is not None:
         plan = _split(plan, facts, heads)
     return plan if placement is None else _placed(plan, placement)
+
+
+def _plan(method: Method | Plan, facts: ModelFacts) -> Plan:
+    """A method's plan for a model, or a ready one that fits it."""
+    plan = method if isinstance(method, Plan) else method.plan(facts)
+    expected, got = ([layer.kv_heads for layer in part.layers] for part in (facts, plan))
+    if expected != got:
+        raise ValueError(
+            f"compose: expected a plan for layers with {expected} KV heads; got '{plan.method}' for {got}. "
+            "Make the plan for this model."
+        )
+    return plan
 
 
 def _name(value: object) -> str:

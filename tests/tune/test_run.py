@@ -1,0 +1,110 @@
+"""`hf-longctx tune xattention` from the command line to the plan that uses its file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+import hf_longctx as lc
+from hf_longctx import cli
+from hf_longctx.models import inspect_model
+from hf_longctx.tune import run
+from hf_longctx.tune.thresholds import load_thresholds
+
+from ..evals import tiny_folder
+from ..integration.cases import BY_NAME
+
+SIZES = ("--block", "16", "--stride", "8", "--length", "64", "--samples", "2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder.save(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture
+def tune(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hf-longctx", "tune", "xattention", "-m", str(folder), *args])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+    return call
+
+
+@pytest.mark.usefixtures("literal")
+@pytest.mark.parametrize("method", ["dp", "heuristic"])
+def test_the_file_fits_the_model_and_the_method(tune: Any, folder: Path, tmp_path: Path, method: str) -> None:
+    path = tmp_path / "new" / "taus.json"
+    code, out, err = tune(*SIZES, "--method", method, "--coverage", "0.8", "-o", str(path))
+    assert code == 0, err
+    rows = {line.split("│")[1].strip(): line for line in out.splitlines() if "%" in line}
+    assert set(rows) - {f"{method} (saved)"} == {"0.9 for all", "heuristic" if method == "dp" else "dp"}
+    found = load_thresholds(path)
+    assert (found.model, found.family, found.stride, found.block) == (folder.name, "llama", 8, 16)
+    assert f"{found.meta['covered']:.2%}" in rows[f"{method} (saved)"]
+    assert method == "heuristic" or found.meta["covered"] >= 0.8
+    assert found.meta["settings"]["samples"] == 2
+    assert str(folder.parent) not in path.read_text()
+    facts = inspect_model(AutoModelForCausalLM.from_pretrained(folder))
+    plan = lc.XAttention(stride=8, block=16, tau=path).plan(facts)
+    assert [layer.groups[0].policy.prefill.budget.shares for layer in plan.layers] == list(found.tau)
+
+
+@pytest.mark.usefixtures("literal")
+def test_layers_with_their_own_window_read_everything(tmp_path: Path) -> None:
+    case = BY_NAME["gemma2"]
+    settings = run.Settings("gemma2", "dp", 8, 16, 64, 1, 0.8, 100, "random", "")
+    found = run.run(case.make(), list(case.prompt(64)), settings, tmp_path / "taus.json", Console(file=sys.stderr))
+    assert found == load_thresholds(tmp_path / "taus.json")
+    assert found.tau[0] == (1.0,) * 4
+    assert min(found.tau[1]) < 1
+    windows = BY_NAME["mistral_sliding"].make()
+    with pytest.raises(lc.UnsupportedError, match="tune xattention: expected a layer with full attention"):
+        run.run(windows, [torch.zeros(64, dtype=torch.int64)], settings, tmp_path / "no.json", Console(file=sys.stderr))
+    assert not (tmp_path / "no.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--method", "best"), "expected method among dp, heuristic; got 'best'"),
+        (("--stride", "7"), "expected stride that divides the block of 128; got 7"),
+        (("--block", "0"), "expected block >= 1; got 0"),
+        (("--length", "100"), "expected length in whole blocks, at least 3; got 100"),
+        (("--length", "4kb"), "expected a number of tokens such as 4096 or 4k; got '4kb'"),
+        (("--samples", "0"), "expected samples >= 1"),
+        (("--samples", "1000"), "--text: expected at least"),
+        (("--coverage", "1.5"), "expected coverage in (0, 1]; got 1.5"),
+        (("--steps", "0"), "expected steps >= 1"),
+        (("--text", "nowhere.txt"), "nowhere.txt, which does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_the_old_file(
+    tune: Any, tmp_path: Path, args: tuple[str, ...], said: str
+) -> None:
+    path = tmp_path / "taus.json"
+    path.write_text(json.dumps("old"))
+    code, _, err = tune(*args, "-o", str(path))
+    assert code == 1
+    assert err.startswith("error: ")
+    assert said in err
+    assert json.loads(path.read_text()) == "old"
+
+
+@pytest.mark.parametrize(("text", "count"), [("4k", 4096), ("16K", 16384), ("512", 512), (" 1k ", 1024)])
+def test_lengths(text: str, count: int) -> None:
+    assert run.tokens(text) == count
