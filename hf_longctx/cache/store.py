@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels import ops
 from ..plan import HeadPolicy
 from .index import Marks, index_of
-from .rows import PAGE, Rows, Stored, decoded, each, room
+from .rows import PAGE, Rows, Stored, decoded, room, slot_of
 from .step import Step
 
 ROLLBACK = 128
@@ -86,6 +86,10 @@ class Store:
     def memory(self) -> tuple[Stored, Stored]:
         """Keys and values as stored, for selected reads: where everything is kept, column s holds position s."""
         return self._keys.filled, self._values.filled
+
+    def whole(self) -> tuple[Stored, Stored]:
+        """As `memory`: where everything is kept, all of it is there."""
+        return self.memory
 
     @property
     def summaries(self) -> Tensor | None:
@@ -167,10 +171,6 @@ class Store:
 
     # which token is where -----------------------------------------------------------------------------------------
 
-    def _slot(self, pos: Tensor, ring: int | None) -> Tensor:
-        sink = self.retention.sink
-        return pos if ring is None else torch.where(pos < sink, pos, sink + (pos - sink) % ring)
-
     def _held(self, lengths: Tensor, slots: int) -> Tensor:
         """Position in each of the first slots when rows are `lengths` long, -1 for none: `[B or 1, slots]`."""
         slot = torch.arange(slots, device=lengths.device)[None]
@@ -195,7 +195,7 @@ class Store:
         sink, slots = self.retention.sink, min(step.columns, self.retention.sink + size)
         if step.columns > sink + size:
             self._lost = max(self._lost, step.columns - size)
-        index = self._slot(self._held(step.lengths, slots).clamp(min=0), old).expand(self.k.shape[0], -1)
+        index = slot_of(self._held(step.lengths, slots).clamp(min=0), sink, old).expand(self.k.shape[0], -1)
         self._keys.keep(index)
         self._values.keep(index)
 
@@ -210,7 +210,7 @@ class Store:
         rest = before - width + torch.arange(width, device=step.device)
         rest = torch.where(rest >= sink, rest, -1)
         old = first < before  # a row that was all padding so far brings its sinks along with this call
-        index = self._slot(rest.clamp(min=0), self._ring).expand(k.shape[0], -1)
+        index = slot_of(rest.clamp(min=0), sink, self._ring).expand(k.shape[0], -1)
         keys, values = (
             torch.cat((_mixed(s, x, first, before, old), s.take(index), x), 2)
             for s, x in ((self._keys, k), (self._values, v))
@@ -237,39 +237,12 @@ class Store:
             rows.reserve(fresh, size if self.limit is None else min(size, self.limit))
         if self._ring is not None and end > self.retention.sink + self._ring:
             self._lost = max(self._lost, end - self._ring)
-        if not step.ragged:
-            self._write_rows(slice(None), k, v, step.columns, step.tokens)
-        elif step.tokens == 1:
-            slots = self._slot(step.lengths[:, None], self._ring)
-            for rows, fresh in ((self._keys, k), (self._values, v)):
-                rows.write(fresh, slots, step.real)
-        else:
-            for row, (first, count) in enumerate(step.spans):
-                self._write_rows(slice(row, row + 1), k, v, first, count)
-
-    def _write_rows(self, rows: slice, k: Stored, v: Stored, first: int, count: int) -> None:
-        """Write `count` tokens from position `first` on, for rows that are alike: runs of slots without a jump."""
-        sink, last = self.retention.sink, first + count
-        runs = [(first, min(sink, last), first)]
-        start = max(first, sink) if self._ring is None else max(first, sink, last - self._ring)
-        while start < last:
-            slot = start if self._ring is None else sink + (start - sink) % self._ring
-            stop = last if self._ring is None else min(last, start + sink + self._ring - slot)
-            runs.append((start, stop, slot))
-            start = stop
-        for start, stop, slot in runs:
-            if start < stop:
-                for store, fresh in ((self._keys, k), (self._values, v)):
-                    store.write(part_of(fresh, rows, start - first, stop - first), slot, rows=rows)
+        for rows, fresh in ((self._keys, k), (self._values, v)):
+            rows.put(fresh, step, self.retention.sink, self._ring)
 
     def _follow(self, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         if self.index is not None:
             self.index.follow(self._keys, k, step, turns)
-
-
-def part_of(x: Stored, rows: slice, first: int, last: int) -> Stored:
-    """Some tokens of some rows."""
-    return each(x, lambda tensor: tensor[rows, :, first:last])
 
 
 def marked(tokens: int) -> ValueError:
