@@ -33,6 +33,10 @@ class HostTier:
         """Bytes of all segments."""
         return sum(x.nbytes for segment in self._segments for x in segment)
 
+    def tokens_at(self, tokens: int) -> int:
+        """Tokens that there is room for when a row has `tokens`: whole segments of its full blocks."""
+        return -(-(tokens // self.block) // self.per_segment) * self.per_segment * self.block
+
     def reserve(self, like: Sequence[Tensor], blocks: int) -> None:
         """Make room for `blocks` blocks a row; like: `[B, H, ?, d]` each, on the device that they come from."""
         while len(self._segments) * self.per_segment < blocks:

@@ -53,6 +53,10 @@ class Bounds:
         """Bytes of the live tensors."""
         return 0 if self._entries is None else self._entries.nbytes
 
+    def bytes_at(self, tokens: int, dim: int, itemsize: int) -> int:
+        """Bytes of a row and head after `tokens` tokens, room for more aside."""
+        return -(-tokens // self._summary.sub) * 2 * dim * itemsize
+
     def follow(self, keys: Keys, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         """Take in a call whose keys are stored.
 
@@ -145,6 +149,10 @@ class Marks:
     def nbytes(self) -> int:
         """Bytes of the live tensors."""
         return sum(x.nbytes for x in (self._entries, self._mass) if x is not None)
+
+    def bytes_at(self, tokens: int, dim: int, itemsize: int) -> int:
+        """Bytes of a row and head after `tokens` tokens, room for more aside."""
+        return -(-tokens // self._summary.block) * dim * itemsize + self._ring * 4
 
     def follow(self, keys: Keys, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         """Make the entries of blocks that no query from this call on has near, then take in the call.

@@ -18,7 +18,7 @@ from .host import HostTier
 from .index import Marks, index_of
 from .placement import HostLRU
 from .pool import Pool
-from .rows import Rows, Stored, decoded, each, part, parts, slot_of
+from .rows import Rows, Stored, decoded, each, part, parts, slot_of, token_bytes
 from .step import Step
 from .store import View, marked
 
@@ -55,7 +55,8 @@ class OffloadedStore:
         self.tail_blocks = -(-(selector.local + 2 * most) // self.block) + 3
         again = -(-selector.refresh_every // self.block)  # blocks that were local when a selection was made
         self.pool_blocks = max(placement.resident_blocks, selector.budget.tokens // self.block + again)
-        self._keys, self._values = Rows(policy.kv), Rows(policy.kv)
+        self._slots = (self.sink_blocks + self.tail_blocks + self.pool_blocks) * self.block
+        self._kv, self._keys, self._values = policy.kv, Rows(policy.kv), Rows(policy.kv)
         self._host = HostTier(self.block, placement.disk)
         self._pool: Pool | None = None
         self._ends: list[int] = []  # tokens of each row
@@ -99,6 +100,12 @@ class OffloadedStore:
     def summaries(self) -> Tensor | None:
         """`[B, Hkv, M', R, D]`, what the index says of each sub-block."""
         return None if self.index is None else self.index.entries
+
+    def bytes_at(self, tokens: int, dim: int, itemsize: int) -> tuple[int, int]:
+        """Bytes of a row and KV head on the device and on the host after `tokens` tokens; arguments as in `Store`."""
+        each_token = 2 * token_bytes(self._kv, dim, itemsize)
+        beside = 0 if self.index is None else self.index.bytes_at(tokens, dim, itemsize)
+        return self._slots * each_token + beside, self._host.tokens_at(tokens) * each_token
 
     def append(self, k: Tensor, v: Tensor, step: Step) -> View:
         """Store the call's tokens and return all tokens, in the order of positions.
@@ -242,9 +249,8 @@ class OffloadedStore:
 
     def _prepare(self, keys: Stored, values: Stored, spans: list[tuple[int, int]]) -> None:
         """Make room, and undo what cropped tokens did to the ring and the pool."""
-        blocks = self.sink_blocks + self.tail_blocks + self.pool_blocks
         for rows, fresh in ((self._keys, keys), (self._values, values)):
-            rows.reserve(fresh, blocks * self.block)
+            rows.reserve(fresh, self._slots)
         if self._pool is None:
             self._pool = Pool(keys.shape[0], keys.shape[1], self.pool_blocks)
             self._ends = [0] * keys.shape[0]

@@ -27,6 +27,11 @@ def room(have: int, need: int, page: int) -> int:
     return have if need <= have else -(-max(need, have + have // GROWTH) // page) * page
 
 
+def token_bytes(kv: KVFormat | None, dim: int, itemsize: int) -> int:
+    """Bytes of a token and head with `dim` channels of `itemsize` bytes; a format adds its scale and zero."""
+    return dim * itemsize if kv is None else dim * kv.bits // 8 + 4
+
+
 def parts(x: Stored) -> tuple[Tensor, ...]:
     """The tensors of either format, each `[B, H, S, ?]`, sharing memory with `x`."""
     return (x,) if isinstance(x, Tensor) else (x.payload, x.scale[..., None], x.zero[..., None])

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels import ops
 from ..plan import HeadPolicy
 from .index import Marks, index_of
-from .rows import PAGE, Rows, Stored, decoded, room, slot_of
+from .rows import PAGE, Rows, Stored, decoded, room, slot_of, token_bytes
 from .step import Step
 
 ROLLBACK = 128
@@ -57,7 +57,7 @@ class Store:
         self.retention = policy.retention
         self.index = index_of(policy)
         self.floor: Tensor | None = None
-        self._keys, self._values = Rows(policy.kv), Rows(policy.kv)
+        self._kv, self._keys, self._values = policy.kv, Rows(policy.kv), Rows(policy.kv)
         self._ring: int | None = policy.retention.window  # tokens that go round; None: nothing is ever overwritten
         self._lost = 0  # columns before this one were overwritten, sinks aside
         self._rollback = 0
@@ -86,6 +86,19 @@ class Store:
     def memory(self) -> tuple[Stored, Stored]:
         """Keys and values as stored, for selected reads: where everything is kept, column s holds position s."""
         return self._keys.filled, self._values.filled
+
+    def bytes_at(self, tokens: int, dim: int, itemsize: int) -> tuple[int, int]:
+        """Bytes of a row and KV head on the device and on the host after `tokens` tokens, room for more aside.
+
+        Args:
+            tokens: of the row.
+            dim: channels of a key, and of a value.
+            itemsize: bytes of a channel as the model makes it.
+        """
+        window = self.retention.reach(2)
+        held = tokens if window is None else min(tokens, self.retention.sink + window + self._rollback)
+        beside = 0 if self.index is None else self.index.bytes_at(tokens, dim, itemsize)
+        return 2 * held * token_bytes(self._kv, dim, itemsize) + beside, 0
 
     def whole(self) -> tuple[Stored, Stored]:
         """As `memory`: where everything is kept, all of it is there."""
