@@ -153,10 +153,14 @@ class LongContextCache(Cache):
         self.ledger.tail = step.tail_after(self.ledger.tail)
         self.ledger.columns += step.tokens
         self.ledger.lengths = step.lengths_after if step.ragged else None
+        self.pending = None
+        self.measure()
+
+    def measure(self) -> None:
+        """Note in the ledger what the stores hold."""
         self.ledger.kv_bytes, self.ledger.host_bytes = self.kv_bytes, self.host_bytes
         limits = [self.ledger.columns if s.limit is None else s.limit for layer in self.stacks for _, s in layer.stores]
         self.ledger.stored = min(self.ledger.columns, max(limits))
-        self.pending = None
 
     @property
     def kv_bytes(self) -> int:
@@ -229,6 +233,7 @@ class LongContextCache(Cache):
         for retention, floor in self.floors.items():  # tokens to come were never evicted
             end = self.ledger.columns if lengths is None else (lengths - remove)[:, None].to(floor.device)
             self.floors[retention] = floor.clamp(max=end)
+        self.measure()
 
     def reset(self) -> None:
         """Forget everything, and give the memory back."""

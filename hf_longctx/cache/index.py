@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -80,6 +81,14 @@ class Bounds:
         """Replace the batch rows by `rows[pick]`."""
         if self._entries is not None:
             self._entries = self._entries.index_select(0, pick.to(self._entries.device))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers that `restore` needs."""
+        return {} if self._entries is None else {"entries": self._entries}, {"used": self._used}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Become what `state` told of."""
+        self._entries, self._used = tensors.get("entries"), values["used"]
 
     def _reserve(self, k: Tensor) -> None:
         """Make room; what holds no key yet is out of bounds on both sides."""
@@ -192,6 +201,17 @@ class Marks:
         if self._entries is not None and self._mass is not None:
             pick = pick.to(self._mass.device)
             self._entries, self._mass = self._entries.index_select(0, pick), self._mass.index_select(0, pick)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers that `restore` needs."""
+        both = {"entries": self._entries, "mass": self._mass}
+        tensors = {name: x for name, x in both.items() if x is not None}
+        return tensors, {"used": self._used, "before": self._before}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Become what `state` told of."""
+        self._entries, self._mass = tensors.get("entries"), tensors.get("mass")
+        self._used, self._before = values["used"], values["before"]
 
     def _newly_closed(self, step: Step) -> int:
         """Most blocks that a row may have closed since the call before."""

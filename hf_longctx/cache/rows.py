@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,22 @@ def each(x: Stored, change: Callable[[Tensor], Tensor]) -> Stored:
 def part(x: Stored, rows: slice, first: int, last: int) -> Stored:
     """Some tokens of some rows, sharing memory with `x`."""
     return each(x, lambda tensor: tensor[rows, :, first:last])
+
+
+def saved(x: Stored, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of either format by name, and what else is needed to make it again (`loaded`)."""
+    bits = None if isinstance(x, Tensor) else x.bits
+    tensors = {f"{name}.{i}": tensor for i, tensor in enumerate(parts(x))}
+    return tensors, {f"{name}.bits": bits, f"{name}.dtype": str(x.dtype).removeprefix("torch.")}
+
+
+def loaded(tensors: Mapping[str, Tensor], values: Mapping[str, Any], name: str) -> Stored:
+    """What `saved` took apart."""
+    first, bits = tensors[f"{name}.0"], values[f"{name}.bits"]
+    if bits is None:
+        return first
+    scale, zero = (tensors[f"{name}.{i}"][..., 0] for i in (1, 2))
+    return ops.Packed(first, scale, zero, bits, getattr(torch, values[f"{name}.dtype"]))
 
 
 def decoded(x: Stored) -> Tensor:

@@ -7,7 +7,9 @@ length alone; there is no table to keep in step. Padding is never stored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from ..kernels import ops
 from ..plan import HeadPolicy
 from .index import Marks, index_of
-from .rows import PAGE, Rows, Stored, decoded, room, slot_of, token_bytes
+from .rows import PAGE, Rows, Stored, decoded, loaded, part, room, saved, slot_of, token_bytes
 from .step import Step
 
 ROLLBACK = 128
@@ -176,11 +178,30 @@ class Store:
 
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`; pick: `[B']`, int64."""
-        for part in (self._keys, self._values, self.index):
-            if part is not None:
-                part.map_rows(pick)
+        for owned in (self._keys, self._values, self.index):
+            if owned is not None:
+                owned.map_rows(pick)
         if self.floor is not None and self.floor.shape[0] > 1:
             self.floor = self.floor.index_select(0, pick.to(self.floor.device))
+
+    def state(self, columns: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers that `restore` needs, after `columns` columns."""
+        held = columns if self.limit is None else min(columns, self.limit)
+        tensors: dict[str, Tensor] = {} if self.floor is None else {"floor": self.floor}
+        values = {"slots": self._keys.slots, "ring": self._ring, "lost": self._lost, "rollback": self._rollback}
+        for name, rows in (("k", self._keys), ("v", self._values)):
+            more, said = saved(part(rows.filled, slice(None), 0, held), name)
+            tensors, values = {**tensors, **more}, {**values, **said}
+        return tensors, values
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Become what `state` told of; an empty store only."""
+        self.floor = tensors.get("floor")
+        self._ring, self._lost, self._rollback = values["ring"], values["lost"], values["rollback"]
+        for name, rows in (("k", self._keys), ("v", self._values)):
+            stored = loaded(tensors, values, name)
+            rows.reserve(stored, values["slots"])
+            rows.write(stored, 0)
 
     # which token is where -----------------------------------------------------------------------------------------
 

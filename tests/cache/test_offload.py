@@ -52,7 +52,7 @@ def assert_located(text: Text, data: st.DataObject, block: int, picked: int) -> 
     chosen = []
     for end in (end for end in ends for _ in range(heads)):
         last = (end - 1) // block
-        near = set(range(max(0, last - store.tail_blocks + 1), last + 1)) | set(range(min(store.sink_blocks, last + 1)))
+        near = set(range(max(0, last - store.pages.tail + 1), last + 1)) | set(range(min(store.pages.sinks, last + 1)))
         far = [j for j in range(last + 1) if j not in near]
         some = data.draw(st.lists(st.sampled_from(far), max_size=picked, unique=True)) if far else []
         chosen.append(sorted([*some, *near]))
