@@ -9,6 +9,7 @@ from .methods import Dense, DuoAttention, StreamingLLM
 from .patch import evict, patch, patched, unpatch
 from .plan import HeadGroup, HeadPolicy, LayerPlan, Plan
 from .report import Report, Support, report, supports
+from .session import load_session, save_session
 
 __version__ = "0.1.0"
 
@@ -29,9 +30,11 @@ __all__ = [
     "Support",
     "UnsupportedError",
     "evict",
+    "load_session",
     "patch",
     "patched",
     "report",
+    "save_session",
     "supports",
     "unpatch",
     "use_backend",

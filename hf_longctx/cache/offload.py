@@ -21,7 +21,7 @@ from .index import Marks, index_of
 from .pages import Pages
 from .placement import HostLRU
 from .pool import Pool
-from .rows import Rows, Stored, decoded, each, loaded, part, parts, saved, token_bytes
+from .rows import Rows, Stored, as_stored, decoded, each, loaded, part, parts, saved, token_bytes
 from .step import Step
 from .store import View, marked
 
@@ -115,7 +115,7 @@ class OffloadedStore:
         keys, values = self._keys.encode(k), self._values.encode(v)
         self._take_in(keys, values, k, step, None)
         if step.columns == 0:
-            return View(decoded(keys), decoded(values), step.pos if step.ragged else None)
+            return View(as_stored(k, keys), as_stored(v, values), step.pos if step.ragged else None)
         keys, values = self.whole()
         place = torch.arange(keys.shape[2], device=step.device)[None]
         k_pos = torch.where(place < step.lengths_after[:, None], place, -1) if step.ragged else None

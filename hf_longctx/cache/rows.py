@@ -77,6 +77,26 @@ def slot_of(pos: Tensor, sink: int, ring: int | None) -> Tensor:
     return pos if ring is None else torch.where(pos < sink, pos, sink + (pos - sink) % ring)
 
 
+def as_stored(x: Tensor, stored: Stored) -> Tensor:
+    """Fresh values as they will be read; gradients pass as if a format did not round."""
+    if isinstance(stored, Tensor):
+        return x
+    out: Tensor = ops.decode_kv(stored)
+    if x.requires_grad:
+        out = _Straight.apply(x, out)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, read: Tensor) -> Tensor:
+        return read
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class Rows:
     """Keys or values of B rows and H heads, in slots.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..kernels import ops
 from ..plan import HeadPolicy
 from .index import Marks, index_of
-from .rows import PAGE, Rows, Stored, decoded, loaded, part, room, saved, slot_of, token_bytes
+from .rows import PAGE, Rows, Stored, as_stored, loaded, part, room, saved, slot_of, token_bytes
 from .step import Step
 
 ROLLBACK = 128
@@ -122,13 +122,13 @@ class Store:
         self._fit(step)
         keys, values = self._keys.encode(k), self._values.encode(v)
         if step.columns == 0:
-            view = View(decoded(keys), decoded(values), step.pos if step.ragged else None)
+            view = View(as_stored(k, keys), as_stored(v, values), step.pos if step.ragged else None)
         elif self._ring is None or step.tokens == 1:
             self._write(keys, values, step)
             self._follow(k, step, None)
             return self._in_place(step)
         else:
-            view = self._in_order(decoded(keys), decoded(values), step)
+            view = self._in_order(as_stored(k, keys), as_stored(v, values), step)
         self._write(keys, values, step)
         self._follow(k, step, None)
         return view

@@ -72,3 +72,15 @@ def test_a_format_changes_what_is_read() -> None:
     x = torch.randn(1, 2, 3, DIM)
     errors = [(ops.decode_kv(ops.encode_kv(x, bits)) - x).abs().max() for bits in (8, 4)]
     assert 1e-4 < errors[0] < 0.02 < errors[1] < 0.5
+
+
+@pytest.mark.parametrize("kv", FORMATS, ids=["native", "int8", "int4"])
+def test_gradients_pass_through_the_format(kv: Any) -> None:
+    text = Text(lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), kv=kv), rows=1)
+    step, k, v = text.draw(torch.ones(1, 5, dtype=torch.bool))
+    weight = torch.randn(k.shape)
+    view = text.store.append(k.requires_grad_(), v.requires_grad_(), step)
+    ((view.k + view.v) * weight).sum().backward()
+    assert torch.equal(k.grad, weight)
+    assert torch.equal(v.grad, weight)
+    assert not any(x.requires_grad for stored in text.store.memory for x in parts(stored))

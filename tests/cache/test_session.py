@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import hf_longctx as lc
+from hf_longctx import load_session, save_session
 from hf_longctx.cache import session as parts_of
 from hf_longctx.cache.kv_format import Int4KV, Int8KV
 from hf_longctx.cache.placement import HostLRU
@@ -21,7 +22,6 @@ from hf_longctx.plan import Selector
 from hf_longctx.select.budgets import TopK
 from hf_longctx.select.scorers import RepresentativeDot, UpperBound
 from hf_longctx.select.summaries import MinMax, Representatives
-from hf_longctx.session import load_session, save_session
 from hf_longctx.testing import tiny_llama
 
 from .vectors import CPU, Text, assert_reads, change, reals
