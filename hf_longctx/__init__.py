@@ -47,9 +47,11 @@ _HOME = {
     "UpperBound": "select.scorers",
     "XAttention": "methods",
     "evict": "patch",
+    "load_session": "session",
     "patch": "patch",
     "patched": "patch",
     "report": "report",
+    "save_session": "session",
     "supports": "report",
     "trace": "trace",
     "unpatch": "patch",
@@ -97,6 +99,8 @@ if TYPE_CHECKING:
     from .select.scorers import UpperBound as UpperBound
     from .select.summaries import MinMax as MinMax
     from .select.summaries import Representatives as Representatives
+    from .session import load_session as load_session
+    from .session import save_session as save_session
     from .trace import Trace as Trace
     from .trace import trace as trace
 else:

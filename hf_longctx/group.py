@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache.kept import Kept
 from .cache.pieces import Blocks, pieces
 from .cache.positions import sink_position
 from .cache.step import Step
@@ -15,7 +16,7 @@ from .cache.store import Store, View
 from .context import Forward
 from .errors import UnsupportedError
 from .kernels import ops
-from .plan import HeadGroup, Retention, Selector
+from .plan import HeadGroup, HeadPolicy, Retention, Selector
 from .select.choose import choose, forced, unite
 from .select.scorers import Look
 
@@ -50,15 +51,15 @@ def attend_group(
         q, k, v = (ops.take_tokens(x, step.order) for x in (q, k, v))
     policy = group.policy
     selector = policy.decode if step.decodes else policy.prefill
-    in_turn = selector is not None and _in_turn(selector, step)
+    in_turn = selector is not None and _in_turn(policy, selector, step)
     store = None if stored is None else stored[1]
     if store is None and (in_turn or policy.kv is not None):
         _refuse_gradients(policy.describe(), k, v)
         store = Store(policy)  # for this call alone, so on the device
     if store is not None and not step.decodes:
-        store.picked = None
+        store.kept.forget()
     call = Call(forward, layer, group, store, logits)
-    if selector is None or _reads_all(selector, step):
+    if selector is None or (not in_turn and _reads_all(selector, step)):
         out = _read_all(call, step, q, k, v)
     elif in_turn:
         out = _read_in_turn(call, selector, step, q, k, v)
@@ -87,17 +88,17 @@ class _Stored(torch.autograd.Function):
         )
 
 
-def _in_turn(selector: Selector, step: Step) -> bool:
-    """True if a block of queries must be read before the next can choose."""
+def _in_turn(policy: HeadPolicy, selector: Selector, step: Step) -> bool:
+    """True if a block of queries must be read before the next can choose, or before its blocks can be brought in."""
     summary = selector.scorer.summary
-    return (summary is not None and summary.local) or (step.decodes and selector.refresh_every > 1)
+    if summary is not None and summary.local:
+        return True
+    return step.decodes and (selector.refresh_every > 1 or (policy.placement is not None and step.tokens > 1))
 
 
 def _reads_all(selector: Selector, step: Step) -> bool:
-    """True if no query of the call leaves a block out, for its number alone, and nothing needs to be known of it."""
+    """True if no query of the call leaves a block out, as its number alone says."""
     tokens = selector.budget.tokens
-    if _in_turn(selector, step):
-        return False
     if step.end <= selector.dense_below or min(getattr(selector.budget, "shares", (0,))) >= 1:
         return True
     return tokens is not None and step.end <= tokens + selector.sink_blocks * selector.block + selector.block
@@ -136,7 +137,7 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
     if store is not None:
         store.write(k, v, step, turns)
         if step.columns or call.group.policy.kv is not None:
-            keys, values = store.memory
+            keys, values = store.memory if step.decodes else store.whole()
     blocks = Blocks.of(step, 1 if step.decodes else selector.scorer.q_block)
     each = max(1, QUERIES // blocks.size)
     parts = []
@@ -188,12 +189,12 @@ def _renew(
     store = call.store
     if selector.refresh_every == 1 or not call.forward.step.decodes:
         return choose(selector, _look(call, selector, q, piece.pos, piece.tokens, keys, turns))
-    store.age = 0 if store.picked is None else store.age + 1
-    if store.age % selector.refresh_every == 0:
-        picked: Tensor = choose(selector, _look(call, selector, q, piece.pos, 1, keys, turns))
-        store.picked = picked
-        return picked
-    return unite(store.picked, selector, piece.pos)
+    kept: Kept = store.kept
+    if kept.is_due(selector.refresh_every):
+        kept.ids = choose(selector, _look(call, selector, q, piece.pos, 1, keys, turns))
+        return kept.ids
+    assert kept.ids is not None
+    return unite(kept.ids, selector, piece.pos)
 
 
 def _look(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+
 import psutil
 import torch
 
 from .cache.cache import LongContextCache
+from .cache.placement import HostLRU
 from .models import ModelFacts
 from .plan import Plan
 
@@ -13,16 +18,34 @@ PROMPT = 1024
 """Calls of fewer tokens are not checked: growth by a few tokens is not worth a look at the device."""
 
 
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of a cache.
+
+    Args:
+        device: on its devices.
+        host: elsewhere: in host memory (None), or in files in a folder.
+    """
+
+    device: int
+    host: dict[str | None, int]
+
+
+def needs(facts: ModelFacts, cache: LongContextCache, rows: int, tokens: int, dtype: torch.dtype) -> Needs:
+    """Bytes that a cache holds after `tokens` tokens in each of `rows` rows, room for more to come aside."""
+    device, host = 0, defaultdict[str | None, int](int)
+    for layer, stack in zip(facts.layers, cache.stacks, strict=True):
+        for group, store in stack.stores:
+            here, there = store.bytes_at(tokens, layer.head_dim, dtype.itemsize)
+            device += rows * len(group.kv_heads) * here
+            if isinstance(group.policy.placement, HostLRU):
+                host[group.policy.placement.disk] += rows * len(group.kv_heads) * there
+    return Needs(device, dict(host))
+
+
 def kv_bytes(facts: ModelFacts, plan: Plan, rows: int, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that a plan holds after `tokens` tokens in each of `rows` rows."""
-    total = 0
-    for layer, layer_plan in zip(facts.layers, plan.layers, strict=True):
-        for group in layer_plan.groups:
-            retention = group.policy.retention
-            window = retention.reach(2)
-            held = tokens if window is None else min(tokens, retention.sink + window)
-            total += len(group.kv_heads) * held * layer.head_dim
-    return 2 * rows * dtype.itemsize * total
+    """Bytes on the device of what a plan holds after `tokens` tokens in each of `rows` rows."""
+    return needs(facts, LongContextCache(plan), rows, tokens, dtype).device
 
 
 def dense_kv_bytes(facts: ModelFacts, rows: int, tokens: int, dtype: torch.dtype) -> int:
@@ -48,21 +71,57 @@ def check_room(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Refuse a prompt whose keys and values cannot fit, before anything is computed.
+    """Refuse a call whose keys and values may not lie where they would, or cannot, before anything is computed.
 
     Raises:
         MemoryError: says how many bytes are needed and there, and what would fit.
     """
+    seen = cache.ledger.columns + tokens
+    cap = _cap(plan)
+    if tokens < PROMPT and cap is None:
+        return
+    whole = needs(facts, cache, rows, seen, dtype)
+    in_memory = whole.host.get(None, 0)
+    if cap is not None and in_memory > cap:
+        raise MemoryError(
+            f"HostLRU: expected at most {_gib(cap)} of host memory for the whole cache (ram); needs {_gib(in_memory)} "
+            f"for {seen} tokens in {rows} rows. Raise ram, give a folder as disk, store keys and values in fewer bits, "
+            "or shorten the text."
+        )
     if tokens < PROMPT:
         return
-    seen = cache.ledger.columns + tokens
-    needed = kv_bytes(facts, plan, rows, seen, dtype) - cache.kv_bytes
-    free = available_bytes(device)
+    _check_host(whole, needs(facts, cache, rows, cache.ledger.columns, dtype), plan, seen)
+    needed, free = whole.device - cache.kv_bytes, available_bytes(device)
     if needed <= free:
         return
     per_token = max(1, dense_kv_bytes(facts, rows, 1, dtype))
     raise MemoryError(
         f"hf_longctx: expected room for the keys and values of {seen} tokens under plan '{plan.method}' on {device}; "
-        f"needs {needed / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB are there. Shorten the text, or patch with "
+        f"needs {_gib(needed)} more, {_gib(free)} are there. Shorten the text, or patch with "
         f"'streaming_llm' and a window below {max(1, free // per_token)} tokens."
     )
+
+
+def _cap(plan: Plan) -> int | None:
+    """The least cap on host memory that a policy sets, or None."""
+    placements = (group.policy.placement for layer in plan.layers for group in layer.groups)
+    caps = (p.ram_bytes for p in placements if isinstance(p, HostLRU) and p.disk is None)
+    return min((cap for cap in caps if cap is not None), default=None)
+
+
+def _check_host(whole: Needs, before: Needs, plan: Plan, tokens: int) -> None:
+    """Refuse more than there is in host memory, or in a folder."""
+    for disk, size in whole.host.items():
+        needed = size - before.host.get(disk, 0)
+        free = available_bytes(torch.device("cpu")) if disk is None else shutil.disk_usage(disk).free
+        if needed > free:
+            raise MemoryError(
+                f"HostLRU: expected room for the keys and values of {tokens} tokens under plan '{plan.method}' in "
+                f"{'host memory' if disk is None else disk}; needs {_gib(needed)} more, {_gib(free)} are there. "
+                f"Give {'a' if disk is None else 'another'} folder as disk, store keys and values in fewer bits, or "
+                "shorten the text."
+            )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"

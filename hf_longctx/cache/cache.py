@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import UnsupportedError
-from ..plan import HeadGroup, LayerPlan, Plan, Retention
+from ..plan import HeadGroup, HeadPolicy, LayerPlan, Plan, Retention
+from .offload import OffloadedStore
 from .step import Step
 from .store import Store
 
@@ -21,8 +22,8 @@ class Ledger:
         columns: columns of the batch so far, padding included.
         lengths: `[B]`, int64, real tokens of each row, or None while all rows are alike.
         tail: `[B]`, int64, real tokens of each row since its last padding, or None while there is none.
-        kv_bytes: bytes of the stores after the last call.
-        host_bytes: bytes that they hold in host memory.
+        kv_bytes: bytes of the stores on their devices after the last call.
+        host_bytes: bytes of the stores in host memory or files after the last call.
         stored: most tokens that any row holds in any store.
         tally: per phase and device, how many blocks were read and how many a query could have seen, where heads choose.
     """
@@ -51,6 +52,11 @@ class Ledger:
         return read / visible if visible else None
 
 
+def store_for(policy: HeadPolicy) -> Store | OffloadedStore:
+    """An empty store where the policy places it."""
+    return Store(policy) if policy.placement is None else OffloadedStore(policy)
+
+
 class LongContextLayer(CacheLayerMixin):
     """One layer's stores behind the contract of transformers' cache layers."""
 
@@ -62,7 +68,7 @@ class LongContextLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.plan = plan
         self.ledger = ledger
-        self.stores: list[tuple[HeadGroup, Store]] = []
+        self.stores: list[tuple[HeadGroup, Store | OffloadedStore]] = []
         self.recording = False
         self.reset()
 
@@ -90,7 +96,7 @@ class LongContextLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything but whether to record."""
-        self.stores = [(group, Store(group.policy)) for group in self.plan.groups]
+        self.stores = [(group, store_for(group.policy)) for group in self.plan.groups]
         self.is_initialized = False
         if self.recording:
             self.activate_past_recording()
@@ -99,6 +105,7 @@ class LongContextLayer(CacheLayerMixin):
         """Check that the last `-tokens_to_remove` tokens can be taken back; the cache then shortens its rows."""
         for _, store in self.stores:
             store.crop(-tokens_to_remove, self.ledger.columns)
+            store.kept.forget()
 
     def activate_past_recording(self) -> None:
         """Hold a little more than the window, so that `crop` can take tokens back."""
@@ -162,15 +169,24 @@ class LongContextCache(Cache):
         self.ledger.tail = step.tail_after(self.ledger.tail)
         self.ledger.columns += step.tokens
         self.ledger.lengths = step.lengths_after if step.ragged else None
-        self.ledger.kv_bytes = self.kv_bytes
+        self.pending = None
+        self.measure()
+
+    def measure(self) -> None:
+        """Note in the ledger what the stores hold."""
+        self.ledger.kv_bytes, self.ledger.host_bytes = self.kv_bytes, self.host_bytes
         limits = [self.ledger.columns if s.limit is None else s.limit for layer in self.stacks for _, s in layer.stores]
         self.ledger.stored = min(self.ledger.columns, max(limits))
-        self.pending = None
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of all live key and value tensors."""
+        """Bytes of all live tensors on the devices: keys, values and what is kept beside them."""
         return sum(store.kv_bytes for layer in self.stacks for _, store in layer.stores)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of keys and values in host memory or files."""
+        return sum(store.host_bytes for layer in self.stacks for _, store in layer.stores)
 
     @property
     def batch_size(self) -> int:
@@ -233,12 +249,13 @@ class LongContextCache(Cache):
         for retention, floor in self.floors.items():  # tokens to come were never evicted
             end = self.ledger.columns if lengths is None else (lengths - remove)[:, None].to(floor.device)
             self.floors[retention] = floor.clamp(max=end)
+        self.measure()
 
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
         super().reset()  # type: ignore[no-untyped-call]
         ledger = self.ledger
-        ledger.columns, ledger.rows, ledger.kv_bytes, ledger.stored = 0, 0, 0, 0
+        ledger.columns = ledger.rows = ledger.kv_bytes = ledger.host_bytes = ledger.stored = 0
         ledger.lengths = ledger.tail = None
         self.floors.clear()
         self.pending = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -53,6 +54,10 @@ class Bounds:
         """Bytes of the live tensors."""
         return 0 if self._entries is None else self._entries.nbytes
 
+    def bytes_at(self, tokens: int, dim: int, itemsize: int) -> int:
+        """Bytes of a row and head after `tokens` tokens, room for more aside."""
+        return -(-tokens // self._summary.sub) * 2 * dim * itemsize
+
     def follow(self, keys: Keys, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         """Take in a call whose keys are stored.
 
@@ -76,6 +81,14 @@ class Bounds:
         """Replace the batch rows by `rows[pick]`."""
         if self._entries is not None:
             self._entries = self._entries.index_select(0, pick.to(self._entries.device))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers that `restore` needs."""
+        return {} if self._entries is None else {"entries": self._entries}, {"used": self._used}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Become what `state` told of."""
+        self._entries, self._used = tensors.get("entries"), values["used"]
 
     def _reserve(self, k: Tensor) -> None:
         """Make room; what holds no key yet is out of bounds on both sides."""
@@ -146,6 +159,10 @@ class Marks:
         """Bytes of the live tensors."""
         return sum(x.nbytes for x in (self._entries, self._mass) if x is not None)
 
+    def bytes_at(self, tokens: int, dim: int, itemsize: int) -> int:
+        """Bytes of a row and head after `tokens` tokens, room for more aside."""
+        return -(-tokens // self._summary.block) * dim * itemsize + self._ring * 4
+
     def follow(self, keys: Keys, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         """Make the entries of blocks that no query from this call on has near, then take in the call.
 
@@ -184,6 +201,17 @@ class Marks:
         if self._entries is not None and self._mass is not None:
             pick = pick.to(self._mass.device)
             self._entries, self._mass = self._entries.index_select(0, pick), self._mass.index_select(0, pick)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers that `restore` needs."""
+        both = {"entries": self._entries, "mass": self._mass}
+        tensors = {name: x for name, x in both.items() if x is not None}
+        return tensors, {"used": self._used, "before": self._before}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Become what `state` told of."""
+        self._entries, self._mass = tensors.get("entries"), tensors.get("mass")
+        self._used, self._before = values["used"], values["before"]
 
     def _newly_closed(self, step: Step) -> int:
         """Most blocks that a row may have closed since the call before."""

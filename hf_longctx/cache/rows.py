@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernels import ops
 from ..plan import KVFormat
+from .step import Step
 
 PAGE = 64
 """Tokens by which a store grows at least; a page of one row and KV head is contiguous."""
@@ -25,6 +28,11 @@ def room(have: int, need: int, page: int) -> int:
     return have if need <= have else -(-max(need, have + have // GROWTH) // page) * page
 
 
+def token_bytes(kv: KVFormat | None, dim: int, itemsize: int) -> int:
+    """Bytes of a token and head with `dim` channels of `itemsize` bytes; a format adds its scale and zero."""
+    return dim * itemsize if kv is None else dim * kv.bits // 8 + 4
+
+
 def parts(x: Stored) -> tuple[Tensor, ...]:
     """The tensors of either format, each `[B, H, S, ?]`, sharing memory with `x`."""
     return (x,) if isinstance(x, Tensor) else (x.payload, x.scale[..., None], x.zero[..., None])
@@ -38,9 +46,55 @@ def each(x: Stored, change: Callable[[Tensor], Tensor]) -> Stored:
     return replace(x, payload=payload, scale=scale[..., 0], zero=zero[..., 0])
 
 
+def part(x: Stored, rows: slice, first: int, last: int) -> Stored:
+    """Some tokens of some rows, sharing memory with `x`."""
+    return each(x, lambda tensor: tensor[rows, :, first:last])
+
+
+def saved(x: Stored, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of either format by name, and what else is needed to make it again (`loaded`)."""
+    bits = None if isinstance(x, Tensor) else x.bits
+    tensors = {f"{name}.{i}": tensor for i, tensor in enumerate(parts(x))}
+    return tensors, {f"{name}.bits": bits, f"{name}.dtype": str(x.dtype).removeprefix("torch.")}
+
+
+def loaded(tensors: Mapping[str, Tensor], values: Mapping[str, Any], name: str) -> Stored:
+    """What `saved` took apart."""
+    first, bits = tensors[f"{name}.0"], values[f"{name}.bits"]
+    if bits is None:
+        return first
+    scale, zero = (tensors[f"{name}.{i}"][..., 0] for i in (1, 2))
+    return ops.Packed(first, scale, zero, bits, getattr(torch, values[f"{name}.dtype"]))
+
+
 def decoded(x: Stored) -> Tensor:
     """The values: `[B, H, S, D]`, in the model's dtype."""
     return x if isinstance(x, Tensor) else ops.decode_kv(x)
+
+
+def slot_of(pos: Tensor, sink: int, ring: int | None) -> Tensor:
+    """The slot of each position: its own, or beyond the sinks one of `ring` that go round."""
+    return pos if ring is None else torch.where(pos < sink, pos, sink + (pos - sink) % ring)
+
+
+def as_stored(x: Tensor, stored: Stored) -> Tensor:
+    """Fresh values as they will be read; gradients pass as if a format did not round."""
+    if isinstance(stored, Tensor):
+        return x
+    out: Tensor = ops.decode_kv(stored)
+    if x.requires_grad:
+        out = _Straight.apply(x, out)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, read: Tensor) -> Tensor:
+        return read
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class Rows:
@@ -91,13 +145,44 @@ class Rows:
         for store, x in zip(parts(self.filled), parts(fresh), strict=True):
             ops.append(store[rows], x, slots, written)
 
+    def put(self, fresh: Stored, step: Step, sink: int, ring: int | None) -> None:
+        """Write the tokens of a call where they belong (`slot_of`); with a ring, the last of them stay.
+
+        Args:
+            fresh: `[B, H, T, D]`, each row's real tokens first.
+            step: the call.
+            sink: first tokens, which have slots of their own.
+            ring: slots that go round beyond them; None: every token has a slot of its own.
+        """
+        if not step.ragged:
+            self._put_run(slice(None), fresh, step.columns, step.tokens, sink, ring)
+        elif step.tokens == 1:
+            self.write(fresh, slot_of(step.lengths[:, None], sink, ring), step.real)
+        else:
+            for row, (first, count) in enumerate(step.spans):
+                self._put_run(slice(row, row + 1), fresh, first, count, sink, ring)
+
+    def _put_run(self, rows: slice, fresh: Stored, first: int, count: int, sink: int, ring: int | None) -> None:
+        """Write `count` tokens from position `first` on, for rows that are alike: runs of slots without a jump."""
+        last = first + count
+        runs = [(first, min(sink, last), first)]
+        start = max(first, sink) if ring is None else max(first, sink, last - ring)
+        while start < last:
+            slot = start if ring is None else sink + (start - sink) % ring
+            stop = last if ring is None else min(last, start + sink + ring - slot)
+            runs.append((start, stop, slot))
+            start = stop
+        for start, stop, slot in runs:
+            if start < stop:
+                self.write(part(fresh, rows, start - first, stop - first), slot, rows=rows)
+
     def take(self, index: Tensor) -> Tensor:
         """The values in slots `index` `[B, N]`: `[B, H, N, D]`."""
         return decoded(each(self.filled, lambda x: ops.take_tokens(x, index)))
 
     def span(self, rows: slice, first: int, last: int) -> Tensor:
         """The values in slots `first` to `last - 1` of some rows; without a format of their own, as they lie."""
-        return decoded(each(self.filled, lambda x: x[rows, :, first:last]))
+        return decoded(part(self.filled, rows, first, last))
 
     def keep(self, index: Tensor) -> None:
         """Replace the slots by `slots[index]`; index: `[B, N]`."""

@@ -72,6 +72,14 @@ class Step:
             self._elsewhere[device] = moved
         return moved
 
+    def part(self, first: int, last: int) -> Step:
+        """The call's places `first` to `last - 1` in the order of attention, as a call of its own."""
+        counts = self.lengths_after - self.lengths
+        lengths = self.lengths + counts.clamp(max=first)
+        place = torch.arange(first, last, device=self.device)
+        real = None if self.real is None else place < counts[:, None]
+        return replace(self, columns=self.columns + first, tokens=last - first, lengths=lengths, real=real)
+
     @cached_property
     def _elsewhere(self) -> dict[torch.device, Step]:
         return {}

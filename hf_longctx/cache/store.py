@@ -7,7 +7,9 @@ length alone; there is no table to keep in step. Padding is never stored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ from torch import Tensor
 from ..kernels import ops
 from ..plan import HeadPolicy
 from .index import Marks, index_of
-from .rows import PAGE, Rows, Stored, decoded, each, room
+from .kept import Kept
+from .rows import PAGE, Rows, Stored, as_stored, loaded, part, room, saved, slot_of, token_bytes
 from .step import Step
 
 ROLLBACK = 128
@@ -48,8 +51,7 @@ class Store:
         index: what is kept beside the keys for the selectors of the policy, or None.
         floor: `[B or 1, 1]`, int64, oldest position outside the sinks that a window grown wider again still finds; None
             as long as it never grew.
-        picked: `[B, Hs, 1, K]`, int32, what the heads chose last in decode, where they choose every few steps only.
-        age: decode steps since.
+        kept: what the heads chose last in decode.
         host_bytes: bytes in host memory: none.
     """
 
@@ -59,9 +61,8 @@ class Store:
         self.retention = policy.retention
         self.index = index_of(policy)
         self.floor: Tensor | None = None
-        self.picked: Tensor | None = None
-        self.age = 0
-        self._keys, self._values = Rows(policy.kv), Rows(policy.kv)
+        self.kept = Kept()
+        self._kv, self._keys, self._values = policy.kv, Rows(policy.kv), Rows(policy.kv)
         self._ring: int | None = policy.retention.window  # tokens that go round; None: nothing is ever overwritten
         self._lost = 0  # columns before this one were overwritten, sinks aside
         self._rollback = 0
@@ -91,6 +92,23 @@ class Store:
         """Keys and values as stored, for selected reads: where everything is kept, column s holds position s."""
         return self._keys.filled, self._values.filled
 
+    def bytes_at(self, tokens: int, dim: int, itemsize: int) -> tuple[int, int]:
+        """Bytes of a row and KV head on the device and on the host after `tokens` tokens, room for more aside.
+
+        Args:
+            tokens: of the row.
+            dim: channels of a key, and of a value.
+            itemsize: bytes of a channel as the model makes it.
+        """
+        window = self.retention.reach(2)
+        held = tokens if window is None else min(tokens, self.retention.sink + window + self._rollback)
+        beside = 0 if self.index is None else self.index.bytes_at(tokens, dim, itemsize)
+        return 2 * held * token_bytes(self._kv, dim, itemsize) + beside, 0
+
+    def whole(self) -> tuple[Stored, Stored]:
+        """As `memory`: where everything is kept, all of it is there."""
+        return self.memory
+
     @property
     def summaries(self) -> Tensor | None:
         """`[B, Hkv, M', R, D]`, what the index says of each sub-block."""
@@ -107,13 +125,13 @@ class Store:
         self._fit(step)
         keys, values = self._keys.encode(k), self._values.encode(v)
         if step.columns == 0:
-            view = View(decoded(keys), decoded(values), step.pos if step.ragged else None)
+            view = View(as_stored(k, keys), as_stored(v, values), step.pos if step.ragged else None)
         elif self._ring is None or step.tokens == 1:
             self._write(keys, values, step)
             self._follow(k, step, None)
             return self._in_place(step)
         else:
-            view = self._in_order(decoded(keys), decoded(values), step)
+            view = self._in_order(as_stored(k, keys), as_stored(v, values), step)
         self._write(keys, values, step)
         self._follow(k, step, None)
         return view
@@ -163,17 +181,32 @@ class Store:
 
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`; pick: `[B']`, int64."""
-        for part in (self._keys, self._values, self.index):
-            if part is not None:
-                part.map_rows(pick)
+        for owned in (self._keys, self._values, self.index):
+            if owned is not None:
+                owned.map_rows(pick)
         if self.floor is not None and self.floor.shape[0] > 1:
             self.floor = self.floor.index_select(0, pick.to(self.floor.device))
 
-    # which token is where -----------------------------------------------------------------------------------------
+    def state(self, columns: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers that `restore` needs, after `columns` columns."""
+        held = columns if self.limit is None else min(columns, self.limit)
+        tensors: dict[str, Tensor] = {} if self.floor is None else {"floor": self.floor}
+        values = {"slots": self._keys.slots, "ring": self._ring, "lost": self._lost, "rollback": self._rollback}
+        for name, rows in (("k", self._keys), ("v", self._values)):
+            more, said = saved(part(rows.filled, slice(None), 0, held), name)
+            tensors, values = {**tensors, **more}, {**values, **said}
+        return tensors, values
 
-    def _slot(self, pos: Tensor, ring: int | None) -> Tensor:
-        sink = self.retention.sink
-        return pos if ring is None else torch.where(pos < sink, pos, sink + (pos - sink) % ring)
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Become what `state` told of; an empty store only."""
+        self.floor = tensors.get("floor")
+        self._ring, self._lost, self._rollback = values["ring"], values["lost"], values["rollback"]
+        for name, rows in (("k", self._keys), ("v", self._values)):
+            stored = loaded(tensors, values, name)
+            rows.reserve(stored, values["slots"])
+            rows.write(stored, 0)
+
+    # which token is where -----------------------------------------------------------------------------------------
 
     def _held(self, lengths: Tensor, slots: int) -> Tensor:
         """Position in each of the first slots when rows are `lengths` long, -1 for none: `[B or 1, slots]`."""
@@ -199,7 +232,7 @@ class Store:
         sink, slots = self.retention.sink, min(step.columns, self.retention.sink + size)
         if step.columns > sink + size:
             self._lost = max(self._lost, step.columns - size)
-        index = self._slot(self._held(step.lengths, slots).clamp(min=0), old).expand(self.k.shape[0], -1)
+        index = slot_of(self._held(step.lengths, slots).clamp(min=0), sink, old).expand(self.k.shape[0], -1)
         self._keys.keep(index)
         self._values.keep(index)
 
@@ -214,7 +247,7 @@ class Store:
         rest = before - width + torch.arange(width, device=step.device)
         rest = torch.where(rest >= sink, rest, -1)
         old = first < before  # a row that was all padding so far brings its sinks along with this call
-        index = self._slot(rest.clamp(min=0), self._ring).expand(k.shape[0], -1)
+        index = slot_of(rest.clamp(min=0), sink, self._ring).expand(k.shape[0], -1)
         keys, values = (
             torch.cat((_mixed(s, x, first, before, old), s.take(index), x), 2)
             for s, x in ((self._keys, k), (self._values, v))
@@ -241,39 +274,12 @@ class Store:
             rows.reserve(fresh, size if self.limit is None else min(size, self.limit))
         if self._ring is not None and end > self.retention.sink + self._ring:
             self._lost = max(self._lost, end - self._ring)
-        if not step.ragged:
-            self._write_rows(slice(None), k, v, step.columns, step.tokens)
-        elif step.tokens == 1:
-            slots = self._slot(step.lengths[:, None], self._ring)
-            for rows, fresh in ((self._keys, k), (self._values, v)):
-                rows.write(fresh, slots, step.real)
-        else:
-            for row, (first, count) in enumerate(step.spans):
-                self._write_rows(slice(row, row + 1), k, v, first, count)
-
-    def _write_rows(self, rows: slice, k: Stored, v: Stored, first: int, count: int) -> None:
-        """Write `count` tokens from position `first` on, for rows that are alike: runs of slots without a jump."""
-        sink, last = self.retention.sink, first + count
-        runs = [(first, min(sink, last), first)]
-        start = max(first, sink) if self._ring is None else max(first, sink, last - self._ring)
-        while start < last:
-            slot = start if self._ring is None else sink + (start - sink) % self._ring
-            stop = last if self._ring is None else min(last, start + sink + self._ring - slot)
-            runs.append((start, stop, slot))
-            start = stop
-        for start, stop, slot in runs:
-            if start < stop:
-                for store, fresh in ((self._keys, k), (self._values, v)):
-                    store.write(part_of(fresh, rows, start - first, stop - first), slot, rows=rows)
+        for rows, fresh in ((self._keys, k), (self._values, v)):
+            rows.put(fresh, step, self.retention.sink, self._ring)
 
     def _follow(self, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         if self.index is not None:
             self.index.follow(self._keys, k, step, turns)
-
-
-def part_of(x: Stored, rows: slice, first: int, last: int) -> Stored:
-    """Some tokens of some rows."""
-    return each(x, lambda tensor: tensor[rows, :, first:last])
 
 
 def marked(tokens: int) -> ValueError:

@@ -14,7 +14,7 @@ from hf_longctx.cache.kv_format import Int4KV, Int8KV
 from hf_longctx.cache.rows import PAGE, decoded, parts
 from hf_longctx.kernels import ops
 
-from .vectors import DIM, HEADS, Text, change, reals
+from .vectors import DIM, HEADS, Text, assert_reads, change, reals
 
 FORMATS = [None, Int8KV(), Int4KV()]
 RETENTIONS = st.one_of(
@@ -22,23 +22,6 @@ RETENTIONS = st.one_of(
     st.builds(lc.SinkWindow, st.integers(0, 4), st.integers(1, 9)),
     st.builds(lc.SinkWindow, st.integers(0, 4), st.integers(1, 5), st.integers(6, 9)),
 )
-
-
-def assert_reads(text: Text, view: Any, step: Any) -> None:
-    """Every query of the call finds every key and value that it sees, bit for bit."""
-    sink, window = text.policy.retention.sink, text.policy.retention.reach(step.tokens)
-    columns = torch.arange(view.k.shape[2])[None] if view.k_pos is None else view.k_pos
-    columns = columns.expand(len(text.keys), -1).tolist()
-    floor = text.store.floor
-    for row, queries in enumerate(step.pos.expand(len(text.keys), -1).tolist()):
-        at = {place: column for column, place in enumerate(columns[row]) if place >= 0}
-        oldest = 0 if floor is None else int(floor.expand(len(text.keys), 1)[row])
-        for query in (q for q in queries if q >= 0):
-            for pos in range(query + 1):
-                if pos >= sink and (pos < oldest or (window is not None and query - pos >= window)):
-                    continue
-                assert torch.equal(view.k[row, :, at[pos]], text.keys[row][pos])
-                assert torch.equal(view.v[row, :, at[pos]], text.values[row][pos])
 
 
 @pytest.mark.parametrize("kv", FORMATS, ids=["native", "int8", "int4"])
@@ -89,3 +72,15 @@ def test_a_format_changes_what_is_read() -> None:
     x = torch.randn(1, 2, 3, DIM)
     errors = [(ops.decode_kv(ops.encode_kv(x, bits)) - x).abs().max() for bits in (8, 4)]
     assert 1e-4 < errors[0] < 0.02 < errors[1] < 0.5
+
+
+@pytest.mark.parametrize("kv", FORMATS, ids=["native", "int8", "int4"])
+def test_gradients_pass_through_the_format(kv: Any) -> None:
+    text = Text(lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), kv=kv), rows=1)
+    step, k, v = text.draw(torch.ones(1, 5, dtype=torch.bool))
+    weight = torch.randn(k.shape)
+    view = text.store.append(k.requires_grad_(), v.requires_grad_(), step)
+    ((view.k + view.v) * weight).sum().backward()
+    assert torch.equal(k.grad, weight)
+    assert torch.equal(v.grad, weight)
+    assert not any(x.requires_grad for stored in text.store.memory for x in parts(stored))

@@ -71,10 +71,28 @@ class Text:
         return whole[::-1].index(False) if False in whole else len(whole)
 
 
+def assert_reads(text: Text, view: Any, step: Step) -> None:
+    """Every query of the call finds every key and value that it sees, bit for bit."""
+    sink, window = text.policy.retention.sink, text.policy.retention.reach(step.tokens)
+    columns = torch.arange(view.k.shape[2])[None] if view.k_pos is None else view.k_pos
+    columns = columns.expand(len(text.keys), -1).tolist()
+    floor = text.store.floor
+    for row, queries in enumerate(step.pos.expand(len(text.keys), -1).tolist()):
+        at = {place: column for column, place in enumerate(columns[row]) if place >= 0}
+        oldest = 0 if floor is None else int(floor.expand(len(text.keys), 1)[row])
+        seen: set[int] = set()
+        for query in (q for q in queries if q >= 0):
+            near = range(max(0, oldest, 0 if window is None else query - window + 1), query + 1)
+            seen |= {*near, *range(min(sink, query + 1))}
+        for pos in seen:
+            assert torch.equal(view.k[row, :, at[pos]], text.keys[row][pos])
+            assert torch.equal(view.v[row, :, at[pos]], text.values[row][pos])
+
+
 @st.composite
 def reals(draw: st.DrawFn, rows: int, padded: bool, most: int = 20) -> Tensor:
     """`[rows, T]`: which columns of a call are real; holes anywhere if `padded`."""
-    tokens = draw(st.sampled_from([1, 1, 2, 3, 7, 19, 40]).filter(lambda t: t <= most))
+    tokens = draw(st.sampled_from([1, 1, 2, 3, 7, 19, 40, 90]).filter(lambda t: t <= most))
     if not padded:
         return torch.ones(rows, tokens, dtype=torch.bool)
     flags = st.lists(st.booleans(), min_size=tokens, max_size=tokens)

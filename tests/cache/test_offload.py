@@ -1,0 +1,234 @@
+"""A store whose blocks lie in host memory shows what lists show, and what a store on the device would."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hf_longctx as lc
+from hf_longctx.cache import host
+from hf_longctx.cache.kv_format import Int4KV, Int8KV
+from hf_longctx.cache.placement import HostLRU
+from hf_longctx.cache.pool import Pool
+from hf_longctx.cache.rows import decoded, parts
+from hf_longctx.plan import Selector
+from hf_longctx.select.budgets import TopK
+from hf_longctx.select.scorers import RepresentativeDot, UpperBound
+from hf_longctx.select.summaries import MinMax, Representatives
+
+from .vectors import HEADS, Text, assert_reads, change, reals
+
+FORMATS = st.sampled_from([None, Int8KV(), Int4KV()])
+
+
+@pytest.fixture(autouse=True)
+def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "SEGMENT", 24)
+
+
+def policy(
+    block: int, sink: int, local: int, picked: int, kv: Any, placement: Any, q_block: int | None = None
+) -> lc.HeadPolicy:
+    """Bounds of keys, or representatives if there is a `q_block`."""
+    knobs = {"budget": TopK(picked * block), "sink": sink, "local": local}
+    if q_block is None:
+        selector = Selector(UpperBound(MinMax(block, 1)), **knobs)
+        return lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), decode=selector, kv=kv, placement=placement)
+    selector = Selector(RepresentativeDot(Representatives(block, 1), q_block), **knobs)
+    return lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), selector, selector, kv=kv, placement=placement)
+
+
+def assert_located(text: Text, data: st.DataObject, block: int, picked: int) -> None:
+    """Blocks that a step may read are found where the store says, whichever these are."""
+    store, rows = text.store, len(text.keys)
+    ends = [len(keys) for keys in text.keys]
+    heads = data.draw(st.sampled_from([1, HEADS]))
+    chosen = []
+    for end in (end for end in ends for _ in range(heads)):
+        last = (end - 1) // block
+        near = set(range(max(0, last - store.pages.tail + 1), last + 1)) | set(range(min(store.pages.sinks, last + 1)))
+        far = [j for j in range(last + 1) if j not in near]
+        some = data.draw(st.lists(st.sampled_from(far), max_size=picked, unique=True)) if far else []
+        chosen.append(sorted([*some, *near]))
+    width = max(map(len, chosen)) + 1
+    ids = torch.tensor([ids + [-1] * (width - len(ids)) for ids in chosen], dtype=torch.int32)
+    ids = ids.view(rows, heads, 1, width)
+    pages = store.locate(ids, block)
+    assert pages.shape == (rows, HEADS, 1, width)
+    assert pages.dtype == torch.int32
+    places = ids.expand_as(pages)
+    assert bool(((pages < 0) == (places < 0)).all())
+    for stored, lists in zip(map(decoded, store.memory), (text.keys, text.values), strict=True):
+        for row, head, _, place in (places >= 0).nonzero().tolist():
+            first, page = int(places[row, head, 0, place]) * block, int(pages[row, head, 0, place]) * block
+            expected = torch.stack([x[head] for x in lists[row][first : first + block]])
+            assert torch.equal(stored[row, head, page : page + len(expected)], expected)
+
+
+def assert_whole(text: Text) -> None:
+    for stored, lists in zip(map(decoded, text.store.whole()), (text.keys, text.values), strict=True):
+        assert bool(stored.isfinite().all())
+        for row, tokens in enumerate(lists):
+            if tokens:
+                assert torch.equal(stored[row, :, : len(tokens)], torch.stack(tokens, 1))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@settings(deadline=None, max_examples=60)
+@given(
+    data=st.data(),
+    kv=FORMATS,
+    block=st.sampled_from([1, 2, 5]),
+    sink=st.integers(0, 4),
+    local=st.integers(1, 9),
+    resident=st.integers(0, 6),
+)
+def test_every_token_is_found_again(
+    padded: bool, data: st.DataObject, kv: Any, block: int, sink: int, local: int, resident: int
+) -> None:
+    given_policy = policy(block, sink, local, 2, kv, HostLRU(resident))
+    text = Text(given_policy, rows=data.draw(st.integers(1, 3)))
+    for _ in range(data.draw(st.integers(1, 7))):
+        step, k, v = text.draw(data.draw(reals(len(text.keys), padded, 90)))
+        if data.draw(st.booleans()):
+            assert_reads(text, text.store.append(k, v, step), step)
+        else:
+            text.store.write(k, v, step)
+        text.cache.commit(step)
+        for _ in range(2):
+            assert_located(text, data, block, 2)
+        assert_whole(text)
+        entries = text.store.summaries  # of one key each: the keys
+        for row, keys in enumerate(text.keys):
+            for place, key in enumerate(keys):
+                assert torch.equal(entries[row, :, place, 0], key)
+        change(text, data)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), kv=FORMATS, shape=st.sampled_from([(2, 1, 5, 7), (4, 0, 1, 3), (3, 4, 20, 40)]))
+def test_representatives_are_those_of_a_store_on_the_device(
+    padded: bool, data: st.DataObject, kv: Any, shape: tuple[int, int, int, int]
+) -> None:
+    block, sink, local, q_block = shape
+    texts = [Text(policy(block, sink, local, 2, kv, p, q_block), rows=2) for p in (None, HostLRU(0))]
+    for _ in range(data.draw(st.integers(1, 10))):
+        real = data.draw(reals(len(texts[0].keys), padded, q_block))
+        for text in texts:
+            step, k, v = text.draw(real)
+            text.store.write(k, v, step)
+            ids = torch.arange(max(0, step.columns - local) // block, (step.columns + step.tokens - 1) // block + 1)
+            mass = torch.rand(len(real), HEADS, 1, len(ids) * block, generator=text.random)
+            place = (ids[:, None] * block + torch.arange(block)).flatten()
+            near = (place > step.lengths.view(-1, 1, 1, 1) - local) & (place < step.lengths_after.view(-1, 1, 1, 1))
+            text.store.add_mass(ids.to(torch.int32).expand(len(real), 1, 1, -1), mass * near, block)
+            text.cache.commit(step)
+        plain, offloaded = (text.store.summaries for text in texts)
+        for row, start in enumerate(step.lengths.expand(len(real)).tolist()):
+            closed = max(0, start - local + 1) // block
+            assert torch.equal(plain[row, :, :closed], offloaded[row, :, :closed])
+        assert_located(texts[1], data, block, 2)
+        picked = data.draw(st.lists(st.integers(0, len(real) - 1), min_size=1, max_size=3))
+        for text in texts:
+            text.pick(picked)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), slots=st.integers(1, 5))
+def test_the_pool_is_a_least_recently_used_cache(data: st.DataObject, slots: int) -> None:
+    pool = Pool(2, 1, slots)
+    held: list[dict[int, int]] = [{}, {}]  # of each row, the block in each slot
+    used: list[dict[int, int]] = [{}, {}]  # of each row, the call that asked last for a block
+    hits = misses = 0
+    for call in range(data.draw(st.integers(1, 8))):
+        asked = [data.draw(st.lists(st.integers(0, 9), max_size=slots, unique=True)) for _ in held]
+        ids = torch.full((2, 1, slots + 2), -1)
+        for row, blocks in enumerate(asked):
+            twice = blocks + blocks[:1]
+            ids[row, 0, : len(twice)] = torch.tensor(twice)
+        places, missing = pool.claim(ids)
+        before = [set(slot.values()) for slot in held]
+        for row, block, slot in zip(missing.rows.tolist(), missing.ids.tolist(), missing.slots.tolist(), strict=True):
+            assert block in asked[row]
+            assert block not in before[row]
+            held[row][slot] = block
+        for row, blocks in enumerate(asked):
+            new = len(set(blocks) - before[row])
+            hits, misses = hits + len(blocks) - new, misses + new
+            used[row].update(dict.fromkeys(blocks, call))
+            after = set(held[row].values())
+            gone = before[row] - after
+            assert len(gone) == max(0, len(before[row]) + new - slots)
+            assert all(used[row][old] <= used[row][kept] for old in gone for kept in after)
+            assert [held[row][slot] for slot in places[row, 0, : len(blocks)].tolist()] == blocks
+        assert bool(((places >= 0) == (ids >= 0)).all())
+    assert (pool.hits, pool.misses) == (hits, misses)
+
+
+def fill(text: Text, calls: list[int]) -> None:
+    for tokens in calls:
+        step, k, v = text.draw(torch.ones(len(text.keys), tokens, dtype=torch.bool))
+        text.store.write(k, v, step)
+        text.cache.commit(step)
+
+
+def test_the_device_holds_no_more_however_long_the_text() -> None:
+    text = Text(policy(4, 4, 8, 2, None, HostLRU(3)), rows=2)
+    fill(text, [30])
+    index = text.store.summaries.shape[2]
+    assert index == 30
+    live = sum(x.untyped_storage().nbytes() for stored in text.store.memory for x in parts(stored))
+    blocks = 1 + 9 + 3  # sinks; 8 local, twice 8 of a call, 3 more; pool
+    assert live == 2 * 2 * HEADS * blocks * 4 * 4 * 4
+    assert text.store.kv_bytes == live + text.store.index.nbytes
+    assert text.store.host_bytes == 2 * 2 * HEADS * 48 * 4 * 4
+    fill(text, [300, 1, 1])
+    assert text.store.kv_bytes == live + text.store.index.nbytes
+    assert text.store.host_bytes == 2 * 2 * HEADS * 336 * 4 * 4 == text.cache.host_bytes == text.cache.ledger.host_bytes
+
+
+def test_blocks_come_from_the_host_once_while_they_fit() -> None:
+    text = Text(policy(4, 4, 8, 2, None, HostLRU(2)), rows=1)
+    fill(text, [100])
+    ids = torch.tensor([[[[0, 3, 5, 24]]]], dtype=torch.int32)
+    for _ in range(3):
+        text.store.locate(ids, 4)
+    assert (text.store.hits, text.store.misses) == (2 * 2 * HEADS, 2 * HEADS)
+    text.store.locate(torch.tensor([[[[5, 6]]]], dtype=torch.int32), 4)
+    assert (text.store.hits, text.store.misses) == (5 * HEADS, 3 * HEADS)
+
+
+def test_more_blocks_than_fit_are_our_own_mistake() -> None:
+    text = Text(policy(4, 0, 8, 2, None, HostLRU(0)), rows=1)
+    fill(text, [100])
+    with pytest.raises(AssertionError, match="more blocks at once"):
+        text.store.locate(torch.arange(8, dtype=torch.int32).view(1, 1, 1, 8), 4)
+
+
+def test_files_hold_the_same_and_go_away(tmp_path: Path) -> None:
+    texts = [Text(policy(4, 4, 8, 2, Int8KV(), HostLRU(2, disk=d)), rows=2) for d in (None, str(tmp_path))]
+    for text in texts:
+        fill(text, [100, 1])
+        text.pick([1, 0])
+        fill(text, [7])
+        assert_whole(text)
+    assert texts[0].store.host_bytes == texts[1].store.host_bytes > 0
+    assert not list(tmp_path.iterdir())  # they have no name
+    mapped = Path("/proc/self/maps")
+    if mapped.exists():
+        assert str(tmp_path) in mapped.read_text()
+        del texts, text
+        gc.collect()
+        assert str(tmp_path) not in mapped.read_text()
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected disk as a folder that exists; got .*nowhere'\. Make it"):
+        Text(policy(4, 4, 8, 2, None, HostLRU(2, disk=str(tmp_path / "nowhere"))), rows=1)
