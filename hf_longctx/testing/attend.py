@@ -20,6 +20,8 @@ def attend(scene: Scene, policy: HeadPolicy) -> tuple[Tensor, Tensor]:
     choice = Choice(scene)
     for span in scene.spans:
         selector = policy.decode if span.decode else policy.prefill
+        if not span.decode:
+            choice.forget()
         for first, last in _query_blocks(span, selector):
             queries = slice(first, last + 1)
             reads[:, queries] = scene.at[queries] >= 0

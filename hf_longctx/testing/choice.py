@@ -48,12 +48,16 @@ class Choice:
         self._steps = 0  # decode tokens since the last prefill call
         self._kept: list[set[int]] = []  # of each query head, what was chosen last
 
+    def forget(self) -> None:
+        """A prefill call begins."""
+        self._steps = 0
+
     def keys(self, selector: Selector, decode: bool, first: int, last: int, mass: Tensor) -> Tensor:
         """Keys in the blocks that queries `first` to `last` read, `[Hq, n]`, bool; mass: `[Hkv, n]`."""
         forced = forced_blocks(selector, first, last)
-        if not decode or self._steps % selector.refresh_every == 0:
+        if self._steps % selector.refresh_every == 0:
             self._kept = [forced | picked for picked in self._choose(selector, first, last, forced, mass)]
-        self._steps = self._steps + 1 if decode else 0
+        self._steps += decode
         block_of = torch.arange(self._scene.q.shape[1]) // selector.block
         return torch.stack([torch.isin(block_of, torch.tensor(sorted(forced | kept))) for kept in self._kept])
 

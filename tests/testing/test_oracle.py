@@ -10,7 +10,7 @@ import hf_longctx as lc
 from hf_longctx.models import inspect_model
 from hf_longctx.testing import key_positions, masks, oracle_logits, rounding, tiny_llama
 
-from .integration.cases import BY_NAME
+from ..integration.cases import BY_NAME
 
 IDS = torch.randint(8, 64, (2, 30), generator=torch.Generator().manual_seed(0))
 
