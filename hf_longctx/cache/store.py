@@ -181,7 +181,7 @@ class Store:
 
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`; pick: `[B']`, int64."""
-        for owned in (self._keys, self._values, self.index):
+        for owned in (self._keys, self._values, self.index, self.kept):
             if owned is not None:
                 owned.map_rows(pick)
         if self.floor is not None and self.floor.shape[0] > 1:
