@@ -120,33 +120,51 @@ def test_each_head_has_its_own_share_of_mass() -> None:
 
 
 def test_query_blocks_are_aligned_and_cut_by_calls() -> None:
-    q, k = wanting([0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 2, 0, 0, 0], keys=14)
+    q, k = wanting([0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 2, 0, 4, 1], keys=14)
     selector = Selector(DOT, TopK(2))
     _, whole = attend(scene(q, k, [Span(0, 13, False)]), policy(selector, selector))
     _, halves = attend(scene(q, k, [Span(0, 3, False), Span(4, 13, False)]), policy(selector, selector))
     assert torch.equal(whole, halves)
     assert blocks_read(whole, 0, 11) == blocks_read(whole, 0, 10) == {1, 5}  # (2 + 0) / 2 wanted
     _, cut = attend(scene(q, k, [Span(0, 10, False), Span(11, 13, False)]), policy(selector, selector))
-    assert blocks_read(cut, 0, 10) == {2, 5}
-    assert blocks_read(cut, 0, 11) == {0, 5}
+    assert [blocks_read(cut, 0, x) for x in (10, 11)] == [{2, 5}, {0, 5}]
+    assert torch.equal(cut[0, 12:], whole[0, 12:])
+    _, steps = attend(scene(q, k, [Span(0, 10, False), Span(11, 13, True)]), policy(selector, selector))
+    assert [blocks_read(steps, 0, x) for x in (11, 12, 13)] == [{0, 5}, {4, 6}, {1, 6}]
+
+
+def test_a_prompt_chooses_for_every_block_of_queries() -> None:
+    q, k = wanting([0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 2, 2, 4, 4], keys=14)
+    often, seldom = (Selector(DOT, TopK(2), refresh_every=every) for every in (1, 9))
+    at = scene(q, k, [Span(0, 13, False)])
+    assert torch.equal(attend(at, policy(often, often))[1], attend(at, policy(seldom, seldom))[1])
 
 
 NEITHER, FIRST, SECOND = [0.0, 0.0], [3.0, 0.0], [0.0, 9.0]
 EARLY = [NEITHER] * 3 + [FIRST] * 2 + [SECOND] * 7 + [[4.0, 0.0]]
 LATE = [NEITHER] * 3 + [SECOND] * 9 + [[4.0, 0.0]]
+EDGE = [NEITHER] * 3 + [SECOND, [20.0, 0.0]] + [NEITHER] * 7 + [[4.0, 0.0]]
 
 
 @pytest.mark.parametrize(
     ("heads", "local", "chosen"),
-    [([EARLY], 2, 1), ([EARLY], 9, 0), ([EARLY, LATE], 2, 0), ([EARLY, [NEITHER] * 12 + [[4.0, 0.0]]], 2, 1)],
-    ids=["near", "all", "two heads", "two heads, one silent"],
+    [
+        ([EARLY], 2, 1),
+        ([EARLY], 9, 0),
+        ([EARLY, LATE], 2, 0),
+        ([EARLY, [NEITHER] * 12 + [[4.0, 0.0]]], 2, 1),
+        ([EDGE], 2, 0),
+        ([EDGE], 3, 1),
+    ],
+    ids=["near", "all", "two heads", "two heads, one silent", "just too far", "just near"],
 )
 def test_mass_from_near_queries_of_all_heads_decides_what_stands_for_a_block(
     heads: list[list[list[float]]], local: int, chosen: int
 ) -> None:
     """Block 1 has keys (1, 0) and (0, 1), the others (1/2, 1/2); the last query wants block 1 if (1, 0) stands for it.
 
-    The queries at 3 and 4 look at (1, 0) in one head, at (0, 1) in the other; those from 5 to 11 always at (0, 1).
+    The queries at 3 and 4 look at (1, 0) in one head, at (0, 1) in the other; those from 5 to 11 always at (0, 1). At
+    the edge, the query at 4 looks at (1, 0), two before it, and weighs more than the one at 3, which looks at (0, 1).
     """
     k = torch.full((1, 13, 2), 0.5)
     k[0, 2], k[0, 3] = torch.tensor([1.0, 0]), torch.tensor([0, 1.0])

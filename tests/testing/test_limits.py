@@ -78,6 +78,26 @@ def test_few_bits_cost_something_but_not_much(kv: object, least: float, most: fl
     assert torch.equal(oracle_logits(MODEL, plan, ids, calls=[7] * 5 + [1] * 5), oracle_logits(MODEL, plan, ids))
 
 
+def test_values_are_stored_in_few_bits_too() -> None:
+    model, ids = draws.model(1), draws.tokens(1, 20)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight.data.zero_()  # keys of zero lose nothing
+    dense, few = (oracle_logits(model, both(replace(draws.DENSE, kv=kv)), ids) for kv in (None, Int4KV()))
+    assert error(few, dense, None) > 1e-3
+
+
+def test_keys_are_stored_at_small_positions_where_the_plan_has_them() -> None:
+    """A bare window has the same distances in text and cache: only what is lost in few bits tells them apart."""
+    window, ids = 9, draws.tokens(1, 30)
+
+    def logits(positions: object, kv: object, length: int) -> Tensor:
+        return oracle_logits(MODEL, both(lc.HeadPolicy(lc.SinkWindow(0, window), positions, kv=kv)), ids[:, :length])
+
+    for kv, length, alike in ((None, 30, True), (Int4KV(), window, True), (Int4KV(), 30, False)):
+        apart = error(*(logits(positions, kv, length) for positions in (lc.InCache(), lc.Absolute())), None)
+        assert (apart <= EXACT) if alike else (1e-4 < apart < 1)
+
+
 def test_placement_changes_nothing() -> None:
     ids, calls = draws.tokens(1, 40), [20, *[1] * 20]
     policy = heads(Selector(BOUND, TopK(8)))

@@ -26,6 +26,12 @@ def test_errors_stay_below_half_a_step(bits: int, seed: int, size: float, offset
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_nearly_one_value_have_a_least_step(bits: int) -> None:
+    low, high = read_back(torch.tensor([100.0, 100.03], dtype=torch.float64), bits).tolist()
+    assert high - low == pytest.approx(float(torch.tensor(100.03 / 2048).half()))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 0.3, -700.0, 60000.0])
 def test_rows_of_one_value_keep_it(bits: int, value: float) -> None:
     x = torch.full((8,), value, dtype=torch.float64)
