@@ -119,7 +119,7 @@ def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     """Attention over all that is stored and visible."""
     store, retention = call.store, call.group.policy.retention
     view = View(k, v, step.pos if step.ragged else None) if store is None else store.append(k, v, step)
-    window, q_pos = retention.reach(step.tokens), None if view.k_pos is None else step.pos
+    window, q_pos = retention.reach(not step.decodes), None if view.k_pos is None else step.pos
     see = ops.Visibility(retention.sink, window, q_pos, view.k_pos)
     floor = _floor(call.forward, retention, store, q.device)
     if floor is not None:
@@ -263,7 +263,7 @@ def _turns(call: Call, step: Step, floor: Tensor | None) -> ops.Turns | None:
     if clamp is not None:
         straight = step.end <= min(clamp + 1, plan.sink + lap)
         return None if straight else ops.Turns(step.pos, lap, plan.sink, rotary.inv_freq, rotary.interleaved, clamp)
-    reach = retention.reach(step.tokens)
+    reach = retention.reach(not step.decodes)
     if reach is None:
         return None
     straight_to = plan.sink + lap if retention.sink == 0 else min(plan.sink + lap, retention.sink + reach)

@@ -52,7 +52,7 @@ def test_a_lap_holds_every_window(plan: lc.Plan) -> None:
     for part in plan.layers:
         for group in part.groups:
             assert group.policy.retention.window <= plan.lap
-            assert group.policy.retention.reach(2) <= plan.lap
+            assert group.policy.retention.reach(True) <= plan.lap
 
 
 def test_equal_layers_share_a_line() -> None:

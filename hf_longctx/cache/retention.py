@@ -22,7 +22,7 @@ class KeepAll:
         """Unbounded."""
         return None
 
-    def reach(self, tokens: int) -> int | None:
+    def reach(self, prompt: bool) -> int | None:
         """A query sees all that came before."""
         return None
 
@@ -41,8 +41,8 @@ class SinkWindow:
     Args:
         sink: first real tokens of a row, never evicted; padding is no token.
         window: last tokens that stay.
-        prefill_window: if given, the window that queries see in calls of more than one token (LServe's wider prefill);
-            it is held until the first one-token call.
+        prefill_window: if given, the window that queries see in prefill calls (LServe's wider prefill); it is held
+            until the first decode call.
 
     Raises:
         ValueError: a negative sink, or a window below one.
@@ -64,9 +64,9 @@ class SinkWindow:
                     f"Give {name}={max(least, 1)} or more."
                 )
 
-    def reach(self, tokens: int) -> int | None:
-        """The prefill window, where there is one, for calls of more than one token; else the window."""
-        return self.window if self.prefill_window is None or tokens == 1 else self.prefill_window
+    def reach(self, prompt: bool) -> int | None:
+        """The prefill window, where there is one, for prefill calls; else the window."""
+        return self.prefill_window if prompt and self.prefill_window is not None else self.window
 
     def describe(self) -> str:
         """One phrase for a table."""

@@ -100,7 +100,7 @@ class Store:
             dim: channels of a key, and of a value.
             itemsize: bytes of a channel as the model makes it.
         """
-        window = self.retention.reach(2)
+        window = self.retention.reach(True)
         held = tokens if window is None else min(tokens, self.retention.sink + window + self._rollback)
         beside = 0 if self.index is None else self.index.bytes_at(tokens, dim, itemsize)
         return 2 * held * token_bytes(self._kv, dim, itemsize) + beside, 0
@@ -220,7 +220,7 @@ class Store:
 
     def _fit(self, step: Step) -> None:
         """Give the ring the size that this call needs, keeping what it holds."""
-        reach = self.retention.reach(step.tokens)
+        reach = self.retention.reach(not step.decodes)
         size = None if reach is None else reach + self._rollback
         if size == self._ring:
             return

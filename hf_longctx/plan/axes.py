@@ -27,8 +27,8 @@ class Retention(Protocol):
     def window(self) -> int | None:
         """Last tokens that stay, the newest included; None keeps all."""
 
-    def reach(self, tokens: int) -> int | None:
-        """The window that a query sees in a call of `tokens` tokens; None is unbounded."""
+    def reach(self, prompt: bool) -> int | None:
+        """The window that a query sees in a prefill call, or in a decode call; None is unbounded."""
 
     def describe(self) -> str:
         """One phrase for a table."""

@@ -134,7 +134,7 @@ class Plan:
         if not self.bounded:
             return None
         near = [(p.positions.distance or 0) + 1 for p in self._policies()]
-        return max(near + [max(p.retention.window or 1, p.retention.reach(2) or 1) for p in self._policies()])
+        return max(near + [max(p.retention.window or 1, p.retention.reach(True) or 1) for p in self._policies()])
 
     def describe(self) -> str:
         """A short text: one line per run of equal layers and head group."""

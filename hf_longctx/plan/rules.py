@@ -89,6 +89,17 @@ def _budgets_fit_their_scorers(policy: HeadPolicy) -> str | None:
     return None
 
 
+def _attention_is_counted_per_kv_head(policy: HeadPolicy) -> str | None:
+    for selector in (policy.prefill, policy.decode):
+        summary = None if selector is None else selector.scorer.summary
+        if selector is not None and summary is not None and summary.local and selector.share == "q_head":
+            return (
+                f"expected {summary.describe()} to be shared by the query heads of a KV head; got share='q_head'. "
+                "Use 'kv_head' or 'all'."
+            )
+    return None
+
+
 def _one_summary(policy: HeadPolicy) -> str | None:
     both = [s.scorer.summary for s in (policy.prefill, policy.decode) if s is not None and s.scorer.summary is not None]
     if len(set(both)) > 1:
@@ -123,5 +134,6 @@ _RULES: tuple[Callable[[HeadPolicy], str | None], ...] = (
     _scorers_stand_where_they_can,
     _budgets_fit_their_scorers,
     _one_summary,
+    _attention_is_counted_per_kv_head,
     _offloaded_heads_select,
 )

@@ -65,7 +65,7 @@ def key_positions(
             held = _kept(held, index, sink, keep.window - rooms[number])
         fresh = [c for c in range(start, start + columns) if real is None or bool(real[c])]
         index.update({c: len(index) + i for i, c in enumerate(fresh)})
-        reach = keep.reach(columns)
+        reach = keep.reach(start == 0 or columns > FEW)
         for query in fresh:
             seen = _kept([c for c in held + fresh if c <= query], index, sink, reach)
             edge = 0 if far is None else index[query] - far

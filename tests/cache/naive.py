@@ -49,7 +49,7 @@ def append(store: Store, tokens: Tensor, step: Step) -> View:
 
 def assert_shows(view: View, rows: Rows, step: Step, retention: Retention) -> None:
     """Every query finds every token that it sees, at its position, once, and no other."""
-    size, window = len(rows.tokens), retention.reach(step.tokens)
+    size, window = len(rows.tokens), retention.reach(not step.decodes)
     columns = torch.arange(view.k.shape[2])[None] if view.k_pos is None else view.k_pos
     places = columns.expand(size, -1).tolist()
     for row, queries in enumerate(step.pos.expand(size, -1).tolist()):

@@ -73,7 +73,7 @@ class Text:
 
 def assert_reads(text: Text, view: Any, step: Step) -> None:
     """Every query of the call finds every key and value that it sees, bit for bit."""
-    sink, window = text.policy.retention.sink, text.policy.retention.reach(step.tokens)
+    sink, window = text.policy.retention.sink, text.policy.retention.reach(not step.decodes)
     columns = torch.arange(view.k.shape[2])[None] if view.k_pos is None else view.k_pos
     columns = columns.expand(len(text.keys), -1).tolist()
     floor = text.store.floor

@@ -49,14 +49,22 @@ def tokens(rows: int, total: int, seed: int = 0) -> Tensor:
 
 @st.composite
 def texts(draw: st.DrawFn, least: int = 10) -> Text:
-    """Token ids, mask and calls: any chunks, or a prompt and decode steps of one or of some tokens."""
+    """Token ids, mask and calls: any chunks, or a prompt and decode steps of one or of some tokens.
+
+    Every row has a token in the first call: decode steps are counted for the batch, so that a row that begins among
+    them would be at another count than alone.
+    """
     total = draw(st.integers(least, 60))
-    mask = draw(draws.padding(total))
-    ids = tokens(1 if mask is None else len(mask), total, draw(st.integers(0, 9)))
     if draw(st.booleans()):
-        return ids, mask, draw(draws.calls(total))
-    prompt, step = draw(st.integers(1, total)), draw(st.sampled_from([1, 1, 3, 8]))
-    return ids, mask, [prompt, *(min(step, total - start) for start in range(prompt, total, step))]
+        calls = draw(draws.calls(total))
+    else:
+        prompt, step = draw(st.integers(1, total)), draw(st.sampled_from([1, 1, 3, 8]))
+        calls = [prompt, *(min(step, total - start) for start in range(prompt, total, step))]
+    mask = draw(draws.padding(total))
+    if mask is not None:
+        mask[:, calls[0] - 1 :] = 1
+    ids = tokens(1 if mask is None else len(mask), total, draw(st.integers(0, 9)))
+    return ids, mask, calls
 
 
 def plan(*layers: tuple[lc.HeadPolicy, ...]) -> lc.Plan:
@@ -97,7 +105,7 @@ def representatives(draw: st.DrawFn) -> Selector:
     block = draw(BLOCKS)
     summary = Representatives(block, draw(st.integers(1, min(4, block))))
     scorer = RepresentativeDot(summary, draw(st.sampled_from([4, 6, 8])))
-    sink, local, share = draw(st.integers(0, 9)), draw(st.integers(1, 12)), draw(SHARES)
+    sink, local, share = draw(st.integers(0, 9)), draw(st.integers(1, 12)), draw(st.sampled_from(["kv_head", "all"]))
     return Selector(scorer, draw(top_k(block)), sink, local, share, draw(st.sampled_from([1, 1, 3])))
 
 
@@ -123,8 +131,8 @@ def inf_llm(draw: st.DrawFn) -> lc.Plan:
     selector = draw(representatives())
     far = draw(st.builds(Clamped, st.integers(1, 12)) | st.just(lc.Absolute()))
     policy = lc.HeadPolicy(lc.KeepAll(), far, selector, selector, draw(st.none() | FORMATS))
-    if selector.share != "q_head" and draw(st.booleans()):
-        policy = replace(policy, placement=HostLRU(64))
+    if draw(st.booleans()):
+        policy = replace(policy, placement=HostLRU(draw(st.sampled_from([0, 2, 64]))))
     return plan((policy,), (policy,))
 
 
@@ -151,7 +159,7 @@ def combined(draw: st.DrawFn) -> lc.Plan:
     prefill, decode = draw(antidiagonals(kv_heads=1)), draw(upper_bounds(draw(st.sampled_from([1, 2, 5]))))
     retrieval = replace(DENSE, prefill=prefill, decode=decode, kv=draw(st.none() | FORMATS))
     if decode.share != "q_head" and draw(st.booleans()):
-        retrieval = replace(retrieval, placement=HostLRU(64))
+        retrieval = replace(retrieval, placement=HostLRU(draw(st.sampled_from([0, 2, 64]))))
     streaming = lc.HeadPolicy(draw(WINDOWS), lc.Absolute(), kv=draw(st.none() | FORMATS))
     return plan((retrieval, streaming), (retrieval, DENSE))
 
