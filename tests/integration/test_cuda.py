@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import hf_longctx as lc
+from hf_longctx.testing import Widened
 
-from ..methods.cases import LIMITS, LOSSY, TOKENS, Row, changes_with_length, named, pairs
+from ..methods.cases import LIMITS, LOSSY, SELECTING, TOKENS, Row, changes_with_length, named, pairs
 from .tiny import Case
 
 pytestmark = [pytest.mark.cuda]
@@ -61,6 +62,27 @@ def test_chunks_and_padding(pair: tuple[Row, Case]) -> None:
         parts = logits(model, ids, calls, mask)
         torch.testing.assert_close(parts[1], whole[1], rtol=1e-4, atol=1e-5 * scale)
         torch.testing.assert_close(parts[0, 9:], whole[0, 9:], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("pair", pairs(SELECTING), ids=lambda pair: f"{named(pair[0])}-{named(pair[1])}")
+@torch.no_grad()
+def test_the_same_blocks_as_on_the_cpu(pair: tuple[Row, Case]) -> None:
+    """In float64, where no rounding turns a choice: prompts, decode steps of one and of several tokens, padding."""
+    row, case = pair
+    ids, calls = case.prompt(TOKENS, 2), [33, *[1] * 9, 3, 15]
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+
+    def run(device: str) -> torch.Tensor:
+        model = case.make(0).double().to(device)
+        model.get_decoder().config._experts_implementation_internal = "eager"  # others do not take float64
+        lc.patch(model, row.method(case))
+        with Widened(torch.float64):
+            return logits(model, ids.to(device), calls, mask.to(device)).cpu()
+
+    here, there = run("cpu"), run("cuda")
+    real = mask.bool()
+    torch.testing.assert_close(there[real], here[real], rtol=1e-6, atol=1e-7 * float(here[real].abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
