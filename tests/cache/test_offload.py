@@ -205,6 +205,19 @@ def test_blocks_come_from_the_host_once_while_they_fit() -> None:
     assert (text.store.hits, text.store.misses) == (5 * HEADS, 3 * HEADS)
 
 
+def test_a_block_that_was_taken_back_is_not_read_from_the_pool() -> None:
+    text = Text(policy(4, 0, 1, 2, None, HostLRU(2)), rows=1)
+    fill(text, [100])
+    ids = torch.tensor([[[[5, 6]]]], dtype=torch.int32)
+    text.store.locate(ids, 4)
+    text.crop(78)
+    fill(text, [78])
+    for stored, lists in zip(text.store.memory, (text.keys, text.values), strict=True):
+        for page, block in zip(text.store.locate(ids, 4)[0, 0, 0].tolist(), (5, 6), strict=True):
+            expected = torch.stack(lists[0][block * 4 : block * 4 + 4], 1)
+            assert torch.equal(stored[0, 0, page * 4 : page * 4 + 4], expected[0])
+
+
 def test_more_blocks_than_fit_are_our_own_mistake() -> None:
     text = Text(policy(4, 0, 8, 2, None, HostLRU(0)), rows=1)
     fill(text, [100])
