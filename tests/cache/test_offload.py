@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,19 @@ def test_files_hold_the_same_and_go_away(tmp_path: Path) -> None:
         del texts, text
         gc.collect()
         assert str(tmp_path) not in mapped.read_text()
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "file"])
+def test_a_copy_goes_its_own_way(on_disk: bool, tmp_path: Path) -> None:
+    text = Text(policy(4, 4, 8, 2, Int4KV(), HostLRU(2, disk=str(tmp_path) if on_disk else None)), rows=2)
+    fill(text, [100])
+    keys, values, reals_so_far = [list(x) for x in text.keys], [list(x) for x in text.values], list(text.reals)
+    twin = copy.deepcopy(text.cache)
+    fill(text, [60])
+    assert_whole(text)
+    text.cache, text.keys, text.values, text.reals = twin, keys, values, reals_so_far
+    fill(text, [61])
+    assert_whole(text)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
