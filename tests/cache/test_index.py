@@ -71,6 +71,7 @@ class Attention:
     def __init__(self, text: Text, block: int, count: int, local: int) -> None:
         self.text, self.block, self.count, self.local = text, block, count, local
         self.mass: list[dict[int, Tensor]] = [{} for _ in text.keys]
+        self.due = [0 for _ in text.keys]  # closed blocks of each row before the last call
 
     def look(self, step: Any, ids: Tensor) -> Tensor:
         """Random attention of the call's queries to keys near them, in blocks `ids` `[K]`: `[B, H, 1, K * block]`."""
@@ -83,6 +84,26 @@ class Attention:
                     out[row, :, 0, place] = paid
                     self.mass[row][pos] = self.mass[row].get(pos, torch.zeros(HEADS)) + paid
         return out
+
+    def call(self, real: Tensor, turns: ops.Turns | None, shared: bool) -> None:
+        """Store a call, and let its queries look at most blocks."""
+        text, block = self.text, self.block
+        step, k, v = text.draw(real)
+        text.store.write(k, v, step, turns)
+        ids = torch.arange(-(-(step.columns + step.tokens) // block))
+        ids = torch.cat((ids[torch.rand(len(ids), generator=text.random) < 0.8], torch.tensor([-1])))
+        shown = ids.to(torch.int32).expand(len(text.keys), 1 if shared else HEADS, 1, -1)
+        ends = step.lengths.expand(len(text.keys)).tolist()
+        self.due = [max(0, end - self.local + 1) // block for end in ends]
+        text.store.add_mass(shown, self.look(step, ids), block)
+        text.cache.commit(step)
+
+    def check(self, turns: ops.Turns | None) -> None:
+        """Blocks that were closed before the last call have their representatives."""
+        for row, due in enumerate(self.due):
+            for j in range(due):
+                got, expected = self.text.store.summaries[row, :, j, 0], self.representative(row, j, turns)
+                torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
     def representative(self, row: int, j: int, turns: ops.Turns | None) -> Tensor:
         """`[H, D]`, of block j, which is closed."""
@@ -116,21 +137,26 @@ def test_representatives_are_found_when_blocks_close(
     attention = Attention(text, block, count, local)
     turns = ops.Turns(torch.zeros(1, 1), 51, 0, INV_FREQ, data.draw(st.booleans()), 50) if clamp else None
     for _ in range(data.draw(st.integers(1, 12))):
-        step, k, v = text.draw(data.draw(reals(len(text.keys), padded, q_block)))
-        text.store.write(k, v, step, turns)
-        ends = step.lengths.expand(len(text.keys)).tolist()
-        for row, start in enumerate(ends):
-            for j in range(max(0, start - local + 1) // block):
-                got, expected = text.store.summaries[row, :, j, 0], attention.representative(row, j, turns)
-                torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-        ids = torch.arange(-(-(step.columns + step.tokens) // block))
-        ids = torch.cat((ids[torch.rand(len(ids), generator=text.random) < 0.8], torch.tensor([-1])))
-        shown = ids.to(torch.int32).expand(len(text.keys), data.draw(st.sampled_from([1, HEADS])), 1, -1)
-        text.store.add_mass(shown, attention.look(step, ids), block)
-        text.cache.commit(step)
+        shared = data.draw(st.booleans())
+        attention.call(data.draw(reals(len(text.keys), padded, q_block)), turns, shared)
+        attention.check(turns)
         rows = data.draw(st.lists(st.integers(0, len(text.keys) - 1), min_size=1, max_size=3))
         text.pick(rows)
         attention.mass = [dict(attention.mass[row]) for row in rows]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("shape", [(4, 2, 5, 7), (4, 4, 1, 1), (8, 3, 20, 16)])
+def test_representatives_of_a_text_that_goes_round_the_ring(padded: bool, shape: tuple[int, int, int, int]) -> None:
+    block, count, local, q_block = shape
+    text = Text(marked(block, count, local, q_block, None, 50), rows=2)
+    attention = Attention(text, block, count, local)
+    turns = ops.Turns(torch.zeros(1, 1), 51, 0, INV_FREQ, False, 50)
+    while text.cache.ledger.columns < 120:
+        real = torch.rand(2, q_block, generator=text.random) < (0.7 if padded else 1)
+        attention.call(real, turns, shared=False)
+    attention.check(turns)
+    assert text.store.index._mass.shape[2] < min(map(len, text.keys)) - local  # or it would not have gone round
 
 
 def test_what_has_been_attended_to_cannot_be_taken_back() -> None:

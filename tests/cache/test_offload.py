@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,19 @@ def test_blocks_come_from_the_host_once_while_they_fit() -> None:
     assert (text.store.hits, text.store.misses) == (5 * HEADS, 3 * HEADS)
 
 
+def test_a_block_that_was_taken_back_is_not_read_from_the_pool() -> None:
+    text = Text(policy(4, 0, 1, 2, None, HostLRU(2)), rows=1)
+    fill(text, [100])
+    ids = torch.tensor([[[[5, 6]]]], dtype=torch.int32)
+    text.store.locate(ids, 4)
+    text.crop(78)
+    fill(text, [78])
+    for stored, lists in zip(text.store.memory, (text.keys, text.values), strict=True):
+        for page, block in zip(text.store.locate(ids, 4)[0, 0, 0].tolist(), (5, 6), strict=True):
+            expected = torch.stack(lists[0][block * 4 : block * 4 + 4], 1)
+            assert torch.equal(stored[0, 0, page * 4 : page * 4 + 4], expected[0])
+
+
 def test_more_blocks_than_fit_are_our_own_mistake() -> None:
     text = Text(policy(4, 0, 8, 2, None, HostLRU(0)), rows=1)
     fill(text, [100])
@@ -227,6 +241,19 @@ def test_files_hold_the_same_and_go_away(tmp_path: Path) -> None:
         del texts, text
         gc.collect()
         assert str(tmp_path) not in mapped.read_text()
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "file"])
+def test_a_copy_goes_its_own_way(on_disk: bool, tmp_path: Path) -> None:
+    text = Text(policy(4, 4, 8, 2, Int4KV(), HostLRU(2, disk=str(tmp_path) if on_disk else None)), rows=2)
+    fill(text, [100])
+    keys, values, reals_so_far = [list(x) for x in text.keys], [list(x) for x in text.values], list(text.reals)
+    twin = copy.deepcopy(text.cache)
+    fill(text, [60])
+    assert_whole(text)
+    text.cache, text.keys, text.values, text.reals = twin, keys, values, reals_so_far
+    fill(text, [61])
+    assert_whole(text)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,6 +61,19 @@ def test_real_tokens_come_first_and_go_back_to_their_columns(text: tuple[Tensor,
     counts = real[:, columns:].sum(1).tolist()
     firsts = real[:, :columns].sum(1).tolist()
     assert step.spans * (len(counts) // len(step.spans)) == list(zip(firsts, counts, strict=True))
+
+
+@settings(deadline=None, max_examples=200)
+@given(texts(), st.integers(1, 4))
+def test_parts_of_a_call_are_the_call(text: tuple[Tensor, int], size: int) -> None:
+    step = step_of(*text)
+    steps = [step.part(first, min(first + size, step.tokens)) for first in range(0, step.tokens, size)]
+    assert torch.equal(torch.cat([part.pos for part in steps], 1), step.pos)
+    assert [part.columns for part in steps] == list(range(step.columns, step.columns + step.tokens, size))
+    assert torch.equal(steps[0].lengths, step.lengths)
+    assert all(torch.equal(one.lengths_after, two.lengths) for one, two in pairwise(steps))
+    assert torch.equal(steps[-1].lengths_after, step.lengths_after)
+    assert all(part.ragged == step.ragged for part in steps)
 
 
 @settings(deadline=None, max_examples=200)

@@ -106,4 +106,4 @@ def change(text: Text, data: st.DataObject, crops: bool = True) -> None:
     if kind == "pick":
         text.pick(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=3)))
     elif kind == "crop" and crops:
-        text.crop(data.draw(st.integers(0, min(30, text.solid()))))
+        text.crop(data.draw(st.integers(0, min(90, text.solid()))))
