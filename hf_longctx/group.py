@@ -53,6 +53,8 @@ def attend_group(
     selector = policy.decode if step.decodes else policy.prefill
     in_turn = selector is not None and _in_turn(policy, selector, step)
     store = None if stored is None else stored[1]
+    if in_turn and not step.columns:
+        _refuse_gradients(policy.describe(), k, v)
     if store is None and (in_turn or policy.kv is not None):
         _refuse_gradients(policy.describe(), k, v)
         store = Store(policy)  # for this call alone, so on the device

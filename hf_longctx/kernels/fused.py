@@ -66,12 +66,12 @@ def attend_pages(
     kv_heads, stored = k.shape[1:3]
     packed = q.reshape(rows, kv_heads, -1, dim)
     if see.aligned and tokens == 1 and (see.window is None or see.window >= stored):
-        return scaled_dot_product_attention(packed, k, v, scale=logits.scale).view(rows, heads, tokens, v.shape[-1])
+        return scaled_dot_product_attention(packed, k, v, scale=logits.scale).reshape(rows, heads, tokens, v.shape[-1])
     seen = visible(see, *positions(see, tokens, stored, q.device))
     mask = seen.repeat(1, heads // kv_heads, 1)[:, None]
     out = scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=logits.scale)
     blind = ~mask.any(-1, keepdim=True)  # some kernels give NaN to a query that sees nothing
-    return out.masked_fill(blind, 0.0).view(rows, heads, tokens, v.shape[-1])
+    return out.masked_fill(blind, 0.0).reshape(rows, heads, tokens, v.shape[-1])
 
 
 OPS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..models import ModelFacts
-from ..plan import Plan
+from ..plan import KVFormat, Plan
 from .dense import Dense
 from .quest import Quest
 
@@ -21,12 +21,14 @@ class Auto:
 
     Args:
         budget: tokens that a decode step reads; whole pages of 16.
+        kv: how keys and values are stored: `native`, `int8` or `int4`.
     """
 
     budget: int = BUDGET
+    kv: str | KVFormat = "native"
 
     def __post_init__(self) -> None:
-        Quest(self.budget)
+        Quest(self.budget, kv=self.kv)
 
     def plan(self, facts: ModelFacts) -> Plan:
         """The plan for a model, and why it is this one."""
@@ -34,9 +36,9 @@ class Auto:
         dense_first = Quest().dense_layers
         if full <= dense_first:
             why = f"dense: {full} of {len(facts.layers)} layers have full attention, too few to gain from a choice"
-            return replace(Dense().plan(facts), method="auto: dense", why=why)
+            return replace(Dense(kv=self.kv).plan(facts), method="auto: dense", why=why)
         why = (
             f"quest: up to {self.budget} tokens everything is read, as by the unpatched model; beyond, decode steps "
             f"read {self.budget} tokens in all but the first {dense_first} layers, and nothing is forgotten"
         )
-        return replace(Quest(self.budget).plan(facts), method="auto: quest", why=why)
+        return replace(Quest(self.budget, kv=self.kv).plan(facts), method="auto: quest", why=why)

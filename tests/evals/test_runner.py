@@ -81,7 +81,7 @@ def test_an_answer_is_what_generate_writes_and_its_clock_ticks_for_every_token(t
 
 def test_the_density_is_that_of_the_report(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     real = lc.report
-    monkeypatch.setattr(lc, "report", lambda model: SimpleNamespace(**vars(real(model)), density=0.25))
+    monkeypatch.setattr(lc, "report", lambda model: SimpleNamespace(**{**vars(real(model)), "density": 0.25}))
     assert {row.density for row in grid(tiny, lengths=[280])} == {0.25}
 
 

@@ -82,7 +82,7 @@ def test_the_same_blocks_as_on_the_cpu(pair: tuple[Row, Case]) -> None:
 
     here, there = run("cpu"), run("cuda")
     real = mask.bool()
-    torch.testing.assert_close(there[real], here[real], rtol=1e-6, atol=1e-7 * float(here[real].abs().max()))
+    torch.testing.assert_close(there[real], here[real], rtol=1e-5, atol=1e-6 * float(here[real].abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -127,7 +127,7 @@ def test_a_cache_of_the_former_plan_is_refused() -> None:
 BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "method": ("streamin_llm", {}, ValueError, "got 'streamin_llm'. Did you mean 'streaming_llm'?"),
     "knob": ("streaming_llm", {"sink": 4}, ValueError, "got 'sink'. Did you mean 'sinks'?"),
-    "knob of none": ("dense", {"window": 4}, ValueError, "among none; got 'window'."),
+    "knob of another": ("dense", {"window": 4}, ValueError, "among kv; got 'window'."),
     "negative": ("streaming_llm", {"sinks": -1}, ValueError, "expected sink as a whole number of tokens >= 0; got -1"),
     "zero": ("streaming_llm", {"window": 0}, ValueError, "expected window as a whole number of tokens >= 1; got 0"),
     "half": ("streaming_llm", {"window": 2.5}, ValueError, "whole number of tokens >= 1; got 2.5"),

@@ -47,6 +47,10 @@ def test_gradients_at_the_limit_are_those_of_the_unpatched_model(
 ) -> None:
     expected = gradients(case.make().train(train), case, use_cache=use_cache)
     model = lc.patch(case.make().train(train), row.method(case))
+    if row.name.startswith("inf_llm"):
+        with pytest.raises(lc.UnsupportedError, match="gradient"):
+            gradients(model, case, use_cache=use_cache)
+        return
     assert_same(gradients(model, case, use_cache=use_cache), expected)
 
 

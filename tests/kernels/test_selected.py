@@ -41,7 +41,7 @@ def test_definition_of_decoding(scene: Scene) -> None:
 def test_mass(scene: Scene, near: int) -> None:
     out, mass = ops.attend_mass(*scene.arguments, near)
     expected, expected_mass = scene.result(near)
-    assert mass.dtype == torch.float32
+    assert mass.dtype == torch.promote_types(scene.arguments[0].dtype, torch.float32)
     torch.testing.assert_close(out, expected, atol=scene.allowed, rtol=0)
     torch.testing.assert_close(mass.double(), expected_mass, atol=1e-5, rtol=0)
 

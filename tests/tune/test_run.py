@@ -103,8 +103,3 @@ def test_a_mistake_is_one_line_and_leaves_the_old_file(
     assert err.startswith("error: ")
     assert said in err
     assert json.loads(path.read_text()) == "old"
-
-
-@pytest.mark.parametrize(("text", "count"), [("4k", 4096), ("16K", 16384), ("512", 512), (" 1k ", 1024)])
-def test_lengths(text: str, count: int) -> None:
-    assert run.tokens(text) == count
