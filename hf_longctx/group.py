@@ -53,10 +53,7 @@ def attend_group(
     selector = policy.decode if step.decodes else policy.prefill
     in_turn = selector is not None and _in_turn(policy, selector, step)
     store = None if stored is None else stored[1]
-    if in_turn and not step.columns:
-        _refuse_gradients(policy.describe(), k, v)
     if store is None and (in_turn or policy.kv is not None):
-        _refuse_gradients(policy.describe(), k, v)
         store = Store(policy)  # for this call alone, so on the device
     if store is not None and not step.decodes:
         store.kept.forget()
@@ -67,7 +64,7 @@ def attend_group(
         out = _read_in_turn(call, selector, step, q, k, v)
     else:
         out = _read_chosen(call, selector, step, q, k, v)
-    if (step.columns or policy.kv is not None) and torch.is_grad_enabled():
+    if (step.columns or in_turn) and torch.is_grad_enabled():
         out = _Stored.apply(out, q, k, v)  # type: ignore[no-untyped-call]
     return out if step.restore is None else ops.take_tokens(out, step.restore)
 
@@ -86,7 +83,8 @@ class _Stored(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise UnsupportedError(
             "hf_longctx: expected a backward pass through one call on a whole text; got one through a call that went "
-            "on from a filled cache, whose keys and values carry no gradient. Pass the text in one call."
+            "on from a filled cache, or that stored its keys and values on the way (InfLLM), which carry no gradient. "
+            "Pass the text in one call, or train with another method."
         )
 
 
@@ -104,14 +102,6 @@ def _reads_all(selector: Selector, step: Step) -> bool:
     if step.end <= selector.dense_below or min(getattr(selector.budget, "shares", (0,))) >= 1:
         return True
     return tokens is not None and step.end <= tokens + selector.sink_blocks * selector.block + selector.block
-
-
-def _refuse_gradients(what: str, k: Tensor, v: Tensor) -> None:
-    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-        raise UnsupportedError(
-            f"attention: expected keys and values that need no gradient, because these heads store them on the way "
-            f"({what}); got a call that is being trained. Use torch.no_grad(), or another method for training."
-        )
 
 
 # reading ----------------------------------------------------------------------------------------------------------

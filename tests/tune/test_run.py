@@ -85,7 +85,7 @@ def test_layers_with_their_own_window_read_everything(tmp_path: Path) -> None:
         (("--stride", "7"), "expected stride that divides the block of 128; got 7"),
         (("--block", "0"), "expected block >= 1; got 0"),
         (("--length", "100"), "expected length in whole blocks, at least 3; got 100"),
-        (("--length", "4kb"), "expected a number of tokens such as 4096 or 4k; got '4kb'"),
+        (("--length", "4kb"), "expected tokens such as 1k,2k,4096; got '4kb'"),
         (("--samples", "0"), "expected samples >= 1"),
         (("--samples", "1000"), "--text: expected at least"),
         (("--coverage", "1.5"), "expected coverage in (0, 1]; got 1.5"),
