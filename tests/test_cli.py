@@ -75,8 +75,8 @@ def test_demo_runs_every_method_that_the_model_supports_and_says_which_it_leaves
     code, out, err = run("demo", "-m", str(folder), "--length", "400", "--window", "60", "--new-tokens", "3")
     assert code == 0, err
     table = {line.split()[0]: line for line in out.splitlines() if "MiB" in line}
-    assert set(table) == {"auto", "dense", "streaming_llm", "quest", "xattention", "inf_llm"}
-    assert all(f"{name} is left out" in out for name in ("duo_attention", "lserve"))
+    assert set(table) == {"dense", "streaming_llm", "quest"}
+    assert "duo_attention is left out" in out
     held = {name: float(line.split(" MiB")[0].split()[-1]) for name, line in table.items()}
     assert held["streaming_llm"] < held["dense"]
 

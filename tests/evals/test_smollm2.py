@@ -30,6 +30,7 @@ def test_dense_and_retrieval_heads_find_what_a_window_cannot_see(outcomes: dict[
         "dense": True,
         "streaming_llm": False,
         "duo_attention": True,
+        "quest": True,
     }
 
 
