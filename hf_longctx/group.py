@@ -58,13 +58,15 @@ def attend_group(
     if store is not None and not step.decodes:
         store.kept.forget()
     call = Call(forward, layer, group, store, logits)
+    cut_off = step.columns > 0 or in_turn  # some of what is read carries no gradient
     if selector is None or (not in_turn and _reads_all(selector, step)):
         out = _read_all(call, step, q, k, v)
     elif in_turn:
         out = _read_in_turn(call, selector, step, q, k, v)
     else:
         out = _read_chosen(call, selector, step, q, k, v)
-    if (step.columns or in_turn) and torch.is_grad_enabled():
+        cut_off = cut_off or policy.kv is not None
+    if cut_off and torch.is_grad_enabled():
         out = _Stored.apply(out, q, k, v)  # type: ignore[no-untyped-call]
     return out if step.restore is None else ops.take_tokens(out, step.restore)
 
@@ -83,7 +85,7 @@ class _Stored(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise UnsupportedError(
             "hf_longctx: expected a backward pass through one call on a whole text; got one through a call that went "
-            "on from a filled cache, or that stored its keys and values on the way (InfLLM), which carry no gradient. "
+            "on from a filled cache, or that read its keys and values as they are stored, without a gradient. "
             "Pass the text in one call, or train with another method."
         )
 

@@ -257,6 +257,7 @@ class LongContextCache(Cache):
         ledger = self.ledger
         ledger.columns = ledger.rows = ledger.kv_bytes = ledger.host_bytes = ledger.stored = 0
         ledger.lengths = ledger.tail = None
+        ledger.tally.clear()
         self.floors.clear()
         self.pending = None
 

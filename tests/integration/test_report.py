@@ -158,3 +158,11 @@ def test_what_a_filled_cache_holds_already_is_not_asked_for_again(monkeypatch: p
             model(ids, past_key_values=cache)
         assert cache.get_seq_length() == 3000
         model(ids[:, :1], past_key_values=cache)
+
+
+def test_a_cache_that_was_reset_has_read_nothing() -> None:
+    model = lc.patch(LLAMA.make(), lc.XAttention(stride=4, tau=0.2, block=8))
+    cache = model(LLAMA.prompt(50)).past_key_values
+    assert 0 < lc.report(model).density < 1
+    cache.reset()
+    assert lc.report(model).density is None

@@ -20,7 +20,6 @@ from ..integration.cases import BY_NAME
 from ..integration.snapshot import differences, snapshot
 
 BLOCK, STRIDE, TOKENS = 8, 4, 40
-pytestmark = pytest.mark.usefixtures("literal")
 
 
 def look(model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any], Any, room.Findings]:

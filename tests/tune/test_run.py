@@ -45,7 +45,6 @@ def tune(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     return call
 
 
-@pytest.mark.usefixtures("literal")
 @pytest.mark.parametrize("method", ["dp", "heuristic"])
 def test_the_file_fits_the_model_and_the_method(tune: Any, folder: Path, tmp_path: Path, method: str) -> None:
     path = tmp_path / "new" / "taus.json"
@@ -64,7 +63,6 @@ def test_the_file_fits_the_model_and_the_method(tune: Any, folder: Path, tmp_pat
     assert [layer.groups[0].policy.prefill.budget.shares for layer in plan.layers] == list(found.tau)
 
 
-@pytest.mark.usefixtures("literal")
 def test_layers_with_their_own_window_read_everything(tmp_path: Path) -> None:
     case = BY_NAME["gemma2"]
     settings = run.Settings("gemma2", "dp", 8, 16, 64, 1, 0.8, 100, "random", "")
