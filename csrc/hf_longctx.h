@@ -1,0 +1,127 @@
+// The C interface of the compiled library: no Python, no torch, so that one binary serves every version of both.
+//
+// Every operation takes one argument block and says what became of it: NULL, or a message (a constant, or a buffer of
+// the calling thread) that tells why nothing was done. `*_cpu` takes pointers to host memory and returns when the work
+// is done; `*_cuda` takes pointers to memory of the current device and enqueues on `stream`, without allocating and
+// without waiting, so that it can be captured in a CUDA graph.
+//
+// Shapes are those of hf_longctx/kernels/ops.py, where each operation is defined. Strides are in elements; the last axis
+// is contiguous. Rows of q, k, v, out and of payloads begin at multiples of 16 bytes in `*_cuda`.
+// hf_longctx/kernels/compiled/library.py mirrors these structs field by field; HFL_ABI changes with them.
+#pragma once
+#include <stdint.h>
+
+#define HFL_ABI 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum hfl_dtype { HFL_F32 = 0, HFL_F16 = 1, HFL_BF16 = 2 };
+enum hfl_share { HFL_KV_HEAD = 0, HFL_Q_HEAD = 1, HFL_ALL = 2 };
+
+// Keys or values [B, H, S, D]. bits 0: values of the call's dtype. bits 8 or 4: payload uint8 [B, H, S, D * bits / 8]
+// with channel 2i in the low half of byte i; value = (payload - zero) * scale, rounded to the call's dtype in the end;
+// scale and zero are float16 [B, H, S] with strides scale_b, scale_h, 1.
+typedef struct {
+  void* data;
+  int64_t b, h, t;  // strides of data; for packed rows in bytes
+  void* scale;
+  void* zero;
+  int64_t scale_b, scale_h;
+  int32_t bits;
+} hfl_rows;
+
+// ops.attend_pages: up to 8 queries a row.
+typedef struct {
+  int32_t batch, q_heads, kv_heads, tokens, stored, dim, v_dim, dtype;
+  const void* q;          // [B, Hq, T, D]
+  const void* q_before;   // the same, turned one lap further: for keys of the lap before; NULL: positions are absolute
+  const void* q_sinks;    // the same, turned to where the query sees the sinks; NULL as q_before
+  int64_t q_b, q_h, q_t;  // strides of all three
+  hfl_rows k, v;
+  void* out;  // [B, Hq, T, Dv]
+  int64_t out_b, out_h, out_t;
+  float scale, softcap;  // softcap 0: none
+  const float* sink_logits;  // [Hq] or NULL
+  const float* slopes;       // [Hq] or NULL; not with q_before
+  const int64_t* q_pos;      // [B or 1, T], -1: no query, its output is zero; NULL: query t stands at stored - T + t
+  int64_t q_pos_b;           // 0 where all rows are alike
+  const int64_t* k_pos;      // [B or 1, S], -1: no key; NULL: columns are positions
+  int64_t k_pos_b;
+  int64_t sink, window;  // window < 0: none. A key is seen if 0 <= k_pos <= q_pos, and k_pos < sink or q_pos - k_pos < window
+  int64_t lap, offset;   // with q_before: lap of position p is max(p - offset, 0) / lap
+  // Selection; ids NULL: all columns. With it k_pos is NULL, sink and window are not used, and block n is query n.
+  const int32_t* ids;    // [B, Hs, T, K], ascending, then -1
+  const int32_t* pages;  // the same strides: where the blocks lie, in blocks; NULL: at their ids
+  int64_t ids_b, ids_h, ids_n;
+  int32_t select_heads, chosen, block;  // Hs: 1, Hkv or Hq; K
+  // scratch of hfl_attend_scratch bytes, and counters of hfl_attend_counters int32, zero before and after every call.
+  void* scratch;
+  int32_t* counters;
+  int32_t splits;  // parts into which the columns (or chosen blocks) of a row and KV head are cut; 0: chosen inside
+  void* stream;
+} hfl_attend;
+
+// ops.score_pages.
+typedef struct {
+  int32_t batch, q_heads, kv_heads, tokens, dim, dtype;  // dtype of q and summary
+  int32_t entries, vectors, subs, share;                 // M', R, sub-blocks of a block
+  const void* q;                                         // [B, Hq, N, D]
+  int64_t q_b, q_h, q_t;
+  const void* summary;  // [B, Hkv, M', R, D], R and D contiguous, entries at stride R * D
+  int64_t s_b, s_h;
+  float* scores;  // [B, Hs, N, M] contiguous
+  void* stream;
+} hfl_score;
+
+// ops.pick_blocks with `take` (TopK). tau is not here.
+typedef struct {
+  int32_t batch, heads, queries, blocks, chosen;  // B, Hs, N, M, K
+  const float* scores;                            // [B, Hs, N, M] contiguous
+  const int64_t* low;                             // [B or 1, N]
+  const int64_t* high;
+  int64_t low_b, high_b;
+  int32_t sink, take;  // blocks
+  int32_t* ids;        // [B, Hs, N, K] contiguous
+  void* scratch;       // hfl_pick_scratch bytes
+  void* stream;
+} hfl_pick;
+
+// ops.append_pages: up to 8 tokens a row, at positions; quantizes, and sums up anew the sub-blocks that were touched.
+typedef struct {
+  int32_t batch, kv_heads, tokens, dim, v_dim, dtype;
+  hfl_rows k, v;        // the store, [B, Hkv, C, D]
+  const void* fresh_k;  // [B, Hkv, T, D]
+  const void* fresh_v;  // [B, Hkv, T, Dv]
+  int64_t fk_b, fk_h, fk_t, fv_b, fv_h, fv_t;
+  const int64_t* pos;  // [B or 1, T]; -1: not written
+  int64_t pos_b;
+  int64_t sink, ring;  // slot of p: p, or if ring > 0 and p >= sink: sink + (p - sink) % ring
+  void* bounds;        // [B, Hkv, M', 2, D] of dtype, or NULL; only with ring 0
+  int64_t bounds_b, bounds_h;
+  int32_t sub;  // tokens of a sub-block
+  int32_t capacity;
+  void* stream;
+} hfl_append;
+
+int32_t hfl_abi(void);
+const char* hfl_version(void);       // compiler, architectures
+int32_t hfl_has_cuda(void);          // 1 if the library holds CUDA code
+int64_t hfl_attend_scratch(const hfl_attend* a, int32_t* splits);  // bytes; writes the number of splits that it is for
+int64_t hfl_attend_counters(const hfl_attend* a);                  // int32 elements
+int64_t hfl_pick_scratch(const hfl_pick* a);
+
+const char* hfl_attend_cpu(const hfl_attend* a, int32_t threads);
+const char* hfl_score_cpu(const hfl_score* a, int32_t threads);
+const char* hfl_pick_cpu(const hfl_pick* a, int32_t threads);
+const char* hfl_append_cpu(const hfl_append* a, int32_t threads);
+
+const char* hfl_attend_cuda(const hfl_attend* a);
+const char* hfl_score_cuda(const hfl_score* a);
+const char* hfl_pick_cuda(const hfl_pick* a);
+const char* hfl_append_cuda(const hfl_append* a);
+
+#ifdef __cplusplus
+}
+#endif
