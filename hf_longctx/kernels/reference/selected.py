@@ -113,9 +113,7 @@ def _parts(
 ) -> Iterator[Part]:
     """Queries in order: some blocks at a time, or where one is too large, some of its queries at a time.
 
-    Args:
-        q, k, v, logits, see, turns, selection: as in the operations.
-        filled: places of K that are read, for each block of queries.
+    Of the places of K the first `filled[n]` are read for block n of queries.
     """
     rows, heads, tokens, _ = q.shape
     size, count = selection.q_block, selection.ids.shape[2]
@@ -138,7 +136,8 @@ def _parts(
         for start in range(0, length, step):  # more than one step only where there is one block
             queries = slice(here.start + start, min(here.start + start + step, here.stop)) if step < length else here
             own, places = q_part[:, :, start : start + step], q_places[..., start : start + step]
-            yield Part(blocks, queries, *weigh(own, places, keys, logits, EVERYTHING, turns), v_part, places, k_pos, far)
+            weights, total = weigh(own, places, keys, logits, EVERYTHING, turns)
+            yield Part(blocks, queries, weights, total, v_part, places, k_pos, far)
 
 
 def _fold(q: Tensor, q_pos: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
