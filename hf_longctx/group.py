@@ -271,7 +271,9 @@ def _turns(call: Call, step: Step, floor: Tensor | None) -> ops.Turns | None:
         return None
     rotary, clamp = forward.rotary[call.layer], policy.positions.distance
     if clamp is not None:
-        straight = step.end <= min(clamp + 1, plan.sink + lap)
+        reads = (policy.prefill, policy.decode)
+        near = [s.local for s in reads if s is not None and s.scorer.summary is not None and s.scorer.summary.local]
+        straight = step.end <= min([clamp + 1, plan.sink + lap, *near])  # from there on summaries are made, at angle 0
         return None if straight else ops.Turns(step.pos, lap, plan.sink, rotary.inv_freq, rotary.interleaved, clamp)
     reach = retention.reach(not step.decodes)
     if reach is None:
