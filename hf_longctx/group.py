@@ -17,7 +17,7 @@ from .context import Forward
 from .errors import UnsupportedError
 from .kernels import ops
 from .plan import HeadGroup, HeadPolicy, Retention, Selector
-from .select.choose import choose, forced, unite
+from .select.choose import choose, forced, most_far, unite
 from .select.scorers import Look
 
 QUERIES = 2048
@@ -140,9 +140,11 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
         pos = blocks.pos[:, first * blocks.size : last * blocks.size]
         asked = blocks.take(q, first, last)
         look = _look(call, selector, asked, pos, blocks.size, keys, turns)
-        ids = choose(selector, look)
+        near = forced(selector, pos, blocks.size)
+        ids = choose(selector, look, near)
         pages = store.locate(ids, selector.block) if store is not None and step.decodes else None
-        read = _note(call, selector, pos, ops.Selection(ids, selector.block, blocks.size, pages))
+        read = ops.Selection(ids, selector.block, blocks.size, pages)
+        _note(call, selector, pos, read, _visible(near, q.shape[0]))
         see = ops.Visibility(q_pos=pos)
         attend = ops.attend_pages if step.decodes else ops.attend_blocks
         parts.append(attend(asked, keys, values, call.logits, see, turns, read))
@@ -154,19 +156,18 @@ def _read_in_turn(call: Call, selector: Selector, step: Step, q: Tensor, k: Tens
     store, turns = call.store, _turns(call, step, None)
     size = 1 if step.decodes else selector.scorer.q_block
     out = v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
-    for tokens, piece in call.forward.once(("pieces", step.device, size), lambda: list(pieces(step, size))):
+    distance, summary = call.group.policy.positions.distance, selector.scorer.summary
+    reaches = distance is None or distance >= selector.local - 1  # what is local is never read from elsewhere
+    for tokens, piece in step.once(("pieces", size), lambda: list(pieces(step, size))):
         asked, fresh_k, fresh_v = (_some(x, tokens) for x in (q, k, v))
         store.write(fresh_k, fresh_v, piece, turns)
+        near, visible = _near(selector, piece, q.shape[0])
+        ids = _renew(call, selector, piece, asked, turns, near)
+        far = most_far(selector, piece.tokens) if reaches else None
+        read = ops.Selection(ids, selector.block, piece.tokens, store.locate(ids, selector.block), far)
+        _note(call, selector, piece.pos, read, visible)
         keys, values = store.memory
-        ids = _renew(call, selector, piece, asked, keys, turns)
-        read = _note(
-            call,
-            selector,
-            piece.pos,
-            ops.Selection(ids, selector.block, piece.tokens, store.locate(ids, selector.block)),
-        )
         see = ops.Visibility(q_pos=piece.pos)
-        summary = selector.scorer.summary
         if summary is not None and summary.local:
             part, mass = ops.attend_mass(asked, keys, values, call.logits, see, turns, read, selector.local)
             store.add_mass(ids, mass, selector.block)
@@ -177,18 +178,19 @@ def _read_in_turn(call: Call, selector: Selector, step: Step, q: Tensor, k: Tens
 
 
 def _renew(
-    call: Call, selector: Selector, piece: Step, q: Tensor, keys: Tensor | ops.Packed, turns: ops.Turns | None
+    call: Call, selector: Selector, piece: Step, q: Tensor, turns: ops.Turns | None, near: tuple[Tensor, Tensor]
 ) -> Tensor:
     """What a block of queries reads: chosen now, or what was chosen some decode steps ago and is forced now."""
-    store = call.store
-    if selector.refresh_every == 1 or not call.forward.step.decodes:
-        return choose(selector, _look(call, selector, q, piece.pos, piece.tokens, keys, turns))
-    kept: Kept = store.kept
-    if kept.is_due(selector.refresh_every):
-        kept.ids = choose(selector, _look(call, selector, q, piece.pos, 1, keys, turns))
-        return kept.ids
-    assert kept.ids is not None
-    return unite(kept.ids, selector, piece.pos)
+    kept: Kept = call.store.kept
+    again = selector.refresh_every > 1 and call.forward.step.decodes
+    if again and not kept.is_due(selector.refresh_every):
+        assert kept.ids is not None
+        return unite(kept.ids, selector, piece.pos)
+    look = _look(call, selector, q, piece.pos, piece.tokens, call.store.memory[0], turns)
+    ids = choose(selector, look, near)
+    if again:
+        kept.ids = ids
+    return ids
 
 
 def _look(
@@ -218,15 +220,29 @@ def _put(out: Tensor, tokens: Tensor | slice, piece: Step, part: Tensor) -> None
     out.scatter_add_(2, index, part.masked_fill(~real, 0).to(out.dtype))
 
 
-def _note(call: Call, selector: Selector, pos: Tensor, read: ops.Selection) -> ops.Selection:
+def _near(selector: Selector, piece: Step, rows: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """What is forced for a piece of a call, and how many blocks its queries could have seen."""
+
+    def make() -> tuple[tuple[Tensor, Tensor], Tensor]:
+        near = forced(selector, piece.pos, piece.tokens)
+        return near, _visible(near, rows)
+
+    near, visible = piece.once(("near", selector, rows), make)
+    return near, visible
+
+
+def _visible(near: tuple[Tensor, Tensor], rows: int) -> Tensor:
+    """`[]`, blocks that blocks of queries could have seen, each row's added up."""
+    return (near[1] + 1).clamp(min=0).expand(rows, -1).sum()
+
+
+def _note(call: Call, selector: Selector, pos: Tensor, read: ops.Selection, visible: Tensor) -> None:
     """Count what is read, and tell whoever watches."""
     forward = call.forward
     if forward.cache is not None:
-        _, high = forced(selector, pos, read.q_block)
-        forward.cache.ledger.count("decode" if forward.step.decodes else "prefill", read.ids, high)
+        forward.cache.ledger.count("decode" if forward.step.decodes else "prefill", read.ids, visible)
     if forward.watch is not None:
         forward.watch(call.layer, call.group, selector, pos, read)
-    return read
 
 
 # what is visible, and at which angle --------------------------------------------------------------------------------
@@ -255,7 +271,9 @@ def _turns(call: Call, step: Step, floor: Tensor | None) -> ops.Turns | None:
         return None
     rotary, clamp = forward.rotary[call.layer], policy.positions.distance
     if clamp is not None:
-        straight = step.end <= min(clamp + 1, plan.sink + lap)
+        reads = (policy.prefill, policy.decode)
+        near = [s.local for s in reads if s is not None and s.scorer.summary is not None and s.scorer.summary.local]
+        straight = step.end <= min([clamp + 1, plan.sink + lap, *near])  # from there on summaries are made, at angle 0
         return None if straight else ops.Turns(step.pos, lap, plan.sink, rotary.inv_freq, rotary.interleaved, clamp)
     reach = retention.reach(not step.decodes)
     if reach is None:

@@ -38,12 +38,14 @@ class Ledger:
         self.stored = 0
         self.tally: dict[tuple[str, torch.device], Tensor] = {}
 
-    def count(self, phase: str, ids: Tensor, high: Tensor) -> None:
-        """Count what blocks of queries read, `[B, Hs, N, K]`, of blocks 0 to `high` `[B or 1, N]`."""
-        visible = (high + 1).clamp(min=0).expand(ids.shape[0], -1).sum() * ids.shape[1]
-        both = torch.stack(((ids >= 0).sum(), visible)).double()
+    def count(self, phase: str, ids: Tensor, visible: Tensor) -> None:
+        """Count what blocks of queries read, `[B, Hs, N, K]`, of so many, `[]`, that each head could have seen."""
         key = (phase, ids.device)
-        self.tally[key] = both if key not in self.tally else self.tally[key] + both
+        if key not in self.tally:
+            self.tally[key] = torch.zeros(2, dtype=torch.float64, device=ids.device)
+        read, seen = self.tally[key].unbind()
+        read += (ids >= 0).sum()
+        seen.add_(visible, alpha=ids.shape[1])
 
     def density(self, phase: str | None = None) -> float | None:
         """Share of the visible blocks that were read where heads choose, in one phase or both; None: no choice yet."""

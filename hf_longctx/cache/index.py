@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -161,7 +162,8 @@ class Marks:
 
     def bytes_at(self, tokens: int, dim: int, itemsize: int) -> int:
         """Bytes of a row and head after `tokens` tokens, room for more aside."""
-        return -(-tokens // self._summary.block) * dim * itemsize + self._ring * 4
+        blocks = -(-tokens // self._summary.block)
+        return blocks * dim * itemsize + min(self._ring, blocks * self._summary.block) * 4
 
     def follow(self, keys: Keys, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         """Make the entries of blocks that no query from this call on has near, then take in the call.
@@ -174,13 +176,13 @@ class Marks:
         """
         assert step.tokens <= self._most
         count = self._newly_closed(step)
-        self._used = -(-(step.columns + step.tokens) // self._summary.block)
+        self._used = -(-step.end // self._summary.block)
         self._reserve(k, max(self._used, count))
         if count:
             self._fold_closed(keys, step, turns, count)
         assert self._mass is not None
-        slots = (step.lengths[:, None] + torch.arange(step.tokens, device=step.device)) % self._ring
-        self._mass.scatter_(2, slots[:, None].expand(*k.shape[:3]), 0.0)
+        own = step.lengths[:, None, None] + torch.arange(step.tokens, device=step.device)
+        self._mass.scatter_(2, (own % self._ring).expand(*k.shape[:3]), 0.0)
         self._before = step.tokens
 
     def add(self, ids: Tensor, mass: Tensor, block: int) -> None:
@@ -193,7 +195,9 @@ class Marks:
         """
         assert self._mass is not None
         pos = ids.long()[..., None] * block + torch.arange(block, device=ids.device)
-        slots = pos.flatten(2).expand(-1, mass.shape[1], -1) % self._ring  # what is far adds zero to whom it hits
+        slots = (
+            pos.flatten(2).expand(-1, mass.shape[1], -1) % self._mass.shape[2]
+        )  # what is far adds zero to whom it hits
         self._mass.scatter_add_(2, slots, mass.flatten(2))
 
     def map_rows(self, pick: Tensor) -> None:
@@ -224,33 +228,61 @@ class Marks:
     def _reserve(self, k: Tensor, size: int) -> None:
         have = 0 if self._entries is None else self._entries.shape[2]
         size = room(have, size, max(1, PAGE // self._summary.block))
-        if self._mass is None:
-            dtype = torch.promote_types(k.dtype, torch.float32)
-            self._mass = torch.zeros(*k.shape[:2], self._ring, dtype=dtype, device=k.device)
         if size == have:
             return
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        slots = min(self._ring, size * self._summary.block)  # a short text has not been round yet
         grown = k.new_zeros(*k.shape[:2], size, 1, k.shape[3]).detach()
-        if self._entries is not None:
+        mass = torch.zeros(*k.shape[:2], slots, dtype=dtype, device=k.device)
+        if self._entries is not None and self._mass is not None:
             grown[:, :, :have] = self._entries
-        self._entries = grown
+            mass[:, :, : self._mass.shape[2]] = self._mass
+        self._entries, self._mass = grown, mass
 
     def _fold_closed(self, keys: Keys, step: Step, turns: ops.Turns | None, count: int) -> None:
         """The last `count` closed blocks of each row."""
         assert self._entries is not None and self._mass is not None
-        block, (rows, heads) = self._summary.block, self._mass.shape[:2]
+        (rows, heads), block = self._mass.shape[:2], self._summary.block
+        lap = None if turns is None or turns.clamp is None else (turns.lap, turns.offset)
+        key = ("closed", block, self._near, self._ring, count, lap)
+        closed: _Closed = step.once(key, lambda: self._closed(step, turns, count))
+        k = keys.take(closed.pos.expand(rows, -1))
+        if turns is not None and turns.clamp is not None and turns.inv_freq is not None:
+            k = ops.rotate(k, closed.back, turns.inv_freq, turns.interleaved)
+        mass = self._mass.gather(2, closed.slots.expand(rows, heads, -1))
+        made = self._summary.fold(k.view(rows, heads, count, block, -1), None, mass.view(rows, heads, count, block))
+        index = closed.ids[:, None, :, None, None].expand(*made.shape)
+        if closed.done is not None:
+            made = torch.where(closed.done[:, None, :, None, None], made, self._entries.gather(2, index))
+        self._entries.scatter_(2, index, made)
+
+    def _closed(self, step: Step, turns: ops.Turns | None, count: int) -> _Closed:
+        block, within = self._summary.block, torch.arange(self._summary.block, device=step.device)
         closed = (step.lengths[:, None] - self._near + 1).clamp(min=0) // block
         ids = (closed - count).clamp(min=0) + torch.arange(count, device=step.device)
         done = ids < closed
-        pos = torch.where(done, ids, 0)[..., None] * block + torch.arange(block, device=step.device)
-        pos = pos.flatten(1).expand(rows, -1)
-        k = keys.take(pos)
-        if turns is not None and turns.clamp is not None and turns.inv_freq is not None:
-            k = ops.rotate(k, turns.lap * turns.laps(pos) - pos, turns.inv_freq, turns.interleaved)
-        mass = self._mass.gather(2, (pos % self._ring)[:, None].expand(-1, heads, -1))
-        made = self._summary.fold(k.view(rows, heads, count, block, -1), None, mass.view(rows, heads, count, block))
-        index = ids[:, None, :, None, None].expand(*made.shape)
-        made = torch.where(done[:, None, :, None, None], made, self._entries.gather(2, index))
-        self._entries.scatter_(2, index, made)
+        pos = (torch.where(done, ids, 0)[..., None] * block + within).flatten(1)
+        back = -pos if turns is None else turns.lap * turns.laps(pos) - pos
+        return _Closed(ids, done if step.ragged else None, pos, (pos % self._ring)[:, None], back)
+
+
+@dataclass(frozen=True)
+class _Closed:
+    """The blocks of a store whose entries are made in a call: the same in every layer.
+
+    Args:
+        ids: `[B or 1, n]`, int64.
+        done: `[B or 1, n]`, bool, False where a row has fewer; None: no row has.
+        pos: `[B or 1, n * block]`, int64, their positions.
+        slots: `[B or 1, 1, n * block]`, int64, where their attention lies in the ring.
+        back: `[B or 1, n * block]`, int64, how far their keys are turned to stand at position 0.
+    """
+
+    ids: Tensor
+    done: Tensor | None
+    pos: Tensor
+    slots: Tensor
+    back: Tensor
 
 
 Index = Bounds | Marks

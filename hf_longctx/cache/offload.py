@@ -22,7 +22,7 @@ from .kept import Kept
 from .pages import Pages
 from .placement import HostLRU
 from .pool import Pool
-from .rows import Rows, Stored, as_stored, decoded, each, loaded, part, parts, saved, token_bytes
+from .rows import Rows, Stored, as_stored, decoded, each, loaded, part, parts, room, saved, token_bytes
 from .step import Step
 from .store import View, marked
 
@@ -55,7 +55,8 @@ class OffloadedStore:
         self._kv, self._keys, self._values = policy.kv, Rows(policy.kv), Rows(policy.kv)
         self._host = HostTier(self.pages.block, placement.disk)
         self._pool: Pool | None = None
-        self._ends: list[int] = []  # tokens of each row
+        self._ends = torch.zeros(0, dtype=torch.int64)  # tokens of each row; on the host
+        self._saved = torch.zeros(0, dtype=torch.int64)  # blocks of each row that the host has; likewise
         self.kept = Kept()
 
     @property
@@ -102,7 +103,7 @@ class OffloadedStore:
         """Bytes of a row and KV head on the device and on the host after `tokens` tokens; arguments as in `Store`."""
         each_token = 2 * token_bytes(self._kv, dim, itemsize)
         beside = 0 if self.index is None else self.index.bytes_at(tokens, dim, itemsize)
-        return self.pages.slots * each_token + beside, self._host.tokens_at(tokens) * each_token
+        return self.pages.slots_at(tokens) * each_token + beside, self._host.tokens_at(tokens) * each_token
 
     def append(self, k: Tensor, v: Tensor, step: Step) -> View:
         """Store the call's tokens and return all tokens, in the order of positions.
@@ -134,7 +135,9 @@ class OffloadedStore:
         self.index.add(ids, mass, block)
 
     def locate(self, ids: Tensor, block: int) -> Tensor:
-        """Where blocks lie in `memory`, in blocks; those that are not there are brought in first. Waits for the device.
+        """Where blocks lie in `memory`, in blocks; those that are not there are brought in first.
+
+        It waits for the device, once, if a row is so long that a block has no place of its own any more.
 
         Args:
             ids: `[B, Hs, N, K]`, int32, blocks, -1 for none; beside the sinks' and the last ones at most `pages.pool`
@@ -147,31 +150,36 @@ class OffloadedStore:
         pages, pool = self.pages, self._pool
         assert block == pages.block and pool is not None
         rows, heads = self._keys.filled.shape[:2]
-        wanted = ids.cpu().long().expand(rows, heads, -1, -1).flatten(2)
-        last = (torch.tensor(self._ends)[:, None, None] - 1) // block
-        far = (wanted >= pages.sinks) & (wanted <= last - pages.tail)
-        slots, missing = pool.claim(torch.where(far, wanted, -1))
         first = pages.sinks + pages.tail
-        self._bring(missing.rows, missing.heads, missing.ids, first + missing.slots)
-        places = torch.where(far, first + slots, pages.page(wanted))
-        places = torch.where(wanted < 0, -1, places).view(rows, heads, *ids.shape[2:])
-        return places.to(torch.int32).to(ids.device)
+        if int(self._ends.max()) <= first * block:
+            return ids.expand(rows, heads, -1, -1)
+        leaving = self._leaving(wait=False)
+        wanted = ids.cpu()  # waits, and what leaves has arrived then
+        self._host.put(*leaving)
+        wanted = wanted.long().expand(rows, heads, -1, -1).flatten(2)
+        far = pages.is_far(wanted, self._ends[:, None, None])
+        slots, missing = pool.claim(torch.where(far, wanted, -1))
+        self._host.bring(self._paged(), missing.rows, missing.heads, missing.ids, first + missing.slots)
+        places = torch.where(far, first + slots, torch.where(wanted < 0, -1, pages.page(wanted)))
+        return places.view(rows, heads, *ids.shape[2:]).to(torch.int32).to(ids.device, non_blocking=True)
 
     def whole(self) -> tuple[Stored, Stored]:
         """All keys and values on the device as they are stored, column s at position s: a copy.
 
         Columns beyond the end of a row hold anything.
         """
-        longest = max(self._ends)
-        size = -(-longest // self.pages.block) * self.pages.block
+        longest = int(self._ends.max())
+        blocks = -(-longest // self.pages.block)
+        size = blocks * self.pages.block
         keys, values = (
             each(rows.filled, lambda x: x.new_zeros(*x.shape[:2], size, x.shape[3]))
             for rows in (self._keys, self._values)
         )
         targets = self._paged(keys, values)
-        self._host.copy_to(targets)
-        found = [(row, j) for row, end in enumerate(self._ends) for j in self.pages.resident(end)]
-        row, j = torch.tensor(found, dtype=torch.int64, device=keys.device).view(-1, 2).unbind(1)
+        self._host.copy_to(targets, int(self._saved.max()))
+        j, ends = torch.arange(blocks)[None], self._ends[:, None]
+        here = (j * self.pages.block < ends) & ~self.pages.is_far(j, ends)
+        row, j = here.nonzero().to(keys.device).unbind(1)
         pages = self.pages.page(j)
         for target, x in zip(targets, self._paged(), strict=True):
             target[row, :, j] = x[row, :, pages]
@@ -194,18 +202,21 @@ class OffloadedStore:
         for piece in (self._keys, self._values, self.index, self.kept, self._pool, self._host):
             if piece is not None:
                 piece.map_rows(pick)
-        self._ends = [self._ends[row] for row in pick.tolist()] if self._ends else []
+        if len(self._ends):
+            self._ends, self._saved = self._ends[pick.cpu()], self._saved[pick.cpu()]
 
     def state(self, columns: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers that `restore` needs: all keys and values once, wherever they lie."""
         keys, values = self.whole()
         (k, about_k), (v, about_v) = saved(keys, "k"), saved(values, "v")
-        return {**k, **v}, {**about_k, **about_v, "ends": self._ends}
+        return {**k, **v}, {**about_k, **about_v, "ends": self._ends.tolist(), "slots": self._keys.slots}
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Become what `state` told of; an empty store only."""
         k, v = loaded(tensors, values, "k"), loaded(tensors, values, "v")
         real = torch.arange(k.shape[2]) < torch.tensor(values["ends"])[:, None]
+        for rows, stored in ((self._keys, k), (self._values, v)):
+            rows.reserve(stored, values["slots"])
         for _ in self._put(k, v, Step.of(0, k.shape[2], k.device, None, real)):
             pass
 
@@ -221,10 +232,10 @@ class OffloadedStore:
         return decoded(each(self._keys.filled, lambda x: x[rows, :, slots]))
 
     def _paged(self, *stored: Stored) -> list[Tensor]:
-        """All tensors of keys and values in blocks: `[B, H, P, block, ?]`, sharing memory."""
+        """All tensors of keys and values in blocks: `[B, H, P, block * ?]`, sharing memory."""
         both = stored or (self._keys.filled, self._values.filled)
         tensors = [x for one in both for x in parts(one)]
-        return [x.view(*x.shape[:2], -1, self.pages.block, x.shape[3]) for x in tensors]
+        return [x.view(*x.shape[:2], -1, self.pages.block * x.shape[3]) for x in tensors]
 
     # writing --------------------------------------------------------------------------------------------------------
 
@@ -235,53 +246,54 @@ class OffloadedStore:
 
     def _put(self, keys: Stored, values: Stored, step: Step) -> Iterator[tuple[slice, Step]]:
         """Store a call in pieces that leave the ring time to be copied; yields each piece once it is stored."""
-        spans = step.spans if step.ragged else [(step.columns, step.tokens)] * keys.shape[0]
-        self._prepare(keys, values, spans)
-        block, size = self.pages.block, self.pages.ring - self.pages.block
+        before, count = step.runs(keys.shape[0])
+        self._prepare(keys, values, step, before, count)
+        size, sinks = self.pages.ring - self.pages.block, self.pages.sinks * self.pages.block
         for start in range(0, step.tokens, size):
             stop = min(step.tokens, start + size)
             piece = step if stop - start == step.tokens else step.part(start, stop)
+            ends = before + count.clamp(max=stop)
+            if bool(self.pages.is_far(self._saved.clamp(min=self.pages.sinks), ends).any()):  # it is overwritten now
+                self._host.put(*self._leaving(wait=True))
             for rows, fresh in ((self._keys, keys), (self._values, values)):
-                rows.put(part(fresh, slice(None), start, stop), piece, self.pages.sinks * block, self.pages.ring)
-            for row, (first, count) in enumerate(spans if step.ragged else spans[:1]):
-                which = slice(row, row + 1) if step.ragged else slice(None)
-                self._copy_out(which, *((first + min(count, end)) // block for end in (start, stop)))
-            self._ends = [first + min(count, stop) for first, count in spans]
+                rows.put(part(fresh, slice(None), start, stop), piece, sinks, self.pages.ring)
+            self._ends = ends
             yield slice(start, stop), piece
 
-    def _prepare(self, keys: Stored, values: Stored, spans: list[tuple[int, int]]) -> None:
+    def _prepare(self, keys: Stored, values: Stored, step: Step, before: Tensor, count: Tensor) -> None:
         """Make room, and undo what cropped tokens did to the ring and the pool."""
+        block = self.pages.block
+        need = self.pages.slots_at(step.end)
         for rows, fresh in ((self._keys, keys), (self._values, values)):
-            rows.reserve(fresh, self.pages.slots)
+            rows.reserve(fresh, min(room(rows.slots, need, block), self.pages.slots))
         if self._pool is None:
             self._pool = Pool(keys.shape[0], keys.shape[1], self.pages.pool)
-            self._ends = [0] * keys.shape[0]
+            self._ends, self._saved = torch.zeros_like(before), torch.zeros_like(before)
         like = [x for one in (keys, values) for x in parts(one)]
-        self._host.reserve(like, max(first + count for first, count in spans) // self.pages.block)
-        for row, (end, (first, _)) in enumerate(zip(self._ends, spans, strict=True)):
-            if first < end:
-                self._pool.forget(row, first // self.pages.block)
-                self._bring_back(row, self.pages.lost(end, first))
+        self._host.reserve(like, int((before + count).max()) // block)
+        self._saved = torch.minimum(self._saved, before // block)
+        for row in (before < self._ends).nonzero()[:, 0].tolist():
+            end = int(before[row])
+            self._pool.forget(row, end // block)
+            self._bring_back(row, self.pages.lost(int(self._ends[row]), end))
+        self._ends = before
 
     def _bring_back(self, row: int, blocks: list[int]) -> None:
         """Fill blocks of a row into the ring."""
         heads = self._keys.filled.shape[1]
         ids = torch.tensor(blocks, dtype=torch.int64).repeat(heads)
         head = torch.arange(heads).repeat_interleave(len(blocks))
-        self._bring(torch.full_like(ids, row), head, ids, self.pages.page(ids))
+        self._host.bring(self._paged(), torch.full_like(ids, row), head, ids, self.pages.page(ids))
 
-    def _bring(self, rows: Tensor, heads: Tensor, ids: Tensor, pages: Tensor) -> None:
-        """Copy blocks from the host into places on the device; all arguments `[n]`, int64, on the host."""
-        if not len(ids):
-            return
-        device = self._keys.filled.device
-        index = tuple(x.to(device, non_blocking=True) for x in (rows, heads, pages))
-        for target, block in zip(self._paged(), self._host.get(rows, heads, ids), strict=True):
-            target[index] = block.to(device, non_blocking=True)
+    def _leaving(self, wait: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Full blocks that the host does not have yet, as `HostTier.put` wants them; they are all in the ring still.
 
-    def _copy_out(self, rows: slice, first: int, last: int) -> None:
-        """Copy full blocks `first` to `last - 1` of some rows to the host."""
-        if first < last:
-            ids = torch.arange(first, last, device=self._keys.filled.device)
-            pages = self.pages.page(ids)
-            self._host.put(rows, first, [x[rows, :, pages] for x in self._paged()])
+        Args:
+            wait: False leaves the copy to the host under way: nothing may look at it before the device has caught up.
+        """
+        done = self._ends // self.pages.block
+        more = done - self._saved
+        rows = torch.arange(len(more)).repeat_interleave(more)
+        ids = torch.arange(len(rows)) + (done - more.cumsum(0))[rows]
+        self._saved = done
+        return rows, ids, self._host.taken(self._paged(), rows, self.pages.page(ids), wait)

@@ -40,8 +40,12 @@ class Pages:
 
     @property
     def slots(self) -> int:
-        """Tokens that there is room for."""
+        """Tokens that there is room for in a long row."""
         return (self.sinks + self.tail + self.pool) * self.block
+
+    def slots_at(self, tokens: int) -> int:
+        """Tokens that there is room for in a row of `tokens`: as long as it is short, its blocks."""
+        return min(-(-tokens // self.block) * self.block, self.slots)
 
     @property
     def ring(self) -> int:
@@ -56,10 +60,9 @@ class Pages:
         """Where a block lies, likewise."""
         return slot_of(ids, self.sinks, self.tail)
 
-    def resident(self, end: int) -> list[int]:
-        """Blocks of a row of `end` tokens that are on the device in any case."""
-        last = (end - 1) // self.block
-        return [*range(min(self.sinks, last + 1)), *range(max(self.sinks, last - self.tail + 1), last + 1)]
+    def is_far(self, ids: Tensor, ends: Tensor) -> Tensor:
+        """Which blocks have no place of their own any more in rows of `ends` tokens; bool, of the common shape."""
+        return (ids >= self.sinks) & (ids <= (ends - 1) // self.block - self.tail)
 
     def lost(self, before: int, end: int) -> list[int]:
         """Blocks that the ring gave up while a row had `before` tokens, and that it must hold when it has `end`."""

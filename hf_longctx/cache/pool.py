@@ -37,13 +37,13 @@ class Pool:
 
     def __init__(self, rows: int, heads: int, slots: int) -> None:
         self.hits = self.misses = 0
-        self._slot_of = torch.full((rows, heads, 1), -1)  # by block
+        self._slot_of = torch.full((rows, heads, 1), -1)  # by block; the last column is that of no block, and stays -1
         self._block_in = torch.full((rows, heads, slots), -1)
         self._used = torch.zeros(rows, heads, slots, dtype=torch.int64)
         self._clock = 0
 
     def claim(self, ids: Tensor) -> tuple[Tensor, Misses]:
-        """Give every block a slot.
+        """Give every block a slot; of slots that were never used, or are free again, the first.
 
         Args:
             ids: `[rows, heads, n]`, int64, blocks in any order, -1 for none; of a row and head no more different ones
@@ -54,23 +54,24 @@ class Pool:
         """
         self._grow(int(ids.max()) + 1 if ids.numel() else 0)
         self._clock += 1
-        sorted_ids = ids.sort(-1).values
-        first = torch.ones_like(sorted_ids, dtype=torch.bool)
-        first[..., 1:] = sorted_ids[..., 1:] != sorted_ids[..., :-1]
-        wanted = first & (sorted_ids >= 0)
-        assert int(wanted.sum(-1).amax()) <= self._used.shape[2], "more blocks at once than the pool has slots"
-        found = self._slot_of.gather(2, sorted_ids.clamp(min=0))
-        there = wanted & (found >= 0)
-        row, head, place = there.nonzero(as_tuple=True)
-        self._used[row, head, found[row, head, place]] = self._clock
-        missing = wanted & ~there
-        rank = (missing.cumsum(-1) - 1).clamp(min=0)
-        oldest = self._used.argsort(dim=-1, stable=True)
-        row, head, place = missing.nonzero(as_tuple=True)
-        slots, blocks = oldest[row, head, rank[row, head, place]], sorted_ids[row, head, place]
-        self._place(row, head, slots, blocks)
-        self.hits, self.misses = self.hits + int(there.sum()), self.misses + len(row)
-        return torch.where(ids >= 0, self._slot_of.gather(2, ids.clamp(min=0)), -1), Misses(row, head, blocks, slots)
+        slot_of, block_in, used = (x.flatten(0, 1) for x in (self._slot_of, self._block_in, self._used))
+        column = ids.flatten(0, 1) % slot_of.shape[1]  # none: the last one
+        asked = torch.zeros_like(slot_of, dtype=torch.bool).scatter_(1, column, True)
+        asked[:, -1] = False
+        there = asked.gather(1, block_in % slot_of.shape[1])
+        used.masked_fill_(there, self._clock)
+        missing = asked & (slot_of < 0)
+        line, block = missing.nonzero(as_tuple=True)
+        slot = line
+        if len(line):
+            assert int(asked.sum(1).amax()) <= used.shape[1], "more blocks at once than the pool has slots"
+            oldest = used.argsort(dim=1, stable=True)
+            slot = oldest[line, missing.cumsum(1)[line, block] - 1]
+            slot_of[line, block_in[line, slot]] = -1
+            slot_of[line, block], block_in[line, slot], used[line, slot] = slot, block, self._clock
+        self.hits, self.misses = self.hits + int(there.sum()), self.misses + len(line)
+        heads = ids.shape[1]
+        return slot_of.gather(1, column).view(ids.shape), Misses(line // heads, line % heads, block, slot)
 
     def forget(self, row: int, first: int) -> None:
         """Blocks of a row from `first` on are no longer what they were."""
@@ -85,15 +86,8 @@ class Pool:
         self._slot_of, self._block_in, self._used = (x[pick] for x in (self._slot_of, self._block_in, self._used))
 
     def _grow(self, blocks: int) -> None:
-        have = self._slot_of.shape[2]
+        have = self._slot_of.shape[2] - 1
         if blocks > have:
-            more = self._slot_of.new_full((*self._slot_of.shape[:2], max(blocks, 2 * have) - have), -1)
-            self._slot_of = torch.cat((self._slot_of, more), 2)
-
-    def _place(self, row: Tensor, head: Tensor, slots: Tensor, blocks: Tensor) -> None:
-        before = self._block_in[row, head, slots]
-        held = before >= 0
-        self._slot_of[row[held], head[held], before[held]] = -1
-        self._block_in[row, head, slots] = blocks
-        self._slot_of[row, head, blocks] = slots
-        self._used[row, head, slots] = self._clock
+            grown = self._slot_of.new_full((*self._slot_of.shape[:2], max(blocks, 2 * have) + 1), -1)
+            grown[..., :have] = self._slot_of[..., :have]
+            self._slot_of = grown

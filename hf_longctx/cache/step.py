@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +82,16 @@ class Step:
         real = None if self.real is None else place < counts[:, None]
         return replace(self, columns=self.columns + first, tokens=last - first, lengths=lengths, real=real)
 
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What follows from the step alone, so that all layers share it: made by the first that asks."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @cached_property
+    def _made(self) -> dict[Any, Any]:
+        return {}
+
     @cached_property
     def _elsewhere(self) -> dict[torch.device, Step]:
         return {}
@@ -133,6 +145,13 @@ class Step:
     def pos_in_text(self) -> Tensor:
         """`[B or 1, T]`, int64, index of each token in its row, in the order of the call; 0 for padding."""
         return self.pos.clamp(min=0) if self.restore is None else self.pos.clamp(min=0).gather(1, self.restore)
+
+    def runs(self, rows: int) -> tuple[Tensor, Tensor]:
+        """First position and number of real tokens of each of `rows` rows: `[B]`, int64, on the host; see `spans`."""
+        if not self.ragged:
+            return torch.full((rows,), self.columns), torch.full((rows,), self.tokens)
+        first, count = self.once("runs", lambda: torch.tensor(self.spans).unbind(1))
+        return first, count
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:

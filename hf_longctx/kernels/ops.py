@@ -99,7 +99,8 @@ def attend_mass(
         logits: from products to logits.
         see: positions of the queries.
         turns: how queries are turned.
-        selection: which blocks are read; not per query head.
+        selection: which blocks are read; not per query head. All K places are read, so that nothing waits for the
+            device; where it says which are far, no other holds a key at a distance of `near`, or beyond `turns.clamp`.
         near: a query counts for a key at a distance below this.
 
     Returns:

@@ -128,9 +128,12 @@ class Selection:
         block: tokens of a block of keys.
         q_block: queries of a block; block n is queries `n * q_block` to `(n + 1) * q_block - 1` of the call.
         pages: `[B, Hs, N, K]`, int32, where each block lies in the stored tensors, in blocks; None: at its id.
+        far: places of K, the first ones, that may hold a key outside the local window of a query that reads it; None:
+            all may, or nobody knows.
     """
 
     ids: Tensor
     block: int
     q_block: int
     pages: Tensor | None = None
+    far: int | None = None

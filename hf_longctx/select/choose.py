@@ -14,19 +14,19 @@ from .scorers import Look
 _LATE = 2**31 - 1
 
 
-def choose(selector: Selector, look: Look) -> Tensor:
+def choose(selector: Selector, look: Look, near: tuple[Tensor, Tensor]) -> Tensor:
     """The blocks of keys that each block of queries reads: `[B, Hs, N, K]`, int32, ascending, then -1.
 
     Args:
         selector: how it is done.
         look: the queries and what they may look at.
+        near: `forced` of the queries.
     """
-    low, high = forced(selector, look.q_pos, look.q_block)
     scores = selector.scorer.score(look)  # type: ignore[attr-defined]  # a protocol of plan/, which knows no tensors
     take = None if selector.budget.tokens is None else selector.budget.tokens // selector.block
     shares = getattr(selector.budget, "shares", None)
     tau = None if shares is None else _shares(shares, scores.shape[1], scores.device)
-    return ops.pick_blocks(scores, low, high, selector.sink_blocks, take, tau, most_forced(selector, look.q_block))
+    return ops.pick_blocks(scores, *near, selector.sink_blocks, take, tau, most_forced(selector, look.q_block))
 
 
 def forced(selector: Selector, q_pos: Tensor, q_block: int) -> tuple[Tensor, Tensor]:
@@ -43,6 +43,16 @@ def most_forced(selector: Selector, q_block: int) -> int:
     """Most local blocks of a block of queries."""
     span = selector.local + q_block - 1
     return max((span + selector.block - 2) // selector.block + 1, -(-selector.dense_below // selector.block))
+
+
+def most_far(selector: Selector, q_block: int) -> int | None:
+    """Most blocks, of those that a block of queries reads, with a key outside one's local window; None: no bound."""
+    tokens = selector.budget.tokens
+    if tokens is None or selector.dense_below:
+        return None
+    since = q_block + selector.refresh_every - 1  # tokens from the first query of the choice to the last that uses it
+    local = -(-(since + selector.block - 2) // selector.block)  # in the window of the first, not in that of the last
+    return selector.sink_blocks + tokens // selector.block + local
 
 
 def unite(ids: Tensor, selector: Selector, q_pos: Tensor) -> Tensor:

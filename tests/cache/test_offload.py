@@ -182,17 +182,17 @@ def fill(text: Text, calls: list[int]) -> None:
 
 def test_the_device_holds_no_more_however_long_the_text() -> None:
     text = Text(policy(4, 4, 8, 2, None, HostLRU(3)), rows=2)
-    fill(text, [30])
+    fill(text, [90])
     index = text.store.summaries.shape[2]
-    assert index == 30
+    assert index == 90
     live = sum(x.untyped_storage().nbytes() for stored in text.store.memory for x in parts(stored))
     blocks = 1 + 9 + 3  # sinks; 8 local, twice 8 of a call, 3 more; pool
     assert live == 2 * 2 * HEADS * blocks * 4 * 4 * 4
     assert text.store.kv_bytes == live + text.store.index.nbytes
-    assert text.store.host_bytes == 2 * 2 * HEADS * 48 * 4 * 4
+    assert text.store.host_bytes == 2 * 2 * HEADS * 96 * 4 * 4
     fill(text, [300, 1, 1])
     assert text.store.kv_bytes == live + text.store.index.nbytes
-    assert text.store.host_bytes == 2 * 2 * HEADS * 336 * 4 * 4 == text.cache.host_bytes == text.cache.ledger.host_bytes
+    assert text.store.host_bytes == 2 * 2 * HEADS * 408 * 4 * 4 == text.cache.host_bytes == text.cache.ledger.host_bytes
 
 
 def test_blocks_come_from_the_host_once_while_they_fit() -> None:

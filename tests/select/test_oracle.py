@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hf_longctx as lc
 from hf_longctx.cache.positions import Clamped
 from hf_longctx.plan import Selector
+from hf_longctx.select.budgets import TopK
+from hf_longctx.select.scorers import RepresentativeDot
+from hf_longctx.select.summaries import Representatives
 from hf_longctx.testing import Widened, feed, oracle_logits
 
 from . import draws
@@ -48,6 +52,15 @@ def test_antidiagonals_in_prefill(data: st.DataObject, text: draws.Text, per_kv:
 @given(draws.inf_llm(), draws.texts(), GROUPS)
 def test_representatives_and_clamped_positions(plan: lc.Plan, text: draws.Text, per_kv: int) -> None:
     compare(plan, text, per_kv)
+
+
+@pytest.mark.parametrize("calls", [[1] * 10, [4, 4, 1, 1], [9, 1]])
+def test_blocks_may_close_before_the_first_key_is_far(calls: list[int]) -> None:
+    reads = Selector(RepresentativeDot(Representatives(4, 1), 4), TopK(4), 0, 1)
+    policy = lc.HeadPolicy(lc.KeepAll(), Clamped(8), reads, reads)
+    compare(
+        draws.plan((policy,), (policy,)), (torch.tensor([[44, 94, 121, 13, 31, 116, 71, 84, 105, 14]]), None, calls), 1
+    )
 
 
 @settings(deadline=None, max_examples=20)

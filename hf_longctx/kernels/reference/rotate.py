@@ -19,4 +19,4 @@ def rotate(x: Tensor, delta: Tensor, inv_freq: Tensor, interleaved: bool) -> Ten
     else:
         a, b = part[..., : size // 2], part[..., size // 2 :]
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    return torch.cat((turned.to(x.dtype), rest), -1)
+    return torch.cat((turned.to(x.dtype), rest), -1) if rest.shape[-1] else turned.to(x.dtype)

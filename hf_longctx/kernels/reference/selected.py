@@ -13,6 +13,9 @@ from ..types import Logits, Packed, Selection, Turns, Visibility
 from .kv import read
 from .weigh import LOGITS_PER_BLOCK, average, empty_out, join, positions, turn_keys, weigh
 
+WIDER = 16
+"""How many times as many logits an accelerator has at a time: with fewer it would wait for the next launch."""
+
 EVERYTHING = Visibility()
 """A query sees all keys of its blocks at or before its own position."""
 
@@ -29,6 +32,7 @@ class Part:
         v: `[B * n, H, L, Dv]`.
         q_pos: `[B * n, 1, t]`, int64.
         k_pos: `[B * n, H or 1, L]`, int64, -1 for no key.
+        far: keys, the first ones, that may be outside the local window of a query.
     """
 
     blocks: slice
@@ -38,6 +42,7 @@ class Part:
     v: Tensor
     q_pos: Tensor
     k_pos: Tensor
+    far: int | None
 
     def attend(self, dtype: torch.dtype) -> Tensor:
         """`[B, Hq, n * t, Dv]`."""
@@ -47,10 +52,10 @@ class Part:
 
     def mass(self, near: int) -> Tensor:
         """Attention that each key got from queries less than `near` away: `[B, H, n, L]`."""
-        close = self.q_pos[..., :, None] - self.k_pos[..., None, :] < near
+        away = self.k_pos[..., None, : self.far] <= (self.q_pos - near)[..., None]
         weights = self.weights.detach() / self.total.detach()
-        got = weights.masked_fill_(~close[:, :, None], 0.0).sum((2, 3))
-        return self._apart(got)
+        weights[..., : self.far].masked_fill_(away[:, :, None], 0.0)
+        return self._apart(weights.sum((2, 3)))
 
     def _apart(self, x: Tensor) -> Tensor:
         """Rows and blocks as two axes: `[B * n, H, ...]` to `[B, H, n, ...]`."""
@@ -67,7 +72,8 @@ def attend_selected(
     selection: Selection,
 ) -> Tensor:
     """The definition of `ops.attend_blocks` and `ops.attend_pages` with a selection."""
-    parts = ((part.rows, part.attend(q.dtype)) for part in _parts(q, k, v, logits, see, turns, selection))
+    filled = (selection.ids >= 0).sum(-1).amax((0, 1)).tolist()  # a wait for the device, and no empty place is read
+    parts = ((part.rows, part.attend(q.dtype)) for part in _parts(q, k, v, logits, see, turns, selection, filled))
     return join(parts, empty_out(q, v.shape[3]))
 
 
@@ -83,11 +89,12 @@ def attend_mass(
 ) -> tuple[Tensor, Tensor]:
     """The definition of `ops.attend_mass`."""
     rows, _, count, chosen = selection.ids.shape
+    filled = [chosen] * count
     dtype = torch.promote_types(q.dtype, torch.float32)
     mass = torch.zeros(rows, k.shape[1], count, chosen * selection.block, dtype=dtype, device=q.device)
 
     def attended() -> Iterator[tuple[slice, Tensor]]:
-        for part in _parts(q, k, v, logits, see, turns, selection):
+        for part in _parts(q, k, v, logits, see, turns, selection, filled):
             mass[:, :, part.blocks, : part.k_pos.shape[-1]] += part.mass(near)
             yield part.rows, part.attend(q.dtype)
 
@@ -102,29 +109,35 @@ def _parts(
     see: Visibility,
     turns: Turns | None,
     selection: Selection,
+    filled: list[int],
 ) -> Iterator[Part]:
-    """Queries in order: some blocks at a time, or where one is too large, some of its queries at a time."""
+    """Queries in order: some blocks at a time, or where one is too large, some of its queries at a time.
+
+    Of the places of K the first `filled[n]` are read for block n of queries.
+    """
     rows, heads, tokens, _ = q.shape
     size, count = selection.q_block, selection.ids.shape[2]
     key_heads = heads if selection.ids.shape[1] == heads else k.shape[1]
     q_pos = positions(see, tokens, k.shape[2], q.device)[0].expand(rows, -1)
-    filled = (selection.ids >= 0).sum(-1).amax((0, 1)).tolist()  # a wait for the device, and no empty place is read
+    most = LOGITS_PER_BLOCK * (1 if q.device.type == "cpu" else WIDER)
+    far = None if selection.far is None else selection.far * selection.block
     width = max([1, *filled]) * selection.block
     each = rows * width * (heads * size + key_heads * (q.shape[3] + v.shape[3]))
-    some = max(1, LOGITS_PER_BLOCK // max(1, each))
+    some = max(1, most // max(1, each))
     for first in range(0, count, some):
         blocks = slice(first, min(first + some, count))
         here = slice(first * size, min(blocks.stop * size, tokens))
         q_part, q_places = _fold(q[:, :, here], q_pos[:, here], blocks.stop - first, size)
         index, k_pos = _find(selection, blocks, max([1, *filled[blocks]]), key_heads, k)
         k_part, v_part = (read(x, index).flatten(0, 1) for x in (k, v))
-        keys = turn_keys(k_part, k_pos, q_places, EVERYTHING, turns, size == 1)
-        step = min(size, max(16, LOGITS_PER_BLOCK // max(1, q_part.shape[0] * heads * k_part.shape[2])))
+        keys = turn_keys(k_part, k_pos, q_places, EVERYTHING, turns, size == 1, far)
+        step = min(size, max(16, most // max(1, q_part.shape[0] * heads * k_part.shape[2])))
         length = min(size, here.stop - here.start)
         for start in range(0, length, step):  # more than one step only where there is one block
             queries = slice(here.start + start, min(here.start + start + step, here.stop)) if step < length else here
             own, places = q_part[:, :, start : start + step], q_places[..., start : start + step]
-            yield Part(blocks, queries, *weigh(own, places, keys, logits, EVERYTHING, turns), v_part, places, k_pos)
+            weights, total = weigh(own, places, keys, logits, EVERYTHING, turns)
+            yield Part(blocks, queries, weights, total, v_part, places, k_pos, far)
 
 
 def _fold(q: Tensor, q_pos: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:

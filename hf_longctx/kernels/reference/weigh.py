@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 LOGITS_PER_BLOCK = 1 << 22
 """Logits that one block of queries may hold at a time: 16 MiB in float32."""
 
+_NEVER = 2**62
+"""A position that no query reaches."""
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -35,7 +38,9 @@ class Keys:
     lap: Tensor | None
 
 
-def turn_keys(k: Tensor, pos: Tensor, q_pos: Tensor, see: Visibility, turns: Turns | None, few: bool) -> Keys:
+def turn_keys(
+    k: Tensor, pos: Tensor, q_pos: Tensor, see: Visibility, turns: Turns | None, few: bool, far: int | None = None
+) -> Keys:
     """Keys for some queries.
 
     Args:
@@ -45,21 +50,23 @@ def turn_keys(k: Tensor, pos: Tensor, q_pos: Tensor, see: Visibility, turns: Tur
         see: its sinks are read elsewhere where positions are not clamped.
         turns: None: products are right as they are.
         few: few queries: they will be turned to the keys, not both to one lap.
+        far: keys, the first ones, that may be beyond the clamped distance; None: that is looked up.
     """
     if turns is None or turns.inv_freq is None:
         return Keys(k, k[:, :, :0], pos, None)
+    laps = turns.laps(pos)
     if turns.clamp is None:
         first = k[:, :, : see.sink]
     else:
-        far = (pos >= 0) & (pos < q_pos.amax(-1, keepdim=True) - turns.clamp)
-        places = torch.arange(1, pos.shape[-1] + 1, device=pos.device)
-        reach = int((far * places).amax())  # a wait for the device, and most keys are near
-        zero = turns.lap * turns.laps(pos) - pos
-        first = _turn(k[:, :, :reach], zero[..., :reach], turns)
+        if far is None:
+            beyond = (pos >= 0) & (pos < q_pos.amax(-1, keepdim=True) - turns.clamp)
+            places = torch.arange(1, pos.shape[-1] + 1, device=pos.device)
+            far = int((beyond * places).amax())  # a wait for the device, and most keys are near
+        first = _turn(k[:, :, :far], (turns.lap * laps - pos)[..., :far], turns)
     if few:
         return Keys(k, first, pos, None)
     lap = turns.laps(q_pos.amax(-1, keepdim=True))
-    return Keys(_turn(k, (turns.laps(pos) - lap) * turns.lap, turns), first, pos, lap)
+    return Keys(_turn(k, (laps - lap) * turns.lap, turns), first, pos, lap)
 
 
 def weigh(
@@ -82,7 +89,7 @@ def weigh(
     if logits.slopes is not None:
         distance = _distance(q_pos, keys.pos, see.sink, turns).to(x)
         x = x + logits.slopes.to(x).view(groups) * distance[:, :, None]
-    x = x.masked_fill_(~visible(see, q_pos, keys.pos)[:, :, None], float("-inf"))
+    x = x.masked_fill_(_hidden(see, q_pos, keys.pos)[:, :, None], float("-inf"))
     return _softmax(x, None if logits.sink_logits is None else logits.sink_logits.to(x).view(groups))
 
 
@@ -110,7 +117,7 @@ def _products(q: Tensor, q_pos: Tensor, keys: Keys, logits: Logits, see: Visibil
     if turns.clamp is None:
         elsewhere, there = turns.sink_pos[:, None], pos < see.sink
     else:
-        elsewhere, there = torch.full_like(q_pos, turns.clamp), q_pos[..., :, None] - pos > turns.clamp
+        elsewhere, there = torch.full_like(q_pos, turns.clamp), pos < (q_pos - turns.clamp)[..., None]
     turned = _turn(q, elsewhere - (q_pos - turns.lap * own), turns)
     x[..., :count] = torch.where(there[:, :, None], products(turned, keys.first, logits.scale), x[..., :count])
     return x
@@ -141,6 +148,13 @@ def visible(see: Visibility, q_pos: Tensor, k_pos: Tensor) -> Tensor:
     if see.window is not None:
         seen &= (distance < see.window) | (k_pos < see.sink)
     return seen
+
+
+def _hidden(see: Visibility, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """The opposite of `visible`; without a window in one comparison, for there may be very many."""
+    if see.window is not None:
+        return ~visible(see, q_pos, k_pos)
+    return torch.where(k_pos < 0, _NEVER, k_pos)[..., None, :] > q_pos[..., :, None]
 
 
 def _distance(q_pos: Tensor, k_pos: Tensor, sink: int, turns: Turns | None) -> Tensor:
