@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..models import ModelFacts
-from ..plan import KVFormat, Plan, Selector
+from ..plan import KVFormat, Plan, Selector, require_whole
 from ..select.summaries import MinMax
 from .kv import kv_format
 from .layouts import DENSE, require_full_attention, uniform
@@ -43,10 +43,7 @@ class Quest:
     def __post_init__(self) -> None:
         self._selector  # noqa: B018 - a knob that makes no sense is refused here
         kv_format(self.kv, "Quest")
-        if type(self.dense_layers) is not int or self.dense_layers < 0:
-            raise ValueError(
-                f"Quest: expected dense_layers as a whole number >= 0; got {self.dense_layers!r}. The paper has 2."
-            )
+        require_whole("Quest", 0, dense_layers=self.dense_layers)
 
     @property
     def _selector(self) -> Selector:

@@ -202,7 +202,8 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: lc.Quest(token_budget=16), "1 with the last tokens and one to choose; got 16. Give 32"),
     (lambda: lc.Quest(token_budget=64, sink=17, local=2), "at least 80: 2 with sinks, 2 with the last tokens"),
     (lambda: lc.Quest(token_budget=2048.0), "got 2048.0"),  # type: ignore[arg-type]
-    (lambda: lc.Quest(page=0), "MinMax: expected a block"),
+    (lambda: lc.Quest(page=0), "MinMax: expected block as a whole number >= 1; got 0"),
+    (lambda: lc.Quest(dense_layers=True), "Quest: expected dense_layers as a whole number >= 0; got True"),
     (lambda: lc.Quest(local=0), "Selector: expected local"),
     (lambda: lc.Quest(sink=-1), "Selector: expected sink"),
     (lambda: lc.Quest(dense_layers=-1), "Quest: expected dense_layers"),
@@ -221,6 +222,8 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: lc.LServe(stride=5), "stride that divides"),
     (lambda: lc.InfLLM(init=100), "InfLLM: expected init in whole blocks of 128; got 100"),
     (lambda: lc.InfLLM(topk=0), "InfLLM: expected topk as a whole number >= 1; got 0"),
+    (lambda: lc.InfLLM(topk=1.5), "InfLLM: expected topk as a whole number >= 1; got 1.5"),  # type: ignore[arg-type]
+    (lambda: lc.InfLLM(topk=-1), "InfLLM: expected topk as a whole number >= 1; got -1"),
     (lambda: lc.InfLLM(offload=False, host_ram="8GiB"), "InfLLM: expected offload True beside host_ram"),
     (lambda: lc.InfLLM(local=0), "expected local"),
     (lambda: lc.InfLLM(representatives=129), "expected a count between 1 and the block"),
