@@ -101,7 +101,7 @@ def _in_turn(policy: HeadPolicy, selector: Selector, step: Step) -> bool:
 def _reads_all(selector: Selector, step: Step) -> bool:
     """True if no query of the call leaves a block out, as its number alone says."""
     tokens = selector.budget.tokens
-    if step.end <= selector.dense_below or min(getattr(selector.budget, "shares", (0,))) >= 1:
+    if step.end <= selector.dense_below or min(selector.budget.shares or (0.0,)) >= 1:
         return True
     return tokens is not None and step.end <= tokens + selector.sink_blocks * selector.block + selector.block
 

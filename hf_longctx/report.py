@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from .errors import UnsupportedError
 from .kernels import dispatch
 from .memory import dense_kv_bytes
-from .methods import METHODS
+from .methods import METHODS, check_plan
 from .models import inspect_model
-from .patch import check_plan, state_of
+from .patch import state_of
 from .plan import Plan
 
 

@@ -10,6 +10,7 @@ from ..cache.positions import Absolute, InCache
 from ..models import ModelFacts
 from ..plan import HeadGroup, HeadPolicy, KVFormat, LayerPlan, Placement, Plan
 from .duo_heads import DuoHeads
+from .fit import check_plan
 from .kv import kv_format
 from .layouts import DENSE, part, require_full_attention, require_small_positions, uniform
 from .method import Method
@@ -57,12 +58,7 @@ def compose(
 def _plan(method: Method | Plan, facts: ModelFacts) -> Plan:
     """A method's plan for a model, or a ready one that fits it."""
     plan = method if isinstance(method, Plan) else method.plan(facts)
-    expected, got = ([layer.kv_heads for layer in part.layers] for part in (facts, plan))
-    if expected != got:
-        raise ValueError(
-            f"compose: expected a plan for layers with {expected} KV heads; got '{plan.method}' for {got}. "
-            "Make the plan for this model."
-        )
+    check_plan(plan, facts, "compose")
     return plan
 
 

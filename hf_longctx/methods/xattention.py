@@ -72,6 +72,6 @@ class XAttention:
         return [Mass(self._shared(row, layer)) for row, layer in zip(found.tau, facts.layers, strict=True)]
 
     def _shared(self, row: tuple[float, ...], layer: LayerFacts) -> tuple[float, ...]:
-        heads = {"q_head": layer.q_heads, "kv_head": layer.kv_heads, "all": 1}[self.share]
+        heads = self._selector(Mass()).choices(layer.kv_heads, layer.q_heads // layer.kv_heads)
         size = layer.q_heads // heads
         return tuple(max(row[i * size : (i + 1) * size]) for i in range(heads))

@@ -53,6 +53,10 @@ class Selector:
         """Blocks that hold a sink."""
         return -(-self.sink // self.block)
 
+    def choices(self, kv_heads: int, per_kv: int) -> int:
+        """How many choices so many KV heads make, each of `per_kv` query heads."""
+        return {"q_head": kv_heads * per_kv, "kv_head": kv_heads, "all": 1}[self.share]
+
     def describe(self) -> str:
         """One phrase for a table."""
         forced = [f"{n} {word}" for n, word in ((self.sink, "sinks"), (self.local, "local")) if n > 1]

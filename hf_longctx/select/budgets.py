@@ -25,6 +25,11 @@ class TopK:
     def __post_init__(self) -> None:
         require_whole("TopK", 0, tokens=self.tokens)
 
+    @property
+    def shares(self) -> None:
+        """The number is fixed."""
+        return None
+
     def describe(self) -> str:
         """One phrase for a table."""
         return f"the best {self.tokens} tokens"

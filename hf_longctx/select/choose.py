@@ -24,7 +24,7 @@ def choose(selector: Selector, look: Look) -> Tensor:
     low, high = forced(selector, look.q_pos, look.q_block)
     scores = selector.scorer.score(look)  # type: ignore[attr-defined]  # a protocol of plan/, which knows no tensors
     take = None if selector.budget.tokens is None else selector.budget.tokens // selector.block
-    shares = getattr(selector.budget, "shares", None)
+    shares = selector.budget.shares
     tau = None if shares is None else _shares(shares, scores.shape[1], scores.device)
     return ops.pick_blocks(scores, low, high, selector.sink_blocks, take, tau, most_forced(selector, look.q_block))
 
@@ -68,9 +68,5 @@ def unite(ids: Tensor, selector: Selector, q_pos: Tensor) -> Tensor:
 @lru_cache(maxsize=4096)
 def _shares(shares: tuple[float, ...], heads: int, device: torch.device) -> Tensor:
     """`[Hs]`, float32, made once: making it waits for the device."""
-    if len(shares) not in (1, heads):
-        raise ValueError(
-            f"Mass: expected one tau, or one for each of {heads} heads that select; got {len(shares)}. "
-            "Tune thresholds for this model and this sharing."
-        )
+    assert len(shares) in (1, heads)
     return torch.tensor(shares, dtype=torch.float32, device=device).expand(heads)

@@ -81,7 +81,7 @@ def test_kv_given_apart_wins() -> None:
 OTHER = lc.Quest().plan(facts_of("llama_multi_query"))
 UNFIT: list[tuple[dict[str, Any], str]] = [
     ({}, "compose: expected a method or a value of an axis; got none"),
-    ({"decode": OTHER}, "compose: expected a plan for layers with [2, 2] KV heads; got 'quest' for [1, 1, 1]"),
+    ({"decode": OTHER}, "compose: expected a plan for 2 layers with 2 KV heads in layer 0; got plan 'quest' with 3"),
     ({"kv": "int2"}, "compose: expected kv among native, int8, int4; got 'int2'"),
     ({"placement": lc.HostLRU()}, "compose 'host_lru': expected a method that selects in decode steps"),
     ({"prefill": lc.XAttention(), "placement": lc.HostLRU()}, "compose 'xattention + host_lru': expected a method"),
