@@ -17,7 +17,7 @@ from .context import Forward
 from .errors import UnsupportedError
 from .kernels import ops
 from .plan import HeadGroup, HeadPolicy, Retention, Selector
-from .select.choose import choose, forced, unite
+from .select.choose import Choice, choose, unite
 from .select.scorers import Look
 
 QUERIES = 2048
@@ -140,7 +140,7 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
         pos = blocks.pos[:, first * blocks.size : last * blocks.size]
         asked = blocks.take(q, first, last)
         look = _look(call, selector, asked, pos, blocks.size, keys, turns)
-        ids = choose(selector, look)
+        ids = _counted(call, choose(selector, look))
         pages = store.locate(ids, selector.block) if store is not None and step.decodes else None
         read = _note(call, selector, pos, ops.Selection(ids, selector.block, blocks.size, pages))
         see = ops.Visibility(q_pos=pos)
@@ -182,13 +182,21 @@ def _renew(
     """What a block of queries reads: chosen now, or what was chosen some decode steps ago and is forced now."""
     store = call.store
     if selector.refresh_every == 1 or not call.forward.step.decodes:
-        return choose(selector, _look(call, selector, q, piece.pos, piece.tokens, keys, turns))
+        return _counted(call, choose(selector, _look(call, selector, q, piece.pos, piece.tokens, keys, turns)))
     kept: Kept = store.kept
     if kept.is_due(selector.refresh_every):
-        kept.ids = choose(selector, _look(call, selector, q, piece.pos, 1, keys, turns))
+        kept.ids = _counted(call, choose(selector, _look(call, selector, q, piece.pos, 1, keys, turns)))
         return kept.ids
     assert kept.ids is not None
-    return unite(kept.ids, selector, piece.pos)
+    return _counted(call, unite(kept.ids, selector, piece.pos))
+
+
+def _counted(call: Call, choice: Choice) -> Tensor:
+    """The blocks of a choice, once the ledger knows how many they are of how many."""
+    forward = call.forward
+    if forward.cache is not None:
+        forward.cache.ledger.count("decode" if forward.step.decodes else "prefill", choice.ids, choice.high)
+    return choice.ids
 
 
 def _look(
@@ -219,13 +227,9 @@ def _put(out: Tensor, tokens: Tensor | slice, piece: Step, part: Tensor) -> None
 
 
 def _note(call: Call, selector: Selector, pos: Tensor, read: ops.Selection) -> ops.Selection:
-    """Count what is read, and tell whoever watches."""
-    forward = call.forward
-    if forward.cache is not None:
-        _, high = forced(selector, pos, read.q_block)
-        forward.cache.ledger.count("decode" if forward.step.decodes else "prefill", read.ids, high)
-    if forward.watch is not None:
-        forward.watch(call.layer, call.group, selector, pos, read)
+    """Tell whoever watches what is read."""
+    if call.forward.watch is not None:
+        call.forward.watch(call.layer, call.group, selector, pos, read)
     return read
 
 

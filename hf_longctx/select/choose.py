@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -14,8 +15,21 @@ from .scorers import Look
 _LATE = 2**31 - 1
 
 
-def choose(selector: Selector, look: Look) -> Tensor:
-    """The blocks of keys that each block of queries reads: `[B, Hs, N, K]`, int32, ascending, then -1.
+@dataclass(frozen=True)
+class Choice:
+    """Which blocks of keys blocks of queries read, and which they could.
+
+    Args:
+        ids: `[B, Hs, N, K]`, int32, ascending, then -1.
+        high: `[B or 1, N]`, int64, the last block that each could read, -1 where there is no query.
+    """
+
+    ids: Tensor
+    high: Tensor
+
+
+def choose(selector: Selector, look: Look) -> Choice:
+    """What each block of queries reads.
 
     Args:
         selector: how it is done.
@@ -26,7 +40,8 @@ def choose(selector: Selector, look: Look) -> Tensor:
     take = None if selector.budget.tokens is None else selector.budget.tokens // selector.block
     shares = selector.budget.shares
     tau = None if shares is None else _shares(shares, scores.shape[1], scores.device)
-    return ops.pick_blocks(scores, low, high, selector.sink_blocks, take, tau, most_forced(selector, look.q_block))
+    most = most_forced(selector, look.q_block)
+    return Choice(ops.pick_blocks(scores, low, high, selector.sink_blocks, take, tau, most), high)
 
 
 def forced(selector: Selector, q_pos: Tensor, q_block: int) -> tuple[Tensor, Tensor]:
@@ -45,7 +60,7 @@ def most_forced(selector: Selector, q_block: int) -> int:
     return max((span + selector.block - 2) // selector.block + 1, -(-selector.dense_below // selector.block))
 
 
-def unite(ids: Tensor, selector: Selector, q_pos: Tensor) -> Tensor:
+def unite(ids: Tensor, selector: Selector, q_pos: Tensor) -> Choice:
     """An earlier choice of the same heads, and what is forced for one query a row now.
 
     Args:
@@ -54,15 +69,16 @@ def unite(ids: Tensor, selector: Selector, q_pos: Tensor) -> Tensor:
         q_pos: `[B or 1, 1]`, int64, position of the query, -1 for none.
 
     Returns:
-        `[B, Hs, 1, K + F]`, int32, ascending, then -1.
+        Both, ids `[B, Hs, 1, K + F]`.
     """
-    low, high = (x[:, None, :, None] for x in forced(selector, q_pos, 1))
+    low, last = forced(selector, q_pos, 1)
+    low, high = low[:, None, :, None], last[:, None, :, None]
     new = high - torch.arange(most_forced(selector, 1), device=ids.device)
     new = torch.where((new >= low) & (new >= 0), new, -1).to(ids.dtype).expand(*ids.shape[:3], -1)
     known = (new[..., None] == ids[..., None, :]).any(-1)
     both = torch.cat((ids, new.masked_fill(known, -1)), -1)
     both = both.masked_fill(both < 0, _LATE).sort(-1).values
-    return both.masked_fill(both == _LATE, -1)
+    return Choice(both.masked_fill(both == _LATE, -1), last)
 
 
 @lru_cache(maxsize=4096)

@@ -9,8 +9,10 @@ import torch
 
 import hf_longctx as lc
 from hf_longctx import memory
+from hf_longctx.kernels.types import Selection
+from hf_longctx.patch import state_of
 
-from ..methods.cases import LIMITS, LOSSY, Row, named, pairs
+from ..methods.cases import LIMITS, LOSSY, SELECTING, Row, named, pairs
 from .cases import BY_NAME
 from .test_generate import batch, generate
 from .tiny import Case
@@ -166,3 +168,37 @@ def test_a_cache_that_was_reset_has_read_nothing() -> None:
     assert 0 < lc.report(model).density < 1
     cache.reset()
     assert lc.report(model).density is None
+
+
+CHOOSING = [row for row in SELECTING if row.name != "inf_llm"] + [
+    Row("per_query_head", lambda case: lc.Quest(8, page=4, dense_layers=0, share="q_head")),
+    Row("inf_llm", lambda case: lc.InfLLM(init=4, local=6, block=4, topk=1, representatives=2, q_block=8)),
+]
+
+
+@pytest.mark.parametrize("row", CHOOSING, ids=named)
+@torch.no_grad()
+def test_density_is_what_was_read_of_what_each_query_could_see(row: Row) -> None:
+    """Counted block by block from what the layers were told to read, in a padded batch, kept choices included."""
+    model = lc.patch(LLAMA.make(), row.method(LLAMA))
+    read: dict[bool, int] = {True: 0, False: 0}
+    seen = dict(read)
+
+    def watch(layer: int, group: lc.HeadGroup, selector: lc.Selector, q_pos: torch.Tensor, found: Selection) -> None:
+        few = q_pos.shape[1] == 1
+        read[few] += int((found.ids >= 0).sum())
+        last = q_pos.view(q_pos.shape[0], -1, found.q_block).amax(-1).expand(2, -1)
+        seen[few] += found.ids.shape[1] * sum(end // selector.block + 1 for end in last.flatten().tolist() if end >= 0)
+
+    state = state_of(model)
+    assert state is not None
+    state.watch = watch
+    ids, mask = LLAMA.prompt(40, rows=2), torch.ones(2, 40, dtype=torch.int64)
+    mask[0, :7] = 0
+    cache = model(ids, attention_mask=mask).past_key_values
+    for _ in range(7):
+        mask = torch.cat((mask, mask[:, -1:]), 1)
+        model(LLAMA.prompt(1, rows=2), attention_mask=mask, past_key_values=cache)
+    found = {few: cache.ledger.density(phase) for few, phase in ((True, "decode"), (False, "prefill"))}
+    assert found == {few: read[few] / seen[few] if seen[few] else None for few in (True, False)}
+    assert lc.report(model).density == sum(read.values()) / sum(seen.values())
