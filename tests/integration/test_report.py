@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -202,3 +203,41 @@ def test_density_is_what_was_read_of_what_each_query_could_see(row: Row) -> None
     found = {few: cache.ledger.density(phase) for few, phase in ((True, "decode"), (False, "prefill"))}
     assert found == {few: read[few] / seen[few] if seen[few] else None for few in (True, False)}
     assert lc.report(model).density == sum(read.values()) / sum(seen.values())
+
+
+@torch.no_grad()
+def test_blocks_in_host_memory_are_told_as_the_stores_count_them() -> None:
+    model = lc.patch(LLAMA.make(), lc.Quest(12, page=4, dense_layers=0), placement=lc.HostLRU(resident_blocks=3))
+    before = lc.report(model)
+    assert (before.hits, before.misses, before.hit_rate) == (0, 0, None)
+    assert "\noffloaded: 0 blocks read, 0 hits, 0 misses; 0.0 MiB on the device, 0.0 MiB on the host\n" in str(before)
+    cache = model(LLAMA.prompt(1500)).past_key_values
+    for token in LLAMA.prompt(30)[0]:
+        model(token.view(1, 1), past_key_values=cache)
+    report = lc.report(model)
+    stores = [store for layer in cache.layers for _, store in layer.stores]
+    assert (report.hits, report.misses) == (sum(s.hits for s in stores), sum(s.misses for s in stores))
+    assert report.hits > 0
+    assert report.misses > 0
+    assert report.hits + report.misses <= 30 * LLAMA.layers * LLAMA.kv_heads * 2  # what is forced is not counted
+    assert report.hit_rate == report.hits / (report.hits + report.misses)
+    device, host = (x / 2**20 for x in (cache.kv_bytes, sum(s.host_bytes for s in stores)))
+    assert report.host_bytes == sum(s.host_bytes for s in stores)
+    assert (
+        f"\noffloaded: {report.hits + report.misses} blocks read, {report.hits} hits, {report.misses} misses "
+        f"({report.hit_rate:.1%} hits); {device:.1f} MiB on the device, {host:.1f} MiB on the host\n"
+    ) in str(report)
+    del cache, stores
+    assert (lc.report(model).hits, lc.report(model).live) == (report.hits, False)
+    assert asdict(report)["hit_rate"] == report.hit_rate
+
+
+@torch.no_grad()
+def test_a_reset_cache_has_no_hits_and_a_plan_on_the_device_no_such_line() -> None:
+    model = lc.patch(LLAMA.make(), lc.Quest(12, page=4, dense_layers=0), placement=lc.HostLRU(resident_blocks=3))
+    cache = model(LLAMA.prompt(100)).past_key_values
+    model(LLAMA.prompt(1), past_key_values=cache)
+    assert lc.report(model).misses > 0
+    cache.reset()
+    assert (lc.report(model).hits, lc.report(model).misses, lc.report(model).hit_rate) == (0, 0, None)
+    assert "offloaded" not in str(lc.report(lc.patch(model, "quest")))
