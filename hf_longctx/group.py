@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def attend_group(
     if step.order is not None:
         q, k, v = (ops.take_tokens(x, step.order) for x in (q, k, v))
     policy = group.policy
-    selector = policy.decode if step.decodes else policy.prefill
+    selector = _here(policy.decode if step.decodes else policy.prefill, step)
     in_turn = selector is not None and _in_turn(policy, selector, step)
     store = None if stored is None else stored[1]
     if store is None and (in_turn or policy.kv is not None):
@@ -88,6 +88,13 @@ class _Stored(torch.autograd.Function):
             "on from a filled cache, or that read its keys and values as they are stored, without a gradient. "
             "Pass the text in one call, or train with another method."
         )
+
+
+def _here(selector: Selector | None, step: Step) -> Selector | None:
+    """The selector as far as it concerns the call: beyond `dense_below`, no room is kept for all that lies before."""
+    if selector is None or not selector.dense_below or step.ragged or step.columns < selector.dense_below:
+        return selector
+    return replace(selector, dense_below=0)
 
 
 def _in_turn(policy: HeadPolicy, selector: Selector, step: Step) -> bool:

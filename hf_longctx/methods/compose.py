@@ -32,7 +32,8 @@ def compose(
         decode: by whose choice decode steps are read; None: by that of `prefill`.
         heads: heads that stream instead, whatever the methods choose.
         kv: how keys and values are stored, in place of what the methods say; None: as they say.
-        placement: where heads that select in decode steps are stored, in place of what the methods say.
+        placement: where heads that select in decode steps are stored, in place of what the methods say; those then
+            select from the first step on.
 
     Raises:
         ValueError: nothing to compose, or values that do not fit; names them.
@@ -155,4 +156,11 @@ def _placed(plan: Plan, placement: Placement) -> Plan:
             f"compose '{plan.method}': expected a method that selects in decode steps beside '{placement.describe()}'; "
             "got none. Add decode=, such as Quest(), or leave placement= out."
         )
-    return _each(plan, lambda policy: policy if policy.decode is None else replace(policy, placement=placement))
+
+    def place(policy: HeadPolicy) -> HeadPolicy:
+        if policy.decode is None:
+            return policy
+        # dense_below is where to choose gets faster on the device; elsewhere, to read everything is to bring it all in
+        return replace(policy, decode=replace(policy.decode, dense_below=0), placement=placement)
+
+    return _each(plan, place)

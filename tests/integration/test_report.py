@@ -164,7 +164,7 @@ def test_what_a_filled_cache_holds_already_is_not_asked_for_again(monkeypatch: p
 
 
 def test_a_cache_that_was_reset_has_read_nothing() -> None:
-    model = lc.patch(LLAMA.make(), lc.XAttention(stride=4, tau=0.2, block=8))
+    model = lc.patch(LLAMA.make(), lc.XAttention(stride=4, tau=0.2, block=8, dense_below=0))
     cache = model(LLAMA.prompt(50)).past_key_values
     assert 0 < lc.report(model).density < 1
     cache.reset()
