@@ -44,7 +44,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         (("eval",), ("ppl", "needle", "passkey", "ruler")),
         (("eval", "needle"), ("--depths", "--no-dense", "--resume", "--batch")),
         (("eval", "ppl"), ("--dense-tokens", "--resume")),
-        (("tune",), ("xattention",)),
+        (("tune",), ("crossover", "xattention")),
+        (("tune", "crossover"), ("--lengths", "--budget", "--out")),
         (("tune", "xattention"), ("--stride", "--coverage", "--steps")),
     ],
 )
