@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def attend_group(
     if step.order is not None:
         q, k, v = (ops.take_tokens(x, step.order) for x in (q, k, v))
     policy = group.policy
-    selector = policy.decode if step.decodes else policy.prefill
+    selector = _here(policy.decode if step.decodes else policy.prefill, step)
     in_turn = selector is not None and _in_turn(policy, selector, step)
     store = None if stored is None else stored[1]
     if store is None and (in_turn or policy.kv is not None):
@@ -90,6 +90,13 @@ class _Stored(torch.autograd.Function):
         )
 
 
+def _here(selector: Selector | None, step: Step) -> Selector | None:
+    """The selector as far as it concerns the call: beyond `dense_below`, no room is kept for all that lies before."""
+    if selector is None or not selector.dense_below or step.ragged or step.columns < selector.dense_below:
+        return selector
+    return replace(selector, dense_below=0)
+
+
 def _in_turn(policy: HeadPolicy, selector: Selector, step: Step) -> bool:
     """True if a block of queries must be read before the next can choose, or before its blocks can be brought in."""
     summary = selector.scorer.summary
@@ -101,7 +108,7 @@ def _in_turn(policy: HeadPolicy, selector: Selector, step: Step) -> bool:
 def _reads_all(selector: Selector, step: Step) -> bool:
     """True if no query of the call leaves a block out, as its number alone says."""
     tokens = selector.budget.tokens
-    if step.end <= selector.dense_below or min(getattr(selector.budget, "shares", (0,))) >= 1:
+    if step.end <= selector.dense_below or min(selector.budget.shares or (0.0,)) >= 1:
         return True
     return tokens is not None and step.end <= tokens + selector.sink_blocks * selector.block + selector.block
 
@@ -185,7 +192,7 @@ def _renew(
     again = selector.refresh_every > 1 and call.forward.step.decodes
     if again and not kept.is_due(selector.refresh_every):
         assert kept.ids is not None
-        return unite(kept.ids, selector, piece.pos)
+        return unite(kept.ids, selector, near)
     look = _look(call, selector, q, piece.pos, piece.tokens, call.store.memory[0], turns)
     ids = choose(selector, look, near)
     if again:

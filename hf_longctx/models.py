@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import UnsupportedError
+from .machine import device_name
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class ModelFacts:
         layers: one entry per layer.
         longest_in_cache: most tokens at which the rotary frequencies stay as they are, None for no bound.
         not_in_cache: why positions cannot be counted in the cache, or None.
+        device: name of the device that the model begins on.
+        dtype: of the weights, such as `bfloat16`.
     """
 
     family: str
@@ -49,6 +52,8 @@ class ModelFacts:
     layers: tuple[LayerFacts, ...]
     longest_in_cache: int | None
     not_in_cache: str | None
+    device: str
+    dtype: str
 
 
 def inspect_model(model: PreTrainedModel) -> ModelFacts:
@@ -75,7 +80,8 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
         )
     longest, reason = _in_cache_limits(config, family)
     name = str(getattr(model.config, "_name_or_path", "") or "")
-    return ModelFacts(family, name, config, layers, longest, reason)
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    return ModelFacts(family, name, config, layers, longest, reason, device_name(decoder.device), dtype)
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -15,7 +15,7 @@ from .attention import register
 from .cache.cache import Ledger, LongContextCache
 from .context import NAME
 from .hooks import AfterForward, BeforeForward, Patch, PrepareCache, PrepareSettings
-from .methods import Auto, DuoHeads, Method, compose, make
+from .methods import Auto, DuoHeads, Method, check_plan, compose, make
 from .models import ADAPTED, NO_CACHE_BY_DEFAULT, ModelFacts, attention_modules, decoder_of, inspect_model
 from .plan import KVFormat, Placement, Plan
 
@@ -155,21 +155,6 @@ def evict(target: PreTrainedModel | LongContextCache, room: int) -> None:
             )
         target = cache
     target.evict(room)
-
-
-def check_plan(plan: Plan, facts: ModelFacts) -> None:
-    """Raise ValueError unless the plan is for a model of these layers and KV heads."""
-    expected = [layer.kv_heads for layer in facts.layers]
-    got = [layer.kv_heads for layer in plan.layers]
-    if expected != got:
-        where = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), None)
-        raise ValueError(
-            f"patch: expected a plan for {len(expected)} layers"
-            + ("" if where is None else f" with {expected[where]} KV heads in layer {where}")
-            + f"; got plan '{plan.method}' with {len(got)} layers"
-            + ("" if where is None else f" and {got[where]} KV heads there")
-            + ". Make the plan for this model."
-        )
 
 
 # installing -----------------------------------------------------------------------------------------------------

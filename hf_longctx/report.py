@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from .errors import UnsupportedError
 from .kernels import dispatch
 from .memory import dense_kv_bytes
-from .methods import METHODS
+from .methods import METHODS, check_plan
 from .models import inspect_model
-from .patch import check_plan, state_of
+from .patch import state_of
 from .plan import Plan
 
 
@@ -48,6 +48,9 @@ class Report:
         backends: backend that each operation ran on last in this process.
         density: share of the visible blocks that were read where heads choose; None: none has chosen yet.
         host_bytes: bytes that the cache holds in host memory or in a file beside.
+        hits: chosen blocks that were on the device, where blocks lie in host memory; those read in any case aside.
+        misses: chosen blocks that were brought from the host.
+        hit_rate: share of hits; None: nothing lies in host memory, or no such block was read yet.
     """
 
     method: str
@@ -60,6 +63,9 @@ class Report:
     backends: dict[str, str]
     density: float | None = None
     host_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    hit_rate: float | None = None
 
     def __str__(self) -> str:
         share = self.kv_bytes / self.dense_kv_bytes if self.dense_kv_bytes else 1.0
@@ -68,10 +74,20 @@ class Report:
             f"{self.plan.describe()}\n"
             f"KV cache: {self.kv_bytes / 2**20:.1f} MiB, dense {self.dense_kv_bytes / 2**20:.1f} MiB ({share:.1%})"
             f"{'' if self.live else ', released since'}"
-            f"{f', {self.host_bytes / 2**20:.1f} MiB on the host' if self.host_bytes else ''}\n"
+            f"{self._offloaded()}\n"
             f"tokens: {self.tokens_seen} seen, {self.tokens_stored} stored"
             f"{'' if self.density is None else f'; {self.density:.1%} of the blocks read where heads choose'}\n"
             f"backends: {backends}"
+        )
+
+    def _offloaded(self) -> str:
+        """A line on blocks in host memory, if the plan places any there."""
+        if all(g.policy.placement is None for layer in self.plan.layers for g in layer.groups):
+            return ""
+        rate = "" if self.hit_rate is None else f" ({self.hit_rate:.1%} hits)"
+        return (
+            f"\noffloaded: {self.hits + self.misses} blocks read, {self.hits} hits, {self.misses} misses{rate}; "
+            f"{self.kv_bytes / 2**20:.1f} MiB on the device, {self.host_bytes / 2**20:.1f} MiB on the host"
         )
 
 
@@ -86,6 +102,7 @@ def report(model: PreTrainedModel) -> Report:
         raise ValueError("report: expected a patched model; got one that is not. Call hf_longctx.patch(model, ...).")
     cache = None if state.cache is None else state.cache()
     ledger = state.ledger
+    chosen = ledger.hits + ledger.misses
     return Report(
         method=state.plan.method,
         plan=state.plan,
@@ -97,6 +114,9 @@ def report(model: PreTrainedModel) -> Report:
         backends=dispatch.last_used(),
         density=ledger.density(),
         host_bytes=ledger.host_bytes,
+        hits=ledger.hits,
+        misses=ledger.misses,
+        hit_rate=ledger.hits / chosen if chosen else None,
     )
 
 

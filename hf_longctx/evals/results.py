@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..doctor import versions
+from ..machine import device_name
 
 
 def commit() -> str | None:
@@ -26,13 +27,6 @@ def commit() -> str | None:
         text=True,
     )
     return done.stdout.strip() or None
-
-
-def device_name(device: torch.device) -> str:
-    """`cpu (2 threads)`, or the name of the CUDA device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 def meta(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:

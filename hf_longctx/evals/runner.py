@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..machine import device_name
 from . import assets
 from .grammar import Choice, methods
 from .journal import Journal
 from .respond import Answer, respond
-from .results import device_name
 
 BASELINE = "dense"
 
@@ -173,26 +173,26 @@ def run_exam(
         UnsupportedError: the model cannot do a method; nothing ran.
     """
     chosen = settle(model, wanted, options.baseline)
-    chunk = options.chunk or (512 if model.device.type == "cpu" else 4096)
+    chunk = options.chunk or chunk_for(model.device)
     trials = list(exam.trials)
     journal = _journal(model, exam, chunk, options)
     done = {_key(row.method, row): row for row in (Row(**row) for row in (journal.rows if journal else []))}
-    with _bar(console) as bar:
-        task = bar.add_task("", total=len(chosen) * len(trials), said="")
+    with bar(console) as shown:
+        task = shown.add_task("", total=len(chosen) * len(trials), said="")
         for choice in chosen:
             mine = [done[key] for trial in trials if (key := _key(choice.name, trial)) in done]
-            bar.update(task, advance=len(mine))
+            shown.update(task, advance=len(mine))
             todo = [trial for trial in trials if _key(choice.name, trial) not in done]
-            for batch, answers in _answers(model, tokenizer, choice, todo, options.batch, chunk):
+            for batch, said in answers(model, tokenizer, choice, todo, options.batch, chunk):
                 bases = (done.get(_key(BASELINE, trial)) for trial in batch)
-                graded = zip(batch, answers, bases, strict=True)
+                graded = zip(batch, said, bases, strict=True)
                 rows = [_row(choice, trial, answer, exam.score, len(batch), base) for trial, answer, base in graded]
                 done |= {_key(choice.name, row): row for row in rows}
                 mine += rows
                 if journal:
                     journal.append([asdict(row) for row in rows])
-                said = f"{sum(row.score for row in mine) / len(mine):.1%} right"
-                bar.update(task, advance=len(rows), description=choice.name, said=said)
+                right = f"{sum(row.score for row in mine) / len(mine):.1%} right"
+                shown.update(task, advance=len(rows), description=choice.name, said=right)
     return [done[_key(choice.name, trial)] for choice in chosen for trial in trials]
 
 
@@ -201,7 +201,13 @@ def _key(method: str, which: Trial | Row) -> tuple[object, ...]:
     return method, which.task, which.length, which.depth, which.trial
 
 
-def _bar(console: Console | None) -> Progress:
+def chunk_for(device: torch.device) -> int:
+    """Tokens per call of the prefill where nothing else is asked for."""
+    return 512 if device.type == "cpu" else 4096
+
+
+def bar(console: Console | None) -> Progress:
+    """A bar for trials, with a field `said` beside; None shows none."""
     return Progress(
         TextColumn("{task.description:>14}"),
         BarColumn(),
@@ -230,10 +236,10 @@ def _journal(model: Any, exam: Exam, chunk: int, options: Options) -> Journal | 
     return Journal(options.out, exam.name, settings, model.device, options.resume)
 
 
-def _answers(
-    model: Any, tokenizer: Any, choice: Choice, trials: list[Trial], size: int, chunk: int
+def answers(
+    model: Any, tokenizer: Any, choice: Choice, trials: list[Trial], size: int, chunk: int, least: int = 0
 ) -> Iterator[tuple[list[Trial], list[Answer]]]:
-    """Answers of one method, batch by batch."""
+    """Answers of one method, batch by batch, each with its trials; kernels are warm. The last two as in `respond`."""
     from .. import patched
 
     if not trials:
@@ -247,7 +253,7 @@ def _answers(
             if first.shape[1] > warm:
                 respond(model, tokenizer, first, 2, chunk)
                 warm = first.shape[1]
-            yield batch, respond(model, tokenizer, ids, batch[0].new_tokens, chunk)
+            yield batch, respond(model, tokenizer, ids, batch[0].new_tokens, chunk, least=least)
 
 
 def _batches(trials: list[Trial], size: int) -> Iterator[list[Trial]]:

@@ -12,6 +12,7 @@ from .compose import compose
 from .dense import Dense
 from .duo_attention import DuoAttention
 from .duo_heads import DuoHeads
+from .fit import check_plan
 from .inf_llm import InfLLM
 from .lserve import LServe
 from .method import Method
@@ -31,6 +32,7 @@ __all__ = [
     "Quest",
     "StreamingLLM",
     "XAttention",
+    "check_plan",
     "compose",
     "make",
 ]

@@ -10,6 +10,7 @@ from ..cache.positions import Absolute, InCache
 from ..models import ModelFacts
 from ..plan import HeadGroup, HeadPolicy, KVFormat, LayerPlan, Placement, Plan
 from .duo_heads import DuoHeads
+from .fit import check_plan
 from .kv import kv_format
 from .layouts import DENSE, part, require_full_attention, require_small_positions, uniform
 from .method import Method
@@ -31,7 +32,8 @@ def compose(
         decode: by whose choice decode steps are read; None: by that of `prefill`.
         heads: heads that stream instead, whatever the methods choose.
         kv: how keys and values are stored, in place of what the methods say; None: as they say.
-        placement: where heads that select in decode steps are stored, in place of what the methods say.
+        placement: where heads that select in decode steps are stored, in place of what the methods say; those then
+            select from the first step on.
 
     Raises:
         ValueError: nothing to compose, or values that do not fit; names them.
@@ -57,12 +59,7 @@ def compose(
 def _plan(method: Method | Plan, facts: ModelFacts) -> Plan:
     """A method's plan for a model, or a ready one that fits it."""
     plan = method if isinstance(method, Plan) else method.plan(facts)
-    expected, got = ([layer.kv_heads for layer in part.layers] for part in (facts, plan))
-    if expected != got:
-        raise ValueError(
-            f"compose: expected a plan for layers with {expected} KV heads; got '{plan.method}' for {got}. "
-            "Make the plan for this model."
-        )
+    check_plan(plan, facts, "compose")
     return plan
 
 
@@ -159,4 +156,11 @@ def _placed(plan: Plan, placement: Placement) -> Plan:
             f"compose '{plan.method}': expected a method that selects in decode steps beside '{placement.describe()}'; "
             "got none. Add decode=, such as Quest(), or leave placement= out."
         )
-    return _each(plan, lambda policy: policy if policy.decode is None else replace(policy, placement=placement))
+
+    def place(policy: HeadPolicy) -> HeadPolicy:
+        if policy.decode is None:
+            return policy
+        # dense_below is where to choose gets faster on the device; elsewhere, to read everything is to bring it all in
+        return replace(policy, decode=replace(policy.decode, dense_below=0), placement=placement)
+
+    return _each(plan, place)

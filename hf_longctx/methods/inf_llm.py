@@ -9,7 +9,7 @@ from ..cache.positions import Clamped
 from ..cache.retention import KeepAll
 from ..errors import UnsupportedError
 from ..models import ModelFacts
-from ..plan import HeadPolicy, KVFormat, Plan, Selector
+from ..plan import HeadPolicy, KVFormat, Plan, Selector, require_whole
 from ..select.budgets import TopK
 from ..select.scorers import RepresentativeDot
 from ..select.summaries import Representatives
@@ -53,10 +53,10 @@ class InfLLM:
     offload: bool = True
 
     def __post_init__(self) -> None:
+        require_whole("InfLLM", topk=self.topk)
         self._policy(_LOCAL if self.local is None else self.local)
         for name, holds, wanted in (
             ("init", self.init % self.block == 0, f"in whole blocks of {self.block}"),
-            ("topk", type(self.topk) is int and self.topk > 0, "as a whole number >= 1"),
             ("offload", self.offload or (self.host_ram or self.disk) is None, "True beside host_ram or disk"),
         ):
             if not holds:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..models import ModelFacts
-from ..plan import KVFormat, Plan, Selector
+from ..plan import KVFormat, Plan, Selector, require_whole
 from ..select.summaries import MinMax
 from .kv import kv_format
 from .layouts import DENSE, require_full_attention, uniform
@@ -30,6 +30,8 @@ class Quest:
         sink: first tokens that are always read.
         local: last tokens that are always read; the query's page always is.
         kv: how keys and values are stored: `native`, `int8` or `int4`.
+        dense_below: a step at a position before this reads everything; `hf-longctx tune crossover` measures where that
+            is faster.
     """
 
     token_budget: int = 2048
@@ -39,19 +41,18 @@ class Quest:
     sink: int = 0
     local: int = 1
     kv: str | KVFormat = "native"
+    dense_below: int = 0
 
     def __post_init__(self) -> None:
         self._selector  # noqa: B018 - a knob that makes no sense is refused here
         kv_format(self.kv, "Quest")
-        if type(self.dense_layers) is not int or self.dense_layers < 0:
-            raise ValueError(
-                f"Quest: expected dense_layers as a whole number >= 0; got {self.dense_layers!r}. The paper has 2."
-            )
+        require_whole("Quest", 0, dense_layers=self.dense_layers)
 
     @property
     def _selector(self) -> Selector:
         summary = MinMax(self.page, self.page)
-        return best_pages("Quest", self.token_budget, summary, self.sink, self.local, self.share, 1)
+        chosen = best_pages("Quest", self.token_budget, summary, self.sink, self.local, self.share, 1)
+        return replace(chosen, dense_below=self.dense_below)
 
     def plan(self, facts: ModelFacts) -> Plan:
         """The plan for a model.

@@ -20,7 +20,9 @@ from .layouts import DENSE, require_full_attention, uniform
 class XAttention:
     """A prompt reads the blocks that hold a share `tau` of the estimated attention; decode steps are dense.
 
-    Paper: XAttention (arXiv:2503.16428) §2. The first block and the diagonal are always read. Dense at tau = 1.
+    Paper: XAttention (arXiv:2503.16428) §2. The first block and the diagonal are always read. Differs: tokens before
+    `dense_below` read all, where to choose takes longer than to read; a prompt up to there is read as by the unpatched
+    model, bit for bit. Dense at tau = 1.
 
     Args:
         stride: tokens of a tile whose antidiagonal is summed; 4 to 16.
@@ -29,6 +31,8 @@ class XAttention:
         block: tokens of a block.
         share: which query heads share a selection: `q_head`, `kv_head` or `all`.
         kv: how keys and values are stored: `native`, `int8` or `int4`.
+        dense_below: a block of queries that ends before this position reads everything; `hf-longctx tune crossover`
+            measures where that is faster.
     """
 
     stride: int = 16
@@ -36,6 +40,7 @@ class XAttention:
     block: int = 128
     share: Literal["kv_head", "q_head", "all"] = "q_head"
     kv: str | KVFormat = "native"
+    dense_below: int = 4096
 
     def __post_init__(self) -> None:
         self._selector(Mass(float(self.tau)) if isinstance(self.tau, (int, float)) else Mass())
@@ -57,7 +62,7 @@ class XAttention:
         return [self._selector(budget) for budget in self._budgets(facts)]
 
     def _selector(self, budget: Mass) -> Selector:
-        return Selector(Antidiagonal(self.block, self.stride), budget, 1, 1, self.share)
+        return Selector(Antidiagonal(self.block, self.stride), budget, 1, 1, self.share, dense_below=self.dense_below)
 
     def _budgets(self, facts: ModelFacts) -> list[Mass]:
         if isinstance(self.tau, (int, float)):
@@ -72,6 +77,6 @@ class XAttention:
         return [Mass(self._shared(row, layer)) for row, layer in zip(found.tau, facts.layers, strict=True)]
 
     def _shared(self, row: tuple[float, ...], layer: LayerFacts) -> tuple[float, ...]:
-        heads = {"q_head": layer.q_heads, "kv_head": layer.kv_heads, "all": 1}[self.share]
+        heads = self._selector(Mass()).choices(layer.kv_heads, layer.q_heads // layer.kv_heads)
         size = layer.q_heads // heads
         return tuple(max(row[i * size : (i + 1) * size]) for i in range(heads))

@@ -8,6 +8,7 @@ blocks, `L` layers. A bare size is in tokens.
 from .axes import Budget, KVFormat, Placement, Positions, Retention, Scorer, Summary, primitive
 from .plan import HeadGroup, HeadPolicy, LayerPlan, Plan
 from .selector import Selector
+from .whole import require_whole
 
 __all__ = [
     "Budget",
@@ -23,4 +24,5 @@ __all__ = [
     "Selector",
     "Summary",
     "primitive",
+    "require_whole",
 ]

@@ -106,6 +106,10 @@ class Budget(Protocol):
     def tokens(self) -> int | None:
         """Tokens, where the number is fixed; None: it depends on the scores."""
 
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """The share of the scores that they hold, one or one for each choice; None: the number is fixed."""
+
     def describe(self) -> str:
         """One phrase for a table."""
 

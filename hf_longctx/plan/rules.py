@@ -125,6 +125,11 @@ def _offloaded_heads_select(policy: HeadPolicy) -> str | None:
             "a step reads a known number of blocks; got "
             f"{'none' if selector is None else selector.describe()}. Use one, or keep the cache on the device."
         )
+    if selector.dense_below:
+        return (
+            f"expected dense_below=0 for '{policy.placement.describe()}', as to read everything is to bring it all in; "
+            f"got {selector.dense_below}. Leave it out, or keep the cache on the device."
+        )
     return None
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .axes import Budget, Scorer, primitive
+from .whole import require_whole
 
 
 @primitive
@@ -35,17 +36,8 @@ class Selector:
     dense_below: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("sink", self.sink, 0),
-            ("local", self.local, 1),
-            ("refresh_every", self.refresh_every, 1),
-            ("dense_below", self.dense_below, 0),
-        ):
-            if type(value) is not int or value < least:
-                raise ValueError(
-                    f"Selector: expected {name} as a whole number >= {least}; got {value!r}. "
-                    f"Give {name}={least} or more."
-                )
+        require_whole("Selector", 0, sink=self.sink, dense_below=self.dense_below)
+        require_whole("Selector", local=self.local, refresh_every=self.refresh_every)
         if self.share not in ("kv_head", "q_head", "all"):
             raise ValueError(
                 f"Selector: expected share 'kv_head', 'q_head' or 'all'; got {self.share!r}. 'kv_head' reads least."
@@ -60,6 +52,10 @@ class Selector:
     def sink_blocks(self) -> int:
         """Blocks that hold a sink."""
         return -(-self.sink // self.block)
+
+    def choices(self, kv_heads: int, per_kv: int) -> int:
+        """How many choices so many KV heads make, each of `per_kv` query heads."""
+        return {"q_head": kv_heads * per_kv, "kv_head": kv_heads, "all": 1}[self.share]
 
     def describe(self) -> str:
         """One phrase for a table."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..plan import primitive
+from ..plan import primitive, require_whole
 
 
 @primitive
@@ -15,9 +15,20 @@ class TopK:
 
     Args:
         tokens: beside the forced blocks; a whole number of blocks.
+
+    Raises:
+        ValueError: no whole number, or a negative one.
     """
 
     tokens: int
+
+    def __post_init__(self) -> None:
+        require_whole("TopK", 0, tokens=self.tokens)
+
+    @property
+    def shares(self) -> None:
+        """The number is fixed."""
+        return None
 
     def describe(self) -> str:
         """One phrase for a table."""

@@ -24,7 +24,7 @@ def choose(selector: Selector, look: Look, near: tuple[Tensor, Tensor]) -> Tenso
     """
     scores = selector.scorer.score(look)  # type: ignore[attr-defined]  # a protocol of plan/, which knows no tensors
     take = None if selector.budget.tokens is None else selector.budget.tokens // selector.block
-    shares = getattr(selector.budget, "shares", None)
+    shares = selector.budget.shares
     tau = None if shares is None else _shares(shares, scores.shape[1], scores.device)
     return ops.pick_blocks(scores, *near, selector.sink_blocks, take, tau, most_forced(selector, look.q_block))
 
@@ -55,18 +55,18 @@ def most_far(selector: Selector, q_block: int) -> int | None:
     return selector.sink_blocks + tokens // selector.block + local
 
 
-def unite(ids: Tensor, selector: Selector, q_pos: Tensor) -> Tensor:
+def unite(ids: Tensor, selector: Selector, near: tuple[Tensor, Tensor]) -> Tensor:
     """An earlier choice of the same heads, and what is forced for one query a row now.
 
     Args:
         ids: `[B, Hs, 1, K]`, int32, the earlier choice.
         selector: that made it.
-        q_pos: `[B or 1, 1]`, int64, position of the query, -1 for none.
+        near: `forced` of the one query of each row.
 
     Returns:
         `[B, Hs, 1, K + F]`, int32, ascending, then -1.
     """
-    low, high = (x[:, None, :, None] for x in forced(selector, q_pos, 1))
+    low, high = (x[:, None, :, None] for x in near)
     new = high - torch.arange(most_forced(selector, 1), device=ids.device)
     new = torch.where((new >= low) & (new >= 0), new, -1).to(ids.dtype).expand(*ids.shape[:3], -1)
     known = (new[..., None] == ids[..., None, :]).any(-1)
@@ -78,9 +78,5 @@ def unite(ids: Tensor, selector: Selector, q_pos: Tensor) -> Tensor:
 @lru_cache(maxsize=4096)
 def _shares(shares: tuple[float, ...], heads: int, device: torch.device) -> Tensor:
     """`[Hs]`, float32, made once: making it waits for the device."""
-    if len(shares) not in (1, heads):
-        raise ValueError(
-            f"Mass: expected one tau, or one for each of {heads} heads that select; got {len(shares)}. "
-            "Tune thresholds for this model and this sharing."
-        )
+    assert len(shares) in (1, heads)
     return torch.tensor(shares, dtype=torch.float32, device=device).expand(heads)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
-from ..plan import primitive
+from ..plan import primitive, require_whole
 from .summaries import MinMax, Representatives
 
 
@@ -92,14 +92,16 @@ class RepresentativeDot:
     Args:
         summary: how the representative is found.
         q_block: queries of a prefill call that share a selection.
+
+    Raises:
+        ValueError: a `q_block` that is no whole number from one on.
     """
 
     summary: Representatives = field(default_factory=Representatives)
     q_block: int = 512
 
     def __post_init__(self) -> None:
-        if self.q_block < 1:
-            raise ValueError(f"RepresentativeDot: expected q_block >= 1; got {self.q_block}. The paper's code has 512.")
+        require_whole("RepresentativeDot", q_block=self.q_block)
 
     @property
     def block(self) -> int:
@@ -152,14 +154,15 @@ class Antidiagonal:
         stride: tokens of a tile; divides the block.
 
     Raises:
-        ValueError: a stride that does not divide the block.
+        ValueError: a size that is no whole number from one on, or a stride that does not divide the block.
     """
 
     block: int = 128
     stride: int = 16
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.stride < 1 or self.block % self.stride:
+        require_whole("Antidiagonal", block=self.block, stride=self.stride)
+        if self.block % self.stride:
             raise ValueError(
                 f"Antidiagonal: expected a stride that divides the block of {self.block}; got {self.stride}. "
                 "Use 4, 8 or 16."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..plan import primitive
+from ..plan import primitive, require_whole
 
 
 @primitive
@@ -22,14 +22,15 @@ class MinMax:
         sub: tokens behind one pair of bounds; divides the block.
 
     Raises:
-        ValueError: a size below one, or a `sub` that does not divide the block.
+        ValueError: a size that is no whole number from one on, or a `sub` that does not divide the block.
     """
 
     block: int = 16
     sub: int = 16
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.sub < 1 or self.block % self.sub:
+        require_whole("MinMax", block=self.block, sub=self.sub)
+        if self.block % self.sub:
             raise ValueError(
                 f"MinMax: expected a block of whole logical pages; got block={self.block}, sub={self.sub}. "
                 "Give a sub that divides the block, such as 64 and 16."
@@ -75,14 +76,15 @@ class Representatives:
         count: keys that stand for it.
 
     Raises:
-        ValueError: a count that is not between one and the block.
+        ValueError: a size that is no whole number from one on, or a count above the block.
     """
 
     block: int = 128
     count: int = 4
 
     def __post_init__(self) -> None:
-        if not 1 <= self.count <= self.block:
+        require_whole("Representatives", block=self.block, count=self.count)
+        if self.count > self.block:
             raise ValueError(
                 f"Representatives: expected a count between 1 and the block of {self.block}; got {self.count}. "
                 "The paper uses 4 of 128."

@@ -18,6 +18,40 @@ def _tune() -> None:
 
 
 @app.command()
+def crossover(
+    model: Model = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The JSON file to write.", show_default="where auto looks, in the cache"),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens in a prompt, with commas between; 1k is 1024.")] = "4k,8k,16k",
+    budget: Annotated[int, typer.Option(help="quest: tokens that a decode step reads.")] = 4096,
+    text: Text = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure from which length on quest decodes, and xattention reads prompts, faster than dense on this device.
+
+    One prompt at a time, the median of 3. Auto() then uses each from there on, or Auto(crossover=FILE) does.
+    """
+    from rich.console import Console
+
+    console = Console()
+    with console.status("Loading the libraries"):
+        from ..evals import assets
+        from ..evals import text as corpus
+        from ..evals.grammar import lengths as read_lengths
+        from . import measure
+    quiet()
+
+    content = corpus.read(text)
+    sizes, about = tuple(read_lengths(lengths)), corpus.about(text, content)
+    settings = measure.Settings(assets.display_name(model), sizes, budget, **about)
+    loaded, tokenizer = assets.load(model, dtype, device, on_step=console.print)
+    measure.run(loaded, tokenizer, content, settings, out, console)
+
+
+@app.command()
 def xattention(
     model: Model = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")] = Path("taus.json"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_longctx import machine
 from hf_longctx.evals import assets
 
 NAME, VERSION = "hf_longctx_test_weights", "0.0.1"
@@ -86,9 +87,9 @@ def test_a_cache_that_cannot_be_made_is_named(cache: Path) -> None:
 def test_the_cache_is_where_the_variables_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HF_LONGCTX_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert assets.cache_dir() == tmp_path / "hf_longctx"
+    assert machine.cache_dir() == tmp_path / "hf_longctx"
     monkeypatch.setenv("HF_LONGCTX_CACHE", str(tmp_path / "mine"))
-    assert assets.cache_dir() == tmp_path / "mine"
+    assert machine.cache_dir() == tmp_path / "mine"
 
 
 def test_load_reads_a_folder_in_the_dtype_that_was_asked_for(folder: Path) -> None:

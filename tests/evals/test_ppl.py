@@ -124,6 +124,6 @@ def test_resume_keeps_what_is_there_and_refuses_other_settings(
 def test_a_method_that_does_not_exist_leaves_the_model_unpatched(tiny: tuple[Any, Any], ids: torch.Tensor) -> None:
     model, _ = tiny
     with pytest.raises(ValueError, match="streming_llm"):
-        ppl.evaluate(model, ids, ppl.variants(["streming_llm"], 4, 60)[0], 16, 64, lambda count: None)
+        ppl.evaluate(model, ids, ppl.Variant("streming_llm", "streming_llm"), 16, 64, lambda count: None)
     with pytest.raises(ValueError, match="patched"):
         lc.report(model)

@@ -114,11 +114,11 @@ def test_what_stops_in_the_middle_leaves_whole_lines_and_an_unpatched_model(
 ) -> None:
     calls: list[int] = []
 
-    def stop(*args: Any) -> Any:
+    def stop(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return respond(*args)
+        return respond(*args, **kwargs)
 
     monkeypatch.setattr(runner, "respond", stop)
     with pytest.raises(KeyboardInterrupt):

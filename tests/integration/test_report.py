@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 import hf_longctx as lc
 from hf_longctx import memory
+from hf_longctx.kernels.types import Selection
+from hf_longctx.patch import state_of
 
-from ..methods.cases import LIMITS, LOSSY, Row, named, pairs
+from ..methods.cases import LIMITS, LOSSY, SELECTING, Row, named, pairs
 from .cases import BY_NAME
 from .test_generate import batch, generate
 from .tiny import Case
@@ -161,8 +164,80 @@ def test_what_a_filled_cache_holds_already_is_not_asked_for_again(monkeypatch: p
 
 
 def test_a_cache_that_was_reset_has_read_nothing() -> None:
-    model = lc.patch(LLAMA.make(), lc.XAttention(stride=4, tau=0.2, block=8))
+    model = lc.patch(LLAMA.make(), lc.XAttention(stride=4, tau=0.2, block=8, dense_below=0))
     cache = model(LLAMA.prompt(50)).past_key_values
     assert 0 < lc.report(model).density < 1
     cache.reset()
     assert lc.report(model).density is None
+
+
+CHOOSING = [row for row in SELECTING if row.name != "inf_llm"] + [
+    Row("per_query_head", lambda case: lc.Quest(8, page=4, dense_layers=0, share="q_head")),
+    Row("inf_llm", lambda case: lc.InfLLM(init=4, local=6, block=4, topk=1, representatives=2, q_block=8)),
+]
+
+
+@pytest.mark.parametrize("row", CHOOSING, ids=named)
+@torch.no_grad()
+def test_density_is_what_was_read_of_what_each_query_could_see(row: Row) -> None:
+    """Counted block by block from what the layers were told to read, in a padded batch, kept choices included."""
+    model = lc.patch(LLAMA.make(), row.method(LLAMA))
+    read: dict[bool, int] = {True: 0, False: 0}
+    seen = dict(read)
+
+    def watch(layer: int, group: lc.HeadGroup, selector: lc.Selector, q_pos: torch.Tensor, found: Selection) -> None:
+        few = q_pos.shape[1] == 1
+        read[few] += int((found.ids >= 0).sum())
+        last = q_pos.view(q_pos.shape[0], -1, found.q_block).amax(-1).expand(2, -1)
+        seen[few] += found.ids.shape[1] * sum(end // selector.block + 1 for end in last.flatten().tolist() if end >= 0)
+
+    state = state_of(model)
+    assert state is not None
+    state.watch = watch
+    ids, mask = LLAMA.prompt(40, rows=2), torch.ones(2, 40, dtype=torch.int64)
+    mask[0, :7] = 0
+    cache = model(ids, attention_mask=mask).past_key_values
+    for _ in range(7):
+        mask = torch.cat((mask, mask[:, -1:]), 1)
+        model(LLAMA.prompt(1, rows=2), attention_mask=mask, past_key_values=cache)
+    found = {few: cache.ledger.density(phase) for few, phase in ((True, "decode"), (False, "prefill"))}
+    assert found == {few: read[few] / seen[few] if seen[few] else None for few in (True, False)}
+    assert lc.report(model).density == sum(read.values()) / sum(seen.values())
+
+
+@torch.no_grad()
+def test_blocks_in_host_memory_are_told_as_the_stores_count_them() -> None:
+    model = lc.patch(LLAMA.make(), lc.Quest(12, page=4, dense_layers=0), placement=lc.HostLRU(resident_blocks=3))
+    before = lc.report(model)
+    assert (before.hits, before.misses, before.hit_rate) == (0, 0, None)
+    assert "\noffloaded: 0 blocks read, 0 hits, 0 misses; 0.0 MiB on the device, 0.0 MiB on the host\n" in str(before)
+    cache = model(LLAMA.prompt(1500)).past_key_values
+    for token in LLAMA.prompt(30)[0]:
+        model(token.view(1, 1), past_key_values=cache)
+    report = lc.report(model)
+    stores = [store for layer in cache.layers for _, store in layer.stores]
+    assert (report.hits, report.misses) == (sum(s.hits for s in stores), sum(s.misses for s in stores))
+    assert report.hits > 0
+    assert report.misses > 0
+    assert report.hits + report.misses <= 30 * LLAMA.layers * LLAMA.kv_heads * 2  # what is forced is not counted
+    assert report.hit_rate == report.hits / (report.hits + report.misses)
+    device, host = (x / 2**20 for x in (cache.kv_bytes, sum(s.host_bytes for s in stores)))
+    assert report.host_bytes == sum(s.host_bytes for s in stores)
+    assert (
+        f"\noffloaded: {report.hits + report.misses} blocks read, {report.hits} hits, {report.misses} misses "
+        f"({report.hit_rate:.1%} hits); {device:.1f} MiB on the device, {host:.1f} MiB on the host\n"
+    ) in str(report)
+    del cache, stores
+    assert (lc.report(model).hits, lc.report(model).live) == (report.hits, False)
+    assert asdict(report)["hit_rate"] == report.hit_rate
+
+
+@torch.no_grad()
+def test_a_reset_cache_has_no_hits_and_a_plan_on_the_device_no_such_line() -> None:
+    model = lc.patch(LLAMA.make(), lc.Quest(12, page=4, dense_layers=0), placement=lc.HostLRU(resident_blocks=3))
+    cache = model(LLAMA.prompt(100)).past_key_values
+    model(LLAMA.prompt(1), past_key_values=cache)
+    assert lc.report(model).misses > 0
+    cache.reset()
+    assert (lc.report(model).hits, lc.report(model).misses, lc.report(model).hit_rate) == (0, 0, None)
+    assert "offloaded" not in str(lc.report(lc.patch(model, "quest")))

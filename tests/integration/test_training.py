@@ -224,6 +224,6 @@ def test_prompt_learning_is_refused(settings: Any) -> None:
 @pytest.mark.parametrize("use_cache", [False, True], ids=["no_cache", "cache"])
 def test_chosen_blocks_of_few_bits_refuse_a_backward_pass(use_cache: bool) -> None:
     """Keys and values are read as they are stored, so a part of the gradient would be missing."""
-    model = lc.patch(LLAMA.make(), lc.XAttention(stride=4, tau=0.2, block=8, kv="int8"))
+    model = lc.patch(LLAMA.make(), lc.XAttention(stride=4, tau=0.2, block=8, kv="int8", dense_below=0))
     with pytest.raises(lc.UnsupportedError, match="without a gradient"):
         gradients(model, LLAMA, use_cache=use_cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def test_all_axes_at_once() -> None:
     decode = lc.Selector(UpperBound(MinMax()), TopK(4080))
 
     def far(*tau: float) -> lc.HeadPolicy:
-        prefill = lc.Selector(Antidiagonal(), Mass(tau), sink=1, share="q_head")
+        prefill = lc.Selector(Antidiagonal(), Mass(tau), sink=1, share="q_head", dense_below=4096)
         return lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), prefill, kv=lc.Int4KV())
 
     on_host = lc.HeadPolicy(
@@ -71,6 +72,16 @@ def test_memory_only_in_heads_that_retrieve() -> None:
         compose(facts_of("llama_longrope"), decode=lc.InfLLM(), heads=lc.DuoHeads(GATES, sinks=4, window=8))
 
 
+def test_blocks_elsewhere_are_chosen_from_the_first_step_on() -> None:
+    quest = lc.Quest(dense_layers=0, dense_below=8192)
+    there = compose(FACTS, decode=quest, placement=lc.HostLRU())
+    assert policies(there) == policies(compose(FACTS, decode=lc.Quest(dense_layers=0), placement=lc.HostLRU()))
+    assert quest.plan(FACTS).layers[0].groups[0].policy.decode.dense_below == 8192
+    policy = quest.plan(FACTS).layers[0].groups[0].policy
+    with pytest.raises(ValueError, match="layer 0, KV head 0: expected dense_below=0 for 'in host memory but for 32"):
+        lc.Plan("mine", (lc.LayerPlan((lc.HeadGroup((0,), replace(policy, placement=lc.HostLRU())),)),))
+
+
 def test_kv_given_apart_wins() -> None:
     plan = compose(FACTS, lc.Dense("int8"), lc.LServe(GATES), kv="native")
     assert {group.policy.kv for layer in plan.layers for group in layer.groups} == {None}
@@ -81,7 +92,7 @@ def test_kv_given_apart_wins() -> None:
 OTHER = lc.Quest().plan(facts_of("llama_multi_query"))
 UNFIT: list[tuple[dict[str, Any], str]] = [
     ({}, "compose: expected a method or a value of an axis; got none"),
-    ({"decode": OTHER}, "compose: expected a plan for layers with [2, 2] KV heads; got 'quest' for [1, 1, 1]"),
+    ({"decode": OTHER}, "compose: expected a plan for 2 layers with 2 KV heads in layer 0; got plan 'quest' with 3"),
     ({"kv": "int2"}, "compose: expected kv among native, int8, int4; got 'int2'"),
     ({"placement": lc.HostLRU()}, "compose 'host_lru': expected a method that selects in decode steps"),
     ({"prefill": lc.XAttention(), "placement": lc.HostLRU()}, "compose 'xattention + host_lru': expected a method"),

@@ -68,7 +68,7 @@ def test_quest_is_dense_in_its_first_layers() -> None:
 
 def test_xattention_forces_the_first_block_and_the_diagonal() -> None:
     plan = lc.XAttention(stride=8, tau=0.7).plan(FACTS)
-    selector = lc.Selector(Antidiagonal(128, 8), Mass(0.7), sink=1, local=1, share="q_head")
+    selector = lc.Selector(Antidiagonal(128, 8), Mass(0.7), sink=1, local=1, share="q_head", dense_below=4096)
     assert policies(plan) == [[((0, 1), lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), prefill=selector))]] * 2
     assert selector.sink_blocks == 1
 
@@ -96,7 +96,7 @@ def test_lserve_splits_heads_and_hands_each_head_its_own_threshold() -> None:
     streaming = lc.HeadPolicy(lc.SinkWindow(128, 256, 8192), lc.Absolute(), kv=lc.Int4KV())
 
     def far(*tau: float) -> lc.HeadPolicy:
-        prefill = lc.Selector(Antidiagonal(128, 16), Mass(tau), sink=1, share="q_head")
+        prefill = lc.Selector(Antidiagonal(128, 16), Mass(tau), sink=1, share="q_head", dense_below=4096)
         return lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), prefill, decode, lc.Int4KV())
 
     assert policies(plan) == [
@@ -150,6 +150,8 @@ def test_every_method_has_the_knob_kv(name: str, case: Any, kv: str) -> None:
 def pages_read(selector: lc.Selector, position: int) -> tuple[int, int]:
     """Pages that a decode step at a position reads, by the literal rule, and pages that there are."""
     page, here = selector.block, position // selector.block
+    if position < selector.dense_below:
+        return here + 1, here + 1
     oldest = max(0, position - selector.local + 1) // page
     forced = {j for j in range(here + 1) if j < selector.sink_blocks or j >= oldest}
     candidates = [j for j in range(here + 1) if j not in forced]
@@ -202,7 +204,8 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: lc.Quest(token_budget=16), "1 with the last tokens and one to choose; got 16. Give 32"),
     (lambda: lc.Quest(token_budget=64, sink=17, local=2), "at least 80: 2 with sinks, 2 with the last tokens"),
     (lambda: lc.Quest(token_budget=2048.0), "got 2048.0"),  # type: ignore[arg-type]
-    (lambda: lc.Quest(page=0), "MinMax: expected a block"),
+    (lambda: lc.Quest(page=0), "MinMax: expected block as a whole number >= 1; got 0"),
+    (lambda: lc.Quest(dense_layers=True), "Quest: expected dense_layers as a whole number >= 0; got True"),
     (lambda: lc.Quest(local=0), "Selector: expected local"),
     (lambda: lc.Quest(sink=-1), "Selector: expected sink"),
     (lambda: lc.Quest(dense_layers=-1), "Quest: expected dense_layers"),
@@ -213,6 +216,8 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: lc.XAttention(tau=0), "tau in"),
     (lambda: lc.XAttention(tau=1.5), "tau in"),
     (lambda: lc.XAttention(share="head"), "expected share"),  # type: ignore[arg-type]
+    (lambda: lc.XAttention(dense_below=-1), "Selector: expected dense_below as a whole number >= 0; got -1"),
+    (lambda: lc.Quest(dense_below=4096.0), "expected dense_below as a whole number >= 0; got 4096.0"),  # type: ignore[arg-type]
     (lambda: lc.LServe(logical=24), "got block=64, sub=24"),
     (lambda: lc.LServe(token_budget=100), "LServe: expected token_budget as whole pages of 64 tokens, at least 128"),
     (lambda: lc.LServe(prefill_window=255), "expected prefill_window"),
@@ -221,6 +226,8 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: lc.LServe(stride=5), "stride that divides"),
     (lambda: lc.InfLLM(init=100), "InfLLM: expected init in whole blocks of 128; got 100"),
     (lambda: lc.InfLLM(topk=0), "InfLLM: expected topk as a whole number >= 1; got 0"),
+    (lambda: lc.InfLLM(topk=1.5), "InfLLM: expected topk as a whole number >= 1; got 1.5"),  # type: ignore[arg-type]
+    (lambda: lc.InfLLM(topk=-1), "InfLLM: expected topk as a whole number >= 1; got -1"),
     (lambda: lc.InfLLM(offload=False, host_ram="8GiB"), "InfLLM: expected offload True beside host_ram"),
     (lambda: lc.InfLLM(local=0), "expected local"),
     (lambda: lc.InfLLM(representatives=129), "expected a count between 1 and the block"),

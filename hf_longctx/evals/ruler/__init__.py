@@ -6,6 +6,6 @@ token; no chat template is put around it. So scores compare methods on one model
 answering is left out: it needs sets of questions that this package does not ship.
 """
 
-from .run import TASKS, run
+from .run import TASKS, check, run
 
-__all__ = ["TASKS", "run"]
+__all__ = ["TASKS", "check", "run"]

@@ -35,15 +35,8 @@ def score(answer: str, expected: tuple[str, ...]) -> float:
     return sum(word.lower() in said for word in expected) / len(expected)
 
 
-def exam(
-    tokenizer: Any,
-    tasks: Sequence[str],
-    lengths: Sequence[int],
-    samples: int,
-    text: str | os.PathLike[str] | None,
-    seed: int,
-) -> Exam:
-    """Prompts of every task and length.
+def check(tasks: Sequence[str], samples: int) -> None:
+    """Refuse what is wrong for every model.
 
     Raises:
         ValueError: an unknown task, one that comes twice, or fewer than one sample.
@@ -56,6 +49,22 @@ def exam(
             )
     if samples < 1 or not tasks:
         raise ValueError(f"ruler: expected at least 1 task and 1 sample; got {len(tasks)} and {samples}.")
+
+
+def exam(
+    tokenizer: Any,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    samples: int,
+    text: str | os.PathLike[str] | None,
+    seed: int,
+) -> Exam:
+    """Prompts of every task and length.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    check(tasks, samples)
     content = texts.read(text)
 
     def prompts() -> Iterator[Trial]:
