@@ -139,9 +139,8 @@ void merge(const hfl_attend& a, const Item& it, int row, const float* results, i
 Desk desk_at(const hfl_attend& a, float* from, int64_t rows) {
   Desk desk;
   desk.q = from;
-  desk.k = desk.q + 3 * rows * wide(a.dim);
-  desk.v = desk.k + TILE * wide(a.dim);
-  desk.logits = desk.v + TILE * wide(a.v_dim);
+  desk.tokens = desk.q + 3 * rows * wide(a.dim);
+  desk.logits = desk.tokens + TILE * wide(std::max(a.dim, a.v_dim));
   desk.other = desk.logits + rows * TILE;
   return desk;
 }
@@ -151,7 +150,7 @@ void attend(const hfl_attend& a, const std::vector<Item>& items, int threads) {
   const int64_t rows = items[0].rows(), width = wide(a.v_dim);
   const int64_t tasks = items.back().task + (items.back().count + items.back().part - 1) / items.back().part;
   const int64_t each = rows * width + (2 * rows + 15) / 16 * 16;
-  const int64_t own = rows * (3 * wide(a.dim) + 2 * TILE) + TILE * (wide(a.dim) + width);
+  const int64_t own = rows * (3 * wide(a.dim) + 2 * TILE) + TILE * wide(std::max(a.dim, a.v_dim));
   const Floats results(tasks * each), desks(threads * own);
   const auto part = HFL_CHOOSE(attend_part);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (tasks > 1)

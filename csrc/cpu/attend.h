@@ -4,7 +4,7 @@
 
 namespace hfl {
 
-constexpr int TILE = 32;  // columns that are weighed at a time
+constexpr int TILE = 16;  // columns that are weighed at a time
 constexpr int FEW = 8;    // queries of a row
 
 // Query heads that read the same columns for the same queries, and those columns in their order.
@@ -23,7 +23,7 @@ struct Item {
 
 // What a task needs: floats at multiples of 64 bytes.
 struct Desk {
-  float *q, *k, *v, *logits, *other;
+  float *q, *tokens, *logits, *other;
 };
 
 // Result of a task: sums [rows, padded v_dim] of weighted values, then [rows] largest logits and [rows] sums of weights.

@@ -79,7 +79,7 @@ inline void products(const hfl_attend& a, const Item& it, const Desk& desk, Tile
   float* to = desk.logits;
   for (int kind = 0; kind < 3; ++kind) {
     if (!(kinds >> kind & 1)) continue;
-    dots(to, TILE, desk.q + kind * each, it.rows(), desk.k, n, width);
+    dots(to, TILE, desk.q + kind * each, it.rows(), desk.tokens, n, width);
     for (int row = 0; to == desk.other && row < it.rows(); ++row) {
       for (int j = 0; j < tile->count; ++j) {
         const int wanted = tile->sink[j] ? 2 : tile->before[j] >> row % it.queries & 1;
@@ -159,13 +159,6 @@ inline void add_rows(float* out, int64_t width, const float* weights, const floa
   for (; c < width; c += LANES) add_values<NQ, 1>(out + c, width, weights, factors, v + c, n);
 }
 
-inline void prefetch(const Lines& x, const Tile& tile) {
-  const int64_t bytes = x.bytes();
-  for (int j = 0; j < tile.count; ++j) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x.data + tile.columns[j] * x.stride + i);
-  }
-}
-
 inline void read_queries(const hfl_attend& a, const Item& it, float* to) {
   const void* kinds[3] = {a.q, a.q_before, a.q_sinks};
   const int64_t width = padded(a.dim);
@@ -189,29 +182,24 @@ inline void attend_part(const hfl_attend& a, const Item& it, int64_t i, int64_t 
   memset(sums.out, 0, sizeof(float) * static_cast<size_t>(rows * v_width));
   memset(sums.total, 0, sizeof(float) * static_cast<size_t>(rows));
   for (int row = 0; row < rows; ++row) sums.top[row] = -__builtin_inff();
-  Tile tiles[2];
-  i = gather(a, it, &tiles[0], i, last);
-  for (int now = 0; tiles[now].count; now ^= 1) {
-    Tile* tile = &tiles[now];
-    i = gather(a, it, &tiles[now ^ 1], i, last);
-    prefetch(v, *tile);
-    read_tokens(desk.k, k, tile->columns, tile->count);
-    const int missing = -tile->count & 3;
-    memset(desk.k + tile->count * width, 0, sizeof(float) * static_cast<size_t>(missing * width));
-    products(a, it, desk, tile);
-    prefetch(k, tiles[now ^ 1]);
-    read_tokens(desk.v, v, tile->columns, tile->count);
+  Tile tile;
+  for (i = gather(a, it, &tile, i, last); tile.count; i = gather(a, it, &tile, i, last)) {
+    read_tokens(desk.tokens, k, tile.columns, tile.count);
+    const int missing = -tile.count & 3;
+    memset(desk.tokens + tile.count * width, 0, sizeof(float) * static_cast<size_t>(missing * width));
+    products(a, it, desk, &tile);
+    read_tokens(desk.tokens, v, tile.columns, tile.count);
     float factors[4];
     for (int row = 0, some; row < rows; row += some) {
       some = LANES == 16 && row + 4 <= rows ? 4 : row + 2 <= rows ? 2 : 1;
       float* weights = desk.logits + row * TILE;
       for (int r = 0; r < some; ++r) {
-        factors[r] = weigh_row(a, it, *tile, row + r, weights + r * TILE, sums.top + row + r, sums.total + row + r);
+        factors[r] = weigh_row(a, it, tile, row + r, weights + r * TILE, sums.top + row + r, sums.total + row + r);
       }
       float* out = sums.out + row * v_width;
-      if (some == 4) add_rows<4>(out, v_width, weights, factors, desk.v, tile->count);
-      if (some == 2) add_rows<2>(out, v_width, weights, factors, desk.v, tile->count);
-      if (some == 1) add_rows<1>(out, v_width, weights, factors, desk.v, tile->count);
+      if (some == 4) add_rows<4>(out, v_width, weights, factors, desk.tokens, tile.count);
+      if (some == 2) add_rows<2>(out, v_width, weights, factors, desk.tokens, tile.count);
+      if (some == 1) add_rows<1>(out, v_width, weights, factors, desk.tokens, tile.count);
     }
   }
 }

@@ -88,8 +88,6 @@ struct Lines {
       zero = static_cast<half*>(x.zero) + b * x.scale_b + h * x.scale_h;
     }
   }
-
-  int64_t bytes() const { return bits ? int64_t{dim} * bits / 8 : dim * dtype_bytes(dtype); }
 };
 
 // Why a store's format is not one, or NULL.
