@@ -8,9 +8,6 @@ typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef int32_t ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t shorts __attribute__((vector_size(LANES * 2)));
-typedef uint8_t bytes __attribute__((vector_size(LANES)));
-typedef uint8_t half_bytes __attribute__((vector_size(LANES / 2)));
-typedef uint16_t half_shorts __attribute__((vector_size(LANES)));
 
 #if HFL_LANES == 16
 constexpr __mmask16 ALL = 0xffff;  // intrinsics without a mask read a variable that gcc 12 finds uninitialized
@@ -31,30 +28,56 @@ inline V raw(const void* from) {
 
 inline vec load(const float* from) { return raw<vec>(from); }
 
-inline vec load(const bfloat* from) { return (vec)(__builtin_convertvector(raw<shorts>(from), words) << 16); }
-
-inline vec load(const half* from) {
+// What is not in the language of vectors, or what gcc would take apart: 16-bit numbers, float16, bytes, and half bytes
+// (the low half first), as many as there are lanes.
 #if HFL_LANES == 16
-  return (vec)_mm512_maskz_cvtph_ps(ALL, raw<__m256i>(from));
+inline words widen(const uint16_t* from) { return (words)_mm512_maskz_cvtepu16_epi32(ALL, raw<__m256i>(from)); }
+
+inline vec load(const half* from) { return (vec)_mm512_maskz_cvtph_ps(ALL, raw<__m256i>(from)); }
+
+inline vec floats(__m128i x) { return (vec)_mm512_maskz_cvtepi32_ps(ALL, _mm512_maskz_cvtepu8_epi32(ALL, x)); }
+
+inline vec load_bytes(const uint8_t* from) { return floats(raw<__m128i>(from)); }
+
+inline __m128i few_bytes(const uint8_t* from) { return _mm_cvtsi64_si128(raw<int64_t>(from)); }
 #elif HFL_LANES == 8
-  return (vec)_mm256_cvtph_ps(raw<__m128i>(from));
+inline words widen(const uint16_t* from) { return (words)_mm256_cvtepu16_epi32(raw<__m128i>(from)); }
+
+inline vec load(const half* from) { return (vec)_mm256_cvtph_ps(raw<__m128i>(from)); }
+
+inline vec floats(__m128i x) { return (vec)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)); }
+
+inline vec load_bytes(const uint8_t* from) { return floats(_mm_cvtsi64_si128(raw<int64_t>(from))); }
+
+inline __m128i few_bytes(const uint8_t* from) { return _mm_cvtsi32_si128(raw<int32_t>(from)); }
 #else
-  vec x = {};
-  for (int i = 0; i < LANES; ++i) x[i] = value(from[i]);
-  return x;
+inline words widen(const uint16_t* from) { return __builtin_convertvector(raw<shorts>(from), words); }
+
+inline vec load(const half* from) { return vec{value(from[0]), value(from[1]), value(from[2]), value(from[3])}; }
+
+inline vec floats(words x) { return __builtin_convertvector((ints)x, vec); }
+
+inline vec load_bytes(const uint8_t* from) { return floats(words{from[0], from[1], from[2], from[3]}); }
+#endif
+
+inline vec load_half_bytes(const uint8_t* from) {
+#if HFL_LANES == 4
+  const uint32_t a = from[0], b = from[1];
+  return floats(words{a & 15, a >> 4, b & 15, b >> 4});
+#else
+  const __m128i pairs = _mm_cvtepu8_epi16(few_bytes(from));
+  return floats(_mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi16(0x0f0f)));
 #endif
 }
 
-inline void store(float* to, vec x) { memcpy(to, &x, sizeof x); }
+inline vec load(const bfloat* from) { return (vec)(widen(reinterpret_cast<const uint16_t*>(from)) << 16); }
 
-inline vec from_bytes(bytes x) { return __builtin_convertvector(__builtin_convertvector(x, ints), vec); }
+inline void store(float* to, vec x) { memcpy(to, &x, sizeof x); }
 
 // Payloads from channel i on.
 template <int BITS>
 inline vec payload(const uint8_t* from, int i) {
-  if (BITS == 8) return from_bytes(raw<bytes>(from + i));
-  const half_shorts pairs = __builtin_convertvector(raw<half_bytes>(from + i / 2), half_shorts);
-  return from_bytes((bytes)((pairs | pairs << 4) & 0x0f0f));
+  return BITS == 8 ? load_bytes(from + i) : load_half_bytes(from + i / 2);
 }
 
 // As the dtype holds it.
