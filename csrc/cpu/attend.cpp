@@ -1,12 +1,12 @@
 // ops.attend_pages on the host: attention of a few queries over stored columns or selected blocks of them.
 //
-// Columns are cut into tasks of 1,024 for a row and KV head, whose G query heads share one reading of them, whatever the
-// number of threads: so results do not depend on it. A task keeps an online softmax in float32; tasks are merged by
-// their largest logits. Bound by the bytes of keys and values.
+// The columns of a row and KV head are cut into tasks of 1,024, whatever the number of threads, so that results do not
+// depend on it; the G query heads share one reading of them. A task keeps an online softmax in float32; tasks are merged
+// by their largest logits. Bound by the bytes of keys and values.
 #include <stdint.h>
 
 #include <algorithm>
-#include <memory>
+#include <iterator>
 #include <new>
 #include <vector>
 
@@ -104,8 +104,8 @@ std::vector<Item> list_items(const hfl_attend& a) {
 
 // The item of a task.
 const Item& item_of(const std::vector<Item>& items, int64_t task) {
-  auto after = std::upper_bound(items.begin(), items.end(), task, [](int64_t x, const Item& it) { return x < it.task; });
-  return *--after;
+  const auto before = [](int64_t x, const Item& it) { return x < it.task; };
+  return *std::prev(std::upper_bound(items.begin(), items.end(), task, before));
 }
 
 template <class T>

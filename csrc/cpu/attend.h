@@ -26,7 +26,7 @@ struct Desk {
   float *q, *tokens, *logits, *other;
 };
 
-// Result of a task: sums [rows, padded v_dim] of weighted values, then [rows] largest logits and [rows] sums of weights.
+// Result of a task: weighted values [rows, padded v_dim], largest logits [rows] and sums of weights [rows].
 struct Sums {
   float *out, *top, *total;
 };
