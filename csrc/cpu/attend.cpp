@@ -1,8 +1,8 @@
 // ops.attend_pages on the host: attention of a few queries over stored columns or selected blocks of them.
 //
 // The columns of a row and KV head are cut into tasks of 1,024, whatever the number of threads, so that results do not
-// depend on it; the G query heads share one reading of them. A task keeps an online softmax in float32; tasks are merged
-// by their largest logits. Bound by the bytes of keys and values.
+// depend on it; the G query heads share one reading of them. A task keeps an online softmax in float32; tasks are
+// merged by their largest logits. Bound by the bytes of keys and values.
 #include <stdint.h>
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // ops.pick_blocks with `take` on the host: the forced blocks and the best candidates, ascending.
 //
-// The least score that is taken is found bit by bit, by counting, in at most 32 passes over a row's scores, which lie in
-// the cache; of candidates with just that score the first ones are taken. NaN counts as -inf, as in the definition.
+// The least score that is taken is found bit by bit, by counting, in at most 32 passes over a row's scores, which lie
+// in the cache; of candidates with just that score the first ones are taken. NaN counts as -inf, as in the definition.
 #include <stdint.h>
 
 #include <algorithm>
