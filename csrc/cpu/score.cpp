@@ -1,8 +1,8 @@
 // ops.score_pages on the host: scores of blocks from what is kept of their keys.
 //
 // A task is some blocks of a row and KV head (with `all`, of all of them in turn), whose G query heads share one
-// reading of the entries. Both bounds are met in one product, as each channel of a query meets one of them with zero. Bound by
-// the bytes of the entries.
+// reading of the entries. Both bounds are met in one product, as each channel of a query meets one of them with zero.
+// Bound by the bytes of the entries.
 #include <stdint.h>
 
 #include <algorithm>
