@@ -1,7 +1,7 @@
 // Decode attention: the kernel. attend.cu says what it computes and how the work is cut.
 #pragma once
 #include <limits.h>
-#include <math_constants.h>
+#include <math.h>
 
 #include "../hf_longctx.h"
 #include "attend_tile.cuh"
@@ -9,6 +9,7 @@
 namespace hfl {
 
 constexpr float LOG2E = 1.4426950408889634f;
+constexpr float NOTHING = -INFINITY;  // logit of a key that is not seen
 constexpr int MOST_SPLITS = 128;
 
 struct AttendTask {

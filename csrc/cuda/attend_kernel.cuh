@@ -33,10 +33,10 @@ __device__ void finish(const AttendTask& p, const Unit& unit, int row, int chann
 template <bool OTHERS>
 __device__ __forceinline__ float2 merge(float4& sum, const float2* states, int state_stride, const float* outs,
                                         int64_t out_stride, int parts) {
-  float top = -CUDART_INF_F, total = 0.0f;
+  float top = NOTHING, total = 0.0f;
   for (int i = 0; i < parts; ++i) top = fmaxf(top, states[i * state_stride].x);
   sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  const float base = top == -CUDART_INF_F ? 0.0f : top;
+  const float base = top == NOTHING ? 0.0f : top;
 #pragma unroll 8
   for (int i = 0; i < parts; ++i) {
     const float4* at = reinterpret_cast<const float4*>(outs + i * out_stride);

@@ -27,7 +27,7 @@ struct Warp {
     for (int h = 0; h < 2; ++h) {
       const int row = (lane >> 2) + 8 * h;
       from[h] = places[row];
-      top[h] = -CUDART_INF_F, total[h] = shift[h] = 0.0f;
+      top[h] = NOTHING, total[h] = shift[h] = 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
@@ -179,7 +179,7 @@ struct Warp {
           const float slope = reinterpret_cast<const float*>(shared + R::SLOPES)[(lane >> 2) + i / 2 * 8];
           x[tile][i] = (y + slope * static_cast<float>(at[tile][i & 1] - from[i / 2])) * LOG2E;
         }
-        if (!all && !keys.seen(at[tile][i & 1], from[i / 2])) x[tile][i] = -CUDART_INF_F;
+        if (!all && !keys.seen(at[tile][i & 1], from[i / 2])) x[tile][i] = NOTHING;
       }
     }
     return all;
@@ -266,7 +266,7 @@ struct Warp {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float higher = fmaxf(most[h], top[h]);
-        const float down = higher == -CUDART_INF_F ? 1.0f : power_of_two(top[h] - higher);
+        const float down = higher == NOTHING ? 1.0f : power_of_two(top[h] - higher);
         top[h] = higher, total[h] *= down, shift[h] *= down;
 #pragma unroll
         for (int i = 0; i < D / 8; ++i) out[i][2 * h] *= down, out[i][2 * h + 1] *= down;
@@ -274,7 +274,7 @@ struct Warp {
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float base = (top[h] == -CUDART_INF_F ? 0.0f : top[h]) - LIFT;
+      const float base = (top[h] == NOTHING ? 0.0f : top[h]) - LIFT;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& weight = x[i / 2][2 * h + (i & 1)];
