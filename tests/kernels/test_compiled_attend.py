@@ -176,8 +176,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...]) -> Ten
     if library.reason(device) is not None:
         pytest.skip(str(library.reason(device)))
     assert attend.reject(*arguments) is None
-    monkeypatch.setattr(attend, "empty_out", lambda q, n: q.new_full((q.shape[0], q.shape[2], q.shape[1], n), torch.nan)
-                        .transpose(1, 2))
+    monkeypatch.setattr(
+        attend, "empty_out", lambda q, n: q.new_full((q.shape[0], q.shape[2], q.shape[1], n), torch.nan).transpose(1, 2)
+    )
     out = attend.attend_pages(*arguments)
     assert torch.equal(out, attend.attend_pages(*arguments))
     return out

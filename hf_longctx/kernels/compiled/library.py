@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -63,17 +64,25 @@ def path() -> Path:
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
+    here = path()
+    if not here.exists():
+        said = here.with_suffix(".txt")
+        return None, said.read_text().strip() if said.exists() else f"there is no {here.name}: install the package"
     try:
-        library = ctypes.CDLL(str(path()))
+        library = ctypes.CDLL(str(here))
         abi = library.hfl_abi()
     except (OSError, AttributeError) as error:
         return None, f"its library cannot be loaded ({error})"
     if abi != ABI:
-        return None, f"its library has interface {abi}, this package {ABI}"
-    for name in ("hfl_attend_cpu", "hfl_attend_cuda"):
+        return None, f"its library has interface {abi}, this package {ABI}: install the package again"
+    for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op in _OPS for kind in ("cpu", "cuda"))):
         getattr(library, name).restype = ctypes.c_char_p
-    library.hfl_attend_scratch.restype = library.hfl_attend_counters.restype = ctypes.c_int64
+    for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch"):
+        getattr(library, name).restype = ctypes.c_int64
     return library, ""
+
+
+_OPS = ("attend", "score", "pick", "append")
 
 
 def reason(device: torch.device) -> str | None:
@@ -82,8 +91,38 @@ def reason(device: torch.device) -> str | None:
     if library is None:
         return why
     if device.type == "cuda":
-        return None if library.hfl_has_cuda() else "its library was built without CUDA"
-    return None if device.type == "cpu" else f"has no code for {device.type}"
+        return _reason_on_cuda(device)
+    return f"has no code for {device.type}" if device.type != "cpu" else None
+
+
+@cache
+def _reason_on_cuda(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if runs_on(about(), major, minor) else f"has no code for sm_{major}{minor}; it is for {about()}"
+
+
+def runs_on(architectures: str, major: int, minor: int) -> bool:
+    """True if code for `architectures` (as `hfl_version` names them) runs on a device of that capability.
+
+    Machine code runs on devices of the same major number from its minor number on, that of an `a` on just its own;
+    what was compiled for a virtual architecture runs on all later ones.
+    """
+    have = 10 * major + minor
+    for kind, number, exact in re.findall(r"(sm|compute)_(\d+)([af]?)", architectures):
+        want = int(number)
+        if kind == "compute" or exact == "a":
+            fits = have == want if exact == "a" else have >= want
+        else:
+            fits = have // 10 == want // 10 and have >= want
+        if fits:
+            return True
+    return False
+
+
+def about() -> str:
+    """What the library was built for; "" without one."""
+    loaded = _load()[0]
+    return "" if loaded is None else str(loaded.hfl_version().decode())
 
 
 def library() -> ctypes.CDLL:
