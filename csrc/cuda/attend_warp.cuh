@@ -16,36 +16,38 @@ struct Warp {
   const Keys& keys;
   unsigned char* ring;
   const unsigned char* shared;
+  Keys::Found next;                  // of the slab after those in the ring
   int lane, from[2];                 // positions of this lane's queries, rows g and g + 8
   float out[D / 8][4];               // rows g and g + 8, columns 2c and 2c + 1 of each tile
   float top[2], total[2], shift[2];  // largest logit; sum of weights; packed: sum of weights * zeros, to be taken off
   int level = 0;                     // packed: out and shift are divided by 2^(level - 127), the largest scale so far
 
-  __device__ Warp(const AttendTask& p_, const Unit& unit_, const Keys& keys_, unsigned char* shared_, int warp, int lane_)
+  __device__ Warp(const AttendTask& p_, const Unit& unit_, const Keys& keys_, unsigned char* shared_, int warp,
+                  int lane_)
       : p(p_), unit(unit_), keys(keys_), ring(shared_ + warp * R::WARP), shared(shared_), lane(lane_) {
-    const int* places = reinterpret_cast<const int*>(shared + R::PLACES);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = (lane >> 2) + 8 * h;
-      from[h] = places[row];
-      top[h] = NOTHING, total[h] = shift[h] = 0.0f;
-    }
+    for (int h = 0; h < 2; ++h) top[h] = NOTHING, total[h] = shift[h] = 0.0f;
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
   }
 
-  // Slabs slab, slab + WARPS, ... below `end`.
-  __device__ void walk(int slab, int end) {
-    int columns[R::STAGES];
+  // Fill the ring with slabs slab, slab + WARPS, ... below `end`.
+  __device__ void begin(int slab, int end) {
     Keys::Found found[R::STAGES];
 #pragma unroll
     for (int i = 0; i < R::STAGES; ++i) found[i] = find(slab + i * R::WARPS, end);
 #pragma unroll
     for (int i = 0; i < R::STAGES; ++i) {
-      columns[i] = copy_keys(i, slab + i * R::WARPS, end, found[i]);
-      copy_values(i, slab + i * R::WARPS, end, columns[i]);
+      const int column = copy_keys(i, slab + i * R::WARPS, end, found[i]);
+      copy_values(i, slab + i * R::WARPS, end, column);
     }
-    Keys::Found next = find(slab + R::STAGES * R::WARPS, end);
+    next = find(slab + R::STAGES * R::WARPS, end);
+  }
+
+  // Attend to those slabs; the queries are in shared memory.
+  __device__ void walk(int slab, int end) {
+    const int* places = reinterpret_cast<const int*>(shared + R::PLACES);
+    from[0] = places[lane >> 2], from[1] = places[(lane >> 2) + 8];
     for (int stage = 0; slab < end; slab += R::WARPS, stage = stage + 1 == R::STAGES ? 0 : stage + 1) {
       copy_wait<2 * R::STAGES - 1>();
       __syncwarp();
