@@ -76,7 +76,7 @@ struct Keys {
     }
   }
 
-  // What is to be loaded to know the key of lane l % 16 of a slab, and then, later, its column and position: -1 for none.
+  // What is to be loaded to know the key of lane l % 16 of a slab, and then, later, its column and position, -1 for none
   __device__ Found find(const hfl_attend& a, int slab, int lane) const {
     const int index = (slab < before ? slab : slab + jump) * 16 + (lane & 15);
     if (ids) {
@@ -133,7 +133,8 @@ struct Queries {
 
   // Write the operands of all steps of one variant. Packed: in float16, divided by a power of two for each row, so
   // that every number of either dtype that matters is exact; that power and the sum of the row go to `factors`.
-  __device__ static void prepare(const AttendTask& p, const Unit& unit, int variant, uint4* to, float2* factors, int lane) {
+  __device__ static void prepare(const AttendTask& p, const Unit& unit, int variant, uint4* to, float2* factors,
+                                 int lane) {
     const int g = lane >> 2, c = lane & 3;
     const uint16_t* row[2];
     float down[2] = {1.0f, 1.0f};
