@@ -22,6 +22,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).parent / "csrc"
+OBJECTS = Path(__file__).parent / "build" / "objects"  # of all installs from here, editable ones too
 MODES = ("auto", "off", "cpu", "cuda")
 ARCHS = "80;86;89;90a;100;120;80+ptx"
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
@@ -80,13 +81,13 @@ def run(command: list[str]) -> None:
         raise Unbuildable(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
-def compiled(command: list[str], source: Path, objects: Path) -> str:
+def compiled(command: list[str], source: Path) -> str:
     """The object of a source, made unless the same command has made it from the same files before."""
     files = sorted(file for file in CSRC.rglob("*") if file.suffix in (".h", ".cuh", ".inl"))
     digest = hashlib.sha256("\0".join(command).encode())
     for file in (source, *files):
         digest.update(file.read_bytes())
-    made = objects / f"{source.stem}-{source.suffix[1:]}-{digest.hexdigest()[:16]}.o"
+    made = OBJECTS / f"{source.stem}-{source.suffix[1:]}-{digest.hexdigest()[:16]}.o"
     if not made.exists():
         scratch = made.with_suffix(".part")
         run([*command, "-c", str(source), "-o", str(scratch)])
@@ -94,9 +95,9 @@ def compiled(command: list[str], source: Path, objects: Path) -> str:
     return str(made)
 
 
-def build(library: Path, objects: Path, cuda: bool) -> None:
+def build(library: Path, cuda: bool) -> None:
     """Compile and link; raises Unbuildable."""
-    objects.mkdir(parents=True, exist_ok=True)
+    OBJECTS.mkdir(parents=True, exist_ok=True)
     cxx = find("g++", "CXX")
     about = f'-DHFL_BUILD="{"CUDA " if cuda else ""}%s"'
     archs = code_flags(nvcc()) if cuda else []
@@ -106,9 +107,9 @@ def build(library: Path, objects: Path, cuda: bool) -> None:
     if cuda:  # the longest first
         jobs = [([nvcc(), *NVCC_FLAGS, *archs], file) for file in sorted((CSRC / "cuda").glob("*.cu"))] + jobs
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        made = list(pool.map(lambda job: compiled(*job, objects), jobs))
-    linker = [nvcc(), "-shared", "-cudart", "static", "-Xcompiler", "-fopenmp", "-Xlinker", "-s"]
-    run([*(linker if cuda else [cxx, "-shared", "-fopenmp", "-s"]), "-o", str(library), *made])
+        made = list(pool.map(lambda job: compiled(*job), jobs))
+    linker = [nvcc(), "-shared", "-cudart", "static", "-Xcompiler", "-fopenmp", *("-Xlinker", "-s,-z,defs")]
+    run([*(linker if cuda else [cxx, "-shared", "-fopenmp", "-s", "-Wl,-z,defs"]), "-o", str(library), *made])
 
 
 class Build(build_ext):
@@ -127,7 +128,7 @@ class Build(build_ext):
             file.unlink(missing_ok=True)
         for kind in {"auto": ("cuda", "cpu"), "off": ()}.get(asked, (asked,)):
             try:
-                build(library, Path(self.build_temp), kind == "cuda")
+                build(library, kind == "cuda")
             except Unbuildable as why:
                 if asked == kind:
                     raise SystemExit(f"HF_LONGCTX_BUILD={asked}: {why}") from why
@@ -172,4 +173,5 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[Extension("hf_longctx._C", [])], cmdclass={"build_ext": Build, "bdist_wheel": Wheel})
+files = [str(file.relative_to(CSRC.parent)) for file in CSRC.rglob("*") if file.is_file()]  # for the source package
+setup(ext_modules=[Extension("hf_longctx._C", [], depends=files)], cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

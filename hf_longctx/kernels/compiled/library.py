@@ -20,6 +20,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 class HflRows(ctypes.Structure):
     """`hfl_rows`."""
 
+    __slots__ = ()  # a field that is not there cannot be set
     _fields_ = (
         ("data", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("b", "h", "t")),
@@ -33,6 +34,7 @@ class HflRows(ctypes.Structure):
 class HflAttend(ctypes.Structure):
     """`hfl_attend`."""
 
+    __slots__ = ()
     _fields_ = (
         *(
             (name, ctypes.c_int32)
@@ -71,14 +73,14 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(here))
         abi = library.hfl_abi()
+        if abi != ABI:
+            return None, f"its library has interface {abi}, this package {ABI}: install the package again"
+        for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op in _OPS for kind in ("cpu", "cuda"))):
+            getattr(library, name).restype = ctypes.c_char_p
+        for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch"):
+            getattr(library, name).restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         return None, f"its library cannot be loaded ({error})"
-    if abi != ABI:
-        return None, f"its library has interface {abi}, this package {ABI}: install the package again"
-    for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op in _OPS for kind in ("cpu", "cuda"))):
-        getattr(library, name).restype = ctypes.c_char_p
-    for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch"):
-        getattr(library, name).restype = ctypes.c_int64
     return library, ""
 
 
@@ -98,7 +100,11 @@ def reason(device: torch.device) -> str | None:
 @cache
 def _reason_on_cuda(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    return None if runs_on(about(), major, minor) else f"has no code for sm_{major}{minor}; it is for {about()}"
+    if runs_on(about(), major, minor):
+        return None
+    said = path().with_suffix(".txt")
+    why = f" ({said.read_text().strip()})" if said.exists() else ""
+    return f"has no code for sm_{major}{minor}: its library is for {about()}{why}"
 
 
 def runs_on(architectures: str, major: int, minor: int) -> bool:
@@ -165,9 +171,18 @@ _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """Zeros `[>= count]`, int32, of a device and its current stream; operations leave them zero."""
+    """Zeros `[>= count]`, int32, of a device and its current stream; operations leave them zero.
+
+    Raises:
+        RuntimeError: a graph is being captured, and nothing like this has run on its stream before: what was made now
+            would be the graph's own, and not zero for others.
+    """
     key = (device, stream(device))
     held = _COUNTERS.get(key)
     if held is None or len(held) < count:
-        held = _COUNTERS[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "hf_longctx: expected a call before the capture, on the stream of the capture; got none."
+            )
+        held = _COUNTERS[key] = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
     return held
