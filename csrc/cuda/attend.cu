@@ -4,11 +4,11 @@
 // keys as in QServe, arXiv:2405.04532, but with the scales taken out of the products.
 // Shapes: q [B, Hq, T, D], k and v [B, Hkv, S, D], D 64, 96, 128 or 256; positions below 2^31.
 // Work: a unit is up to 16 queries of a KV head, all T * G of them, or with a selection those that read one list. The
-//   keys that they see, which are known on the device only, are cut into slabs of 16 and shared out evenly over `splits`
-//   blocks, so that a large capacity with a short text costs nothing. Within a block each warp takes
-//   every WARPS-th slab, through its own ring of cp.async copies, and never waits for another warp; products are
-//   mma.m16n8k16 with the queries as the 16 rows. In the end the block merges its warps, and the last block of a unit
-//   (a counter, which it sets back to zero) all blocks, in their order: results do not depend on timing.
+//   keys that they see, known on the device only, are cut into slabs of 16 and shared out over `splits` blocks, so
+//   that a large capacity with a short text costs nothing. Within a block each warp takes every WARPS-th slab, through
+//   its own ring of cp.async copies, and never waits for another warp; products are mma.m16n8k16, queries the 16 rows.
+//   In the end the block merges its warps, and the last block of a unit (a counter, which it sets back to zero) all
+//   blocks, in their order: results do not depend on timing.
 // Grid: (units of a KV head, splits, B * Hkv); 128 threads, 64 for D = 256.
 // Shared memory: ring of 64 KiB or less, 32 D bytes for each variant of the queries (1, or up to 3 with turns), 1 KiB.
 // Bound by: bytes of keys and values. Three blocks of a multiprocessor keep about 140 KiB of bf16 on their way.

@@ -196,7 +196,7 @@ struct Warp {
     const uint4* queries = reinterpret_cast<const uint4*>(shared + R::QUERIES + variant * R::QUERY);
     const unsigned char* slab = ring + R::KEYS + stage * S::BYTES;
     float sums[2][2][4] = {};  // of even and odd steps: two short chains instead of a long one
-#pragma unroll
+#pragma unroll (D == 256 ? 2 : D)  // there registers are short
     for (int j = 0; j < D / 4 / S::UNIT_K; ++j) {
       uint32_t words[2][S::WORDS_K];
 #pragma unroll

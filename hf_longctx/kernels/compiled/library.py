@@ -167,22 +167,19 @@ def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+_COUNTERS: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def counters(device: torch.device, count: int) -> Tensor:
     """Zeros `[>= count]`, int32, of a device and its current stream; operations leave them zero.
 
-    Raises:
-        RuntimeError: a graph is being captured, and nothing like this has run on its stream before: what was made now
-            would be the graph's own, and not zero for others.
+    Smaller ones from before are kept: a captured graph may still use them. What is made while a graph is captured is
+    zero only when that graph runs, so it is of no use to others; a call on the capturing stream before avoids that.
     """
-    key = (device, stream(device))
-    held = _COUNTERS.get(key)
-    if held is None or len(held) < count:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "hf_longctx: expected a call before the capture, on the stream of the capture; got none."
-            )
-        held = _COUNTERS[key] = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
-    return held
+    held = _COUNTERS.setdefault((device, stream(device)), [])
+    if held and len(held[-1]) >= count:
+        return held[-1]
+    made = torch.zeros(max(2 * count, 4096), dtype=torch.int32, device=device)
+    if not torch.cuda.is_current_stream_capturing():
+        held.append(made)
+    return made
