@@ -1,0 +1,1 @@
+"""Operations of the compiled library (`csrc/`), called with ctypes."""
