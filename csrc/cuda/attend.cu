@@ -3,12 +3,12 @@
 // Paper: Flash-Decoding (split keys, merge by log-sum-exp), arXiv:2205.14135 section 3 for the online softmax; packed
 // keys as in QServe, arXiv:2405.04532, but with the scales taken out of the products.
 // Shapes: q [B, Hq, T, D], k and v [B, Hkv, S, D], D 64, 96, 128 or 256; positions below 2^31.
-// Work: a unit is up to 16 queries of a KV head, all T * G of them, or with a selection those that read one list. Each
-//   unit's keys, cut into slabs of 16, are shared out evenly over `splits` blocks: over those that its queries see, which
-//   is known on the device only, so that a large capacity with a short text costs nothing. Within a block each warp takes
-//   every WARPS-th slab, through its own ring of cp.async copies, and never waits for another warp; products are
-//   mma.m16n8k16 with the queries as the 16 rows. In the end the block merges its warps, and the last block of a unit
-//   (a counter, which it sets back to zero) all blocks, in their order: results do not depend on timing.
+// Work: a unit is up to 16 queries of a KV head, all T * G of them, or with a selection those that read one list. The
+//   keys that they see, known on the device only, are cut into slabs of 16 and shared out over `splits` blocks, so
+//   that a large capacity with a short text costs nothing. Within a block each warp takes every WARPS-th slab, through
+//   its own ring of cp.async copies, and never waits for another warp; products are mma.m16n8k16, queries the 16 rows.
+//   In the end the block merges its warps, and the last block of a unit (a counter, which it sets back to zero) all
+//   blocks, in their order: results do not depend on timing.
 // Grid: (units of a KV head, splits, B * Hkv); 128 threads, 64 for D = 256.
 // Shared memory: ring of 64 KiB or less, 32 D bytes for each variant of the queries (1, or up to 3 with turns), 1 KiB.
 // Bound by: bytes of keys and values. Three blocks of a multiprocessor keep about 140 KiB of bf16 on their way.
@@ -49,7 +49,9 @@ const Kernel& kernel_of(const hfl_attend& a) {
 }
 
 const Kernel& kernel_of(const hfl_attend& a) {
-  return a.dim == 64 ? kernel_of<64>(a) : a.dim == 96 ? kernel_of<96>(a) : a.dim == 128 ? kernel_of<128>(a) : kernel_of<256>(a);
+  if (a.dim == 64) return kernel_of<64>(a);
+  if (a.dim == 96) return kernel_of<96>(a);
+  return a.dim == 128 ? kernel_of<128>(a) : kernel_of<256>(a);
 }
 
 bool aligned(const void* p, std::initializer_list<int64_t> strides, int64_t multiple) {
@@ -75,13 +77,15 @@ const char* check(const hfl_attend& a) {
     return "attend_pages: expected keys and values of 64, 96, 128 or 256 channels";
   }
   if (a.batch < 1 || a.kv_heads < 1 || a.tokens < 1 || a.stored < 1) return "attend_pages: expected no empty axis";
-  if (a.q_heads < 1 || a.q_heads % a.kv_heads) return "attend_pages: expected a multiple of the KV heads as query heads";
+  if (a.q_heads < 1 || a.q_heads % a.kv_heads) return "attend_pages: expected q_heads as a multiple of kv_heads";
   if (static_cast<int64_t>(a.batch) * a.kv_heads > 65535) return "attend_pages: expected at most 65535 rows * KV heads";
   if (a.k.bits != a.v.bits) return "attend_pages: expected keys and values in the same format";
   if (!aligned(a.q, {a.q_b, a.q_h, a.q_t}, 8) || !aligned(a.q_before, {}, 8) || !aligned(a.q_sinks, {}, 8)) {
     return "attend_pages: expected queries that begin at multiples of 16 bytes";
   }
-  if (!aligned(a.out, {a.out_b, a.out_h, a.out_t}, 8)) return "attend_pages: expected an output at multiples of 16 bytes";
+  if (!aligned(a.out, {a.out_b, a.out_h, a.out_t}, 8)) {
+    return "attend_pages: expected an output whose rows begin at multiples of 16 bytes";
+  }
   if (a.q_before && (a.slopes || a.lap < 1)) return "attend_pages: expected no slopes, and a lap, with turned queries";
   if (a.q_before && !a.ids && a.sink > 0 && !a.q_sinks) return "attend_pages: expected queries turned to the sinks";
   if (a.sink < 0) return "attend_pages: expected no negative sink";

@@ -47,7 +47,6 @@ struct Keys {
   int sink, window;         // INT_MAX: none
   int count, before, jump;  // slabs; of those the first `before` lie at their number, the others `jump` further on
   const int32_t* ids;
-  const int32_t* pages;
   const int64_t* places;  // positions of columns
 
   struct Found {
@@ -59,9 +58,7 @@ struct Keys {
     window = a.ids || a.window < 0 || a.window > INT_MAX ? INT_MAX : static_cast<int>(a.window);
     sink = a.ids ? 0 : static_cast<int>(a.sink < INT_MAX ? a.sink : INT_MAX);
     const int list = a.select_heads == 1 ? 0 : a.select_heads == a.kv_heads ? unit.kv_head : unit.head(p, 0);
-    const int64_t chosen = unit.batch * a.ids_b + list * a.ids_h + unit.token * a.ids_n;
-    ids = a.ids ? a.ids + chosen : nullptr;
-    pages = a.pages ? a.pages + chosen : ids;
+    ids = a.ids ? a.ids + unit.batch * a.ids_b + list * a.ids_h + unit.token * a.ids_n : nullptr;
     places = a.k_pos ? a.k_pos + unit.batch * a.k_pos_b : nullptr;
     jump = 0, before = INT_MAX;
     if (ids) {
@@ -76,12 +73,14 @@ struct Keys {
     }
   }
 
-  // What is to be loaded to know the key of lane l % 16 of a slab, and then, later, its column and position: -1 for none.
+  // What must be loaded to know the key of lane l % 16 of a slab; later, its column and position, -1 for none.
   __device__ Found find(const hfl_attend& a, int slab, int lane) const {
     const int index = (slab < before ? slab : slab + jump) * 16 + (lane & 15);
     if (ids) {
       const int block = index / a.block;
-      return block < a.chosen ? Found{ids[block], pages[block]} : Found{-1, -1};
+      if (block >= a.chosen) return Found{-1, -1};
+      const int32_t* id = ids + block;
+      return Found{*id, a.pages ? a.pages[id - a.ids] : *id};
     }
     const int place = index >= a.stored ? -1 : places ? static_cast<int>(places[index]) : index;
     return Found{place, index};
@@ -133,7 +132,8 @@ struct Queries {
 
   // Write the operands of all steps of one variant. Packed: in float16, divided by a power of two for each row, so
   // that every number of either dtype that matters is exact; that power and the sum of the row go to `factors`.
-  __device__ static void prepare(const AttendTask& p, const Unit& unit, int variant, uint4* to, float2* factors, int lane) {
+  __device__ static void prepare(const AttendTask& p, const Unit& unit, int variant, uint4* to, float2* factors,
+                                 int lane) {
     const int g = lane >> 2, c = lane & 3;
     const uint16_t* row[2];
     float down[2] = {1.0f, 1.0f};

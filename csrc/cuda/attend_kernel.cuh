@@ -6,7 +6,8 @@ namespace hfl {
 
 // Four channels of one row of the output: what is left is to divide, with the share of the sink logit.
 template <int D, Format F>
-__device__ void finish(const AttendTask& p, const Unit& unit, int row, int channel, int place, float4 sum, float2 state) {
+__device__ void finish(const AttendTask& p, const Unit& unit, int row, int channel, int place, float4 sum,
+                       float2 state) {
   const hfl_attend& a = p.a;
   const int head = unit.head(p, row);
   float top = state.x, total = state.y, factor = 1.0f;
@@ -49,7 +50,7 @@ __device__ __forceinline__ float2 merge(float4& sum, const float2* states, int s
   return make_float2(top, total);
 }
 
-// Where blocks leave results for the last one: [problems, units, splits, 16, D] and states [problems, units, splits, 16].
+// Where blocks leave results for the last one: [problems, units, splits, 16, D], and as many states without D.
 template <int D>
 struct Scratch {
   float* outs;
@@ -62,11 +63,79 @@ struct Scratch {
   }
 };
 
+// Positions, slopes and operands of a unit's queries, for all warps.
+template <int D, Format F>
+__device__ void prepare_queries(const AttendTask& p, const Unit& unit, unsigned char* shared, int place) {
+  using R = Room<D, F>;
+  const int thread = threadIdx.x;
+  if (thread < 16) {
+    reinterpret_cast<int*>(shared + R::PLACES)[thread] = place;
+    reinterpret_cast<float*>(shared + R::SLOPES)[thread] =
+        p.a.slopes && thread < unit.rows() ? p.a.slopes[unit.head(p, thread)] : 0.0f;
+  }
+  for (int v = thread / 32; v < p.variants; v += R::WARPS) {
+    Queries<D, F>::prepare(p, unit, v, reinterpret_cast<uint4*>(shared + R::QUERIES + v * R::QUERY),
+                           reinterpret_cast<float2*>(shared + R::FACTORS) + v * 16, thread % 32);
+  }
+}
+
+// Merge what the warps left: into the output if the unit has but this block, else into scratch.
+template <int D, Format F>
+__device__ void merge_warps(const AttendTask& p, const Unit& unit, unsigned char* shared, const Scratch<D>& scratch,
+                            bool alone) {
+  using R = Room<D, F>;
+  const int* places = reinterpret_cast<const int*>(shared + R::PLACES);
+  const float* outs = reinterpret_cast<const float*>(shared);
+  const float2* states = reinterpret_cast<const float2*>(shared + R::STATES);
+  for (int i = threadIdx.x; i < unit.rows() * (D / 4); i += R::WARPS * 32) {
+    const int row = i / (D / 4), channel = i % (D / 4) * 4;
+    float4 sum;
+    const float2 state = merge<false>(sum, states + row, 16, outs + row * D + channel, 16 * D, R::WARPS);
+    if (alone) {
+      finish<D, F>(p, unit, row, channel, places[row], sum, state);
+    } else {
+      const int at = static_cast<int>(blockIdx.y) * 16 + row;
+      *reinterpret_cast<float4*>(scratch.outs + static_cast<int64_t>(at) * D + channel) = sum;
+      if (channel == 0) scratch.states[at] = state;
+    }
+  }
+}
+
+// True in all threads of the last of `blocks` blocks to come here; the counter is zero again.
+__device__ __forceinline__ bool last_to_arrive(int* counter, int blocks, int* arrived) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *arrived = atomicAdd(counter, 1);
+  __syncthreads();
+  if (*arrived != blocks - 1) return false;
+  __threadfence();
+  if (threadIdx.x == 0) *counter = 0;
+  return true;
+}
+
+template <int D, Format F>
+__device__ void merge_blocks(const AttendTask& p, const Unit& unit, unsigned char* shared, const Scratch<D>& scratch,
+                             int blocks) {
+  using R = Room<D, F>;
+  const int* places = reinterpret_cast<const int*>(shared + R::PLACES);
+  float2* states = reinterpret_cast<float2*>(shared);
+  for (int i = threadIdx.x; i < blocks * 16; i += R::WARPS * 32) {
+    if (i % 16 < unit.rows()) states[i] = __ldcg(scratch.states + i);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < unit.rows() * (D / 4); i += R::WARPS * 32) {
+    const int row = i / (D / 4), channel = i % (D / 4) * 4;
+    float4 sum;
+    const float2 state = merge<true>(sum, states + row, 16, scratch.outs + row * D + channel, 16 * D, blocks);
+    finish<D, F>(p, unit, row, channel, places[row], sum, state);
+  }
+}
+
 template <int D, Format F>
 __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const __grid_constant__ AttendTask p) {
   using R = Room<D, F>;
   extern __shared__ __align__(128) unsigned char shared[];
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int index = blockIdx.x, split = blockIdx.y, problem = blockIdx.z;
   const Unit unit(p, index, problem);
 
@@ -78,59 +147,24 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
   const int blocks = max((keys.count + each - 1) / each, 1);  // that have something to do
   if (split >= blocks) return;
 
-  int* places = reinterpret_cast<int*>(shared + R::PLACES);
-  if (thread < 16) {
-    places[thread] = place;
-    reinterpret_cast<float*>(shared + R::SLOPES)[thread] =
-        p.a.slopes && thread < unit.rows() ? p.a.slopes[unit.head(p, thread)] : 0.0f;
-  }
-  for (int v = warp; v < p.variants; v += R::WARPS) {
-    Queries<D, F>::prepare(p, unit, v, reinterpret_cast<uint4*>(shared + R::QUERIES + v * R::QUERY),
-                           reinterpret_cast<float2*>(shared + R::FACTORS) + v * 16, lane);
-  }
-  __syncthreads();
-  float* outs = reinterpret_cast<float*>(shared);
-  float2* states = reinterpret_cast<float2*>(shared + R::STATES);
   {
+    const int first = split * each + warp, end = min(keys.count, (split + 1) * each);
     Warp<D, F> mine(p, unit, keys, shared, warp, lane);
-    mine.walk(split * each + warp, min(keys.count, (split + 1) * each));
+    mine.begin(first, end);
+    prepare_queries<D, F>(p, unit, shared, place);  // while the first keys are on their way
+    __syncthreads();
+    mine.walk(first, end);
     __syncthreads();  // the rings are free
-    mine.leave(outs + warp * 16 * D, states + warp * 16);
+    mine.leave(reinterpret_cast<float*>(shared) + warp * 16 * D,
+               reinterpret_cast<float2*>(shared + R::STATES) + warp * 16);
   }
   __syncthreads();
-
   const Scratch<D> scratch(p, problem, index);
-  for (int i = thread; i < unit.rows() * (D / 4); i += R::WARPS * 32) {
-    const int row = i / (D / 4), channel = i % (D / 4) * 4;
-    float4 sum;
-    const float2 state = merge<false>(sum, states + row, 16, outs + row * D + channel, 16 * D, R::WARPS);
-    if (blocks == 1) {
-      finish<D, F>(p, unit, row, channel, places[row], sum, state);
-    } else {
-      *reinterpret_cast<float4*>(scratch.outs + (static_cast<int64_t>(split) * 16 + row) * D + channel) = sum;
-      if (channel == 0) scratch.states[split * 16 + row] = state;
-    }
-  }
+  merge_warps<D, F>(p, unit, shared, scratch, blocks == 1);
   if (blocks == 1) return;
-
   int* arrived = reinterpret_cast<int*>(shared + R::FACTORS);
-  __threadfence();
-  __syncthreads();
-  if (thread == 0) *arrived = atomicAdd(p.a.counters + problem * p.units + index, 1);
-  __syncthreads();
-  if (*arrived != blocks - 1) return;
-  __threadfence();
-  if (thread == 0) p.a.counters[problem * p.units + index] = 0;
-  states = reinterpret_cast<float2*>(shared);
-  for (int i = thread; i < blocks * 16; i += R::WARPS * 32) {
-    if (i % 16 < unit.rows()) states[i] = __ldcg(scratch.states + i);
-  }
-  __syncthreads();
-  for (int i = thread; i < unit.rows() * (D / 4); i += R::WARPS * 32) {
-    const int row = i / (D / 4), channel = i % (D / 4) * 4;
-    float4 sum;
-    const float2 state = merge<true>(sum, states + row, 16, scratch.outs + row * D + channel, 16 * D, blocks);
-    finish<D, F>(p, unit, row, channel, places[row], sum, state);
+  if (last_to_arrive(p.a.counters + problem * p.units + index, blocks, arrived)) {
+    merge_blocks<D, F>(p, unit, shared, scratch, blocks);
   }
 }
 

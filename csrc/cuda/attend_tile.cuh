@@ -6,7 +6,7 @@
 //   q.k:  lane (g, c) holds key 8 tile + g; of every 4 UNIT_K channels those from c * UNIT_K on.
 //   p.v:  lane (g, c) holds keys 2c, 2c+1, 2c+8, 2c+9; of every 8 UNIT_V channels those from g * UNIT_V on.
 //
-// Packed values are centred: operands are payload - CENTRE, exact in both 16-bit formats, and their zeros are less by
+// Packed values are centred: operands are payload - CENTRE, exact in float16, and their zeros are less by
 // CENTRE. Scale and zero come in afterwards, in float32 (the reference rounds (payload - zero) * scale to the call's
 // dtype before the products; here that rounding is missing): k's on the products, v's scale on the weights.
 #pragma once
@@ -123,7 +123,7 @@ struct Slab {
         for (int e = 0; e < UNIT_V; ++e) {
           const uint32_t b0 = value_operand(w[0][e / each], w[1][e / each], e % each);
           const uint32_t b1 = value_operand(w[2][e / each], w[3][e / each], e % each);
-          mma_bf16(out[unit * UNIT_V + e], p, b0, b1);
+          mma_f16(out[unit * UNIT_V + e], p, b0, b1);
         }
       }
     }
@@ -148,13 +148,12 @@ struct Slab {
 
   // Channel e of a word of one key and of the next.
   __device__ static uint32_t value_operand(uint32_t x, uint32_t y, int e) {
-    if constexpr (F == Format::int4) {  // 0x4300 | u is 128 + u
+    if constexpr (F == Format::int4) {
       const uint32_t both = __byte_perm(x, y, e < 4 ? 0x5410 : 0x7632) >> (e % 4 * 4);
-      return subtract_bf16((both & 0x000f000fu) | 0x43004300u, 0x43084308u);
-    } else {  // 0x4b000000 | u is 2^23 + u
-      const float centre = 8388608.0f + CENTRE;
-      return pack_bf16(__uint_as_float(__byte_perm(x, 0x4b000000u, 0x7440 | e)) - centre,
-                       __uint_as_float(__byte_perm(y, 0x4b000000u, 0x7440 | e)) - centre);
+      return subtract_f16((both & 0x000f000fu) | 0x64006400u, 0x64086408u);
+    } else {
+      const uint32_t both = __byte_perm(x, y, e < 2 ? 0x5140 : 0x7362);
+      return subtract_f16(__byte_perm(both, 0x64646464u, e % 2 ? 0x4342 : 0x4140), 0x64806480u);
     }
   }
 };

@@ -9,42 +9,45 @@ struct Warp {
   using S = Slab<D, F>;
   using R = Room<D, F>;
   // Float16 weights are scaled up, so that those of keys that count little stay within its normal numbers.
-  static constexpr float LIFT = F == Format::f16 ? 15.0f : 0.0f;
+  static constexpr float LIFT = F == Format::bf16 ? 0.0f : 14.0f;
 
   const AttendTask& p;
   const Unit& unit;
   const Keys& keys;
   unsigned char* ring;
   const unsigned char* shared;
+  Keys::Found next;                  // of the slab after those in the ring
   int lane, from[2];                 // positions of this lane's queries, rows g and g + 8
   float out[D / 8][4];               // rows g and g + 8, columns 2c and 2c + 1 of each tile
   float top[2], total[2], shift[2];  // largest logit; sum of weights; packed: sum of weights * zeros, to be taken off
+  int level = 0;                     // packed: out and shift are divided by 2^(level - 127), the largest scale so far
 
-  __device__ Warp(const AttendTask& p_, const Unit& unit_, const Keys& keys_, unsigned char* shared_, int warp, int lane_)
+  __device__ Warp(const AttendTask& p_, const Unit& unit_, const Keys& keys_, unsigned char* shared_, int warp,
+                  int lane_)
       : p(p_), unit(unit_), keys(keys_), ring(shared_ + warp * R::WARP), shared(shared_), lane(lane_) {
-    const int* places = reinterpret_cast<const int*>(shared + R::PLACES);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = (lane >> 2) + 8 * h;
-      from[h] = places[row];
-      top[h] = NOTHING, total[h] = shift[h] = 0.0f;
-    }
+    for (int h = 0; h < 2; ++h) top[h] = NOTHING, total[h] = shift[h] = 0.0f;
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
   }
 
-  // Slabs slab, slab + WARPS, ... below `end`.
-  __device__ void walk(int slab, int end) {
-    int columns[R::STAGES];
+  // Fill the ring with slabs slab, slab + WARPS, ... below `end`.
+  __device__ void begin(int slab, int end) {
     Keys::Found found[R::STAGES];
 #pragma unroll
     for (int i = 0; i < R::STAGES; ++i) found[i] = find(slab + i * R::WARPS, end);
 #pragma unroll
     for (int i = 0; i < R::STAGES; ++i) {
-      columns[i] = copy_keys(i, slab + i * R::WARPS, end, found[i]);
-      copy_values(i, slab + i * R::WARPS, end, columns[i]);
+      const int column = copy_keys(i, slab + i * R::WARPS, end, found[i]);
+      copy_values(i, slab + i * R::WARPS, end, column);
     }
-    Keys::Found next = find(slab + R::STAGES * R::WARPS, end);
+    next = find(slab + R::STAGES * R::WARPS, end);
+  }
+
+  // Attend to those slabs; the queries are in shared memory.
+  __device__ void walk(int slab, int end) {
+    const int* places = reinterpret_cast<const int*>(shared + R::PLACES);
+    from[0] = places[lane >> 2], from[1] = places[(lane >> 2) + 8];
     for (int stage = 0; slab < end; slab += R::WARPS, stage = stage + 1 == R::STAGES ? 0 : stage + 1) {
       copy_wait<2 * R::STAGES - 1>();
       __syncwarp();
@@ -62,13 +65,16 @@ struct Warp {
       copy_values(stage, ahead, end, column);
     }
     copy_wait<0>();
+    const float up = __uint_as_float(static_cast<uint32_t>(level) << 23);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       total[h] = over_quad(total[h]);
       if constexpr (S::PACKED) {
         shift[h] = over_quad(shift[h]);
 #pragma unroll
-        for (int i = 0; i < D / 8; ++i) out[i][2 * h] -= shift[h], out[i][2 * h + 1] -= shift[h];
+        for (int i = 0; i < D / 8; ++i) {
+          out[i][2 * h] = (out[i][2 * h] - shift[h]) * up, out[i][2 * h + 1] = (out[i][2 * h + 1] - shift[h]) * up;
+        }
       }
     }
   }
@@ -190,7 +196,7 @@ struct Warp {
     const uint4* queries = reinterpret_cast<const uint4*>(shared + R::QUERIES + variant * R::QUERY);
     const unsigned char* slab = ring + R::KEYS + stage * S::BYTES;
     float sums[2][2][4] = {};  // of even and odd steps: two short chains instead of a long one
-#pragma unroll
+#pragma unroll (D == 256 ? 2 : D)  // there registers are short
     for (int j = 0; j < D / 4 / S::UNIT_K; ++j) {
       uint32_t words[2][S::WORDS_K];
 #pragma unroll
@@ -285,29 +291,50 @@ struct Warp {
   }
 
   // Weights as an operand: keys 2c, 2c + 1 of tile 0 and 1 are inner places 2c, 2c + 1, 2c + 8, 2c + 9.
-  __device__ uint4 weights(float (&x)[2][4], int stage, bool all) {
+  __device__ uint4 weights(const float (&x)[2][4], int stage, bool all) {
     uint32_t pair[2][2];
+    if constexpr (S::PACKED) {
+      float2 scale[2] = {scales(stage, false, 0), scales(stage, false, 1)};
+      float2 zero[2] = {zeros(stage, false, 0), zeros(stage, false, 1)};
+      if (!all) {  // beside a key that nobody sees may stand anything
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      float2 scale = make_float2(1.0f, 1.0f), zero = make_float2(0.0f, 0.0f);
-      if constexpr (S::PACKED) {
-        scale = scales(stage, false, tile), zero = zeros(stage, false, tile);
-        if (!all) {  // beside a key that nobody sees may stand anything
-          if (x[tile][0] == 0.0f && x[tile][2] == 0.0f) scale.x = zero.x = 0.0f;
-          if (x[tile][1] == 0.0f && x[tile][3] == 0.0f) scale.y = zero.y = 0.0f;
+        for (int tile = 0; tile < 2; ++tile) {
+          if (x[tile][0] == 0.0f && x[tile][2] == 0.0f) scale[tile].x = zero[tile].x = 0.0f;
+          if (x[tile][1] == 0.0f && x[tile][3] == 0.0f) scale[tile].y = zero[tile].y = 0.0f;
         }
       }
+      const float down = divide_by(fmaxf(fmaxf(scale[0].x, scale[0].y), fmaxf(scale[1].x, scale[1].y)));
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float first = x[tile][2 * h] * scale.x, second = x[tile][2 * h + 1] * scale.y;
-        pair[tile][h] = F == Format::f16 ? pack_f16(first, second) : pack_bf16(first, second);
-        if constexpr (S::PACKED) {
-          const float2 rounded = unpack_bf16(pair[tile][h]);
-          shift[h] += rounded.x * zero.x + rounded.y * zero.y;
-        }
+      for (int i = 0; i < 4; ++i) {
+        const int tile = i / 2, h = i % 2;
+        pair[tile][h] = pack_f16(x[tile][2 * h] * (scale[tile].x * down), x[tile][2 * h + 1] * (scale[tile].y * down));
+        const float2 rounded = unpack_f16(pair[tile][h]);
+        shift[h] += rounded.x * zero[tile].x + rounded.y * zero[tile].y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float first = x[i / 2][2 * (i % 2)], second = x[i / 2][2 * (i % 2) + 1];
+        pair[i / 2][i % 2] = F == Format::f16 ? pack_f16(first, second) : pack_bf16(first, second);
       }
     }
     return make_uint4(pair[0][0], pair[0][1], pair[1][0], pair[1][1]);
+  }
+
+  // Raise the level to the warp's largest scale; returns the factor that brings scales below 2.
+  __device__ float divide_by(float scale) {
+    const int higher = __reduce_max_sync(0xffffffffu, static_cast<int>(__float_as_uint(scale) >> 23));
+    if (higher > level) {
+      const float down = __uint_as_float(static_cast<uint32_t>(max(127 + level - higher, 0)) << 23);
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) out[i][j] *= down;
+      }
+      shift[0] *= down, shift[1] *= down;
+      level = higher;
+    }
+    return __uint_as_float(static_cast<uint32_t>(254 - level) << 23);
   }
 };
 

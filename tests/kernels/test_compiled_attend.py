@@ -29,6 +29,7 @@ class Case:
         chosen: blocks in a selection, and tokens of one.
         share: who shares a selection.
         pages: blocks lie in any order.
+        uneven: values of some tokens are thousands of times larger than those of others.
     """
 
     sizes: tuple[int, int, int, int, int, int] = (2, 2, 4, 1, 150, 128)
@@ -45,6 +46,7 @@ class Case:
     chosen: tuple[int, int] | None = None
     share: str = "kv_head"
     pages: bool = False
+    uneven: bool = False
     seed: int = 0
 
 
@@ -53,6 +55,7 @@ FORMATS = [(torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, 8), (
 CASES = [
     *(Case((2, 2, 4, 1, 152, d), t, bits) for d in (64, 96, 128, 256) for t, bits in FORMATS),
     *(Case((2, 2, g, 1, 77, 64), seed=g) for g in (1, 3, 7, 8, 20)),
+    *(Case((2, 2, 4, 1, 152, 128), t, bits, uneven=True) for t, bits in FORMATS),
     *(Case((2, 1, 4, t, 200, 64), torch.float16, ends=(198, 40), seed=t) for t in range(2, 9)),
     Case((1, 1, 1, 1, 1, 64)),
     Case((1, 2, 4, 1, 3000, 128)),
@@ -98,6 +101,8 @@ def made(case: Case, device: str) -> tuple[Any, ...]:
         torch.randn(rows, heads, n, dim, generator=generator).to(case.dtype)
         for heads, n in ((kv_heads * group, tokens), (kv_heads, stored), (kv_heads, stored))
     )
+    if case.uneven:
+        v = v * 2.0 ** torch.randint(-8, 5, (rows, kv_heads, stored, 1), generator=generator).to(case.dtype)
     q_pos = None if case.ends is None else _ends(case.ends, tokens)
     k_pos = _ring(case) if case.ring else None
     logits = Logits(
@@ -176,8 +181,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...]) -> Ten
     if library.reason(device) is not None:
         pytest.skip(str(library.reason(device)))
     assert attend.reject(*arguments) is None
-    monkeypatch.setattr(attend, "empty_out", lambda q, n: q.new_full((q.shape[0], q.shape[2], q.shape[1], n), torch.nan)
-                        .transpose(1, 2))
+    monkeypatch.setattr(
+        attend, "empty_out", lambda q, n: q.new_full((q.shape[0], q.shape[2], q.shape[1], n), torch.nan).transpose(1, 2)
+    )
     out = attend.attend_pages(*arguments)
     assert torch.equal(out, attend.attend_pages(*arguments))
     return out
@@ -193,7 +199,7 @@ def check(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         same = ops.attend_pages(q, k, v, *arguments[3:])
     got = compiled(monkeypatch, arguments)
     assert got.dtype == case.dtype
-    ulp = torch.finfo(case.dtype).eps * float(v.abs().max())
+    ulp = torch.finfo(case.dtype).eps * float(exact.abs().max())
     yardstick = float((same.double() - exact).abs().max())
     assert float((got.double() - exact).abs().max()) <= 2 * yardstick + 2 * ulp
     blind = exact.eq(0).all(-1)
@@ -209,3 +215,69 @@ def test_definition(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_definition_on_the_cpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, "cpu", monkeypatch)
+
+
+REJECTED: list[tuple[dict[str, Any], str]] = [
+    ({"sizes": (1, 1, 4, 9, 64, 64)}, "takes at most 8 queries a row"),
+    ({"dtype": torch.float64}, "needs queries, keys and values in one dtype, float32, float16 or bfloat16"),
+    ({"slopes": True, "lap": 100, "ends": (63,)}, "has no ALiBi at lap positions"),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("options", "reason"), REJECTED)
+def test_what_it_does_not_take(
+    options: dict[str, Any], reason: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "reason", lambda device: None)
+    case = replace(Case((1, 1, 4, 1, 64, 64)), **options)
+    assert attend.reject(*made(case, device)) == reason
+
+
+def test_gradients_and_clamped_distances_are_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "reason", lambda device: None)
+    q, k, v, logits, see, _, _ = made(Case((1, 1, 4, 1, 64, 64)), "cpu")
+    assert attend.reject(q.requires_grad_(), k, v, logits, see, None) == "computes no gradients"
+    with torch.no_grad():
+        assert attend.reject(q, k, v, logits, see, None) is None
+        turns = Turns(torch.zeros(1, 1, dtype=torch.int64), 100, 0, clamp=9)
+        assert attend.reject(q, k, v, logits, see, turns) == "cannot clamp distances"
+        several = Selection(torch.zeros(1, 1, 2, 1, dtype=torch.int32), 16, 2)
+        assert attend.reject(q, k, v, logits, see, None, several) == "takes a selection for each query, or one for all"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": torch.float32}, "has no float32 on CUDA"),
+        ({"sizes": (1, 1, 4, 1, 64, 80)}, "takes 64, 96, 128, 256 channels, of keys and of values, on CUDA"),
+        ({"sizes": (1, 1, 4, 1, 63, 64), "bits": 8}, "needs rows that begin at multiples of 16 bytes"),
+        ({"bits": 4, "chosen": (4, 4)}, "needs blocks of a multiple of 8 tokens where keys are packed"),
+    ],
+)
+def test_what_it_does_not_take_on_cuda(options: dict[str, Any], reason: str) -> None:
+    if library.reason(torch.device("cuda")) is not None:
+        pytest.skip(str(library.reason(torch.device("cuda"))))
+    assert attend.reject(*made(replace(Case((1, 1, 4, 1, 64, 64)), **options), "cuda")) == reason
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_captured_call_reads_as_far_as_the_text_has_come(bits: int | None) -> None:
+    if library.reason(torch.device("cuda")) is not None:
+        pytest.skip(str(library.reason(torch.device("cuda"))))
+    q, k, v, logits, see, _, _ = made(Case((2, 2, 4, 1, 4096, 128), bits=bits, ends=(4095, 4095)), "cuda")
+    attend.attend_pages(q, k, v, logits, see, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend.attend_pages(q, k, v, logits, see, None)
+    for ends in ((10, 4000), (-1, 0), (4095, 1777)):
+        see.q_pos.copy_(torch.tensor(ends)[:, None])
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, attend.attend_pages(q, k, v, logits, see, None))
+        with use_backend("reference"):
+            exact = ops.attend_pages(*(values(x).double() for x in (q, k, v)), logits, see, None)
+        ulp = torch.finfo(q.dtype).eps * float(exact.abs().max())
+        assert float((out.double() - exact).abs().max()) <= 3 * ulp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 class HflRows(ctypes.Structure):
     """`hfl_rows`."""
 
+    __slots__ = ()  # a field that is not there cannot be set
     _fields_ = (
         ("data", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("b", "h", "t")),
@@ -32,6 +34,7 @@ class HflRows(ctypes.Structure):
 class HflAttend(ctypes.Structure):
     """`hfl_attend`."""
 
+    __slots__ = ()
     _fields_ = (
         *(
             (name, ctypes.c_int32)
@@ -63,17 +66,25 @@ def path() -> Path:
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
+    here = path()
+    if not here.exists():
+        said = here.with_suffix(".txt")
+        return None, said.read_text().strip() if said.exists() else f"there is no {here.name}: install the package"
     try:
-        library = ctypes.CDLL(str(path()))
+        library = ctypes.CDLL(str(here))
         abi = library.hfl_abi()
+        if abi != ABI:
+            return None, f"its library has interface {abi}, this package {ABI}: install the package again"
+        for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op in _OPS for kind in ("cpu", "cuda"))):
+            getattr(library, name).restype = ctypes.c_char_p
+        for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch"):
+            getattr(library, name).restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         return None, f"its library cannot be loaded ({error})"
-    if abi != ABI:
-        return None, f"its library has interface {abi}, this package {ABI}"
-    for name in ("hfl_attend_cpu", "hfl_attend_cuda"):
-        getattr(library, name).restype = ctypes.c_char_p
-    library.hfl_attend_scratch.restype = library.hfl_attend_counters.restype = ctypes.c_int64
     return library, ""
+
+
+_OPS = ("attend", "score", "pick", "append")
 
 
 def reason(device: torch.device) -> str | None:
@@ -82,8 +93,42 @@ def reason(device: torch.device) -> str | None:
     if library is None:
         return why
     if device.type == "cuda":
-        return None if library.hfl_has_cuda() else "its library was built without CUDA"
-    return None if device.type == "cpu" else f"has no code for {device.type}"
+        return _reason_on_cuda(device)
+    return f"has no code for {device.type}" if device.type != "cpu" else None
+
+
+@cache
+def _reason_on_cuda(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if runs_on(about(), major, minor):
+        return None
+    said = path().with_suffix(".txt")
+    why = f" ({said.read_text().strip()})" if said.exists() else ""
+    return f"has no code for sm_{major}{minor}: its library is for {about()}{why}"
+
+
+def runs_on(architectures: str, major: int, minor: int) -> bool:
+    """True if code for `architectures` (as `hfl_version` names them) runs on a device of that capability.
+
+    Machine code runs on devices of the same major number from its minor number on, that of an `a` on just its own;
+    what was compiled for a virtual architecture runs on all later ones.
+    """
+    have = 10 * major + minor
+    for kind, number, exact in re.findall(r"(sm|compute)_(\d+)([af]?)", architectures):
+        want = int(number)
+        if kind == "compute" or exact == "a":
+            fits = have == want if exact == "a" else have >= want
+        else:
+            fits = have // 10 == want // 10 and have >= want
+        if fits:
+            return True
+    return False
+
+
+def about() -> str:
+    """What the library was built for; "" without one."""
+    loaded = _load()[0]
+    return "" if loaded is None else str(loaded.hfl_version().decode())
 
 
 def library() -> ctypes.CDLL:
@@ -122,13 +167,19 @@ def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+_COUNTERS: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """Zeros `[>= count]`, int32, of a device and its current stream; operations leave them zero."""
-    key = (device, stream(device))
-    held = _COUNTERS.get(key)
-    if held is None or len(held) < count:
-        held = _COUNTERS[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    return held
+    """Zeros `[>= count]`, int32, of a device and its current stream; operations leave them zero.
+
+    Smaller ones from before are kept: a captured graph may still use them. What is made while a graph is captured is
+    zero only when that graph runs, so it is of no use to others; a call on the capturing stream before avoids that.
+    """
+    held = _COUNTERS.setdefault((device, stream(device)), [])
+    if held and len(held[-1]) >= count:
+        return held[-1]
+    made = torch.zeros(max(2 * count, 4096), dtype=torch.int32, device=device)
+    if not torch.cuda.is_current_stream_capturing():
+        held.append(made)
+    return made
