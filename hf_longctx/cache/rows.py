@@ -35,7 +35,7 @@ def token_bytes(kv: KVFormat | None, dim: int, itemsize: int) -> int:
 
 def parts(x: Stored) -> tuple[Tensor, ...]:
     """The tensors of either format, each `[B, H, S, ?]`, sharing memory with `x`."""
-    return (x,) if isinstance(x, Tensor) else (x.payload, x.scale[..., None], x.zero[..., None])
+    return (x,) if isinstance(x, Tensor) else x.tensors
 
 
 def each(x: Stored, change: Callable[[Tensor], Tensor]) -> Stored:
