@@ -96,9 +96,9 @@ def _bound(keys: Tensor | Packed, bounds: Tensor, pos: Tensor, last: Tensor, sub
     entries = (pos.clamp(min=0) // sub).expand(rows, -1)
     places = entries[..., None] * sub + torch.arange(sub, device=pos.device)
     filled = places <= last[..., None]
-    columns = torch.where(filled, places, 0).view(rows, 1, -1, 1)
-    index = torch.arange(rows, device=pos.device).view(-1, 1, 1), torch.arange(heads, device=pos.device).view(1, -1, 1)
-    stored = read(keys, (*index, columns[..., 0])).view(rows, heads, -1, sub, dim)
+    columns = torch.where(filled, places, 0).view(rows, 1, -1)
+    row, head = torch.arange(rows, device=pos.device), torch.arange(heads, device=pos.device)
+    stored = read(keys, (row[:, None, None], head[:, None], columns)).view(rows, heads, -1, sub, dim)
     missing = ~filled[:, None, ..., None]
     least = stored.masked_fill(missing, float("inf")).amin(3)
     made = torch.stack((least, stored.masked_fill(missing, float("-inf")).amax(3)), 3)
