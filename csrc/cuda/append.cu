@@ -141,7 +141,8 @@ __device__ __forceinline__ void write_value(void* to, int64_t index, float x, in
 }
 
 // Bounds of the keys in slots `first` to `last`, by all threads; `room`: [2, groups, D] floats.
-__device__ void bound(const hfl_append& a, int64_t b, int64_t h, int64_t first, int64_t last, void* entry, float* room) {
+__device__ void bound(const hfl_append& a, int64_t b, int64_t h, int64_t first, int64_t last, void* entry,
+                      float* room) {
   const int chunks = a.dim / 8, groups = THREADS / chunks;
   const int chunk = static_cast<int>(threadIdx.x) % chunks, group = static_cast<int>(threadIdx.x) / chunks;
   if (group < groups) {

@@ -1,7 +1,7 @@
 // ops.score_pages: scores of blocks of keys from their bounds, or from one vector each.
 //
-// Paper: Quest (arXiv:2406.10774) section 3.2: sum_i max(q_i least_i, q_i largest_i), which is one product: the negative
-//   part of the query with the least values, its positive part with the largest.
+// Paper: Quest (arXiv:2406.10774) section 3.2: sum_i max(q_i least_i, q_i largest_i), which is one product: of the
+//   negative part of the query with the least values, and of its positive part with the largest.
 // Shapes: q [B, Hq, N, D], summary [B, Hkv, M', R, D], scores [B, Hs, N, M] float32; D a multiple of 8 up to 256.
 // Work: a block takes up to 64 entries of a row and KV head (of all KV heads in turn where they share), each of its
 //   warps 16 of them, which it multiplies with all G * N queries of the head, up to 32 at a time: entries are the 16
@@ -54,7 +54,8 @@ __device__ __forceinline__ uint32_t below_zero(uint32_t x, __nv_bfloat16) { retu
 
 // Factors of queries `first` to `first + ROWS - 1` of a KV head; beyond the last, and beyond the channels, zero.
 template <typename T, int GROUPS>
-__device__ __forceinline__ void factor(const hfl_score& a, int64_t b, int kv_head, int first, T* to, int warp, int lane) {
+__device__ __forceinline__ void factor(const hfl_score& a, int64_t b, int kv_head, int first, T* to, int warp,
+                                       int lane) {
   constexpr int PIECE = 16 / sizeof(T);
   const int group = a.q_heads / a.kv_heads, rows = group * a.tokens, length = a.vectors * a.dim;
   const int stride = Room<T, GROUPS>::stride(length), padded = sizeof(T) == 4 ? length : (length + 31) / 32 * 32;
@@ -154,7 +155,7 @@ __device__ __forceinline__ float best_of(const float* products, const bool* blan
 }
 
 template <typename T, int GROUPS>
-__global__ void __launch_bounds__(THREADS) score_kernel(const hfl_score a) {
+__global__ void __launch_bounds__(THREADS, 4) score_kernel(const hfl_score a) {
   using R = Room<T, GROUPS>;
   extern __shared__ __align__(16) char room[];
   __shared__ bool blank[ENTRIES];
