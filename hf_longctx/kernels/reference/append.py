@@ -52,9 +52,10 @@ def append_pages(
         slot = start if ring is None or start < sink else sink + (start - sink) % ring
         for store, x in pairs:
             append(store, x[:, :, start - first : stop - first], slot, None)
-    for entry in range(first // sub, -(-end // sub)) if bounds is not None else ():
-        stored = read(k_store, (slice(None), slice(None), slice(entry * sub, min(end, (entry + 1) * sub))))
-        torch.stack((stored.amin(2), stored.amax(2)), 2, out=bounds[:, :, entry])
+    if bounds is not None:
+        for entry in range(first // sub, -(-end // sub)):
+            stored = read(k_store, (slice(None), slice(None), slice(entry * sub, min(end, (entry + 1) * sub))))
+            bounds[:, :, entry, 0], bounds[:, :, entry, 1] = stored.amin(2), stored.amax(2)
 
 
 def _fresh(store: Tensor | Packed, x: Tensor) -> list[tuple[Tensor, Tensor]]:
