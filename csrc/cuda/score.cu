@@ -155,7 +155,7 @@ __device__ __forceinline__ float best_of(const float* products, const bool* blan
 }
 
 template <typename T, int GROUPS>
-__global__ void __launch_bounds__(THREADS, 4) score_kernel(const hfl_score a) {
+__global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 4 : 3) score_kernel(const hfl_score a) {
   using R = Room<T, GROUPS>;
   extern __shared__ __align__(16) char room[];
   __shared__ bool blank[ENTRIES];
