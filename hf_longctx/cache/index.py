@@ -4,32 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy, Selector, Summary
+from .folding import Folding, Keys
 from .rows import PAGE, room
 from .step import Step
-
-
-class Keys(Protocol):
-    """Where the stored keys of a row can be read, by position."""
-
-    def take(self, index: Tensor) -> Tensor:
-        """Keys at positions `[B, N]`: `[B, H, N, D]`."""
-
-    def span(self, rows: slice, first: int, last: int) -> Tensor:
-        """Keys at positions `first` to `last - 1` of some rows."""
-
-
-class Folding(Summary, Protocol):
-    """A summary with its arithmetic (`select/summaries.py`)."""
-
-    def fold(self, k: Tensor, filled: Tensor | None, mass: Tensor | None) -> Tensor:
-        """Entries of sub-blocks: `[..., sub, D]` to `[..., R, D]`."""
 
 
 class Bounds:
@@ -304,3 +288,11 @@ def index_of(policy: HeadPolicy) -> Index | None:
     selector = policy.decode or policy.prefill
     assert selector is not None
     return Marks(summary, selector)
+
+
+def marked(tokens: int) -> ValueError:
+    """Why tokens cannot be taken back whose attention has been counted."""
+    return ValueError(
+        f"crop: expected 0 tokens to take back, because the representatives of blocks have seen the attention of them "
+        f"all; got {tokens}. Start a new cache, or use a selector that scores by bounds of the keys."
+    )

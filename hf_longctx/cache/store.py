@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy
-from .index import Marks, index_of
+from .index import Marks, index_of, marked
 from .kept import Kept
 from .rows import PAGE, Rows, Stored, as_stored, loaded, part, room, saved, slot_of, token_bytes
 from .step import FEW, Step
@@ -131,8 +131,7 @@ class Store:
             view = View(as_stored(k, keys), as_stored(v, values), step.pos if step.ragged else None)
         else:
             view = self._in_order(as_stored(k, keys), as_stored(v, values), step)
-        self._write(keys, values, step)
-        self._follow(k, step, None)
+        self._write(keys, values, k, step, None)
         return view
 
     def write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None = None) -> None:
@@ -267,18 +266,19 @@ class Store:
     def _take_in(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None) -> None:
         """Write the tokens of a call before anything of it is read: those of a decode call in one operation."""
         if self.k is None or not step.decodes or isinstance(self.index, Marks) or step.tokens > (self._ring or FEW):
-            self._write(self._keys.encode(k), self._values.encode(v), step)
-            self._follow(k, step, turns)
+            self._write(self._keys.encode(k), self._values.encode(v), k, step, turns)
             return
         self._reserve(*self.memory, step)
         bounds, sub = (None, 1) if self.index is None else (self.index.reserve(k, step), self.index.sub)
         first = None if step.ragged else step.columns
         ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, first)
 
-    def _write(self, k: Stored, v: Stored, step: Step) -> None:
-        self._reserve(k, v, step)
-        for rows, fresh in ((self._keys, k), (self._values, v)):
+    def _write(self, keys: Stored, values: Stored, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
+        self._reserve(keys, values, step)
+        for rows, fresh in ((self._keys, keys), (self._values, values)):
             rows.put(fresh, step, self.retention.sink, self._ring)
+        if self.index is not None:
+            self.index.follow(self._keys, k, step, turns)
 
     def _reserve(self, k: Stored, v: Stored, step: Step) -> None:
         """Make room for a call's tokens, of which one is as those of `k` and `v`."""
@@ -288,18 +288,6 @@ class Store:
             rows.reserve(like, size if self.limit is None else min(size, self.limit))
         if self._ring is not None and step.end > self.retention.sink + self._ring:
             self._lost = max(self._lost, step.end - self._ring)
-
-    def _follow(self, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
-        if self.index is not None:
-            self.index.follow(self._keys, k, step, turns)
-
-
-def marked(tokens: int) -> ValueError:
-    """Why tokens cannot be taken back whose attention has been counted."""
-    return ValueError(
-        f"crop: expected 0 tokens to take back, because the representatives of blocks have seen the attention of them "
-        f"all; got {tokens}. Start a new cache, or use a selector that scores by bounds of the keys."
-    )
 
 
 def _mixed(store: Rows, fresh: Tensor, first: Tensor, before: Tensor, old: Tensor) -> Tensor:
