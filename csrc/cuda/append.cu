@@ -7,7 +7,7 @@
 // Block: 256 threads; a warp takes a token, 8 channels a lane; then groups of lanes take a key each, 8 channels a lane.
 // Shared memory: 16 KiB, bounds of each group of lanes. Bound by: two loads that wait for each other.
 //
-// All roundings are those of the definition, in its order; a NaN stays one.
+// All roundings are those of the definition, in its order; a NaN stays one. Positions are below 2^32.
 #include <math.h>
 
 #include "../hf_longctx.h"
@@ -199,22 +199,24 @@ __global__ void __launch_bounds__(THREADS) append_kernel(const hfl_append a) {
   if (warp < a.tokens && places[warp] >= 0) {
     const int64_t pos = places[warp];
     const bool round = a.ring > 0 && pos >= a.sink;
-    const int64_t slot = round ? a.sink + (pos - a.sink) % a.ring : pos;
+    const int64_t slot =
+        round ? a.sink + static_cast<uint32_t>(pos - a.sink) % static_cast<uint32_t>(a.ring) : pos;
     const bool stays = !round || pos > last - a.ring;  // a later token of the call may have its slot
     if (stays && slot < a.capacity) write_token(rows, b, h, slot, raw, a.dtype, lane, active);
   }
   if (!a.bounds || !keys) return;
   __syncthreads();  // the block sees what it has written
   last = last < a.capacity ? last : a.capacity - 1;
-  int64_t done = -1;
+  int done = -1;
   for (int t = 0; t < a.tokens; ++t) {  // the same for all threads of the block
-    const int64_t pos = places[t];
-    if (pos < 0 || pos >= a.capacity || pos / a.sub == done) continue;
-    done = pos / a.sub;
-    const int64_t end = (done + 1) * a.sub - 1;
-    const int64_t at = b * a.bounds_b + h * a.bounds_h + done * 2 * a.dim;
-    void* entry = static_cast<char*>(a.bounds) + at * (a.dtype == HFL_F32 ? 4 : 2);
-    bound(a, b, h, done * a.sub, end < last ? end : last, entry, room);
+    if (places[t] < 0 || places[t] >= a.capacity) continue;
+    const int entry = static_cast<int>(places[t]) / a.sub;
+    if (entry == done) continue;
+    done = entry;
+    const int64_t first = static_cast<int64_t>(entry) * a.sub, end = first + a.sub - 1;
+    const int64_t at = b * a.bounds_b + h * a.bounds_h + static_cast<int64_t>(entry) * 2 * a.dim;
+    bound(a, b, h, first, end < last ? end : last, static_cast<char*>(a.bounds) + at * (a.dtype == HFL_F32 ? 4 : 2),
+          room);
   }
 }
 
@@ -239,6 +241,7 @@ const char* check(const hfl_append& a) {
   if (a.tokens < 1 || a.tokens > MOST_TOKENS) return "append_pages: expected 1 to 8 tokens a row";
   if (a.batch < 1 || a.kv_heads < 1) return "append_pages: expected no empty axis";
   if (static_cast<int64_t>(a.batch) * a.kv_heads > INT32_MAX) return "append_pages: expected fewer rows * KV heads";
+  if (a.sink < 0 || a.ring > UINT32_MAX) return "append_pages: expected no negative sink, and a ring below 2^32";
   if (a.bounds && (a.ring > 0 || a.sub < 1)) {
     return "append_pages: expected a sub of at least 1 and no ring with bounds";
   }
