@@ -4,32 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy, Selector, Summary
+from .folding import Folding, Keys
 from .rows import PAGE, room
 from .step import Step
-
-
-class Keys(Protocol):
-    """Where the stored keys of a row can be read, by position."""
-
-    def take(self, index: Tensor) -> Tensor:
-        """Keys at positions `[B, N]`: `[B, H, N, D]`."""
-
-    def span(self, rows: slice, first: int, last: int) -> Tensor:
-        """Keys at positions `first` to `last - 1` of some rows."""
-
-
-class Folding(Summary, Protocol):
-    """A summary with its arithmetic (`select/summaries.py`)."""
-
-    def fold(self, k: Tensor, filled: Tensor | None, mass: Tensor | None) -> Tensor:
-        """Entries of sub-blocks: `[..., sub, D]` to `[..., R, D]`."""
 
 
 class Bounds:
@@ -46,8 +30,13 @@ class Bounds:
         self._used = 0
 
     @property
+    def sub(self) -> int:
+        """Tokens of a sub-block."""
+        return self._summary.sub
+
+    @property
     def entries(self) -> Tensor | None:
-        """`[B, H, M', R, D]`, one entry per sub-block of the longest row; None before the first token."""
+        """`[B, H, M', 2, D]`, one entry per sub-block of the longest row; None before the first token."""
         return None if self._entries is None else self._entries[:, :, : self._used]
 
     @property
@@ -68,8 +57,7 @@ class Bounds:
             step: the call.
             turns: not used.
         """
-        self._used = -(-(step.columns + step.tokens) // self._summary.sub)
-        self._reserve(k)
+        self.reserve(k, step)
         if step.ragged and step.tokens == 1:
             self._fold_last(keys, step)
         elif step.ragged:
@@ -91,18 +79,20 @@ class Bounds:
         """Become what `state` told of."""
         self._entries, self._used = tensors.get("entries"), values["used"]
 
-    def _reserve(self, k: Tensor) -> None:
-        """Make room; what holds no key yet is out of bounds on both sides."""
+    def reserve(self, k: Tensor, step: Step) -> Tensor:
+        """Make room for a call: `[B, H, >= M', 2, D]`; what holds no key yet is out of bounds on both sides."""
+        self._used = -(-step.end // self._summary.sub)
         have = 0 if self._entries is None else self._entries.shape[2]
         size = room(have, self._used, max(1, PAGE // self._summary.sub))
-        if size == have:
-            return
+        if self._entries is not None and size == have:
+            return self._entries
         none = torch.zeros(1, dtype=torch.bool, device=k.device)
         empty = self._summary.fold(k.new_zeros(1, k.shape[3]), none, None)
         grown = empty.repeat(*k.shape[:2], size, 1, 1)
         if self._entries is not None:
             grown[:, :, :have] = self._entries
         self._entries = grown
+        return grown
 
     def _fold_run(self, keys: Keys, rows: slice, first: int, end: int) -> None:
         """The sub-blocks of positions `first` to `end - 1`, for rows that are alike."""
@@ -124,8 +114,8 @@ class Bounds:
         pos = last[:, None] * sub + torch.arange(sub, device=step.device)
         filled = pos < ends[:, None]
         k = keys.take(torch.where(filled, pos, 0))
-        index = last[:, None, None, None, None].expand(-1, *self._entries.shape[1:2], 1, *self._entries.shape[3:])
-        self._entries.scatter_(2, index, self._summary.fold(k, filled[:, None], None)[:, :, None])
+        row = torch.arange(len(last), device=step.device)
+        self._entries[row, :, last] = self._summary.fold(k, filled[:, None], None)
 
 
 class Marks:
@@ -298,3 +288,11 @@ def index_of(policy: HeadPolicy) -> Index | None:
     selector = policy.decode or policy.prefill
     assert selector is not None
     return Marks(summary, selector)
+
+
+def marked(tokens: int) -> ValueError:
+    """Why tokens cannot be taken back whose attention has been counted."""
+    return ValueError(
+        f"crop: expected 0 tokens to take back, because the representatives of blocks have seen the attention of them "
+        f"all; got {tokens}. Start a new cache, or use a selector that scores by bounds of the keys."
+    )

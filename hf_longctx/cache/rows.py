@@ -35,7 +35,7 @@ def token_bytes(kv: KVFormat | None, dim: int, itemsize: int) -> int:
 
 def parts(x: Stored) -> tuple[Tensor, ...]:
     """The tensors of either format, each `[B, H, S, ?]`, sharing memory with `x`."""
-    return (x,) if isinstance(x, Tensor) else (x.payload, x.scale[..., None], x.zero[..., None])
+    return (x,) if isinstance(x, Tensor) else x.tensors
 
 
 def each(x: Stored, change: Callable[[Tensor], Tensor]) -> Stored:
@@ -128,11 +128,11 @@ class Rows:
         """Fresh values in the format; whatever is read of them is what this holds."""
         return x if self._bits is None else ops.encode_kv(x.detach(), self._bits)
 
-    def reserve(self, fresh: Stored, slots: int) -> None:
-        """Make room for `slots` tokens a row, keeping what is there; `fresh` says what a token is like."""
+    def reserve(self, like: Stored, slots: int) -> None:
+        """Make room for `slots` tokens a row, keeping what is there; `like` says what a token is like."""
         if slots <= self.slots:
             return
-        grown = each(fresh, lambda x: x.new_zeros(*x.shape[:2], slots, x.shape[3]).detach())
+        grown = each(like, lambda x: x.new_zeros(*x.shape[:2], slots, x.shape[3]).detach())
         if self.data is not None:
             for new, old in zip(parts(grown), parts(self.data), strict=True):
                 new[:, :, : old.shape[2]] = old

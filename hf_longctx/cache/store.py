@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy
-from .index import Marks, index_of
+from .index import Marks, index_of, marked
 from .kept import Kept
 from .rows import PAGE, Rows, Stored, as_stored, loaded, part, room, saved, slot_of, token_bytes
-from .step import Step
+from .step import FEW, Step
 
 ROLLBACK = 128
 """Tokens beyond the window that stay while `crop` may take tokens back (assisted decoding)."""
@@ -123,17 +123,15 @@ class Store:
             step: the call.
         """
         self._fit(step)
+        if step.columns and (self._ring is None or step.tokens == 1):
+            self._take_in(k, v, step, None)
+            return self._in_place(step)
         keys, values = self._keys.encode(k), self._values.encode(v)
         if step.columns == 0:
             view = View(as_stored(k, keys), as_stored(v, values), step.pos if step.ragged else None)
-        elif self._ring is None or step.tokens == 1:
-            self._write(keys, values, step)
-            self._follow(k, step, None)
-            return self._in_place(step)
         else:
             view = self._in_order(as_stored(k, keys), as_stored(v, values), step)
-        self._write(keys, values, step)
-        self._follow(k, step, None)
+        self._write(keys, values, k, step, None)
         return view
 
     def write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None = None) -> None:
@@ -146,8 +144,7 @@ class Store:
             turns: how the group's queries are turned to the stored keys.
         """
         self._fit(step)
-        self._write(self._keys.encode(k), self._values.encode(v), step)
-        self._follow(k, step, turns)
+        self._take_in(k, v, step, turns)
 
     def add_mass(self, ids: Tensor, mass: Tensor, block: int) -> None:
         """Tell the index how much attention keys got from the queries near them; arguments as `Marks.add`."""
@@ -266,28 +263,31 @@ class Store:
 
     # writing --------------------------------------------------------------------------------------------------------
 
-    def _write(self, k: Stored, v: Stored, step: Step) -> None:
-        end = step.columns + step.tokens
-        for rows, fresh in ((self._keys, k), (self._values, v)):
-            held = end if self.limit is None else min(end, self.limit)
-            size = room(rows.slots, held, PAGE)
-            rows.reserve(fresh, size if self.limit is None else min(size, self.limit))
-        if self._ring is not None and end > self.retention.sink + self._ring:
-            self._lost = max(self._lost, end - self._ring)
-        for rows, fresh in ((self._keys, k), (self._values, v)):
-            rows.put(fresh, step, self.retention.sink, self._ring)
+    def _take_in(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None) -> None:
+        """Write the tokens of a call before anything of it is read: those of a decode call in one operation."""
+        if self.k is None or not step.decodes or isinstance(self.index, Marks) or step.tokens > (self._ring or FEW):
+            self._write(self._keys.encode(k), self._values.encode(v), k, step, turns)
+            return
+        self._reserve(*self.memory, step)
+        bounds, sub = (None, 1) if self.index is None else (self.index.reserve(k, step), self.index.sub)
+        first = None if step.ragged else step.columns
+        ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, first)
 
-    def _follow(self, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
+    def _write(self, keys: Stored, values: Stored, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
+        self._reserve(keys, values, step)
+        for rows, fresh in ((self._keys, keys), (self._values, values)):
+            rows.put(fresh, step, self.retention.sink, self._ring)
         if self.index is not None:
             self.index.follow(self._keys, k, step, turns)
 
-
-def marked(tokens: int) -> ValueError:
-    """Why tokens cannot be taken back whose attention has been counted."""
-    return ValueError(
-        f"crop: expected 0 tokens to take back, because the representatives of blocks have seen the attention of them "
-        f"all; got {tokens}. Start a new cache, or use a selector that scores by bounds of the keys."
-    )
+    def _reserve(self, k: Stored, v: Stored, step: Step) -> None:
+        """Make room for a call's tokens, of which one is as those of `k` and `v`."""
+        for rows, like in ((self._keys, k), (self._values, v)):
+            held = step.end if self.limit is None else min(step.end, self.limit)
+            size = room(rows.slots, held, PAGE)
+            rows.reserve(like, size if self.limit is None else min(size, self.limit))
+        if self._ring is not None and step.end > self.retention.sink + self._ring:
+            self._lost = max(self._lost, step.end - self._ring)
 
 
 def _mixed(store: Rows, fresh: Tensor, first: Tensor, before: Tensor, old: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ OPS = (
     "pick_blocks",
     "rotate",
     "append",
+    "append_pages",
     "encode_kv",
     "decode_kv",
 )

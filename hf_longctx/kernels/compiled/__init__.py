@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from . import attend, library
+from . import attend, library, select, store
 
-OPS = attend.OPS
+OPS = {**attend.OPS, **select.OPS, **store.OPS}
 
 
 def missing() -> str | None:

@@ -149,6 +149,25 @@ def call(name: str, block: ctypes.Structure, *more: int) -> None:
         raise RuntimeError(f"{name}: {message.decode()}")
 
 
+def run(op: str, block: ctypes.Structure, device: torch.device) -> None:
+    """Run an operation that needs no scratch, on the host or on the stream on which torch works now.
+
+    Raises:
+        RuntimeError: as `call`.
+    """
+    if device.type == "cpu":
+        call(f"hfl_{op}_cpu", block, torch.get_num_threads())
+        return
+    with torch.cuda.device(device):
+        block.stream = stream(device)
+        call(f"hfl_{op}_cuda", block)
+
+
+def aligned(x: Tensor) -> bool:
+    """True if the first element and every row are at a multiple of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
+
+
 def pointer(x: Tensor | None) -> int | None:
     """Address of the first element."""
     return None if x is None else x.data_ptr()
