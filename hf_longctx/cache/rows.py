@@ -33,6 +33,12 @@ def token_bytes(kv: KVFormat | None, dim: int, itemsize: int) -> int:
     return dim * itemsize if kv is None else dim * kv.bits // 8 + 4
 
 
+def picked(x: Tensor, pick: Tensor) -> Tensor:
+    """The rows `x[pick]`; in place where there are as many as before, so that what was recorded still finds them."""
+    rows = x.index_select(0, pick.to(x.device))
+    return x.copy_(rows) if rows.shape == x.shape else rows
+
+
 def parts(x: Stored) -> tuple[Tensor, ...]:
     """The tensors of either format, each `[B, H, S, ?]`, sharing memory with `x`."""
     return (x,) if isinstance(x, Tensor) else (x.payload, x.scale[..., None], x.zero[..., None])
@@ -191,5 +197,13 @@ class Rows:
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`; pick: `[B']`, int64."""
         if self.data is not None:
-            pick = pick.to(self.data.device)
-            self.data = each(self.data, lambda x: x.index_select(0, pick))
+            changed = each(self.data, lambda x: picked(x, pick))
+            self.data = self.data if changed.shape == self.data.shape else changed
+
+
+def mixed(store: Rows, fresh: Tensor, first: Tensor, before: Tensor, old: Tensor) -> Tensor:
+    """The tokens at positions `first`, out of the store where they are `old`, else out of the call."""
+    rows = fresh.shape[0]
+    stored = store.take(first.clamp(max=store.slots - 1).expand(rows, -1))
+    own = (first - before).clamp(0, fresh.shape[2] - 1).expand(rows, -1)
+    return torch.where(old[:, None, :, None], stored, ops.take_tokens(fresh, own))

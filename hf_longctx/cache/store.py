@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy
-from .index import Marks, index_of
+from .index import Bounds, index_of
 from .kept import Kept
-from .rows import PAGE, Rows, Stored, as_stored, loaded, part, room, saved, slot_of, token_bytes
+from .marks import Marks, marked
+from .rows import PAGE, Rows, Stored, as_stored, loaded, mixed, part, room, saved, slot_of, token_bytes
 from .step import Step
 
 ROLLBACK = 128
@@ -32,7 +33,7 @@ class View:
     Args:
         k: `[B, Hkv, S, D]`.
         v: `[B, Hkv, S, Dv]`.
-        k_pos: `[B or 1, S]`, int64, -1 where empty; None: columns are positions and all are filled.
+        k_pos: `[B or 1, S]`, int64, -1 where empty; None: columns are positions, filled up to the row's last token.
     """
 
     k: Tensor
@@ -149,6 +150,23 @@ class Store:
         self._write(self._keys.encode(k), self._values.encode(v), step)
         self._follow(k, step, turns)
 
+    def prepare(self, step: Step, columns: int) -> None:
+        """Let nothing move while one-token calls follow `step`, until rows are `columns` long."""
+        self._fit(step)
+        self._reserve(self._keys.filled, self._values.filled, columns)
+        if isinstance(self.index, Bounds):
+            self.index.prepare(columns)
+
+    def passed(self, columns: int) -> None:
+        """Know that tokens were written until rows were up to `columns` long."""
+        if self._ring is not None and columns > self.retention.sink + self._ring:
+            self._lost = max(self._lost, columns - self._ring)
+
+    def buffers(self) -> list[Any]:
+        """What it holds on its device: a recorded call reads and writes it where it lies."""
+        index = self.index.buffers() if isinstance(self.index, Bounds) else []
+        return [self._keys.data, self._values.data, self.floor, *index, *self.kept.buffers()]
+
     def add_mass(self, ids: Tensor, mass: Tensor, block: int) -> None:
         """Tell the index how much attention keys got from the queries near them; arguments as `Marks.add`."""
         assert isinstance(self.index, Marks)
@@ -249,7 +267,7 @@ class Store:
         old = first < before  # a row that was all padding so far brings its sinks along with this call
         index = slot_of(rest.clamp(min=0), sink, self._ring).expand(k.shape[0], -1)
         keys, values = (
-            torch.cat((_mixed(s, x, first, before, old), s.take(index), x), 2)
+            torch.cat((mixed(s, x, first, before, old), s.take(index), x), 2)
             for s, x in ((self._keys, k), (self._values, v))
         )
         parts = [torch.where(first < after, first, -1), rest, torch.where(step.pos >= sink, step.pos, -1)]
@@ -258,41 +276,27 @@ class Store:
 
     def _in_place(self, step: Step) -> View:
         """The filled slots, as they lie."""
-        end = step.columns + step.tokens
-        slots = end if self.limit is None else min(end, self.limit)
-        straight = slots == end and not step.ragged
-        k_pos = None if straight else self._held(step.lengths_after, slots)
+        slots = step.width if self.limit is None else min(step.width, self.limit)
+        k_pos = None
+        if self._ring is not None and (step.ragged or slots < step.end):
+            ring = (self.retention.sink, self._ring, slots)
+            k_pos = step.once(("held", *ring), lambda: self._held(step.lengths_after, slots))
         return View(self._keys.span(slice(None), 0, slots), self._values.span(slice(None), 0, slots), k_pos)
 
     # writing --------------------------------------------------------------------------------------------------------
 
     def _write(self, k: Stored, v: Stored, step: Step) -> None:
-        end = step.columns + step.tokens
-        for rows, fresh in ((self._keys, k), (self._values, v)):
-            held = end if self.limit is None else min(end, self.limit)
-            size = room(rows.slots, held, PAGE)
-            rows.reserve(fresh, size if self.limit is None else min(size, self.limit))
-        if self._ring is not None and end > self.retention.sink + self._ring:
-            self._lost = max(self._lost, end - self._ring)
+        self._reserve(k, v, step.width)
+        self.passed(step.end)
         for rows, fresh in ((self._keys, k), (self._values, v)):
             rows.put(fresh, step, self.retention.sink, self._ring)
+
+    def _reserve(self, k: Stored, v: Stored, columns: int) -> None:
+        held = columns if self.limit is None else min(columns, self.limit)
+        for rows, fresh in ((self._keys, k), (self._values, v)):
+            size = room(rows.slots, held, PAGE)
+            rows.reserve(fresh, size if self.limit is None else min(size, self.limit))
 
     def _follow(self, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         if self.index is not None:
             self.index.follow(self._keys, k, step, turns)
-
-
-def marked(tokens: int) -> ValueError:
-    """Why tokens cannot be taken back whose attention has been counted."""
-    return ValueError(
-        f"crop: expected 0 tokens to take back, because the representatives of blocks have seen the attention of them "
-        f"all; got {tokens}. Start a new cache, or use a selector that scores by bounds of the keys."
-    )
-
-
-def _mixed(store: Rows, fresh: Tensor, first: Tensor, before: Tensor, old: Tensor) -> Tensor:
-    """The tokens at positions `first`, out of the store where they are `old`, else out of the call."""
-    rows = fresh.shape[0]
-    stored = store.take(first.clamp(max=store.slots - 1).expand(rows, -1))
-    own = (first - before).clamp(0, fresh.shape[2] - 1).expand(rows, -1)
-    return torch.where(old[:, None, :, None], stored, ops.take_tokens(fresh, own))

@@ -1,0 +1,26 @@
+"""What an index asks of the keys and of a summary."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..plan import Summary
+
+
+class Keys(Protocol):
+    """Where the stored keys of a row can be read, by position."""
+
+    def take(self, index: Tensor) -> Tensor:
+        """Keys at positions `[B, N]`: `[B, H, N, D]`."""
+
+    def span(self, rows: slice, first: int, last: int) -> Tensor:
+        """Keys at positions `first` to `last - 1` of some rows."""
+
+
+class Folding(Summary, Protocol):
+    """A summary with its arithmetic (`select/summaries.py`)."""
+
+    def fold(self, k: Tensor, filled: Tensor | None, mass: Tensor | None) -> Tensor:
+        """Entries of sub-blocks: `[..., sub, D]` to `[..., R, D]`."""
