@@ -13,6 +13,7 @@
 
 #define HFL_ABI 1
 
+#pragma GCC visibility push(default)  // all else is hidden
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -125,3 +126,4 @@ const char* hfl_append_cuda(const hfl_append* a);
 #ifdef __cplusplus
 }
 #endif
+#pragma GCC visibility pop

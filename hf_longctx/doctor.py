@@ -80,6 +80,7 @@ def devices() -> list[Device]:
 def collect() -> dict[str, Any]:
     """Everything that `doctor` shows, as plain values that JSON can hold."""
     from .kernels import dispatch
+    from .kernels.compiled import library
     from .methods import METHODS
 
     return {
@@ -87,6 +88,7 @@ def collect() -> dict[str, Any]:
         "versions": versions(),
         "devices": [asdict(device) for device in devices()],
         "methods": list(METHODS),
+        "library": {"built_for": library.about(), "path": str(library.path())},
         "backend_asked_for": dispatch.wanted(),
         "operations": [
             {"op": row.op, "backend": row.backend, "available": row.available, "reason": row.reason}
@@ -130,7 +132,8 @@ def render(found: dict[str, Any]) -> list[RenderableType]:
             row["reason"],
         )
         before = row["op"]
-    return [about, places, operations, f"Methods: {', '.join(found['methods'])}"]
+    built = f"Compiled library: {found['library']['built_for'] or 'none'}"
+    return [about, places, built, operations, f"Methods: {', '.join(found['methods'])}"]
 
 
 if __name__ == "__main__":

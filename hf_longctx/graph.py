@@ -13,7 +13,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -42,9 +42,22 @@ class CudaGraph:
             pool.append(torch.cuda.graph_pool_handle())
         before = torch.cuda.memory_reserved(device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self._graph, pool[0], capture_error_mode="thread_local"):
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(self._graph, pool[0], _stream(device), capture_error_mode="thread_local"),
+        ):
             self._out = run()
         self.nbytes = max(0, torch.cuda.memory_reserved(device) - before)
+
+    @staticmethod
+    def first(run: Callable[[], Any], device: torch.device) -> Any:
+        """The call as it is, on the stream on which it will be recorded: what that needs is then there."""
+        side, now = _stream(device), torch.cuda.current_stream(device)
+        side.wait_stream(now)
+        with torch.cuda.stream(side):
+            out = run()
+        now.wait_stream(side)
+        return out
 
     def replay(self) -> Any:
         """As `Graph.replay`."""
@@ -52,7 +65,12 @@ class CudaGraph:
         return self._out
 
 
-RECORDERS: dict[str, Callable[[Callable[[], Any], torch.device, list[Any]], Graph]] = {"cuda": CudaGraph}
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+RECORDERS: dict[str, type[Graph]] = {"cuda": CudaGraph}
 """What records a call, by type of device."""
 
 
@@ -126,7 +144,7 @@ class Recorder:
             self._held.pop(cache, None)
             held = Recording.of(cache, forward.plan, step.end)
             try:
-                cache.prepare(step, held.room)
+                cache.prepare(replace(step, room=held.room))
             except torch.OutOfMemoryError as error:
                 return self._without(f"no memory for {held.room} tokens in every row ({_first(error)})", kwargs)
             self._held[cache] = held
@@ -134,7 +152,7 @@ class Recorder:
         take = held.take((due, _kind(self.decoder, inputs, others, step)), inputs, step, cache.ledger.rows)
         run = partial(_run, self.decoder, take, others, forward, held.room)
         if not take.ran:  # what a kernel sets up when it first runs must not be recorded
-            out, take.ran = run(), True
+            out, take.ran = RECORDERS[step.device.type].first(run, step.device), True
         else:
             try:
                 graph = self._graph(take, held, cache, step, run)
@@ -148,7 +166,7 @@ class Recorder:
         """The graph of a call, recorded now if there is none or what it uses has moved."""
         if take.graph is None or not take.fits(cache.buffers()):
             take.graph = None
-            cache.prepare(step, held.room)
+            cache.prepare(replace(step, room=held.room))
             take.used = [weakref.ref(x) for x in cache.buffers()]
             take.graph = RECORDERS[step.device.type](run, step.device, held.pool)
         return take.graph

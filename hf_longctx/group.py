@@ -11,8 +11,9 @@ from torch import Tensor
 from .cache.kept import Kept
 from .cache.pieces import Blocks, pieces
 from .cache.positions import sink_position
+from .cache.rows import View
 from .cache.step import Step
-from .cache.store import Store, View
+from .cache.store import Store
 from .context import Forward
 from .errors import UnsupportedError
 from .kernels import ops

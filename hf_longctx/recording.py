@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .cache.cache import LongContextCache
@@ -25,9 +26,15 @@ MOST = 4
 
 
 class Graph(Protocol):
-    """A recorded call."""
+    """A recorded call; made of the call, its device, and what the graphs of a cache share."""
 
     nbytes: int
+
+    def __init__(self, run: Callable[[], Any], device: torch.device, pool: list[Any]) -> None: ...
+
+    @staticmethod
+    def first(run: Callable[[], Any], device: torch.device) -> Any:
+        """Run a call that may be recorded later."""
 
     def replay(self) -> Any:
         """What the call returned, computed on its inputs as they are now; the same memory every time."""

@@ -142,12 +142,12 @@ class LongContextCache(Cache):
         if looked:
             self.measure()
 
-    def prepare(self, step: Step, columns: int) -> None:
-        """Let nothing move while one-token calls follow `step`, until rows are `columns` long."""
+    def prepare(self, step: Step) -> None:
+        """Let nothing move while one-token calls follow that `step` has room for."""
         for layer in self.stacks:
             for _, store in layer.stores:
                 assert isinstance(store, Store)
-                store.prepare(step, columns)
+                store.prepare(step)
         self.floors = {retention: floor.to(step.device) for retention, floor in self.floors.items()}
         self.measure()
 

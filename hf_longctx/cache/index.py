@@ -30,8 +30,13 @@ class Bounds:
         self._used = 0
 
     @property
+    def sub(self) -> int:
+        """Tokens of a sub-block."""
+        return self._summary.sub
+
+    @property
     def entries(self) -> Tensor | None:
-        """`[B, H, M', R, D]`, one entry per sub-block of the longest row; None before the first token."""
+        """`[B, H, M', 2, D]`, one entry per sub-block of the longest row; None before the first token."""
         return None if self._entries is None else self._entries[:, :, : self._used]
 
     @property
@@ -43,11 +48,10 @@ class Bounds:
         """Bytes of a row and head after `tokens` tokens, room for more aside."""
         return -(-tokens // self._summary.sub) * 2 * dim * itemsize
 
-    def prepare(self, columns: int) -> None:
-        """Make room for rows of `columns` tokens."""
+    def prepare(self, step: Step) -> None:
+        """Make room for a call."""
         if self._entries is not None:
-            self._used = -(-columns // self._summary.sub)
-            self._reserve(self._entries[:, :, 0])
+            self.reserve(self._entries[:, :, :0, 0], step)
 
     def buffers(self) -> list[Tensor | None]:
         """The live tensors."""
@@ -62,8 +66,7 @@ class Bounds:
             step: the call.
             turns: not used.
         """
-        self._used = -(-step.width // self._summary.sub)
-        self._reserve(k)
+        self.reserve(k, step)
         if step.ragged and step.tokens == 1:
             self._fold_last(keys, step)
         elif step.ragged:
@@ -85,18 +88,20 @@ class Bounds:
         """Become what `state` told of."""
         self._entries, self._used = tensors.get("entries"), values["used"]
 
-    def _reserve(self, k: Tensor) -> None:
-        """Make room; what holds no key yet is out of bounds on both sides."""
+    def reserve(self, k: Tensor, step: Step) -> Tensor:
+        """Make room for a call: `[B, H, >= M', 2, D]`; what holds no key yet is out of bounds on both sides."""
+        self._used = -(-step.width // self._summary.sub)
         have = 0 if self._entries is None else self._entries.shape[2]
         size = room(have, self._used, max(1, PAGE // self._summary.sub))
-        if size == have:
-            return
+        if self._entries is not None and size == have:
+            return self._entries
         none = torch.zeros(1, dtype=torch.bool, device=k.device)
         empty = self._summary.fold(k.new_zeros(1, k.shape[3]), none, None)
         grown = empty.repeat(*k.shape[:2], size, 1, 1)
         if self._entries is not None:
             grown[:, :, :have] = self._entries
         self._entries = grown
+        return grown
 
     def _fold_run(self, keys: Keys, rows: slice, first: int, end: int) -> None:
         """The sub-blocks of positions `first` to `end - 1`, for rows that are alike."""

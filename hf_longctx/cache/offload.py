@@ -23,9 +23,8 @@ from .marks import Marks, marked
 from .pages import Pages
 from .placement import HostLRU
 from .pool import Pool
-from .rows import Rows, Stored, as_stored, decoded, each, loaded, part, parts, room, saved, token_bytes
+from .rows import Rows, Stored, View, as_stored, decoded, each, loaded, part, parts, room, saved, token_bytes
 from .step import Step
-from .store import View
 
 
 class OffloadedStore:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,21 @@ GROWTH = 32
 
 Stored = Tensor | ops.Packed
 """`[B, H, S, D]` in either format."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Keys and values that a call's queries may see, sinks first; of several tokens in the order of positions.
+
+    Args:
+        k: `[B, Hkv, S, D]`.
+        v: `[B, Hkv, S, Dv]`.
+        k_pos: `[B or 1, S]`, int64, -1 where empty; None: columns are positions, filled up to the row's last token.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_pos: Tensor | None
 
 
 def room(have: int, need: int, page: int) -> int:
@@ -41,7 +56,7 @@ def picked(x: Tensor, pick: Tensor) -> Tensor:
 
 def parts(x: Stored) -> tuple[Tensor, ...]:
     """The tensors of either format, each `[B, H, S, ?]`, sharing memory with `x`."""
-    return (x,) if isinstance(x, Tensor) else (x.payload, x.scale[..., None], x.zero[..., None])
+    return (x,) if isinstance(x, Tensor) else x.tensors
 
 
 def each(x: Stored, change: Callable[[Tensor], Tensor]) -> Stored:
@@ -134,11 +149,11 @@ class Rows:
         """Fresh values in the format; whatever is read of them is what this holds."""
         return x if self._bits is None else ops.encode_kv(x.detach(), self._bits)
 
-    def reserve(self, fresh: Stored, slots: int) -> None:
-        """Make room for `slots` tokens a row, keeping what is there; `fresh` says what a token is like."""
+    def reserve(self, like: Stored, slots: int) -> None:
+        """Make room for `slots` tokens a row, keeping what is there; `like` says what a token is like."""
         if slots <= self.slots:
             return
-        grown = each(fresh, lambda x: x.new_zeros(*x.shape[:2], slots, x.shape[3]).detach())
+        grown = each(like, lambda x: x.new_zeros(*x.shape[:2], slots, x.shape[3]).detach())
         if self.data is not None:
             for new, old in zip(parts(grown), parts(self.data), strict=True):
                 new[:, :, : old.shape[2]] = old

@@ -8,7 +8,6 @@ length alone; there is no table to keep in step. Padding is never stored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,26 +18,11 @@ from ..plan import HeadPolicy
 from .index import Bounds, index_of
 from .kept import Kept
 from .marks import Marks, marked
-from .rows import PAGE, Rows, Stored, as_stored, loaded, mixed, part, room, saved, slot_of, token_bytes
-from .step import Step
+from .rows import PAGE, Rows, Stored, View, as_stored, loaded, mixed, part, room, saved, slot_of, token_bytes
+from .step import FEW, Step
 
 ROLLBACK = 128
 """Tokens beyond the window that stay while `crop` may take tokens back (assisted decoding)."""
-
-
-@dataclass(frozen=True)
-class View:
-    """Keys and values that a call's queries may see, sinks first; of several tokens in the order of positions.
-
-    Args:
-        k: `[B, Hkv, S, D]`.
-        v: `[B, Hkv, S, Dv]`.
-        k_pos: `[B or 1, S]`, int64, -1 where empty; None: columns are positions, filled up to the row's last token.
-    """
-
-    k: Tensor
-    v: Tensor
-    k_pos: Tensor | None
 
 
 class Store:
@@ -124,13 +108,12 @@ class Store:
             step: the call.
         """
         self._fit(step)
+        if step.columns and (self._ring is None or step.tokens == 1):
+            self._take_in(k, v, step, None)
+            return self._in_place(step)
         keys, values = self._keys.encode(k), self._values.encode(v)
         if step.columns == 0:
             view = View(as_stored(k, keys), as_stored(v, values), step.pos if step.ragged else None)
-        elif self._ring is None or step.tokens == 1:
-            self._write(keys, values, step)
-            self._follow(k, step, None)
-            return self._in_place(step)
         else:
             view = self._in_order(as_stored(k, keys), as_stored(v, values), step)
         self._write(keys, values, step)
@@ -147,15 +130,14 @@ class Store:
             turns: how the group's queries are turned to the stored keys.
         """
         self._fit(step)
-        self._write(self._keys.encode(k), self._values.encode(v), step)
-        self._follow(k, step, turns)
+        self._take_in(k, v, step, turns)
 
-    def prepare(self, step: Step, columns: int) -> None:
-        """Let nothing move while one-token calls follow `step`, until rows are `columns` long."""
+    def prepare(self, step: Step) -> None:
+        """Let nothing move while one-token calls follow that `step` has room for."""
         self._fit(step)
-        self._reserve(self._keys.filled, self._values.filled, columns)
+        self._reserve(*self.memory, step)
         if isinstance(self.index, Bounds):
-            self.index.prepare(columns)
+            self.index.prepare(step)
 
     def passed(self, columns: int) -> None:
         """Know that tokens were written until rows were up to `columns` long."""
@@ -285,17 +267,29 @@ class Store:
 
     # writing --------------------------------------------------------------------------------------------------------
 
+    def _take_in(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None) -> None:
+        """Write the tokens of a call before anything of it is read: those of a decode call in one operation."""
+        if self.k is None or not step.decodes or isinstance(self.index, Marks) or step.tokens > (self._ring or FEW):
+            self._write(self._keys.encode(k), self._values.encode(v), step)
+            self._follow(k, step, turns)
+            return
+        self._reserve(*self.memory, step)
+        bounds, sub = (None, 1) if self.index is None else (self.index.reserve(k, step), self.index.sub)
+        first = None if step.ragged else step.columns
+        ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, first)
+
     def _write(self, k: Stored, v: Stored, step: Step) -> None:
-        self._reserve(k, v, step.width)
-        self.passed(step.end)
+        self._reserve(k, v, step)
         for rows, fresh in ((self._keys, k), (self._values, v)):
             rows.put(fresh, step, self.retention.sink, self._ring)
 
-    def _reserve(self, k: Stored, v: Stored, columns: int) -> None:
-        held = columns if self.limit is None else min(columns, self.limit)
-        for rows, fresh in ((self._keys, k), (self._values, v)):
+    def _reserve(self, k: Stored, v: Stored, step: Step) -> None:
+        """Make room for a call's tokens, of which one is as those of `k` and `v`."""
+        for rows, like in ((self._keys, k), (self._values, v)):
+            held = step.width if self.limit is None else min(step.width, self.limit)
             size = room(rows.slots, held, PAGE)
-            rows.reserve(fresh, size if self.limit is None else min(size, self.limit))
+            rows.reserve(like, size if self.limit is None else min(size, self.limit))
+        self.passed(step.end)
 
     def _follow(self, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         if self.index is not None:

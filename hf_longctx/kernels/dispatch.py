@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import UnsupportedError
 
-ORDER = ("torch", "reference")
+ORDER = ("compiled", "torch", "reference")
 """Backends, fastest first. `reference` defines every operation and always exists."""
 
 OPS = (
@@ -24,11 +24,12 @@ OPS = (
     "pick_blocks",
     "rotate",
     "append",
+    "append_pages",
     "encode_kv",
     "decode_kv",
 )
 
-_MODULES = {"torch": "fused", "reference": "reference"}
+_MODULES = {"compiled": "compiled", "torch": "fused", "reference": "reference"}
 _WANTED: ContextVar[str | None] = ContextVar("hf_longctx_backend", default=None)
 _LAST: dict[str, str] = {}
 
@@ -120,9 +121,12 @@ def last_used() -> dict[str, str]:
 
 def table() -> list[Row]:
     """Every operation on every backend, and why not where there is a no."""
-    rows = []
+    from .compiled import missing
+
+    rows, without = [], {"compiled": missing()}
     for op in OPS:
         for backend in ORDER:
             has = op in _table()[backend]
-            rows.append(Row(op, backend, has, "" if has else f"the {backend} backend does not have it"))
+            reason = without.get(backend) if has else f"the {backend} backend does not have it"
+            rows.append(Row(op, backend, reason is None, reason or ""))
     return rows

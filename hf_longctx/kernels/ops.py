@@ -15,6 +15,7 @@ __all__ = [
     "Turns",
     "Visibility",
     "append",
+    "append_pages",
     "attend_blocks",
     "attend_mass",
     "attend_pages",
@@ -238,6 +239,40 @@ def append(store: Tensor, fresh: Tensor, slots: Tensor | int, written: Tensor | 
         written: `[B, T]`, bool; tokens where it is False leave the store as it was. Only with a slot per token.
     """
     dispatch.call("append", store, fresh, slots, written)
+
+
+def append_pages(
+    k_store: Tensor | Packed,
+    v_store: Tensor | Packed,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    sink: int,
+    ring: int | None,
+    bounds: Tensor | None,
+    sub: int,
+    first: int | None = None,
+) -> None:
+    """Store a few tokens of each row (decode), in place: `encode_kv`, `append`, and the bounds of what they touch.
+
+    The bounds of every sub-block that holds a written token are made anew from its stored keys, as they are read, up to
+    the last position that is written in the row: those of a sub-block that was cut off (`crop`) come out right.
+
+    Args:
+        k_store: `[B, Hkv, C, D]`.
+        v_store: `[B, Hkv, C, Dv]`.
+        k: `[B, Hkv, T, D]`; cast to the store's dtype, quantized where the store is.
+        v: `[B, Hkv, T, Dv]`, likewise.
+        pos: `[B or 1, T]`, int64, position of each token in its row, -1 for one that is not written; no two tokens of a
+            row have the same slot.
+        sink: first tokens, which have slots of their own.
+        ring: a token beyond the sinks goes to slot `sink + (pos - sink) % ring`; None: to slot `pos`.
+        bounds: `[B, Hkv, M', 2, D]`, least and largest key of each sub-block; None: nothing is kept. Not with a ring.
+        sub: tokens of a sub-block.
+        first: the first position, where all rows are alike and all tokens are written in their order, and the host
+            knows; None: only `pos` knows.
+    """
+    dispatch.call("append_pages", k_store, v_store, k, v, pos, sink, ring, bounds, sub, first)
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:

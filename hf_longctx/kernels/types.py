@@ -109,6 +109,11 @@ class Packed:
         return torch.Size((*self.payload.shape[:3], self.payload.shape[3] * 8 // self.bits))
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Payload, scale and zero, each `[B, H, S, ?]`, sharing memory with it."""
+        return self.payload, self.scale[..., None], self.zero[..., None]
+
+    @property
     def device(self) -> torch.device:
         """Where it lies."""
         return self.payload.device

@@ -12,7 +12,7 @@ from hf_longctx import graph
 
 
 class Again:
-    """A recorded call that is run again on its inputs, while the host knows of the cache what it knew when recording."""
+    """A recorded call that is run again on its inputs; the host knows of the cache what it knew when recording."""
 
     nbytes = 1
     recorded = replayed = 0
@@ -22,6 +22,11 @@ class Again:
         self._cache = run.args[3].cache  # type: ignore[attr-defined]
         self._known = self._count()
         Again.recorded += 1
+
+    @staticmethod
+    def first(run: Callable[[], Any], device: torch.device) -> Any:
+        """As `Graph.first`."""
+        return run()
 
     def replay(self) -> Any:
         """As `Graph.replay`."""

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import hf_longctx as lc
-from hf_longctx import graph, recording
+from hf_longctx import recording
 
 from ..methods.cases import DECODERS, LIMITS, LOSSY, SELECTING, Row, named, pairs
-from .again import Again, recorders
+from .again import recorders
 from .cases import BY_NAME
 from .test_generate import batch, generate, single
 from .tiny import Case
@@ -50,7 +50,7 @@ def test_padded_batch(row: Row, case: Case) -> None:
     assert again.replayed >= 6 if case not in CHANGING else again.replayed == 0
 
 
-@pytest.mark.parametrize("row", (LIMITS[0], *LOSSY, QUEST, LSERVE, *STORED), ids=named)
+@pytest.mark.parametrize("row", [LIMITS[0], *LOSSY, QUEST, LSERVE, *STORED], ids=named)
 @pytest.mark.parametrize(
     "options", [{"do_sample": True, "temperature": 0.7}, {"num_beams": 3}, {"max_new_tokens": 30}], ids=str
 )

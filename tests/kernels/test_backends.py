@@ -115,7 +115,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "reason"), REFUSED)
 @pytest.mark.parametrize("op", ["attend_blocks", "attend_pages"])
 def test_what_the_torch_backend_refuses_runs_on_the_reference(op: str, options: dict[str, Any], reason: str) -> None:
-    x = torch.randn(1, 2, 3, 4)
+    x = torch.randn(1, 2, 3, 4, dtype=torch.float64)
     turns = None if options else ops.Turns(torch.zeros(1, 3, dtype=torch.int64), 4, 0, torch.ones(2))
     arguments = (x, x, x, ops.Logits(1.0, **options), ops.Visibility(0, 2), turns)
     with use_backend("torch"), pytest.raises(dispatch.UnsupportedError, match=f"{op}: .*torch: {reason}"):

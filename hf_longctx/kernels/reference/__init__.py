@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..dispatch import Implementation
-from .append import append
+from .append import append, append_pages
 from .attend import attend_blocks, attend_pages
 from .kv import decode_kv, encode_kv
 from .pick import pick_blocks
@@ -20,6 +20,7 @@ OPS = {
     "pick_blocks": Implementation(pick_blocks),
     "rotate": Implementation(rotate),
     "append": Implementation(append),
+    "append_pages": Implementation(append_pages),
     "encode_kv": Implementation(encode_kv),
     "decode_kv": Implementation(decode_kv),
 }

@@ -1,0 +1,23 @@
+// What the library is; and, built without CUDA, operations that say so.
+#include "hf_longctx.h"
+
+extern "C" int32_t hfl_abi(void) { return HFL_ABI; }
+
+extern "C" const char* hfl_version(void) { return HFL_BUILD; }
+
+#ifdef HFL_CUDA
+extern "C" int32_t hfl_has_cuda(void) { return 1; }
+#else
+namespace {
+constexpr const char* kNone = "expected a library with CUDA; got one that was built without";
+}
+
+extern "C" int32_t hfl_has_cuda(void) { return 0; }
+extern "C" int64_t hfl_attend_scratch(const hfl_attend*, int32_t* splits) { return *splits = 0; }
+extern "C" int64_t hfl_attend_counters(const hfl_attend*) { return 0; }
+extern "C" int64_t hfl_pick_scratch(const hfl_pick*) { return 0; }
+extern "C" const char* hfl_attend_cuda(const hfl_attend*) { return kNone; }
+extern "C" const char* hfl_score_cuda(const hfl_score*) { return kNone; }
+extern "C" const char* hfl_pick_cuda(const hfl_pick*) { return kNone; }
+extern "C" const char* hfl_append_cuda(const hfl_append*) { return kNone; }
+#endif

@@ -1,0 +1,173 @@
+// ops.attend_pages: attention of up to 8 queries a row over stored keys, plain or of 8 or 4 bits, all or chosen blocks.
+//
+// Paper: Flash-Decoding (split keys, merge by log-sum-exp), arXiv:2205.14135 section 3 for the online softmax; packed
+// keys as in QServe, arXiv:2405.04532, but with the scales taken out of the products.
+// Shapes: q [B, Hq, T, D], k and v [B, Hkv, S, D], D 64, 96, 128 or 256; positions below 2^31.
+// Work: a unit is up to 16 queries of a KV head, all T * G of them, or with a selection those that read one list. The
+//   keys that they see, known on the device only, are cut into slabs of 16 and shared out over `splits` blocks, so
+//   that a large capacity with a short text costs nothing. Within a block each warp takes every WARPS-th slab, through
+//   its own ring of cp.async copies, and never waits for another warp; products are mma.m16n8k16, queries the 16 rows.
+//   In the end the block merges its warps, and the last block of a unit (a counter, which it sets back to zero) all
+//   blocks, in their order: results do not depend on timing.
+// Grid: (units of a KV head, splits, B * Hkv); 128 threads, 64 for D = 256.
+// Shared memory: ring of 64 KiB or less, 32 D bytes for each variant of the queries (1, or up to 3 with turns), 1 KiB.
+// Bound by: bytes of keys and values. Three blocks of a multiprocessor keep about 140 KiB of bf16 on their way.
+#include <algorithm>
+#include <atomic>
+#include <initializer_list>
+
+#include "attend_kernel.cuh"
+
+namespace hfl {
+namespace {
+
+constexpr int MOST_DEVICES = 64;
+
+struct Kernel {
+  const void* function;
+  int threads, warps, bytes[3];       // shared memory by variants
+  std::atomic<int>* fits[3];          // blocks that the device holds at a time; 0: not known yet
+};
+
+template <int D, Format F>
+const Kernel& kernel() {
+  using R = Room<D, F>;
+  static std::atomic<int> fits[3][MOST_DEVICES];
+  static const Kernel it = {reinterpret_cast<const void*>(&attend_kernel<D, F>),
+                            R::WARPS * 32,
+                            R::WARPS,
+                            {R::bytes(1), R::bytes(2), R::bytes(3)},
+                            {fits[0], fits[1], fits[2]}};
+  return it;
+}
+
+template <int D>
+const Kernel& kernel_of(const hfl_attend& a) {
+  if (a.k.bits == 4) return kernel<D, Format::int4>();
+  if (a.k.bits == 8) return kernel<D, Format::int8>();
+  return a.dtype == HFL_BF16 ? kernel<D, Format::bf16>() : kernel<D, Format::f16>();
+}
+
+const Kernel& kernel_of(const hfl_attend& a) {
+  if (a.dim == 64) return kernel_of<64>(a);
+  if (a.dim == 96) return kernel_of<96>(a);
+  return a.dim == 128 ? kernel_of<128>(a) : kernel_of<256>(a);
+}
+
+bool aligned(const void* p, std::initializer_list<int64_t> strides, int64_t multiple) {
+  bool all = reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  for (int64_t stride : strides) all = all && stride % multiple == 0;
+  return all;
+}
+
+const char* check_rows(const hfl_rows& x) {
+  if (x.bits != 0 && x.bits != 8 && x.bits != 4) return "attend_pages: expected keys and values of 4, 8 or all bits";
+  if (!aligned(x.data, {x.b, x.h, x.t}, x.bits ? 16 : 8)) {
+    return "attend_pages: expected rows of keys and values that begin at multiples of 16 bytes";
+  }
+  if (x.bits && !(aligned(x.scale, {x.scale_b, x.scale_h}, 8) && aligned(x.zero, {}, 8))) {
+    return "attend_pages: expected scales and zeros of a head that begin at multiples of 16 bytes";
+  }
+  return nullptr;
+}
+
+const char* check(const hfl_attend& a) {
+  if (a.dtype != HFL_F16 && a.dtype != HFL_BF16) return "attend_pages: expected float16 or bfloat16";
+  if (a.dim != a.v_dim || (a.dim != 64 && a.dim != 96 && a.dim != 128 && a.dim != 256)) {
+    return "attend_pages: expected keys and values of 64, 96, 128 or 256 channels";
+  }
+  if (a.batch < 1 || a.kv_heads < 1 || a.tokens < 1 || a.stored < 1) return "attend_pages: expected no empty axis";
+  if (a.q_heads < 1 || a.q_heads % a.kv_heads) return "attend_pages: expected q_heads as a multiple of kv_heads";
+  if (static_cast<int64_t>(a.batch) * a.kv_heads > 65535) return "attend_pages: expected at most 65535 rows * KV heads";
+  if (a.k.bits != a.v.bits) return "attend_pages: expected keys and values in the same format";
+  if (!aligned(a.q, {a.q_b, a.q_h, a.q_t}, 8) || !aligned(a.q_before, {}, 8) || !aligned(a.q_sinks, {}, 8)) {
+    return "attend_pages: expected queries that begin at multiples of 16 bytes";
+  }
+  if (!aligned(a.out, {a.out_b, a.out_h, a.out_t}, 8)) {
+    return "attend_pages: expected an output whose rows begin at multiples of 16 bytes";
+  }
+  if (a.q_before && (a.slopes || a.lap < 1)) return "attend_pages: expected no slopes, and a lap, with turned queries";
+  if (a.q_before && !a.ids && a.sink > 0 && !a.q_sinks) return "attend_pages: expected queries turned to the sinks";
+  if (a.sink < 0) return "attend_pages: expected no negative sink";
+  if (a.ids) {
+    if (a.chosen < 1 || a.block < 1) return "attend_pages: expected blocks of at least one token";
+    if (a.k.bits && a.block % 8) return "attend_pages: expected blocks of a multiple of 8 tokens where keys are packed";
+    if (a.select_heads != 1 && a.select_heads != a.kv_heads && a.select_heads != a.q_heads) {
+      return "attend_pages: expected a selection for all heads, each KV head or each query head";
+    }
+  }
+  const char* message = check_rows(a.k);
+  return message ? message : check_rows(a.v);
+}
+
+AttendTask task_of(const hfl_attend& a) {
+  AttendTask p = {a, a.q_heads / a.kv_heads, 0, a.splits, 1};
+  const bool apart = a.ids && a.select_heads != a.kv_heads && a.select_heads != 1;
+  p.units = !a.ids ? (p.group * a.tokens + 15) / 16 : a.tokens * (apart ? p.group : (p.group + 15) / 16);
+  if (a.q_before) p.variants = !a.ids && a.sink > 0 ? 3 : 2;
+  return p;
+}
+
+// Blocks that the current device holds at a time, having allowed the kernel its shared memory.
+cudaError_t blocks_that_fit(const Kernel& kernel, int variants, int& blocks) {
+  int device = 0, each = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  std::atomic<int>& known = kernel.fits[variants - 1][device % MOST_DEVICES];
+  blocks = device < MOST_DEVICES ? known.load(std::memory_order_acquire) : 0;
+  if (blocks) return cudaSuccess;
+  const int bytes = kernel.bytes[variants - 1];
+  error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes[2]);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, kernel.threads, bytes);
+  }
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  blocks = each * processors;
+  if (device < MOST_DEVICES) known.store(blocks, std::memory_order_release);
+  return cudaSuccess;
+}
+
+}  // namespace
+}  // namespace hfl
+
+extern "C" int64_t hfl_attend_counters(const hfl_attend* a) {
+  if (hfl::check(*a)) return 0;
+  return static_cast<int64_t>(a->batch) * a->kv_heads * hfl::task_of(*a).units;
+}
+
+// One block of a unit for each place on the device, but none with less than a slab for each warp.
+extern "C" int64_t hfl_attend_scratch(const hfl_attend* a, int32_t* splits) {
+  *splits = 1;
+  if (hfl::check(*a)) return 0;  // hfl_attend_cuda will say why
+  const hfl::AttendTask p = hfl::task_of(*a);
+  const hfl::Kernel& kernel = hfl::kernel_of(*a);
+  int fit = 0;
+  if (hfl::blocks_that_fit(kernel, p.variants, fit) != cudaSuccess) return 0;
+  const int64_t units = hfl_attend_counters(a);
+  const int64_t keys = a->ids ? static_cast<int64_t>(a->chosen) * a->block : a->stored;
+  const int64_t most = (keys + 16 * kernel.warps - 1) / (16 * kernel.warps);
+  const int64_t wanted = std::min<int64_t>({fit / units, most, hfl::MOST_SPLITS});
+  *splits = static_cast<int32_t>(std::max<int64_t>(wanted, 1));
+  return *splits == 1 ? 0 : units * *splits * 16 * (a->dim + 2) * static_cast<int64_t>(sizeof(float));
+}
+
+extern "C" const char* hfl_attend_cuda(const hfl_attend* a) {
+  const char* message = hfl::check(*a);
+  if (message) return message;
+  hfl::AttendTask p = hfl::task_of(*a);
+  if (p.splits < 1 || p.splits > hfl::MOST_SPLITS) return "attend_pages: expected the splits of hfl_attend_scratch";
+  if (p.splits > 1 && (!a->counters || !hfl::aligned(a->scratch, {}, 1) || !a->scratch)) {
+    return "attend_pages: expected counters, and scratch at a multiple of 16 bytes, for more than one split";
+  }
+  const hfl::Kernel& kernel = hfl::kernel_of(*a);
+  int fit = 0;
+  cudaError_t error = hfl::blocks_that_fit(kernel, p.variants, fit);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const dim3 grid(static_cast<unsigned>(p.units), static_cast<unsigned>(p.splits),
+                  static_cast<unsigned>(a->batch) * static_cast<unsigned>(a->kv_heads));
+  void* arguments[] = {&p};
+  error = cudaLaunchKernel(kernel.function, grid, dim3(static_cast<unsigned>(kernel.threads)), arguments,
+                           static_cast<size_t>(kernel.bytes[p.variants - 1]), static_cast<cudaStream_t>(a->stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}

@@ -1,0 +1,204 @@
+"""The compiled library: where it is, why it is not used, and its argument blocks (`csrc/hf_longctx.h`)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..types import Packed
+
+ABI = 1
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class HflRows(ctypes.Structure):
+    """`hfl_rows`."""
+
+    __slots__ = ()  # a field that is not there cannot be set
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("b", "h", "t")),
+        ("scale", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("scale_b", "scale_h")),
+        ("bits", ctypes.c_int32),
+    )
+
+
+class HflAttend(ctypes.Structure):
+    """`hfl_attend`."""
+
+    __slots__ = ()
+    _fields_ = (
+        *(
+            (name, ctypes.c_int32)
+            for name in ("batch", "q_heads", "kv_heads", "tokens", "stored", "dim", "v_dim", "dtype")
+        ),
+        *((name, ctypes.c_void_p) for name in ("q", "q_before", "q_sinks")),
+        *((name, ctypes.c_int64) for name in ("q_b", "q_h", "q_t")),
+        *((name, HflRows) for name in ("k", "v")),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("out_b", "out_h", "out_t")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, ctypes.c_void_p) for name in ("sink_logits", "slopes", "q_pos")),
+        ("q_pos_b", ctypes.c_int64),
+        ("k_pos", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("k_pos_b", "sink", "window", "lap", "offset")),
+        *((name, ctypes.c_void_p) for name in ("ids", "pages")),
+        *((name, ctypes.c_int64) for name in ("ids_b", "ids_h", "ids_n")),
+        *((name, ctypes.c_int32) for name in ("select_heads", "chosen", "block")),
+        *((name, ctypes.c_void_p) for name in ("scratch", "counters")),
+        ("splits", ctypes.c_int32),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+def path() -> Path:
+    """Where the library is looked for: `$HF_LONGCTX_LIB`, or beside the package."""
+    return Path(os.environ.get("HF_LONGCTX_LIB") or Path(__file__).parents[2] / "_C.so")
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    here = path()
+    if not here.exists():
+        said = here.with_suffix(".txt")
+        return None, said.read_text().strip() if said.exists() else f"there is no {here.name}: install the package"
+    try:
+        library = ctypes.CDLL(str(here))
+        abi = library.hfl_abi()
+        if abi != ABI:
+            return None, f"its library has interface {abi}, this package {ABI}: install the package again"
+        for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op in _OPS for kind in ("cpu", "cuda"))):
+            getattr(library, name).restype = ctypes.c_char_p
+        for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch"):
+            getattr(library, name).restype = ctypes.c_int64
+    except (OSError, AttributeError) as error:
+        return None, f"its library cannot be loaded ({error})"
+    return library, ""
+
+
+_OPS = ("attend", "score", "pick", "append")
+
+
+def reason(device: torch.device) -> str | None:
+    """Why operations on a device cannot run in the library, or None."""
+    library, why = _load()
+    if library is None:
+        return why
+    if device.type == "cuda":
+        return _reason_on_cuda(device)
+    return f"has no code for {device.type}" if device.type != "cpu" else None
+
+
+@cache
+def _reason_on_cuda(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if runs_on(about(), major, minor):
+        return None
+    said = path().with_suffix(".txt")
+    why = f" ({said.read_text().strip()})" if said.exists() else ""
+    return f"has no code for sm_{major}{minor}: its library is for {about()}{why}"
+
+
+def runs_on(architectures: str, major: int, minor: int) -> bool:
+    """True if code for `architectures` (as `hfl_version` names them) runs on a device of that capability.
+
+    Machine code runs on devices of the same major number from its minor number on, that of an `a` on just its own;
+    what was compiled for a virtual architecture runs on all later ones.
+    """
+    have = 10 * major + minor
+    for kind, number, exact in re.findall(r"(sm|compute)_(\d+)([af]?)", architectures):
+        want = int(number)
+        if kind == "compute" or exact == "a":
+            fits = have == want if exact == "a" else have >= want
+        else:
+            fits = have // 10 == want // 10 and have >= want
+        if fits:
+            return True
+    return False
+
+
+def about() -> str:
+    """What the library was built for; "" without one."""
+    loaded = _load()[0]
+    return "" if loaded is None else str(loaded.hfl_version().decode())
+
+
+def library() -> ctypes.CDLL:
+    """The library; there is one where `reason` says None."""
+    loaded = _load()[0]
+    assert loaded is not None
+    return loaded
+
+
+def call(name: str, block: ctypes.Structure, *more: int) -> None:
+    """Run an operation.
+
+    Raises:
+        RuntimeError: the library refused, and did nothing.
+    """
+    message = getattr(library(), name)(ctypes.byref(block), *more)
+    if message is not None:
+        raise RuntimeError(f"{name}: {message.decode()}")
+
+
+def run(op: str, block: ctypes.Structure, device: torch.device) -> None:
+    """Run an operation that needs no scratch, on the host or on the stream on which torch works now.
+
+    Raises:
+        RuntimeError: as `call`.
+    """
+    if device.type == "cpu":
+        call(f"hfl_{op}_cpu", block, torch.get_num_threads())
+        return
+    with torch.cuda.device(device):
+        block.stream = stream(device)
+        call(f"hfl_{op}_cuda", block)
+
+
+def aligned(x: Tensor) -> bool:
+    """True if the first element and every row are at a multiple of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Address of the first element."""
+    return None if x is None else x.data_ptr()
+
+
+def rows(x: Tensor | Packed) -> HflRows:
+    """Keys or values `[B, H, S, D]`."""
+    if isinstance(x, Tensor):
+        return HflRows(x.data_ptr(), *x.stride()[:3])
+    places = (x.scale.data_ptr(), x.zero.data_ptr(), *x.scale.stride()[:2])
+    return HflRows(x.payload.data_ptr(), *x.payload.stride()[:3], *places, x.bits)
+
+
+def stream(device: torch.device) -> int:
+    """The stream on which torch works now."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+_COUNTERS: dict[tuple[torch.device, int], list[Tensor]] = {}
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """Zeros `[>= count]`, int32, of a device and its current stream; operations leave them zero.
+
+    Smaller ones from before are kept: a captured graph may still use them. What is made while a graph is captured is
+    zero only when that graph runs, so it is of no use to others; a call on the capturing stream before avoids that.
+    """
+    held = _COUNTERS.setdefault((device, stream(device)), [])
+    if held and len(held[-1]) >= count:
+        return held[-1]
+    made = torch.zeros(max(2 * count, 4096), dtype=torch.int32, device=device)
+    if not torch.cuda.is_current_stream_capturing():
+        held.append(made)
+    return made

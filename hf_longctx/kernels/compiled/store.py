@@ -1,0 +1,112 @@
+"""`ops.append_pages` in the compiled library."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Implementation
+from ..types import Packed
+from . import library
+from .library import HflRows, pointer
+
+FEW = 8
+"""Tokens of a row that the library takes."""
+
+MOST_CHANNELS = 256
+
+
+class HflAppend(ctypes.Structure):
+    """`hfl_append`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("batch", "kv_heads", "tokens", "dim", "v_dim", "dtype")),
+        *((name, HflRows) for name in ("k", "v")),
+        *((name, ctypes.c_void_p) for name in ("fresh_k", "fresh_v")),
+        *((name, ctypes.c_int64) for name in ("fk_b", "fk_h", "fk_t", "fv_b", "fv_h", "fv_t")),
+        ("pos", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("pos_b", "sink", "ring")),
+        ("bounds", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bounds_b", "bounds_h")),
+        *((name, ctypes.c_int32) for name in ("sub", "capacity")),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+def reject(
+    k_store: Tensor | Packed,
+    v_store: Tensor | Packed,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    sink: int,
+    ring: int | None,
+    bounds: Tensor | None,
+    sub: int,
+    first: int | None,
+) -> str | None:
+    """Why the library does not take these arguments, or None."""
+    reason = library.reason(k.device)
+    if reason is not None:
+        return reason
+    if k.shape[2] > FEW:
+        return f"takes at most {FEW} tokens a row"
+    if 0 in (k.numel(), v.numel()):
+        return "takes no empty tensors"
+    if any(x.device != k.device for x in (k_store, v_store, v, pos)):
+        return "needs the store, the tokens and their positions on one device"
+    if any(x.dtype != k.dtype for x in (k_store, v_store, v)) or k.dtype not in library.DTYPES:
+        return "needs the store and the tokens in one dtype, float32, float16 or bfloat16"
+    stores = [x if isinstance(x, Tensor) else x.payload for x in (k_store, v_store)]
+    if any(x.stride(-1) != 1 for x in stores):
+        return "needs channels that lie side by side"
+    if bounds is not None:
+        if ring is not None:
+            return "keeps no bounds of a ring"
+        if bounds.dtype != k.dtype or bounds.stride()[2:] != (2 * k.shape[3], k.shape[3], 1):
+            return "needs bounds in the dtype of the keys, and side by side"
+    return _reject_on_cuda(stores, k, v) if k.is_cuda else None
+
+
+def _reject_on_cuda(stores: list[Tensor], k: Tensor, v: Tensor) -> str | None:
+    if any(x.shape[3] % 8 or x.shape[3] > MOST_CHANNELS for x in (k, v)):
+        return f"takes a multiple of 8 channels, at most {MOST_CHANNELS}, on CUDA"
+    if not all(library.aligned(x) for x in stores):
+        return "needs rows that begin at multiples of 16 bytes"
+    return None
+
+
+def append_pages(
+    k_store: Tensor | Packed,
+    v_store: Tensor | Packed,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    sink: int,
+    ring: int | None,
+    bounds: Tensor | None,
+    sub: int,
+    first: int | None,
+) -> None:
+    """`ops.append_pages`; positions are read where they lie, so that a captured call can be replayed."""
+    k, v = (x.detach() if library.aligned(x) and x.stride(-1) == 1 else _laid_out(x) for x in (k, v))
+    pos = pos.contiguous()
+    block = HflAppend(*k.shape[:3], k.shape[3], v.shape[3], library.DTYPES[k.dtype])
+    block.k, block.v = library.rows(k_store), library.rows(v_store)
+    block.fresh_k, (block.fk_b, block.fk_h, block.fk_t) = k.data_ptr(), k.stride()[:3]
+    block.fresh_v, (block.fv_b, block.fv_h, block.fv_t) = v.data_ptr(), v.stride()[:3]
+    block.pos, block.pos_b = pos.data_ptr(), 0 if len(pos) == 1 else pos.shape[1]
+    block.sink, block.ring = sink, ring or 0
+    if bounds is not None:
+        block.bounds, (block.bounds_b, block.bounds_h) = pointer(bounds), bounds.stride()[:2]
+    block.sub, block.capacity = sub, k_store.shape[2]
+    library.run("append", block, k.device)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+OPS = {"append_pages": Implementation(append_pages, reject)}
