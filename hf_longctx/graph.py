@@ -67,7 +67,7 @@ class CudaGraph:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 RECORDERS: dict[str, type[Graph]] = {"cuda": CudaGraph}
