@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy, Summary
+from .folding import Folding, Keys
 from .marks import Marks
 from .rows import PAGE, picked, room
 from .step import Step
-from .summary import Folding, Keys
 
 
 class Bounds:

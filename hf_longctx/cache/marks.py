@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import Selector, Summary
+from .folding import Folding, Keys
 from .rows import PAGE, picked, room
 from .step import Step
-from .summary import Folding, Keys
 
 
 class Marks:

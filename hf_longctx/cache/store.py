@@ -116,8 +116,7 @@ class Store:
             view = View(as_stored(k, keys), as_stored(v, values), step.pos if step.ragged else None)
         else:
             view = self._in_order(as_stored(k, keys), as_stored(v, values), step)
-        self._write(keys, values, step)
-        self._follow(k, step, None)
+        self._write(keys, values, k, step, None)
         return view
 
     def write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None = None) -> None:
@@ -270,18 +269,19 @@ class Store:
     def _take_in(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None) -> None:
         """Write the tokens of a call before anything of it is read: those of a decode call in one operation."""
         if self.k is None or not step.decodes or isinstance(self.index, Marks) or step.tokens > (self._ring or FEW):
-            self._write(self._keys.encode(k), self._values.encode(v), step)
-            self._follow(k, step, turns)
+            self._write(self._keys.encode(k), self._values.encode(v), k, step, turns)
             return
         self._reserve(*self.memory, step)
         bounds, sub = (None, 1) if self.index is None else (self.index.reserve(k, step), self.index.sub)
         first = None if step.ragged else step.columns
         ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, first)
 
-    def _write(self, k: Stored, v: Stored, step: Step) -> None:
-        self._reserve(k, v, step)
-        for rows, fresh in ((self._keys, k), (self._values, v)):
+    def _write(self, keys: Stored, values: Stored, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
+        self._reserve(keys, values, step)
+        for rows, fresh in ((self._keys, keys), (self._values, values)):
             rows.put(fresh, step, self.retention.sink, self._ring)
+        if self.index is not None:
+            self.index.follow(self._keys, k, step, turns)
 
     def _reserve(self, k: Stored, v: Stored, step: Step) -> None:
         """Make room for a call's tokens, of which one is as those of `k` and `v`."""
@@ -290,7 +290,3 @@ class Store:
             size = room(rows.slots, held, PAGE)
             rows.reserve(like, size if self.limit is None else min(size, self.limit))
         self.passed(step.end)
-
-    def _follow(self, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
-        if self.index is not None:
-            self.index.follow(self._keys, k, step, turns)

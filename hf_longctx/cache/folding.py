@@ -1,4 +1,4 @@
-"""What an index asks of the keys and of a summary."""
+"""What an index needs: keys that can be read by position, and the arithmetic that sums them up."""
 
 from __future__ import annotations
 
