@@ -46,6 +46,7 @@ class Forward:
         probe: if given, layers put their queries and keys in here and attend to nothing.
         watch: if given, called with layer, group, selector, positions of the queries and what they read, wherever
             blocks are chosen.
+        recorded: the decoder replays this call, or records it.
     """
 
     facts: ModelFacts
@@ -55,6 +56,7 @@ class Forward:
     rotary: tuple[Rotary, ...] = ()
     probe: dict[int, tuple[Tensor, Tensor]] | None = None
     watch: Callable[[int, HeadGroup, Selector, Tensor, Selection], None] | None = None
+    recorded: bool = False
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:

@@ -11,11 +11,13 @@ from torch import Tensor
 from .cache.kept import Kept
 from .cache.pieces import Blocks, pieces
 from .cache.positions import sink_position
+from .cache.rows import View
 from .cache.step import Step
-from .cache.store import Store, View
+from .cache.store import Store
 from .context import Forward
 from .errors import UnsupportedError
 from .kernels import ops
+from .limits import reads_all_to, straight_to
 from .plan import HeadGroup, HeadPolicy, Retention, Selector
 from .select.choose import choose, forced, most_far, unite
 from .select.scorers import Look
@@ -107,10 +109,7 @@ def _in_turn(policy: HeadPolicy, selector: Selector, step: Step) -> bool:
 
 def _reads_all(selector: Selector, step: Step) -> bool:
     """True if no query of the call leaves a block out, as its number alone says."""
-    tokens = selector.budget.tokens
-    if step.end <= selector.dense_below or min(selector.budget.shares or (0.0,)) >= 1:
-        return True
-    return tokens is not None and step.end <= tokens + selector.sink_blocks * selector.block + selector.block
+    return step.end <= reads_all_to(selector)
 
 
 # reading ----------------------------------------------------------------------------------------------------------
@@ -120,7 +119,8 @@ def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     """Attention over all that is stored and visible."""
     store, retention = call.store, call.group.policy.retention
     view = View(k, v, step.pos if step.ragged else None) if store is None else store.append(k, v, step)
-    window, q_pos = retention.reach(not step.decodes), None if view.k_pos is None else step.pos
+    q_pos = step.pos if step.ragged or view.k_pos is not None else None
+    window = retention.reach(not step.decodes)
     see = ops.Visibility(retention.sink, window, q_pos, view.k_pos)
     floor = _floor(call.forward, retention, store, q.device)
     if floor is not None:
@@ -190,13 +190,12 @@ def _renew(
     """What a block of queries reads: chosen now, or what was chosen some decode steps ago and is forced now."""
     kept: Kept = call.store.kept
     again = selector.refresh_every > 1 and call.forward.step.decodes
-    if again and not kept.is_due(selector.refresh_every):
-        assert kept.ids is not None
+    if again and not kept.is_due(selector.refresh_every, piece.columns):
         return unite(kept.ids, selector, near)
     look = _look(call, selector, q, piece.pos, piece.tokens, call.store.memory[0], turns)
     ids = choose(selector, look, near)
     if again:
-        kept.ids = ids
+        kept.put(ids, piece.columns)
     return ids
 
 
@@ -277,16 +276,11 @@ def _turns(call: Call, step: Step, floor: Tensor | None) -> ops.Turns | None:
     if lap is None:
         return None
     rotary, clamp = forward.rotary[call.layer], policy.positions.distance
+    straight = step.end <= straight_to(plan, policy, not step.decodes)
     if clamp is not None:
-        reads = (policy.prefill, policy.decode)
-        near = [s.local for s in reads if s is not None and s.scorer.summary is not None and s.scorer.summary.local]
-        straight = step.end <= min([clamp + 1, plan.sink + lap, *near])  # from there on summaries are made, at angle 0
         return None if straight else ops.Turns(step.pos, lap, plan.sink, rotary.inv_freq, rotary.interleaved, clamp)
     reach = retention.reach(not step.decodes)
-    if reach is None:
-        return None
-    straight_to = plan.sink + lap if retention.sink == 0 else min(plan.sink + lap, retention.sink + reach)
-    if floor is None and step.end <= straight_to:
+    if reach is None or (straight and floor is None):
         return None
     moved = None if floor is None else floor.to(step.device)
     sinks = forward.once(

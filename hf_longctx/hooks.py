@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from .attention import register, text_positions
-from .cache.cache import Ledger, LongContextCache
+from .cache.cache import LongContextCache
+from .cache.ledger import Ledger
 from .cache.step import Step, check_cached
 from .context import NAME, Forward, Rotary, current, enter
 from .errors import UnsupportedError
+from .graph import Recorder
 from .memory import check_room
 from .models import ModelFacts, takes_positions
 from .plan import Plan
@@ -35,6 +37,7 @@ class Patch:
         rotary: how each layer rotates, when the plan needs it.
         rotary_dtype: the model's type when that was found; to cast a model rounds its frequencies.
         ledger: of the last cache handed out.
+        recorder: of calls of one token; stands in place of the decoder's `forward`.
         watch: told of every choice of blocks, as `Forward.watch`.
     """
 
@@ -42,6 +45,7 @@ class Patch:
     decoder: PreTrainedModel
     stock: Any
     plan: Plan
+    recorder: Recorder
     settings: dict[str, Any] = field(default_factory=dict)
     rotary: tuple[Rotary, ...] = ()
     rotary_dtype: torch.dtype | None = None
@@ -155,6 +159,7 @@ class BeforeForward:
         cache = _cache(state, decoder, kwargs)
         rows, columns = tokens.shape[:2]
         _check_places(state, kwargs, cache, columns)
+        recorded = False
         if cache is None:
             step = Step.of(0, columns, tokens.device, None, mask)
         else:
@@ -164,9 +169,10 @@ class BeforeForward:
                     "keys and values carry no gradient. Pass the text in one call, or call model.eval()."
                 )
             check_room(state.facts, state.plan, cache, rows, columns, decoder.dtype, tokens.device)
-            step = cache.begin(columns, rows, tokens.device, mask)
+            recorded = state.recorder.takes(state.plan, cache, kwargs, tokens, state.watch is not None)
+            step = cache.begin(columns, rows, tokens.device, mask, look=not recorded)
             kwargs["past_key_values"] = cache
-        forward = Forward(state.facts, state.plan, step, cache, state.rotary, watch=state.watch)
+        forward = Forward(state.facts, state.plan, step, cache, state.rotary, watch=state.watch, recorded=recorded)
         _place(state, decoder, kwargs, forward, rows, columns)
         kwargs["hf_longctx"] = forward
         enter(forward)
@@ -184,7 +190,7 @@ class AfterForward:
         forward = current()
         enter(None)
         if forward is not None and forward.cache is not None and output is not None:
-            forward.cache.commit(forward.step)
+            forward.cache.commit(forward.step, looked=not forward.recorded)
 
 
 def _padding(state: Patch, kwargs: dict[str, Any]) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -222,4 +223,10 @@ NO_CACHE_BY_DEFAULT = ("mpt",)
 
 def takes_positions(decoder: nn.Module) -> bool:
     """True if the decoder's forward has a `position_ids` argument."""
-    return "position_ids" in inspect.signature(decoder.forward).parameters
+    kind: Any = type(decoder)
+    return _takes_positions(kind)
+
+
+@cache
+def _takes_positions(kind: Any) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters

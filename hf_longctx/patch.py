@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from . import adapters
 from .attention import register
-from .cache.cache import Ledger, LongContextCache
+from .cache.cache import LongContextCache
+from .cache.ledger import Ledger
 from .context import NAME
+from .graph import Recorder
 from .hooks import AfterForward, BeforeForward, Patch, PrepareCache, PrepareSettings
 from .methods import Auto, DuoHeads, Method, check_plan, compose, make
 from .models import ADAPTED, NO_CACHE_BY_DEFAULT, ModelFacts, attention_modules, decoder_of, inspect_model
@@ -43,6 +45,7 @@ def patch(
     heads: DuoHeads | None = None,
     kv: str | KVFormat | None = None,
     placement: Placement | None = None,
+    cuda_graph: bool = True,
     **knobs: Any,
 ) -> M:
     """Run a loaded model with another way to hold and read its KV cache.
@@ -59,6 +62,7 @@ def patch(
         heads: which heads stream, whatever the methods choose.
         kv: how keys and values are stored: `"native"`, `"int8"` or `"int4"`; None: as the method says.
         placement: where blocks are stored that a step may leave out; None: as the method says.
+        cuda_graph: on a GPU, record the step of one token as a CUDA graph and replay it; `report` says if it could not.
         **knobs: the method's knobs, if it is given by name.
 
     Returns:
@@ -77,8 +81,9 @@ def patch(
     if state is not None:
         state.find_rotary(plan)
         state.plan, state.cache, state.ledger = plan, None, Ledger()
+        state.recorder.renew(cuda_graph)
         return model
-    state = Patch(facts, decoder, decoder.config, plan)
+    state = Patch(facts, decoder, decoder.config, plan, Recorder(decoder, cuda_graph))
     try:
         _install(state)
         state.find_rotary(plan)
@@ -177,6 +182,7 @@ def _install(state: Patch) -> None:
         state.decoder.register_forward_pre_hook(BeforeForward(state), with_kwargs=True),
         state.decoder.register_forward_hook(AfterForward(state), always_call=True),
     ]
+    state.decoder.__dict__.setdefault("forward", state.recorder)
     if state.facts.family in ADAPTED:
         for module in attention_modules(state.decoder):
             adapters.install(module, state.facts.family)
@@ -185,6 +191,8 @@ def _install(state: Patch) -> None:
 def _remove(state: Patch) -> None:
     for hook in state.hooks:
         hook.remove()
+    if state.decoder.__dict__.get("forward") is state.recorder:
+        del state.decoder.__dict__["forward"]
     if state.facts.family in ADAPTED:
         for module in attention_modules(state.decoder):
             adapters.remove(module)

@@ -51,6 +51,9 @@ class Report:
         hits: chosen blocks that were on the device, where blocks lie in host memory; those read in any case aside.
         misses: chosen blocks that were brought from the host.
         hit_rate: share of hits; None: nothing lies in host memory, or no such block was read yet.
+        graphs: recorded calls of the last cache.
+        graph_bytes: memory on the device that they hold, beside keys and values.
+        eager: why the last call of one token was not recorded; None: it was, or nothing is recorded on this device.
     """
 
     method: str
@@ -66,6 +69,9 @@ class Report:
     hits: int = 0
     misses: int = 0
     hit_rate: float | None = None
+    graphs: int = 0
+    graph_bytes: int = 0
+    eager: str | None = None
 
     def __str__(self) -> str:
         share = self.kv_bytes / self.dense_kv_bytes if self.dense_kv_bytes else 1.0
@@ -78,7 +84,14 @@ class Report:
             f"tokens: {self.tokens_seen} seen, {self.tokens_stored} stored"
             f"{'' if self.density is None else f'; {self.density:.1%} of the blocks read where heads choose'}\n"
             f"backends: {backends}"
+            f"{self._recorded()}"
         )
+
+    def _recorded(self) -> str:
+        """A line on recorded calls, where there are some or a reason why not."""
+        if self.eager is not None:
+            return f"\nno CUDA graph: {self.eager}"
+        return f"\nCUDA graphs: {self.graphs}, {self.graph_bytes / 2**20:.1f} MiB" if self.graphs else ""
 
     def _offloaded(self) -> str:
         """A line on blocks in host memory, if the plan places any there."""
@@ -103,6 +116,7 @@ def report(model: PreTrainedModel) -> Report:
     cache = None if state.cache is None else state.cache()
     ledger = state.ledger
     chosen = ledger.hits + ledger.misses
+    graphs = state.recorder.graphs(cache)
     return Report(
         method=state.plan.method,
         plan=state.plan,
@@ -117,6 +131,9 @@ def report(model: PreTrainedModel) -> Report:
         hits=ledger.hits,
         misses=ledger.misses,
         hit_rate=ledger.hits / chosen if chosen else None,
+        graphs=len(graphs),
+        graph_bytes=sum(graph.nbytes for graph in graphs),
+        eager=state.recorder.reason,
     )
 
 

@@ -23,8 +23,12 @@ ROOMS = {
     "tune/thresholds": set(),
     "tune/crossover": {"machine"},
     "methods": {"errors", "plan", "cache", "select", "models", "heads", "tune", "methods"},
-    "group": {"errors", "plan", "cache", "kernels", "select", "context"},
+    "limits": {"plan"},
+    "group": {"errors", "plan", "cache", "kernels", "select", "context", "limits"},
     "attention": {"errors", "plan", "cache", "kernels", "models", "context", "group"},
+    "recording": {"cache", "limits", "plan"},
+    "obstacles": {"models", "plan"},
+    "graph": {"cache", "context", "models", "obstacles", "plan", "recording"},
     "memory": {"cache", "models", "plan"},
     "testing": {"plan", "testing"},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,50 +11,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import UnsupportedError
 from ..plan import HeadGroup, HeadPolicy, LayerPlan, Plan, Retention
+from .ledger import Ledger
 from .offload import OffloadedStore
 from .step import Step
 from .store import Store
-
-
-class Ledger:
-    """How many tokens a cache has seen; outlives the cache, so that a report can still speak of it.
-
-    Attributes:
-        columns: columns of the batch so far, padding included.
-        lengths: `[B]`, int64, real tokens of each row, or None while all rows are alike.
-        tail: `[B]`, int64, real tokens of each row since its last padding, or None while there is none.
-        kv_bytes: bytes of the stores on their devices after the last call.
-        host_bytes: bytes of the stores in host memory or files after the last call.
-        stored: most tokens that any row holds in any store.
-        hits, misses: blocks beside the forced ones that were read of stores with host memory: on the device, or not.
-        tally: per phase and device, how many blocks were read and how many a query could have seen, where heads choose.
-    """
-
-    def __init__(self) -> None:
-        self.columns = 0
-        self.rows = 0
-        self.lengths: Tensor | None = None
-        self.tail: Tensor | None = None
-        self.kv_bytes = 0
-        self.host_bytes = 0
-        self.stored = 0
-        self.hits = self.misses = 0
-        self.tally: dict[tuple[str, torch.device], Tensor] = {}
-
-    def count(self, phase: str, ids: Tensor, visible: Tensor) -> None:
-        """Count what blocks of queries read, `[B, Hs, N, K]`, of so many, `[]`, that each head could have seen."""
-        key = (phase, ids.device)
-        if key not in self.tally:
-            self.tally[key] = torch.zeros(2, dtype=torch.float64, device=ids.device)
-        read, seen = self.tally[key].unbind()
-        read += (ids >= 0).sum()
-        seen.add_(visible, alpha=ids.shape[1])
-
-    def density(self, phase: str | None = None) -> float | None:
-        """Share of the visible blocks that were read where heads choose, in one phase or both; None: no choice yet."""
-        counts = [both.cpu() for (when, _), both in self.tally.items() if phase in (None, when)]
-        read, visible = torch.stack(counts).sum(0).tolist() if counts else (0.0, 0.0)
-        return read / visible if visible else None
 
 
 def store_for(policy: HeadPolicy) -> Store | OffloadedStore:
@@ -147,8 +108,8 @@ class LongContextCache(Cache):
         self.stacks = [LongContextLayer(layer, self.ledger) for layer in plan.layers]
         super().__init__(layers=list(self.stacks))
 
-    def begin(self, tokens: int, rows: int, device: torch.device, mask: Tensor | None) -> Step:
-        """The step for a call of `tokens` columns; it counts once `commit` is called.
+    def begin(self, tokens: int, rows: int, device: torch.device, mask: Tensor | None, look: bool = True) -> Step:
+        """The step for a call of `tokens` columns; it counts once `commit` is called. Arguments as `Step.of`.
 
         Raises:
             RuntimeError: the call before was interrupted, so layers may hold different tokens.
@@ -165,24 +126,44 @@ class LongContextCache(Cache):
                 "Use batch_repeat_interleave or batch_select_indices, or start a new cache."
             )
         self.ledger.rows = rows
-        self.pending = Step.of(self.ledger.columns, tokens, device, self.ledger.lengths, mask)
+        if look:
+            self.ledger.settle()
+        self.pending = Step.of(self.ledger.columns, tokens, device, self.ledger.lengths, mask, look)
         return self.pending
 
-    def commit(self, step: Step) -> None:
-        """Count the tokens of a call that ran to its end."""
-        self.ledger.tail = step.tail_after(self.ledger.tail)
-        self.ledger.columns += step.tokens
-        self.ledger.lengths = step.lengths_after if step.ragged else None
+    def commit(self, step: Step, looked: bool = True) -> None:
+        """Count the tokens of a call that ran to its end; looked: as in `begin`, and then something may have grown."""
+        ledger = self.ledger
+        ledger.tail = step.tail_after(ledger.tail)
+        ledger.columns += step.tokens
+        ledger.loose = ledger.loose or (not looked and ledger.lengths is None)
+        ledger.lengths = step.lengths_after if step.ragged else None
         self.pending = None
+        if looked:
+            self.measure()
+
+    def prepare(self, step: Step) -> None:
+        """Let nothing move while one-token calls follow that `step` has room for."""
+        for layer in self.stacks:
+            for _, store in layer.stores:
+                assert isinstance(store, Store)
+                store.prepare(step)
+        self.floors = {retention: floor.to(step.device) for retention, floor in self.floors.items()}
         self.measure()
+
+    def buffers(self) -> list[Any]:
+        """All that a recorded call reads and writes beside its inputs; what moves is another object."""
+        stores = [store for layer in self.stacks for _, store in layer.stores if isinstance(store, Store)]
+        found = [x for store in stores for x in store.buffers()]
+        return [x for x in (*found, *self.floors.values(), *self.ledger.tally.values()) if x is not None]
 
     def measure(self) -> None:
         """Note in the ledger what the stores hold."""
         self.ledger.kv_bytes, self.ledger.host_bytes = self.kv_bytes, self.host_bytes
         offloaded = [s for layer in self.stacks for _, s in layer.stores if isinstance(s, OffloadedStore)]
         self.ledger.hits, self.ledger.misses = sum(s.hits for s in offloaded), sum(s.misses for s in offloaded)
-        limits = [self.ledger.columns if s.limit is None else s.limit for layer in self.stacks for _, s in layer.stores]
-        self.ledger.stored = min(self.ledger.columns, max(limits))
+        limits = [math.inf if s.limit is None else s.limit for layer in self.stacks for _, s in layer.stores]
+        self.ledger.most = max(limits)
 
     @property
     def kv_bytes(self) -> int:
@@ -261,9 +242,10 @@ class LongContextCache(Cache):
         """Forget everything, and give the memory back."""
         super().reset()  # type: ignore[no-untyped-call]
         ledger = self.ledger
-        ledger.columns = ledger.rows = ledger.kv_bytes = ledger.host_bytes = ledger.stored = 0
+        ledger.columns = ledger.rows = ledger.kv_bytes = ledger.host_bytes = 0
         ledger.hits = ledger.misses = 0
         ledger.lengths = ledger.tail = None
+        ledger.loose = False
         ledger.tally.clear()
         self.floors.clear()
         self.pending = None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..kernels import ops
-from ..plan import HeadPolicy, Selector, Summary
+from ..plan import HeadPolicy, Summary
 from .folding import Folding, Keys
-from .rows import PAGE, room
+from .marks import Marks
+from .rows import PAGE, picked, room
 from .step import Step
 
 
@@ -48,6 +48,15 @@ class Bounds:
         """Bytes of a row and head after `tokens` tokens, room for more aside."""
         return -(-tokens // self._summary.sub) * 2 * dim * itemsize
 
+    def prepare(self, step: Step) -> None:
+        """Make room for a call."""
+        if self._entries is not None:
+            self.reserve(self._entries[:, :, :0, 0], step)
+
+    def buffers(self) -> list[Tensor | None]:
+        """The live tensors."""
+        return [self._entries]
+
     def follow(self, keys: Keys, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         """Take in a call whose keys are stored.
 
@@ -69,7 +78,7 @@ class Bounds:
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`."""
         if self._entries is not None:
-            self._entries = self._entries.index_select(0, pick.to(self._entries.device))
+            self._entries = picked(self._entries, pick)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers that `restore` needs."""
@@ -81,7 +90,7 @@ class Bounds:
 
     def reserve(self, k: Tensor, step: Step) -> Tensor:
         """Make room for a call: `[B, H, >= M', 2, D]`; what holds no key yet is out of bounds on both sides."""
-        self._used = -(-step.end // self._summary.sub)
+        self._used = -(-step.width // self._summary.sub)
         have = 0 if self._entries is None else self._entries.shape[2]
         size = room(have, self._used, max(1, PAGE // self._summary.sub))
         if self._entries is not None and size == have:
@@ -118,163 +127,6 @@ class Bounds:
         self._entries[row, :, last] = self._summary.fold(k, filled[:, None], None)
 
 
-class Marks:
-    """Entries that wait until the queries near a block have said what matters in it.
-
-    The attention that each key got lies in a ring by position. When a block has left the local window of every query to
-    come, its attention is final and its entry is made: with each call those of the last few blocks, as many as may have
-    left since the call before, so that there is nothing to remember about a row.
-
-    Args:
-        selector: says how wide the local window is, and the most tokens of one write.
-    """
-
-    local = True
-
-    def __init__(self, summary: Summary, selector: Selector) -> None:
-        self._summary = cast(Folding, summary)
-        self._near, self._most = selector.local, selector.scorer.q_block
-        self._ring = self._near + 2 * summary.block + 2 * self._most
-        self._entries: Tensor | None = None
-        self._mass: Tensor | None = None
-        self._used = 0
-        self._before = 0  # tokens of the call before
-
-    @property
-    def entries(self) -> Tensor | None:
-        """`[B, H, M, 1, D]`, one entry per block of the longest row, of blocks near the end of a row anything."""
-        return None if self._entries is None else self._entries[:, :, : self._used]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the live tensors."""
-        return sum(x.nbytes for x in (self._entries, self._mass) if x is not None)
-
-    def bytes_at(self, tokens: int, dim: int, itemsize: int) -> int:
-        """Bytes of a row and head after `tokens` tokens, room for more aside."""
-        blocks = -(-tokens // self._summary.block)
-        return blocks * dim * itemsize + min(self._ring, blocks * self._summary.block) * 4
-
-    def follow(self, keys: Keys, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
-        """Make the entries of blocks that no query from this call on has near, then take in the call.
-
-        Args:
-            keys: the stored keys.
-            k: `[B, H, T, D]`, the call's own.
-            step: the call.
-            turns: how queries are turned: entries are turned back to position 0 if far keys have one distance.
-        """
-        assert step.tokens <= self._most
-        count = self._newly_closed(step)
-        self._used = -(-step.end // self._summary.block)
-        self._reserve(k, max(self._used, count))
-        if count:
-            self._fold_closed(keys, step, turns, count)
-        assert self._mass is not None
-        own = step.lengths[:, None, None] + torch.arange(step.tokens, device=step.device)
-        self._mass.scatter_(2, (own % self._ring).expand(*k.shape[:3]), 0.0)
-        self._before = step.tokens
-
-    def add(self, ids: Tensor, mass: Tensor, block: int) -> None:
-        """Add to the attention of the keys of some blocks.
-
-        Args:
-            ids: `[B, Hs, N, K]`, int, blocks; -1 for none.
-            mass: `[B, H, N, K * block]`, float32, zero for keys that are not near and where there is no key.
-            block: tokens of a block.
-        """
-        assert self._mass is not None
-        pos = ids.long()[..., None] * block + torch.arange(block, device=ids.device)
-        slots = (
-            pos.flatten(2).expand(-1, mass.shape[1], -1) % self._mass.shape[2]
-        )  # what is far adds zero to whom it hits
-        self._mass.scatter_add_(2, slots, mass.flatten(2))
-
-    def map_rows(self, pick: Tensor) -> None:
-        """Replace the batch rows by `rows[pick]`."""
-        if self._entries is not None and self._mass is not None:
-            pick = pick.to(self._mass.device)
-            self._entries, self._mass = self._entries.index_select(0, pick), self._mass.index_select(0, pick)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and numbers that `restore` needs."""
-        both = {"entries": self._entries, "mass": self._mass}
-        tensors = {name: x for name, x in both.items() if x is not None}
-        return tensors, {"used": self._used, "before": self._before}
-
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Become what `state` told of."""
-        self._entries, self._mass = tensors.get("entries"), tensors.get("mass")
-        self._used, self._before = values["used"], values["before"]
-
-    def _newly_closed(self, step: Step) -> int:
-        """Most blocks that a row may have closed since the call before."""
-        block = self._summary.block
-        if step.ragged:
-            return -(-self._before // block)
-        now, then = (max(0, end - self._near + 1) // block for end in (step.columns, step.columns - self._before))
-        return now - then
-
-    def _reserve(self, k: Tensor, size: int) -> None:
-        have = 0 if self._entries is None else self._entries.shape[2]
-        size = room(have, size, max(1, PAGE // self._summary.block))
-        if size == have:
-            return
-        dtype = torch.promote_types(k.dtype, torch.float32)
-        slots = min(self._ring, size * self._summary.block)  # a short text has not been round yet
-        grown = k.new_zeros(*k.shape[:2], size, 1, k.shape[3]).detach()
-        mass = torch.zeros(*k.shape[:2], slots, dtype=dtype, device=k.device)
-        if self._entries is not None and self._mass is not None:
-            grown[:, :, :have] = self._entries
-            mass[:, :, : self._mass.shape[2]] = self._mass
-        self._entries, self._mass = grown, mass
-
-    def _fold_closed(self, keys: Keys, step: Step, turns: ops.Turns | None, count: int) -> None:
-        """The last `count` closed blocks of each row."""
-        assert self._entries is not None and self._mass is not None
-        (rows, heads), block = self._mass.shape[:2], self._summary.block
-        lap = None if turns is None or turns.clamp is None else (turns.lap, turns.offset)
-        key = ("closed", block, self._near, self._ring, count, lap)
-        closed: _Closed = step.once(key, lambda: self._closed(step, turns, count))
-        k = keys.take(closed.pos.expand(rows, -1))
-        if turns is not None and turns.clamp is not None and turns.inv_freq is not None:
-            k = ops.rotate(k, closed.back, turns.inv_freq, turns.interleaved)
-        mass = self._mass.gather(2, closed.slots.expand(rows, heads, -1))
-        made = self._summary.fold(k.view(rows, heads, count, block, -1), None, mass.view(rows, heads, count, block))
-        index = closed.ids[:, None, :, None, None].expand(*made.shape)
-        if closed.done is not None:
-            made = torch.where(closed.done[:, None, :, None, None], made, self._entries.gather(2, index))
-        self._entries.scatter_(2, index, made)
-
-    def _closed(self, step: Step, turns: ops.Turns | None, count: int) -> _Closed:
-        block, within = self._summary.block, torch.arange(self._summary.block, device=step.device)
-        closed = (step.lengths[:, None] - self._near + 1).clamp(min=0) // block
-        ids = (closed - count).clamp(min=0) + torch.arange(count, device=step.device)
-        done = ids < closed
-        pos = (torch.where(done, ids, 0)[..., None] * block + within).flatten(1)
-        back = -pos if turns is None else turns.lap * turns.laps(pos) - pos
-        return _Closed(ids, done if step.ragged else None, pos, (pos % self._ring)[:, None], back)
-
-
-@dataclass(frozen=True)
-class _Closed:
-    """The blocks of a store whose entries are made in a call: the same in every layer.
-
-    Args:
-        ids: `[B or 1, n]`, int64.
-        done: `[B or 1, n]`, bool, False where a row has fewer; None: no row has.
-        pos: `[B or 1, n * block]`, int64, their positions.
-        slots: `[B or 1, 1, n * block]`, int64, where their attention lies in the ring.
-        back: `[B or 1, n * block]`, int64, how far their keys are turned to stand at position 0.
-    """
-
-    ids: Tensor
-    done: Tensor | None
-    pos: Tensor
-    slots: Tensor
-    back: Tensor
-
-
 Index = Bounds | Marks
 
 
@@ -288,11 +140,3 @@ def index_of(policy: HeadPolicy) -> Index | None:
     selector = policy.decode or policy.prefill
     assert selector is not None
     return Marks(summary, selector)
-
-
-def marked(tokens: int) -> ValueError:
-    """Why tokens cannot be taken back whose attention has been counted."""
-    return ValueError(
-        f"crop: expected 0 tokens to take back, because the representatives of blocks have seen the attention of them "
-        f"all; got {tokens}. Start a new cache, or use a selector that scores by bounds of the keys."
-    )

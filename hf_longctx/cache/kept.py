@@ -5,39 +5,57 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from .rows import picked
 
 
 class Kept:
     """What a group of heads chose last in decode, where it chooses every few steps only.
 
     Attributes:
-        ids: `[B, Hs, 1, K]`, int32, as in `ops.Selection`; None: nothing since the last prompt, crop or reset.
-        age: decode steps since it was chosen.
+        since: columns of the batch when it was chosen; None: nothing since the last prompt, crop or reset.
     """
 
     def __init__(self) -> None:
-        self.ids: Tensor | None = None
-        self.age = 0
+        self.since: int | None = None
+        self._ids: Tensor | None = None
+
+    @property
+    def ids(self) -> Tensor:
+        """`[B, Hs, 1, K]`, int32, as in `ops.Selection`; there must be a choice."""
+        assert self._ids is not None and self.since is not None
+        return self._ids
 
     def forget(self) -> None:
         """The next decode step chooses anew."""
-        self.ids = None
+        self.since = None
 
-    def is_due(self, every: int) -> bool:
-        """Count a decode step; True if it has to choose."""
-        self.age = 0 if self.ids is None else (self.age + 1) % every
-        return self.age == 0
+    def is_due(self, every: int, columns: int) -> bool:
+        """True if the decode step after `columns` columns has to choose."""
+        return self.since is None or columns - self.since >= every
+
+    def put(self, ids: Tensor, columns: int) -> None:
+        """Hold a choice, in the same memory where it has the size of the one before."""
+        if self._ids is None or self._ids.shape != ids.shape or self._ids.device != ids.device:
+            self._ids = torch.empty_like(ids)
+        self._ids.copy_(ids)
+        self.since = columns
+
+    def buffers(self) -> list[Tensor | None]:
+        """The live tensors."""
+        return [self._ids]
 
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`."""
-        if self.ids is not None:
-            self.ids = self.ids.index_select(0, pick.to(self.ids.device))
+        if self._ids is not None:
+            self._ids = picked(self._ids, pick)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers that `restore` needs."""
-        return ({} if self.ids is None else {"ids": self.ids}), {"age": self.age}
+        return ({} if self._ids is None or self.since is None else {"ids": self._ids}), {"since": self.since}
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Become what `state` told of."""
-        self.ids, self.age = tensors.get("ids"), values["age"]
+        self._ids, self.since = tensors.get("ids"), values["since"]

@@ -17,14 +17,14 @@ from torch import Tensor
 from ..kernels import ops
 from ..plan import HeadPolicy
 from .host import HostTier
-from .index import Marks, index_of, marked
+from .index import index_of
 from .kept import Kept
+from .marks import Marks, marked
 from .pages import Pages
 from .placement import HostLRU
 from .pool import Pool
-from .rows import Rows, Stored, as_stored, decoded, each, loaded, part, parts, room, saved, token_bytes
+from .rows import Rows, Stored, View, as_stored, decoded, each, loaded, part, parts, room, saved, token_bytes
 from .step import Step
-from .store import View
 
 
 class OffloadedStore:

@@ -73,6 +73,9 @@ def pieces(step: Step, size: int) -> Iterator[tuple[Tensor | slice, Step]]:
     Yields:
         Which of the call's tokens a piece has (`[B, size]`, int64, or a slice), and its step.
     """
+    if step.tokens == 1:
+        yield slice(0, 1), step
+        return
     if not step.ragged:
         start = 0
         while start < step.tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,21 @@ Stored = Tensor | ops.Packed
 """`[B, H, S, D]` in either format."""
 
 
+@dataclass(frozen=True)
+class View:
+    """Keys and values that a call's queries may see, sinks first; of several tokens in the order of positions.
+
+    Args:
+        k: `[B, Hkv, S, D]`.
+        v: `[B, Hkv, S, Dv]`.
+        k_pos: `[B or 1, S]`, int64, -1 where empty; None: columns are positions, filled up to the row's last token.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_pos: Tensor | None
+
+
 def room(have: int, need: int, page: int) -> int:
     """The size to which something of size `have` grows when it must hold `need`: whole pages, and some to come."""
     return have if need <= have else -(-max(need, have + have // GROWTH) // page) * page
@@ -31,6 +46,12 @@ def room(have: int, need: int, page: int) -> int:
 def token_bytes(kv: KVFormat | None, dim: int, itemsize: int) -> int:
     """Bytes of a token and head with `dim` channels of `itemsize` bytes; a format adds its scale and zero."""
     return dim * itemsize if kv is None else dim * kv.bits // 8 + 4
+
+
+def picked(x: Tensor, pick: Tensor) -> Tensor:
+    """The rows `x[pick]`; in place where there are as many as before, so that what was recorded still finds them."""
+    rows = x.index_select(0, pick.to(x.device))
+    return x.copy_(rows) if rows.shape == x.shape else rows
 
 
 def parts(x: Stored) -> tuple[Tensor, ...]:
@@ -191,5 +212,13 @@ class Rows:
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`; pick: `[B']`, int64."""
         if self.data is not None:
-            pick = pick.to(self.data.device)
-            self.data = each(self.data, lambda x: x.index_select(0, pick))
+            changed = each(self.data, lambda x: picked(x, pick))
+            self.data = self.data if changed.shape == self.data.shape else changed
+
+
+def mixed(store: Rows, fresh: Tensor, first: Tensor, before: Tensor, old: Tensor) -> Tensor:
+    """The tokens at positions `first`, out of the store where they are `old`, else out of the call."""
+    rows = fresh.shape[0]
+    stored = store.take(first.clamp(max=store.slots - 1).expand(rows, -1))
+    own = (first - before).clamp(0, fresh.shape[2] - 1).expand(rows, -1)
+    return torch.where(old[:, None, :, None], stored, ops.take_tokens(fresh, own))

@@ -27,7 +27,9 @@ class Step:
         device: where the tensors below live.
         lengths: `[B]` (or `[1]` when all rows are alike), int64, real tokens of each row before this call.
         real: `[B, T]`, bool, False for padding; None if there is none in this call.
-        ragged: rows differ in length, or this call has padding.
+        ragged: rows differ in length, or this call has padding, or only the device knows where its tokens stand.
+        room: columns for which views and scores are made, at least those after this call; None: just those. A call that
+            is recorded and replayed has room for the ones to come.
     """
 
     columns: int
@@ -36,9 +38,17 @@ class Step:
     lengths: Tensor
     real: Tensor | None
     ragged: bool
+    room: int | None = None
 
     @staticmethod
-    def of(columns: int, tokens: int, device: torch.device, lengths: Tensor | None, mask: Tensor | None) -> Step:
+    def of(
+        columns: int,
+        tokens: int,
+        device: torch.device,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        look: bool = True,
+    ) -> Step:
         """The step that follows `columns` columns.
 
         Args:
@@ -47,6 +57,7 @@ class Step:
             device: of the model's input.
             lengths: `[B]`, int64, real tokens of each row so far, or None while rows are alike.
             mask: `[B, columns + T]`, nonzero for real tokens, or None.
+            look: wait for the device to see whether rows that were alike stay so.
 
         Raises:
             ValueError: the mask has another width, or (looked for in calls of several tokens only, as it waits for the
@@ -55,7 +66,7 @@ class Step:
         real = None if mask is None else _own(mask, columns, tokens, lengths)
         if real is not None and tokens > 1 and bool(real.all()):
             real = None
-        if real is not None and tokens == 1 and lengths is None and bool(real.all()):
+        if real is not None and look and tokens == 1 and lengths is None and bool(real.all()):
             real = None  # rows are alike so far: one look keeps them so
         ragged = lengths is not None or real is not None
         if lengths is None:
@@ -100,6 +111,11 @@ class Step:
     def end(self) -> int:
         """Columns of the batch after this call; no row is longer."""
         return self.columns + self.tokens
+
+    @property
+    def width(self) -> int:
+        """Columns that views and scores are made for."""
+        return self.end if self.room is None else self.room
 
     @property
     def decodes(self) -> bool:

@@ -8,7 +8,6 @@ length alone; there is no table to keep in step. Padding is never stored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,28 +15,14 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy
-from .index import Marks, index_of, marked
+from .index import Bounds, index_of
 from .kept import Kept
-from .rows import PAGE, Rows, Stored, as_stored, loaded, part, room, saved, slot_of, token_bytes
+from .marks import Marks, marked
+from .rows import PAGE, Rows, Stored, View, as_stored, loaded, mixed, part, room, saved, slot_of, token_bytes
 from .step import FEW, Step
 
 ROLLBACK = 128
 """Tokens beyond the window that stay while `crop` may take tokens back (assisted decoding)."""
-
-
-@dataclass(frozen=True)
-class View:
-    """Keys and values that a call's queries may see, sinks first; of several tokens in the order of positions.
-
-    Args:
-        k: `[B, Hkv, S, D]`.
-        v: `[B, Hkv, S, Dv]`.
-        k_pos: `[B or 1, S]`, int64, -1 where empty; None: columns are positions and all are filled.
-    """
-
-    k: Tensor
-    v: Tensor
-    k_pos: Tensor | None
 
 
 class Store:
@@ -146,6 +131,23 @@ class Store:
         self._fit(step)
         self._take_in(k, v, step, turns)
 
+    def prepare(self, step: Step) -> None:
+        """Let nothing move while one-token calls follow that `step` has room for."""
+        self._fit(step)
+        self._reserve(*self.memory, step)
+        if isinstance(self.index, Bounds):
+            self.index.prepare(step)
+
+    def passed(self, columns: int) -> None:
+        """Know that tokens were written until rows were up to `columns` long."""
+        if self._ring is not None and columns > self.retention.sink + self._ring:
+            self._lost = max(self._lost, columns - self._ring)
+
+    def buffers(self) -> list[Any]:
+        """What it holds on its device: a recorded call reads and writes it where it lies."""
+        index = self.index.buffers() if isinstance(self.index, Bounds) else []
+        return [self._keys.data, self._values.data, self.floor, *index, *self.kept.buffers()]
+
     def add_mass(self, ids: Tensor, mass: Tensor, block: int) -> None:
         """Tell the index how much attention keys got from the queries near them; arguments as `Marks.add`."""
         assert isinstance(self.index, Marks)
@@ -246,7 +248,7 @@ class Store:
         old = first < before  # a row that was all padding so far brings its sinks along with this call
         index = slot_of(rest.clamp(min=0), sink, self._ring).expand(k.shape[0], -1)
         keys, values = (
-            torch.cat((_mixed(s, x, first, before, old), s.take(index), x), 2)
+            torch.cat((mixed(s, x, first, before, old), s.take(index), x), 2)
             for s, x in ((self._keys, k), (self._values, v))
         )
         parts = [torch.where(first < after, first, -1), rest, torch.where(step.pos >= sink, step.pos, -1)]
@@ -255,10 +257,11 @@ class Store:
 
     def _in_place(self, step: Step) -> View:
         """The filled slots, as they lie."""
-        end = step.columns + step.tokens
-        slots = end if self.limit is None else min(end, self.limit)
-        straight = slots == end and not step.ragged
-        k_pos = None if straight else self._held(step.lengths_after, slots)
+        slots = step.width if self.limit is None else min(step.width, self.limit)
+        k_pos = None
+        if self._ring is not None and (step.ragged or slots < step.end):
+            ring = (self.retention.sink, self._ring, slots)
+            k_pos = step.once(("held", *ring), lambda: self._held(step.lengths_after, slots))
         return View(self._keys.span(slice(None), 0, slots), self._values.span(slice(None), 0, slots), k_pos)
 
     # writing --------------------------------------------------------------------------------------------------------
@@ -283,16 +286,7 @@ class Store:
     def _reserve(self, k: Stored, v: Stored, step: Step) -> None:
         """Make room for a call's tokens, of which one is as those of `k` and `v`."""
         for rows, like in ((self._keys, k), (self._values, v)):
-            held = step.end if self.limit is None else min(step.end, self.limit)
+            held = step.width if self.limit is None else min(step.width, self.limit)
             size = room(rows.slots, held, PAGE)
             rows.reserve(like, size if self.limit is None else min(size, self.limit))
-        if self._ring is not None and step.end > self.retention.sink + self._ring:
-            self._lost = max(self._lost, step.end - self._ring)
-
-
-def _mixed(store: Rows, fresh: Tensor, first: Tensor, before: Tensor, old: Tensor) -> Tensor:
-    """The tokens at positions `first`, out of the store where they are `old`, else out of the call."""
-    rows = fresh.shape[0]
-    stored = store.take(first.clamp(max=store.slots - 1).expand(rows, -1))
-    own = (first - before).clamp(0, fresh.shape[2] - 1).expand(rows, -1)
-    return torch.where(old[:, None, :, None], stored, ops.take_tokens(fresh, own))
+        self.passed(step.end)

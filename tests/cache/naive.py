@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_longctx.cache.rows import View
 from hf_longctx.cache.step import Step
-from hf_longctx.cache.store import Store, View
+from hf_longctx.cache.store import Store
 from hf_longctx.kernels import ops
 from hf_longctx.plan import Retention
 

@@ -1,0 +1,62 @@
+"""How many tokens a cache has seen, and what was read of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Ledger:
+    """How many tokens a cache has seen; outlives the cache, so that a report can still speak of it.
+
+    Attributes:
+        columns: columns of the batch so far, padding included.
+        lengths: `[B]`, int64, real tokens of each row, or None while all rows are alike.
+        loose: `lengths` are there only because nobody looked whether the rows are still alike.
+        tail: `[B]`, int64, real tokens of each row since its last padding, or None while there is none.
+        kv_bytes: bytes of the stores on their devices after the last call.
+        host_bytes: bytes of the stores in host memory or files after the last call.
+        most: tokens that a store may hold of a row.
+        hits, misses: blocks beside the forced ones that were read of stores with host memory: on the device, or not.
+        tally: per phase and device, how many blocks were read and how many a query could have seen, where heads choose.
+    """
+
+    def __init__(self) -> None:
+        self.columns = 0
+        self.rows = 0
+        self.lengths: Tensor | None = None
+        self.loose = False
+        self.tail: Tensor | None = None
+        self.kv_bytes = 0
+        self.host_bytes = 0
+        self.most = math.inf
+        self.hits = self.misses = 0
+        self.tally: dict[tuple[str, torch.device], Tensor] = {}
+
+    @property
+    def stored(self) -> int:
+        """Most tokens that any row holds in any store."""
+        return int(min(self.columns, self.most))
+
+    def count(self, phase: str, ids: Tensor, visible: Tensor) -> None:
+        """Count what blocks of queries read, `[B, Hs, N, K]`, of so many, `[]`, that each head could have seen."""
+        key = (phase, ids.device)
+        if key not in self.tally:
+            self.tally[key] = torch.zeros(2, dtype=torch.float64, device=ids.device)
+        read, seen = self.tally[key].unbind()
+        read += (ids >= 0).sum()
+        seen.add_(visible, alpha=ids.shape[1])
+
+    def settle(self) -> None:
+        """Look whether rows that were alike still are; waits for the device, if there is a doubt."""
+        if self.loose and self.lengths is not None and bool((self.lengths == self.columns).all()):
+            self.lengths = self.tail = None
+        self.loose = False
+
+    def density(self, phase: str | None = None) -> float | None:
+        """Share of the visible blocks that were read where heads choose, in one phase or both; None: no choice yet."""
+        counts = [both.cpu() for (when, _), both in self.tally.items() if phase in (None, when)]
+        read, visible = torch.stack(counts).sum(0).tolist() if counts else (0.0, 0.0)
+        return read / visible if visible else None

@@ -1,0 +1,101 @@
+"""Why a call of one token cannot be recorded and replayed: one reason, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .models import takes_positions
+from .plan import Plan
+
+_INERT = "transformers.utils.output_capturing"
+"""Where transformers' own hooks come from: they stay on the modules, and do nothing unless asked for."""
+
+
+@dataclass(frozen=True)
+class Obstacles:
+    """What stands in the way on a model under a plan.
+
+    Args:
+        plan: in force.
+        reason: what does not change, or None.
+        hooks: of the modules inside the decoder, as they are at any time.
+    """
+
+    plan: Plan
+    reason: str | None
+    hooks: list[Mapping[int, Any]]
+
+    def now(self) -> str | None:
+        """What stands in the way at this time, or None."""
+        if self.reason is None and any(self.hooks):
+            foreign = [h for hooks in self.hooks for h in hooks.values() if getattr(h, "__module__", "") != _INERT]
+            if foreign:
+                return f"a module has a hook ({getattr(foreign[0], '__qualname__', type(foreign[0]).__name__)})"
+        return self.reason
+
+
+def of_model(decoder: Any, plan: Plan) -> Obstacles:
+    """Look at a decoder and a plan once."""
+    inside = [module for module in decoder.modules() if module is not decoder]
+    hooks = [hooks for module in inside for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    return Obstacles(plan, _of_plan(plan) or _of_modules(decoder, inside), hooks)
+
+
+def _of_plan(plan: Plan) -> str | None:
+    policies = {group.policy for layer in plan.layers for group in layer.groups}
+    if any(policy.placement is not None for policy in policies):
+        return "blocks lie in host memory, and which are brought in is known there"
+    if any(policy.summary is not None and policy.summary.local for policy in policies):
+        return "representatives of blocks wait for the attention of later queries, which is counted on the host"
+    return None
+
+
+def _of_modules(decoder: Any, inside: list[Any]) -> str | None:
+    if any("_hf_hook" in vars(module) for module in (decoder, *inside)):
+        return "accelerate moves what goes into a module"
+    if len({x.device for x in decoder.parameters()}) > 1:
+        return "the model lies on several devices"
+    if any(hasattr(type(module), "merged_adapters") for module in inside):
+        return "adapters may be switched between two calls"
+    kinds = {kind for module in inside for kind in _rope_types(module)} & {"dynamic", "longrope"}
+    if kinds:
+        return f"rotary frequencies of type {min(kinds)} follow the length of the text"
+    if type(vars(decoder).get("forward")).__module__ != "hf_longctx.graph":
+        return "something else stands in place of the decoder's forward"
+    return None
+
+
+def _rope_types(module: Any) -> set[str]:
+    kind = getattr(module, "rope_type", None)
+    return {kind} if isinstance(kind, str) else set(kind.values()) if isinstance(kind, dict) else set()
+
+
+def of_call(decoder: Any, kwargs: Mapping[str, Any], watched: bool) -> str | None:
+    """What stands in the way of one call, or None."""
+    device = decoder.device.type
+    if torch.is_grad_enabled() or decoder.training:
+        return "gradients are on, or the model trains: call it under torch.no_grad(), after model.eval()"
+    if watched:
+        return "a trace looks at every choice of blocks"
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+        return "torch.compile or autocast is at work"
+    if device == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "a graph is being recorded already"
+    config = decoder.config
+    wants = ("output_hidden_states", "output_router_logits", "output_attentions")
+    if any(kwargs.get(name, getattr(config, name, False)) for name in wants):
+        return "hidden states or router logits are asked for"
+    if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False:
+        return "the output is asked for as a tuple"
+    plain = (Tensor, bool, int, float, str, type(None))
+    odd = [n for n, x in kwargs.items() if n not in ("past_key_values", "hf_longctx") and not isinstance(x, plain)]
+    if odd:
+        return f"the argument {odd[0]} is a {type(kwargs[odd[0]]).__name__}"
+    if kwargs.get("position_ids") is None and takes_positions(decoder) and not getattr(config, "rope_parameters", None):
+        return "position_ids are left out, which this model does not count by columns"
+    return None
