@@ -132,7 +132,7 @@ def unpatch(model: M) -> M:
 def patched(model: M, method: str | Method | Plan | None = None, **knobs: Any) -> Iterator[M]:
     """`patch` inside a block, with its arguments; afterwards the model is as it was, its former plan in force."""
     state = state_of(model)
-    before = None if state is None else state.plan
+    before = None if state is None else (state.plan, state.recorder.on)
     patch(model, method, **knobs)
     try:
         yield model
@@ -140,7 +140,8 @@ def patched(model: M, method: str | Method | Plan | None = None, **knobs: Any) -
         if before is None:
             unpatch(model)
         else:
-            patch(model, before)
+            plan, recorded = before
+            patch(model, plan, cuda_graph=recorded)
 
 
 def evict(target: PreTrainedModel | LongContextCache, room: int) -> None:

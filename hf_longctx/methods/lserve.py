@@ -30,7 +30,7 @@ class LServe:
         pattern: as in `DuoHeads`, like the next.
         sparsity: share of the KV heads that stream, 0 to 1; the lowest gates stream.
         token_budget: tokens that a decode step reads of a retrieval head, with the last page; whole pages.
-        kv: how keys and values are stored: `native`, `int8` or `int4`. The paper's 4 bits are for a model whose keys were
+        kv: how keys and values are stored: `native`, `int8` or `int4`. The paper has 4 bits, for a model whose keys were
             smoothed (QoQ); of a model as it comes, 8 bits lose nothing that a pass key shows, 4 bits lose some.
         sinks: first tokens that streaming heads keep.
         window: last tokens that streaming heads keep.
