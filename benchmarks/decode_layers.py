@@ -130,6 +130,7 @@ class Layers:
         for index in range(self.layers):
             module: Any = SimpleNamespace(layer_idx=index)
             attention(module, self.q, self.k, self.v, None, hf_longctx=forward)
+        forward.count()
 
     def time(self, refresh_every: int = 1) -> float:
         """Microseconds of a layer's step, over as many steps as a choice of blocks holds."""

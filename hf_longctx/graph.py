@@ -211,11 +211,12 @@ def _kind(decoder: Any, inputs: Mapping[str, Tensor], others: Mapping[str, Any],
 def _run(decoder: Any, take: Take, others: Mapping[str, Any], forward: Forward, room: int) -> Any:
     """The decoder's forward on inputs in place, with no place of a token known to the host."""
     step = replace(forward.step, lengths=take.lengths, real=take.real, ragged=True, room=room)
-    bound = replace(forward, step=step, memo={})
+    bound = replace(forward, step=step, reads=[], memo={})
     before = current()
     enter(bound)
     try:
         out = type(decoder).forward(decoder, **take.inputs, **others, past_key_values=forward.cache, hf_longctx=bound)
+        bound.count()
     finally:
         enter(before)
     out["past_key_values"] = None  # what is recorded on a cache must not hold it

@@ -147,11 +147,11 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
         pos = blocks.pos[:, first * blocks.size : last * blocks.size]
         asked = blocks.take(q, first, last)
         look = _look(call, selector, asked, pos, blocks.size, keys, turns)
-        near = forced(selector, pos, blocks.size)
+        near, visible = _near(selector, step, pos, blocks.size, q.shape[0], first)
         ids = choose(selector, look, near)
         pages = store.locate(ids, selector.block) if store is not None and step.decodes else None
         read = ops.Selection(ids, selector.block, blocks.size, pages)
-        _note(call, selector, pos, read, _visible(near, q.shape[0]))
+        _note(call, selector, pos, read, visible)
         see = ops.Visibility(q_pos=pos)
         attend = ops.attend_pages if step.decodes else ops.attend_blocks
         parts.append(attend(asked, keys, values, call.logits, see, turns, read))
@@ -168,7 +168,7 @@ def _read_in_turn(call: Call, selector: Selector, step: Step, q: Tensor, k: Tens
     for tokens, piece in step.once(("pieces", size), lambda: list(pieces(step, size))):
         asked, fresh_k, fresh_v = (_some(x, tokens) for x in (q, k, v))
         store.write(fresh_k, fresh_v, piece, turns)
-        near, visible = _near(selector, piece, q.shape[0])
+        near, visible = _near(selector, piece, piece.pos, piece.tokens, q.shape[0])
         ids = _renew(call, selector, piece, asked, turns, near)
         far = most_far(selector, piece.tokens) if reaches else None
         read = ops.Selection(ids, selector.block, piece.tokens, store.locate(ids, selector.block), far)
@@ -226,27 +226,36 @@ def _put(out: Tensor, tokens: Tensor | slice, piece: Step, part: Tensor) -> None
     out.scatter_add_(2, index, part.masked_fill(~real, 0).to(out.dtype))
 
 
-def _near(selector: Selector, piece: Step, rows: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """What is forced for a piece of a call, and how many blocks its queries could have seen."""
+def _near(
+    selector: Selector, step: Step, pos: Tensor, size: int, rows: int, first: int = 0
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """What is forced for the blocks of queries from the `first` on, and `[]`, how many blocks they could have seen.
+
+    Args:
+        selector: that forces.
+        step: whose queries they are; what follows from it is found once for all layers.
+        pos: `[B or 1, N * size]`, their positions.
+        size: queries of a block.
+        rows: of the batch.
+        first: number of the first block in the step.
+    """
 
     def make() -> tuple[tuple[Tensor, Tensor], Tensor]:
-        near = forced(selector, piece.pos, piece.tokens)
-        return near, _visible(near, rows)
+        near = forced(selector, pos, size)
+        return near, (near[1] + 1).clamp(min=0).expand(rows, -1).sum()
 
-    near, visible = piece.once(("near", selector, rows), make)
+    near, visible = step.once(("near", selector, size, rows, first), make)
     return near, visible
-
-
-def _visible(near: tuple[Tensor, Tensor], rows: int) -> Tensor:
-    """`[]`, blocks that blocks of queries could have seen, each row's added up."""
-    return (near[1] + 1).clamp(min=0).expand(rows, -1).sum()
 
 
 def _note(call: Call, selector: Selector, pos: Tensor, read: ops.Selection, visible: Tensor) -> None:
     """Count what is read, and tell whoever watches."""
     forward = call.forward
     if forward.cache is not None:
-        forward.cache.ledger.count("decode" if forward.step.decodes else "prefill", read.ids, visible)
+        if forward.step.decodes:
+            forward.reads.append((read.ids, visible))
+        else:  # too many to hold
+            forward.cache.ledger.count("prefill", read.ids, visible)
     if forward.watch is not None:
         forward.watch(call.layer, call.group, selector, pos, read)
 

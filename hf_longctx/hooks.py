@@ -190,6 +190,7 @@ class AfterForward:
         forward = current()
         enter(None)
         if forward is not None and forward.cache is not None and output is not None:
+            forward.count()
             forward.cache.commit(forward.step, looked=not forward.recorded)
 
 

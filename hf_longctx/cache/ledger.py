@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +55,15 @@ class Ledger:
         if self.loose and self.lengths is not None and bool((self.lengths == self.columns).all()):
             self.lengths = self.tail = None
         self.loose = False
+
+    def count_all(self, phase: str, reads: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """As `count` of each, in few operations."""
+        heads: dict[Tensor, int] = {}
+        for ids, visible in reads:
+            heads[visible] = heads.get(visible, 0) + ids.shape[1]
+        for visible, number in heads.items():
+            own = torch.cat([ids.flatten() for ids, seen in reads if seen is visible])
+            self.count(phase, own[None, None, None], visible * number)
 
     def density(self, phase: str | None = None) -> float | None:
         """Share of the visible blocks that were read where heads choose, in one phase or both; None: no choice yet."""

@@ -28,13 +28,13 @@ class View:
     """Keys and values that a call's queries may see, sinks first; of several tokens in the order of positions.
 
     Args:
-        k: `[B, Hkv, S, D]`.
-        v: `[B, Hkv, S, Dv]`.
+        k: `[B, Hkv, S, D]`, as stored where there is one query a row.
+        v: `[B, Hkv, S, Dv]`, likewise.
         k_pos: `[B or 1, S]`, int64, -1 where empty; None: columns are positions, filled up to the row's last token.
     """
 
-    k: Tensor
-    v: Tensor
+    k: Stored
+    v: Stored
     k_pos: Tensor | None
 
 

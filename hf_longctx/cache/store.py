@@ -18,7 +18,7 @@ from ..plan import HeadPolicy
 from .index import Bounds, index_of
 from .kept import Kept
 from .marks import Marks, marked
-from .rows import PAGE, Rows, Stored, View, as_stored, loaded, mixed, part, room, saved, slot_of, token_bytes
+from .rows import PAGE, Rows, Stored, View, as_stored, decoded, loaded, mixed, part, room, saved, slot_of, token_bytes
 from .step import FEW, Step
 
 ROLLBACK = 128
@@ -262,7 +262,8 @@ class Store:
         if self._ring is not None and (step.ragged or slots < step.end):
             ring = (self.retention.sink, self._ring, slots)
             k_pos = step.once(("held", *ring), lambda: self._held(step.lengths_after, slots))
-        return View(self._keys.span(slice(None), 0, slots), self._values.span(slice(None), 0, slots), k_pos)
+        k, v = (part(rows.filled, slice(None), 0, slots) for rows in (self._keys, self._values))
+        return View(k, v, k_pos) if step.tokens == 1 else View(decoded(k), decoded(v), k_pos)
 
     # writing --------------------------------------------------------------------------------------------------------
 

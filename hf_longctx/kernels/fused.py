@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .dispatch import Implementation
-from .reference.attend import blocks, take_columns
+from .reference.attend import blocks, take_columns, values_of
 from .reference.weigh import empty_out, join, positions, visible
 from .types import Logits, Packed, Selection, Turns, Visibility
 
@@ -54,14 +54,15 @@ def attend_blocks(
 
 def attend_pages(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
     logits: Logits,
     see: Visibility,
     turns: Turns | None,
     selection: Selection | None = None,
 ) -> Tensor:
     """`ops.attend_pages`; the G query heads of a KV head stand side by side as queries, so keys are not repeated."""
+    k, v = values_of(k), values_of(v)
     rows, heads, tokens, dim = q.shape
     kv_heads, stored = k.shape[1:3]
     packed = q.reshape(rows, kv_heads, -1, dim)

@@ -75,7 +75,7 @@ def attend_pages(
 ) -> Tensor:
     """Attention of a few queries (decode); keys in any order, so `see.k_pos` speaks for each column.
 
-    Arguments, result and errors as `attend_blocks`.
+    Arguments, result and errors as `attend_blocks`; keys and values may be packed without a selection, too.
     """
     out: Tensor = dispatch.call("attend_pages", q, k, v, logits, see, turns, selection)
     return out

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..types import Packed
+from .kv import decode_kv
 from .selected import attend_selected
 from .weigh import LOGITS_PER_BLOCK, average, empty_out, join, positions, turn_keys, weigh
 
@@ -50,9 +51,12 @@ def attend_pages(
     """The definition of `ops.attend_pages`: queries are turned to the keys, which stay as they are where they can."""
     if selection is not None:
         return attend_selected(q, k, v, logits, see, turns, selection)
-    assert not isinstance(k, Packed)
-    assert not isinstance(v, Packed)
-    return _attend(q, k, v, logits, see, turns, True)
+    return _attend(q, values_of(k), values_of(v), logits, see, turns, True)
+
+
+def values_of(x: Tensor | Packed) -> Tensor:
+    """What was stored."""
+    return decode_kv(x) if isinstance(x, Packed) else x
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, logits: Logits, see: Visibility, turns: Turns | None, few: bool) -> Tensor:
