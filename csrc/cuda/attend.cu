@@ -65,6 +65,7 @@ const char* check_rows(const hfl_rows& x) {
   if (!aligned(x.data, {x.b, x.h, x.t}, x.bits ? 16 : 8)) {
     return "attend_pages: expected rows of keys and values that begin at multiples of 16 bytes";
   }
+  if (x.t < 0 || x.t > INT_MAX) return "attend_pages: expected rows of keys and values less than 2^31 elements apart";
   if (x.bits && !(aligned(x.scale, {x.scale_b, x.scale_h}, 8) && aligned(x.zero, {}, 8))) {
     return "attend_pages: expected scales and zeros of a head that begin at multiples of 16 bytes";
   }

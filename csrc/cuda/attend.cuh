@@ -138,8 +138,9 @@ struct Queries {
     return variant == 0 ? a.q : variant == 1 ? a.q_before : a.q_sinks;
   }
 
-  // Write the operands of all steps of one variant. Packed: in float16, divided by a power of two for each row, so
-  // that every number of either dtype that matters is exact; that power and the sum of the row go to `factors`.
+  // Write the operands of all steps of one variant. Packed: in float16, times a power of two for each row that brings
+  // its largest number to 2^14, so that every number of either dtype that matters is exact. `factors`: what makes
+  // products with payloads * 2^-24 those that they stand for, and what is to take off them for each unit of zero.
   __device__ static void prepare(const AttendTask& p, const Unit& unit, int variant, uint4* to, float2* factors,
                                  int lane) {
     const int g = lane >> 2, c = lane & 3;
@@ -159,8 +160,8 @@ struct Queries {
         }
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-        const int exponent = min(max(static_cast<int>(__float_as_uint(most) >> 23) - 127, -120), 120);
-        down[h] = __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
+        const int exponent = min(max(static_cast<int>(__float_as_uint(most) >> 23) - 127, -110), 117);
+        down[h] = __uint_as_float(static_cast<uint32_t>(127 + 14 - exponent) << 23);
 #pragma unroll 4
         for (int d = 2 * c; d < D; d += 8) {
           const float2 x = values(p, row[h] + d);
@@ -169,7 +170,7 @@ struct Queries {
         }
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (c == 0) factors[r] = make_float2(__uint_as_float(static_cast<uint32_t>(127 + exponent) << 23), sum);
+        if (c == 0) factors[r] = make_float2(__uint_as_float(static_cast<uint32_t>(127 + 24 - 14 + exponent) << 23), sum * 0x1p-24f);
       }
     }
 #pragma unroll 2
@@ -190,7 +191,8 @@ struct Queries {
     if constexpr (!S::PACKED) return *reinterpret_cast<const uint2*>(at);
     if constexpr (F == Format::int4) {  // 2h, 2h + 4, 2h + 1, 2h + 5 of eight
       const float2 x = values(p, at + s % 2 * 2), y = values(p, at + s % 2 * 2 + 4);
-      return make_uint2(pack_f16(x.x * down, y.x * down), pack_f16(x.y * down, y.y * down));
+      const float less = down / 16.0f;  // the second pair of payloads is 16 times what it says
+      return make_uint2(pack_f16(x.x * down, y.x * down), pack_f16(x.y * less, y.y * less));
     }
     const float2 x = values(p, at), y = values(p, at + 2);
     return make_uint2(pack_f16(x.x * down, x.y * down), pack_f16(y.x * down, y.y * down));
