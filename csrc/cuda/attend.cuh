@@ -120,7 +120,8 @@ struct Room {
   static constexpr int SIDE = S::PACKED ? 128 : 0;  // scales and zeros of 16 keys and of their values
   static constexpr int NOTES = 80;                  // positions of 16 keys; whether all queries see all of them
   static constexpr int KEYS = 0, VALUES = STAGES * S::BYTES, SIDES = 2 * VALUES, NOTED = SIDES + STAGES * SIDE;
-  static constexpr int WARP = (NOTED + STAGES * NOTES + 127) / 128 * 128;
+  static constexpr int SOURCES = NOTED + STAGES * NOTES;  // packed: where scales and zeros of a head begin
+  static constexpr int WARP = (SOURCES + SIDE / 2 + 127) / 128 * 128;
   static constexpr int RING = WARPS * WARP;
   static constexpr int QUERY = D * 32;  // 16 rows, as operands of every lane
   static constexpr int FACTORS = RING, STATES = FACTORS + 3 * 16 * 8, PLACES = STATES + WARPS * 16 * 8;
@@ -170,7 +171,10 @@ struct Queries {
         }
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (c == 0) factors[r] = make_float2(__uint_as_float(static_cast<uint32_t>(127 + 24 - 14 + exponent) << 23), sum * 0x1p-24f);
+        if (c == 0) {
+          const uint32_t up = static_cast<uint32_t>(127 + 24 - 14 + exponent) << 23;
+          factors[r] = make_float2(__uint_as_float(up), sum * 0x1p-24f);
+        }
       }
     }
 #pragma unroll 2

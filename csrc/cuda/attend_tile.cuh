@@ -8,8 +8,9 @@
 //
 // Packed keys are operands as they are: a payload u, alone in 16 bits, is the subnormal float16 u * 2^-24, which mma
 // takes exactly; queries undo the power of two. Values, of which many are summed up, are centred, so that sums stay
-// small: payload - CENTRE, and their zeros are less by CENTRE. Scale and zero come in afterwards, in float32 (the reference rounds (payload - zero) * scale to the call's
-// dtype before the products; here that rounding is missing): k's on the products, v's scale on the weights.
+// small: payload - CENTRE, and their zeros are less by CENTRE. Scale and zero come in afterwards, in float32 (the
+// reference rounds (payload - zero) * scale to the call's dtype before the products; here that rounding is missing):
+// k's on the products, v's scale on the weights.
 #pragma once
 #include "ptx.cuh"
 
@@ -149,8 +150,9 @@ struct Slab {
   __device__ static uint32_t value_operand(uint32_t x, uint32_t y, int e) {
     if constexpr (F == Format::int4) {
       const uint32_t both = __byte_perm(x, y, e < 4 ? 0x5410 : 0x7632) >> (e % 4 / 2 * 8);
-      if (e % 2 == 0) return subtract_f16((both & 0x000f000fu) | 0x64006400u, 0x64086408u);  // 0x6400 | u is 1024 + u
-      return multiply_add_f16((both & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);  // 1/16, -72
+      // 0x6400 | u is 1024 + u
+      if (e % 2 == 0) return subtract_f16(masked<0x000f000fu, 0x64006400u>(both), 0x64086408u);
+      return multiply_add_f16(masked<0x00f000f0u, 0x64006400u>(both), 0x2c002c00u, 0xd480d480u);  // 1/16, -72
     } else {
       const uint32_t both = __byte_perm(x, y, e < 2 ? 0x5140 : 0x7362);
       return subtract_f16(__byte_perm(both, 0x64646464u, e % 2 ? 0x4342 : 0x4140), 0x64806480u);

@@ -9,7 +9,9 @@ struct Warp {
   using S = Slab<D, F>;
   using R = Room<D, F>;
   // Float16 weights are scaled up, so that those of keys that count little stay within its normal numbers.
-  static constexpr float LIFT = F == Format::bf16 ? 0.0f : 14.0f;
+  static constexpr float LIFT = F == Format::bf16 ? 0.0f : 10.0f;
+  // Binary places by which a logit may exceed `top` before all that was summed up is scaled down.
+  static constexpr float SLACK = F == Format::bf16 ? 8.0f : 4.0f;
 
   const AttendTask& p;
   const Unit& unit;
@@ -17,15 +19,17 @@ struct Warp {
   unsigned char* ring;
   const unsigned char* shared;
   Keys::Found next;                  // of the slab after those in the ring
-  int lane, from[2];                 // positions of this lane's queries, rows g and g + 8
+  int lane;
   int eights;                        // packed: columns that keys 0 .. 7 (even lanes) or 8 .. 15 lie at begin here
   float out[D / 8][4];               // rows g and g + 8, columns 2c and 2c + 1 of each tile
-  float top[2], total[2], shift[2];  // largest logit; sum of weights; packed: sum of weights * zeros, to be taken off
+  float top[2], total[2], shift[2];  // a logit near the largest; sums of weights and, packed, of weights * zeros
   int level = 0;                     // packed: out and shift are divided by 2^(level - 127), the largest scale so far
 
   __device__ Warp(const AttendTask& p_, const Unit& unit_, const Keys& keys_, unsigned char* shared_, int warp,
                   int lane_)
       : p(p_), unit(unit_), keys(keys_), ring(shared_ + warp * R::WARP), shared(shared_), lane(lane_) {
+    if (S::PACKED && lane < 8) sources()[lane] = sides(lane < 4 ? p.a.k : p.a.v);
+    __syncwarp();
 #pragma unroll
     for (int h = 0; h < 2; ++h) top[h] = NOTHING, total[h] = shift[h] = 0.0f;
 #pragma unroll
@@ -47,8 +51,6 @@ struct Warp {
 
   // Attend to those slabs; the queries are in shared memory.
   __device__ void walk(int slab, int end) {
-    const int* places = reinterpret_cast<const int*>(shared + R::PLACES);
-    from[0] = places[lane >> 2], from[1] = places[(lane >> 2) + 8];
     for (int stage = 0; slab < end; slab += R::WARPS, stage = stage + 1 == R::STAGES ? 0 : stage + 1) {
       copy_wait<2 * R::STAGES - 1>();
       __syncwarp();
@@ -97,6 +99,12 @@ struct Warp {
   }
 
  private:
+  // Where lanes 0 and 1 read scales, 2 and 3 zeros; of values, four further on. Registers are short, so these lie here.
+  __device__ const __half** sources() const { return reinterpret_cast<const __half**>(ring + R::SOURCES); }
+  __device__ const __half* sides(const hfl_rows& rows) const {
+    return static_cast<const __half*>(lane & 2 ? rows.zero : rows.scale) + unit.batch * rows.scale_b +
+           unit.kv_head * rows.scale_h;
+  }
   __device__ static float over_quad(float x) {
     x += __shfl_xor_sync(0xffffffffu, x, 1);
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
@@ -134,13 +142,13 @@ struct Warp {
     if constexpr (S::PACKED) {  // of 8 keys 16 bytes: lanes 0 and 1 scales, 2 and 3 zeros
       if (KEYS) {  // any key that is there tells where its eight begin
         const unsigned there = __ballot_sync(0xffffffffu, column >= 0) >> (lane & 1) * 8 & 0xffu;
-        const int one = __shfl_sync(0xffffffffu, column, (lane & 1) * 8 + (there ? __ffs(static_cast<int>(there)) - 1 : 0));
+        const int which = there ? __ffs(static_cast<int>(there)) - 1 : 0;
+        const int one = __shfl_sync(0xffffffffu, column, (lane & 1) * 8 + which);
         eights = one < 0 ? -1 : one & ~7;
       }
       if (lane < 4) {
-        const __half* from = static_cast<const __half*>(lane < 2 ? rows.scale : rows.zero) +
-                             unit.batch * rows.scale_b + unit.kv_head * rows.scale_h + max(eights, 0);
-        copy_async(ring + R::SIDES + stage * R::SIDE + (KEYS ? 0 : 64) + lane * 16, from, eights >= 0);
+        copy_async(ring + R::SIDES + stage * R::SIDE + (KEYS ? 0 : 64) + lane * 16,
+                   sources()[lane + (KEYS ? 0 : 4)] + max(eights, 0), eights >= 0);
       }
     }
   }
@@ -162,7 +170,7 @@ struct Warp {
     const int* notes = reinterpret_cast<const int*>(ring + R::NOTED + stage * R::NOTES);
     const bool all = notes[16] != 0;
     if (all && p.variants == 1 && p.a.softcap == 0.0f && !p.a.slopes) {  // nearly always
-      products(x, stage, 0);
+      products<true>(x, stage, 0);
       const float factor = p.a.scale * LOG2E;
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i / 4][i & 3] *= factor;
@@ -172,13 +180,15 @@ struct Warp {
     return all;
   }
   __device__ void special_logits(float (&x)[2][4], int stage, const int* notes, bool all) const {
+    const int* places = reinterpret_cast<const int*>(shared + R::PLACES);
+    const int from[2] = {places[lane >> 2], places[(lane >> 2) + 8]};
     int at[2][2];
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
       const int2 pair = *reinterpret_cast<const int2*>(notes + tile * 8 + (lane & 3) * 2);
       at[tile][0] = pair.x, at[tile][1] = pair.y;
     }
-    turned_products(x, stage, at);
+    turned_products(x, stage, at, from);
     const hfl_attend& a = p.a;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -192,11 +202,12 @@ struct Warp {
   }
 
   // q.k with the queries as they are given in one variant.
+  template <bool PLAIN>
   __device__ void products(float (&x)[2][4], int stage, int variant) const {
     const uint4* queries = reinterpret_cast<const uint4*>(shared + R::QUERIES + variant * R::QUERY);
     const unsigned char* slab = ring + R::KEYS + stage * S::BYTES;
     float sums[2][2][4] = {};  // of even and odd steps: two short chains instead of a long one
-#pragma unroll (D == 256 ? 2 : D)  // there registers are short
+#pragma unroll (PLAIN && D < 256 ? D : 2)  // else registers are short
     for (int j = 0; j < D / 4 / S::UNIT_K; ++j) {
       uint32_t words[2][S::WORDS_K];
 #pragma unroll
@@ -238,7 +249,7 @@ struct Warp {
   __device__ int lap(int at) const {
     return max(at - static_cast<int>(p.a.offset), 0) / static_cast<int>(p.a.lap);
   }
-  __device__ void turned_products(float (&x)[2][4], int stage, const int (&at)[2][2]) const {
+  __device__ void turned_products(float (&x)[2][4], int stage, const int (&at)[2][2], const int (&from)[2]) const {
     unsigned present = 0, which = 0;  // a bit for each variant; two bits for each product
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -252,7 +263,7 @@ struct Warp {
     for (unsigned v = 0; v < 3; ++v) {
       if (!(present >> v & 1)) continue;
       float y[2][4];
-      products(y, stage, v);
+      products<false>(y, stage, v);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         if ((which >> 2 * i & 3) == v) x[i / 4][i & 3] = y[i / 4][i & 3];
@@ -263,7 +274,7 @@ struct Warp {
   // Whether there are queries in rows 8 to 15 of the operands; else their weights are zeros.
   __device__ bool lower() const { return unit.rows() > 8; }
 
-  // From logits to weights below 2^LIFT, scaling down what is there where a larger logit has come.
+  // From logits to weights of at most 2^(LIFT + SLACK), scaling down what is there where a much larger one has come.
   __device__ void weigh(float (&x)[2][4]) {
     float most[2];
 #pragma unroll
@@ -274,9 +285,10 @@ struct Warp {
       most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 1));
       most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 2));
     }
-    if (__any_sync(0xffffffffu, most[0] > top[0] || most[1] > top[1])) {
+    if (__any_sync(0xffffffffu, most[0] > top[0] + SLACK || most[1] > top[1] + SLACK)) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
+        if (h && !lower()) continue;
         const float higher = fmaxf(most[h], top[h]);
         const float down = higher == NOTHING ? 1.0f : power_of_two(top[h] - higher);
         top[h] = higher, total[h] *= down, shift[h] *= down;
