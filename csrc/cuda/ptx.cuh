@@ -71,6 +71,16 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t x) {
 __device__ __forceinline__ uint32_t subtract_f16(uint32_t x, uint32_t y) {
   return bits_of(__hsub2(as_f16(x), as_f16(y)));
 }
+// x & MASK | SET in one instruction, which the compiler makes two of if both are constants
+template <uint32_t MASK, uint32_t SET>
+__device__ __forceinline__ uint32_t masked(uint32_t x) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "n"(MASK), "n"(SET));
+  return y;
+}
+__device__ __forceinline__ uint32_t multiply_add_f16(uint32_t x, uint32_t y, uint32_t z) {
+  return bits_of(__hfma2(as_f16(x), as_f16(y), as_f16(z)));
+}
 __device__ __forceinline__ uint32_t subtract_bf16(uint32_t x, uint32_t y) {
   return bits_of(__hsub2(as_bf16(x), as_bf16(y)));
 }
