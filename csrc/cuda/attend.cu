@@ -65,6 +65,7 @@ const char* check_rows(const hfl_rows& x) {
   if (!aligned(x.data, {x.b, x.h, x.t}, x.bits ? 16 : 8)) {
     return "attend_pages: expected rows of keys and values that begin at multiples of 16 bytes";
   }
+  if (x.t < 0 || x.t > INT_MAX) return "attend_pages: expected rows of keys and values less than 2^31 elements apart";
   if (x.bits && !(aligned(x.scale, {x.scale_b, x.scale_h}, 8) && aligned(x.zero, {}, 8))) {
     return "attend_pages: expected scales and zeros of a head that begin at multiples of 16 bytes";
   }
@@ -136,7 +137,7 @@ extern "C" int64_t hfl_attend_counters(const hfl_attend* a) {
   return static_cast<int64_t>(a->batch) * a->kv_heads * hfl::task_of(*a).units;
 }
 
-// One block of a unit for each place on the device, but none with less than a slab for each warp.
+// One block of a unit for each place on the device, or fewer where there is little to do.
 extern "C" int64_t hfl_attend_scratch(const hfl_attend* a, int32_t* splits) {
   *splits = 1;
   if (hfl::check(*a)) return 0;  // hfl_attend_cuda will say why
@@ -146,9 +147,10 @@ extern "C" int64_t hfl_attend_scratch(const hfl_attend* a, int32_t* splits) {
   if (hfl::blocks_that_fit(kernel, p.variants, fit) != cudaSuccess) return 0;
   const int64_t units = hfl_attend_counters(a);
   const int64_t keys = a->ids ? static_cast<int64_t>(a->chosen) * a->block : a->stored;
-  const int64_t most = (keys + 16 * kernel.warps - 1) / (16 * kernel.warps);
-  const int64_t wanted = std::min<int64_t>({fit / units, most, hfl::MOST_SPLITS});
-  *splits = static_cast<int32_t>(std::max<int64_t>(wanted, 1));
+  const int slabs = static_cast<int>((keys + 15) / 16);
+  const int most = static_cast<int>(std::clamp<int64_t>(fit / units, 1, hfl::MOST_SPLITS));
+  const int each = hfl::slabs_of_block(slabs, most, kernel.warps);
+  *splits = (slabs + each - 1) / each;
   return *splits == 1 ? 0 : units * *splits * 16 * (a->dim + 2) * static_cast<int64_t>(sizeof(float));
 }
 

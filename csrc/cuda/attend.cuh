@@ -11,6 +11,14 @@ namespace hfl {
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float NOTHING = -INFINITY;  // logit of a key that is not seen
 constexpr int MOST_SPLITS = 128;
+constexpr int MERGED = 16;  // results of blocks that the last one reads at a time
+
+// Slabs of each block, if a unit's are shared out over at most `splits`. A slab more for each warp takes about as long
+// as a further batch of results to merge: so where one batch does not hold all, each warp gets at least two slabs.
+__host__ __device__ constexpr int slabs_of_block(int slabs, int splits, int warps) {
+  const int wanted = (slabs + splits * warps - 1) / (splits * warps), least = slabs > MERGED * warps ? 2 : 1;
+  return (wanted < least ? least : wanted) * warps;
+}
 
 struct AttendTask {
   hfl_attend a;
@@ -117,7 +125,7 @@ struct Room {
   static constexpr int QUERY = D * 32;  // 16 rows, as operands of every lane
   static constexpr int FACTORS = RING, STATES = FACTORS + 3 * 16 * 8, PLACES = STATES + WARPS * 16 * 8;
   static constexpr int SLOPES = PLACES + 16 * 4, QUERIES = SLOPES + 16 * 4;
-  static_assert(RING >= WARPS * 16 * D * 4 && RING >= MOST_SPLITS * 16 * 8 && QUERIES % 128 == 0, "room to merge");
+  static_assert(RING >= WARPS * 16 * D * 4 && QUERIES % 128 == 0, "room to merge");
 
   static constexpr int bytes(int variants) { return QUERIES + variants * QUERY; }
 };
@@ -130,8 +138,9 @@ struct Queries {
     return variant == 0 ? a.q : variant == 1 ? a.q_before : a.q_sinks;
   }
 
-  // Write the operands of all steps of one variant. Packed: in float16, divided by a power of two for each row, so
-  // that every number of either dtype that matters is exact; that power and the sum of the row go to `factors`.
+  // Write the operands of all steps of one variant. Packed: in float16, times a power of two for each row that brings
+  // its largest number to 2^14, so that every number of either dtype that matters is exact. `factors`: what makes
+  // products with payloads * 2^-24 those that they stand for, and what is to take off them for each unit of zero.
   __device__ static void prepare(const AttendTask& p, const Unit& unit, int variant, uint4* to, float2* factors,
                                  int lane) {
     const int g = lane >> 2, c = lane & 3;
@@ -151,8 +160,8 @@ struct Queries {
         }
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-        const int exponent = min(max(static_cast<int>(__float_as_uint(most) >> 23) - 127, -120), 120);
-        down[h] = __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
+        const int exponent = min(max(static_cast<int>(__float_as_uint(most) >> 23) - 127, -110), 117);
+        down[h] = __uint_as_float(static_cast<uint32_t>(127 + 14 - exponent) << 23);
 #pragma unroll 4
         for (int d = 2 * c; d < D; d += 8) {
           const float2 x = values(p, row[h] + d);
@@ -161,7 +170,7 @@ struct Queries {
         }
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (c == 0) factors[r] = make_float2(__uint_as_float(static_cast<uint32_t>(127 + exponent) << 23), sum);
+        if (c == 0) factors[r] = make_float2(__uint_as_float(static_cast<uint32_t>(127 + 24 - 14 + exponent) << 23), sum * 0x1p-24f);
       }
     }
 #pragma unroll 2
@@ -182,7 +191,8 @@ struct Queries {
     if constexpr (!S::PACKED) return *reinterpret_cast<const uint2*>(at);
     if constexpr (F == Format::int4) {  // 2h, 2h + 4, 2h + 1, 2h + 5 of eight
       const float2 x = values(p, at + s % 2 * 2), y = values(p, at + s % 2 * 2 + 4);
-      return make_uint2(pack_f16(x.x * down, y.x * down), pack_f16(x.y * down, y.y * down));
+      const float less = down / 16.0f;  // the second pair of payloads is 16 times what it says
+      return make_uint2(pack_f16(x.x * down, y.x * down), pack_f16(x.y * less, y.y * less));
     }
     const float2 x = values(p, at), y = values(p, at + 2);
     return make_uint2(pack_f16(x.x * down, x.y * down), pack_f16(y.x * down, y.y * down));

@@ -30,22 +30,36 @@ __device__ void finish(const AttendTask& p, const Unit& unit, int row, int chann
 }
 
 // The weighted sum of `parts` results of one row, in shared memory or from other blocks: largest logit and total, and
-// four channels.
-template <bool OTHERS>
-__device__ __forceinline__ float2 merge(float4& sum, const float2* states, int state_stride, const float* outs,
-                                        int64_t out_stride, int parts) {
+// four channels. A batch of results is asked for at once, so that all of them are on their way together.
+template <int BATCH, bool OTHERS>
+__device__ __forceinline__ float2 merge(float4& sum, const float2* states, const float* outs, int64_t out_stride,
+                                        int parts) {
   float top = NOTHING, total = 0.0f;
-  for (int i = 0; i < parts; ++i) top = fmaxf(top, states[i * state_stride].x);
   sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  const float base = top == NOTHING ? 0.0f : top;
-#pragma unroll 8
-  for (int i = 0; i < parts; ++i) {
-    const float4* at = reinterpret_cast<const float4*>(outs + i * out_stride);
-    const float4 x = OTHERS ? __ldcg(at) : *at;
-    const float2 state = states[i * state_stride];
-    const float weight = power_of_two(state.x - base);
-    total += weight * state.y;
-    sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
+#pragma unroll 1
+  for (int first = 0; first < parts; first += BATCH) {
+    float4 x[BATCH];
+    float2 state[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const int part = min(first + i, parts - 1);  // beyond the last: read again, counted as nothing
+      const float4* at = reinterpret_cast<const float4*>(outs + part * out_stride);
+      x[i] = OTHERS ? __ldcg(at) : *at;
+      state[i] = OTHERS ? __ldcg(states + part * 16) : states[part * 16];
+      if (first + i >= parts) state[i].x = NOTHING;
+    }
+    float higher = top;
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) higher = fmaxf(higher, state[i].x);
+    const float base = higher == NOTHING ? 0.0f : higher, down = power_of_two(top - base);
+    total *= down, sum.x *= down, sum.y *= down, sum.z *= down, sum.w *= down;
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const float weight = power_of_two(state[i].x - base);
+      total += weight * state[i].y;
+      sum.x += weight * x[i].x, sum.y += weight * x[i].y, sum.z += weight * x[i].z, sum.w += weight * x[i].w;
+    }
+    top = higher;
   }
   return make_float2(top, total);
 }
@@ -90,7 +104,7 @@ __device__ void merge_warps(const AttendTask& p, const Unit& unit, unsigned char
   for (int i = threadIdx.x; i < unit.rows() * (D / 4); i += R::WARPS * 32) {
     const int row = i / (D / 4), channel = i % (D / 4) * 4;
     float4 sum;
-    const float2 state = merge<false>(sum, states + row, 16, outs + row * D + channel, 16 * D, R::WARPS);
+    const float2 state = merge<R::WARPS, false>(sum, states + row, outs + row * D + channel, 16 * D, R::WARPS);
     if (alone) {
       finish<D, F>(p, unit, row, channel, places[row], sum, state);
     } else {
@@ -103,12 +117,14 @@ __device__ void merge_warps(const AttendTask& p, const Unit& unit, unsigned char
 
 // True in all threads of the last of `blocks` blocks to come here; the counter is zero again.
 __device__ __forceinline__ bool last_to_arrive(int* counter, int blocks, int* arrived) {
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) *arrived = atomicAdd(counter, 1);
+  if (threadIdx.x == 0) {  // a fence holds for what the barrier has made visible to this thread, so one is enough
+    __threadfence();
+    *arrived = atomicAdd(counter, 1);
+    __threadfence();
+  }
   __syncthreads();
   if (*arrived != blocks - 1) return false;
-  __threadfence();
   if (threadIdx.x == 0) *counter = 0;
   return true;
 }
@@ -118,15 +134,11 @@ __device__ void merge_blocks(const AttendTask& p, const Unit& unit, unsigned cha
                              int blocks) {
   using R = Room<D, F>;
   const int* places = reinterpret_cast<const int*>(shared + R::PLACES);
-  float2* states = reinterpret_cast<float2*>(shared);
-  for (int i = threadIdx.x; i < blocks * 16; i += R::WARPS * 32) {
-    if (i % 16 < unit.rows()) states[i] = __ldcg(scratch.states + i);
-  }
-  __syncthreads();
   for (int i = threadIdx.x; i < unit.rows() * (D / 4); i += R::WARPS * 32) {
     const int row = i / (D / 4), channel = i % (D / 4) * 4;
     float4 sum;
-    const float2 state = merge<true>(sum, states + row, 16, scratch.outs + row * D + channel, 16 * D, blocks);
+    const float2 state =
+        merge<MERGED, true>(sum, scratch.states + row, scratch.outs + row * D + channel, 16 * D, blocks);
     finish<D, F>(p, unit, row, channel, places[row], sum, state);
   }
 }
@@ -143,7 +155,7 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
   const int high = __reduce_max_sync(0xffffffffu, place);
   const int low = __reduce_min_sync(0xffffffffu, place < 0 ? INT_MAX : place);
   const Keys keys(p, unit, high < 0 ? 0 : low, high);
-  const int each = max((keys.count + p.splits - 1) / p.splits, R::WARPS);
+  const int each = slabs_of_block(keys.count, p.splits, R::WARPS);
   const int blocks = max((keys.count + each - 1) / each, 1);  // that have something to do
   if (split >= blocks) return;
 

@@ -6,8 +6,9 @@
 //   q.k:  lane (g, c) holds key 8 tile + g; of every 4 UNIT_K channels those from c * UNIT_K on.
 //   p.v:  lane (g, c) holds keys 2c, 2c+1, 2c+8, 2c+9; of every 8 UNIT_V channels those from g * UNIT_V on.
 //
-// Packed values are centred: operands are payload - CENTRE, exact in float16, and their zeros are less by
-// CENTRE. Scale and zero come in afterwards, in float32 (the reference rounds (payload - zero) * scale to the call's
+// Packed keys are operands as they are: a payload u, alone in 16 bits, is the subnormal float16 u * 2^-24, which mma
+// takes exactly; queries undo the power of two. Values, of which many are summed up, are centred, so that sums stay
+// small: payload - CENTRE, and their zeros are less by CENTRE. Scale and zero come in afterwards, in float32 (the reference rounds (payload - zero) * scale to the call's
 // dtype before the products; here that rounding is missing): k's on the products, v's scale on the weights.
 #pragma once
 #include "ptx.cuh"
@@ -57,14 +58,14 @@ struct Slab {
 
   // One lane's part of copying a slab; `column` of lanes 0 .. 15 is where each key lies, -1: zeros.
   template <bool KEYS>
-  __device__ static void copy(unsigned char* to, const unsigned char* rows, int64_t stride, int column, int lane) {
+  __device__ static void copy(unsigned char* to, const unsigned char* rows, uint32_t stride, int column, int lane) {
 #pragma unroll 4
     for (int i = 0; i < (16 * CHUNKS + 31) / 32; ++i) {
       const int at = i * 32 + lane, row = at / CHUNKS, chunk = at % CHUNKS;
       const int from = __shfl_sync(0xffffffffu, column, row & 15);
       if (16 * CHUNKS % 32 && at >= 16 * CHUNKS) continue;
       const int place = KEYS ? key_chunk(row, chunk) : value_chunk(row, chunk);
-      copy_async(to + place * 16, rows + (from < 0 ? 0 : from) * stride + chunk * 16, from >= 0);
+      copy_async(to + place * 16, rows + static_cast<uint64_t>(from < 0 ? 0 : from) * stride + chunk * 16, from >= 0);
     }
   }
 
@@ -77,13 +78,11 @@ struct Slab {
 
   // The operand of inner step e of a unit.
   __device__ static void key_operand(uint32_t& b0, uint32_t& b1, const uint32_t (&w)[WORDS_K], int e) {
-    if constexpr (F == Format::int4) {  // 0x6400 | u is 1024 + u
+    if constexpr (F == Format::int4) {
       const uint32_t x = w[e / 2] >> (e % 2 * 8);
-      b0 = subtract_f16((x & 0x000f000fu) | 0x64006400u, 0x64086408u);
-      b1 = subtract_f16((x >> 4 & 0x000f000fu) | 0x64006400u, 0x64086408u);
+      b0 = x & 0x000f000fu, b1 = x & 0x00f000f0u;  // the second pair is 16 times what it says
     } else if constexpr (F == Format::int8) {
-      b0 = subtract_f16(__byte_perm(w[e], 0x64646464u, 0x4140), 0x64806480u);
-      b1 = subtract_f16(__byte_perm(w[e], 0x64646464u, 0x4342), 0x64806480u);
+      b0 = __byte_perm(w[e], 0, 0x4140), b1 = __byte_perm(w[e], 0, 0x4342);
     } else {
       b0 = w[2 * e], b1 = w[2 * e + 1];
     }
@@ -149,8 +148,9 @@ struct Slab {
   // Channel e of a word of one key and of the next.
   __device__ static uint32_t value_operand(uint32_t x, uint32_t y, int e) {
     if constexpr (F == Format::int4) {
-      const uint32_t both = __byte_perm(x, y, e < 4 ? 0x5410 : 0x7632) >> (e % 4 * 4);
-      return subtract_f16((both & 0x000f000fu) | 0x64006400u, 0x64086408u);
+      const uint32_t both = __byte_perm(x, y, e < 4 ? 0x5410 : 0x7632) >> (e % 4 / 2 * 8);
+      if (e % 2 == 0) return subtract_f16((both & 0x000f000fu) | 0x64006400u, 0x64086408u);  // 0x6400 | u is 1024 + u
+      return multiply_add_f16((both & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);  // 1/16, -72
     } else {
       const uint32_t both = __byte_perm(x, y, e < 2 ? 0x5140 : 0x7362);
       return subtract_f16(__byte_perm(both, 0x64646464u, e % 2 ? 0x4342 : 0x4140), 0x64806480u);

@@ -18,6 +18,7 @@ struct Warp {
   const unsigned char* shared;
   Keys::Found next;                  // of the slab after those in the ring
   int lane, from[2];                 // positions of this lane's queries, rows g and g + 8
+  int eights;                        // packed: columns that keys 0 .. 7 (even lanes) or 8 .. 15 lie at begin here
   float out[D / 8][4];               // rows g and g + 8, columns 2c and 2c + 1 of each tile
   float top[2], total[2], shift[2];  // largest logit; sum of weights; packed: sum of weights * zeros, to be taken off
   int level = 0;                     // packed: out and shift are divided by 2^(level - 127), the largest scale so far
@@ -129,21 +130,22 @@ struct Warp {
     const unsigned char* data =
         static_cast<const unsigned char*>(rows.data) + (unit.batch * rows.b + unit.kv_head * rows.h) * width;
     unsigned char* to = ring + (KEYS ? R::KEYS : R::VALUES) + stage * S::BYTES;
-    S::template copy<KEYS>(to, data, rows.t * width, column, lane);
+    S::template copy<KEYS>(to, data, static_cast<uint32_t>(rows.t) * width, column, lane);
     if constexpr (S::PACKED) {  // of 8 keys 16 bytes: lanes 0 and 1 scales, 2 and 3 zeros
-      int most = column;
-#pragma unroll
-      for (int i = 1; i < 8; i *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, i));
-      most = __shfl_sync(0xffffffffu, most, (lane & 1) * 8);
+      if (KEYS) {  // any key that is there tells where its eight begin
+        const unsigned there = __ballot_sync(0xffffffffu, column >= 0) >> (lane & 1) * 8 & 0xffu;
+        const int one = __shfl_sync(0xffffffffu, column, (lane & 1) * 8 + (there ? __ffs(static_cast<int>(there)) - 1 : 0));
+        eights = one < 0 ? -1 : one & ~7;
+      }
       if (lane < 4) {
         const __half* from = static_cast<const __half*>(lane < 2 ? rows.scale : rows.zero) +
-                             unit.batch * rows.scale_b + unit.kv_head * rows.scale_h + (most < 0 ? 0 : most / 8 * 8);
-        copy_async(ring + R::SIDES + stage * R::SIDE + (KEYS ? 0 : 64) + lane * 16, from, most >= 0);
+                             unit.batch * rows.scale_b + unit.kv_head * rows.scale_h + max(eights, 0);
+        copy_async(ring + R::SIDES + stage * R::SIDE + (KEYS ? 0 : 64) + lane * 16, from, eights >= 0);
       }
     }
   }
 
-  // Scales, or centred zeros, of keys (or their values) 2c and 2c + 1 of a tile.
+  // Scales, or zeros (centred those of values), of keys (or their values) 2c and 2c + 1 of a tile.
   __device__ float2 scales(int stage, bool keys_, int tile) const {
     const unsigned char* at = ring + R::SIDES + stage * R::SIDE + (keys_ ? 0 : 64) + tile * 16 + (lane & 3) * 4;
     return unpack_f16(*reinterpret_cast<const uint32_t*>(at));
@@ -151,44 +153,42 @@ struct Warp {
   __device__ float2 zeros(int stage, bool keys_, int tile) const {
     const unsigned char* at = ring + R::SIDES + stage * R::SIDE + (keys_ ? 32 : 96) + tile * 16 + (lane & 3) * 4;
     const float2 x = unpack_f16(*reinterpret_cast<const uint32_t*>(at));
-    return make_float2(x.x - S::CENTRE, x.y - S::CENTRE);
+    return keys_ ? x : make_float2(x.x - S::CENTRE, x.y - S::CENTRE);
   }
 
   // Logits times log2(e) of queries g and g + 8 (second index / 2) and keys 2c and 2c + 1 of each tile; -inf where a
   // query does not see a key. Returns whether all see all.
   __device__ bool logits(float (&x)[2][4], int stage) const {
     const int* notes = reinterpret_cast<const int*>(ring + R::NOTED + stage * R::NOTES);
+    const bool all = notes[16] != 0;
+    if (all && p.variants == 1 && p.a.softcap == 0.0f && !p.a.slopes) {  // nearly always
+      products(x, stage, 0);
+      const float factor = p.a.scale * LOG2E;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i / 4][i & 3] *= factor;
+    } else {
+      special_logits(x, stage, notes, all);
+    }
+    return all;
+  }
+  __device__ void special_logits(float (&x)[2][4], int stage, const int* notes, bool all) const {
     int at[2][2];
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
       const int2 pair = *reinterpret_cast<const int2*>(notes + tile * 8 + (lane & 3) * 2);
       at[tile][0] = pair.x, at[tile][1] = pair.y;
     }
-    const bool all = notes[16] != 0;
-    if (p.variants == 1) {
-      products(x, stage, 0);
-    } else {
-      turned_products(x, stage, at);
-    }
+    turned_products(x, stage, at);
     const hfl_attend& a = p.a;
-    const float factor = a.scale * LOG2E;
-    const bool plain = a.softcap == 0.0f && !a.slopes;
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (plain) {
-          x[tile][i] *= factor;
-        } else {
-          float y = x[tile][i] * a.scale;
-          if (a.softcap != 0.0f) y = a.softcap * (1.0f - 2.0f / (power_of_two(2.0f * LOG2E / a.softcap * y) + 1.0f));
-          const float slope = reinterpret_cast<const float*>(shared + R::SLOPES)[(lane >> 2) + i / 2 * 8];
-          x[tile][i] = (y + slope * static_cast<float>(at[tile][i & 1] - from[i / 2])) * LOG2E;
-        }
-        if (!all && !keys.seen(at[tile][i & 1], from[i / 2])) x[tile][i] = NOTHING;
-      }
+    for (int i = 0; i < 8; ++i) {
+      const int pos = at[i / 4][i & 1], h = i / 2 & 1;
+      float y = x[i / 4][i & 3] * a.scale;
+      if (a.softcap != 0.0f) y = a.softcap * (1.0f - 2.0f / (power_of_two(2.0f * LOG2E / a.softcap * y) + 1.0f));
+      const float slope = reinterpret_cast<const float*>(shared + R::SLOPES)[(lane >> 2) + h * 8];
+      y = (y + slope * static_cast<float>(pos - from[h])) * LOG2E;
+      x[i / 4][i & 3] = all || keys.seen(pos, from[h]) ? y : NOTHING;
     }
-    return all;
   }
 
   // q.k with the queries as they are given in one variant.
@@ -231,6 +231,7 @@ struct Warp {
 
   // q.k where keys stand at lap positions: 0 for keys of the query's own lap, 1 of the lap before, 2 for sinks.
   __device__ int variant(int at, int from_) const {
+    if (p.variants == 1) return 0;
     if (at < keys.sink) return 2;
     return lap(from_) > lap(at);
   }
@@ -259,11 +260,16 @@ struct Warp {
     }
   }
 
+  // Whether there are queries in rows 8 to 15 of the operands; else their weights are zeros.
+  __device__ bool lower() const { return unit.rows() > 8; }
+
   // From logits to weights below 2^LIFT, scaling down what is there where a larger logit has come.
   __device__ void weigh(float (&x)[2][4]) {
     float most[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      most[h] = NOTHING;
+      if (h && !lower()) continue;
       most[h] = fmaxf(fmaxf(x[0][2 * h], x[0][2 * h + 1]), fmaxf(x[1][2 * h], x[1][2 * h + 1]));
       most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 1));
       most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 2));
@@ -280,6 +286,10 @@ struct Warp {
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      if (h && !lower()) {
+        x[0][2] = x[0][3] = x[1][2] = x[1][3] = 0.0f;
+        continue;
+      }
       const float base = (top[h] == NOTHING ? 0.0f : top[h]) - LIFT;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -307,6 +317,8 @@ struct Warp {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int tile = i / 2, h = i % 2;
+        pair[tile][h] = 0;
+        if (h && !lower()) continue;
         pair[tile][h] = pack_f16(x[tile][2 * h] * (scale[tile].x * down), x[tile][2 * h + 1] * (scale[tile].y * down));
         const float2 rounded = unpack_f16(pair[tile][h]);
         shift[h] += rounded.x * zero[tile].x + rounded.y * zero[tile].y;

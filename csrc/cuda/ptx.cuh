@@ -71,6 +71,9 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t x) {
 __device__ __forceinline__ uint32_t subtract_f16(uint32_t x, uint32_t y) {
   return bits_of(__hsub2(as_f16(x), as_f16(y)));
 }
+__device__ __forceinline__ uint32_t multiply_add_f16(uint32_t x, uint32_t y, uint32_t z) {
+  return bits_of(__hfma2(as_f16(x), as_f16(y), as_f16(z)));
+}
 __device__ __forceinline__ uint32_t subtract_bf16(uint32_t x, uint32_t y) {
   return bits_of(__hsub2(as_bf16(x), as_bf16(y)));
 }
