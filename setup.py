@@ -101,7 +101,7 @@ def build(library: Path, cuda: bool) -> None:
     cxx = find("g++", "CXX")
     about = f'-DHFL_BUILD="{"CUDA " if cuda else ""}%s"'
     archs = code_flags(nvcc()) if cuda else []
-    named = about % ", ".join(flag.split("code=")[1] for flag in archs) if cuda else about % "CPU only"
+    named = about % ", ".join(flag.rpartition("code=")[2] for flag in archs) if cuda else about % "CPU only"
     jobs = [([cxx, *CXX_FLAGS], file) for file in sorted((CSRC / "cpu").glob("*.cpp"))]
     jobs.append(([cxx, *CXX_FLAGS, named, *(["-DHFL_CUDA"] if cuda else [])], CSRC / "abi.cpp"))
     if cuda:  # the longest first
