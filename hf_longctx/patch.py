@@ -129,7 +129,7 @@ def unpatch(model: M) -> M:
 def patched(model: M, method: str | Method | Plan | None = None, **knobs: Any) -> Iterator[M]:
     """`patch` inside a block, with its arguments; afterwards the model is as it was, its former plan in force."""
     state = state_of(model)
-    before = None if state is None else state.plan
+    before = None if state is None else (state.plan, state.recorder.on)
     patch(model, method, **knobs)
     try:
         yield model
@@ -137,7 +137,7 @@ def patched(model: M, method: str | Method | Plan | None = None, **knobs: Any) -
         if before is None:
             unpatch(model)
         else:
-            patch(model, before)
+            patch(model, before[0], cuda_graph=before[1])
 
 
 def evict(target: PreTrainedModel | LongContextCache, room: int) -> None:
