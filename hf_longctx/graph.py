@@ -40,13 +40,19 @@ class CudaGraph:
     def __init__(self, run: Callable[[], Any], device: torch.device, pool: list[Any]) -> None:
         if not pool:
             pool.append(torch.cuda.graph_pool_handle())
+        torch.cuda.empty_cache()  # to record does so too, and what it frees is not the graph's
         before = torch.cuda.memory_reserved(device)
         self._graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(device),
-            torch.cuda.graph(self._graph, pool[0], _stream(device), capture_error_mode="thread_local"),
-        ):
-            self._out = run()
+        now = torch.cuda.current_stream(device)
+        try:
+            with (
+                torch.cuda.device(device),
+                torch.cuda.graph(self._graph, pool[0], _stream(device), capture_error_mode="thread_local"),
+            ):
+                self._out = run()
+        except BaseException:  # if recording cannot even be ended, torch stays on the stream of the recording
+            torch.cuda.set_stream(now)
+            raise
         self.nbytes = max(0, torch.cuda.memory_reserved(device) - before)
 
     @staticmethod
@@ -87,6 +93,7 @@ class Recorder:
         self.reason: str | None = None
         self._failed: str | None = None
         self._obstacles: Obstacles | None = None
+        self._last: Callable[[], LongContextCache | None] = lambda: None  # the cache for which they were looked for
         self._held: weakref.WeakKeyDictionary[LongContextCache, Recording] = weakref.WeakKeyDictionary()
 
     @property
@@ -125,8 +132,8 @@ class Recorder:
             return False
         if tokens.device.type not in RECORDERS:
             return False
-        if self._obstacles is None or self._obstacles.plan is not plan:
-            self._obstacles = of_model(self.decoder, plan)
+        if self._obstacles is None or self._obstacles.plan is not plan or self._last() is not cache:
+            self._obstacles, self._last = of_model(self.decoder, plan), weakref.ref(cache)
         self.reason = self._failed or self._obstacles.now() or of_call(self.decoder, kwargs, watched)
         return self.reason is None
 
@@ -154,9 +161,11 @@ class Recorder:
         if not take.ran:  # what a kernel sets up when it first runs must not be recorded
             out, take.ran = RECORDERS[step.device.type].first(run, step.device), True
         else:
+            before = [kept.since for kept, _ in held.chosen]
             try:
                 graph = self._graph(take, held, cache, step, run)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
+            except RuntimeError as error:
+                held.undo(before)
                 return self._without(f"the call could not be recorded ({_first(error)})", kwargs)
             out = graph.replay()
         held.passed(step, due)
@@ -221,5 +230,7 @@ def _whole(out: Any, cache: LongContextCache) -> Any:
 
 
 def _first(error: BaseException) -> str:
-    """The first line of a message."""
+    """The first line of the message of what went wrong first: recording that then ends says only that it failed."""
+    while error.__context__ is not None:
+        error = error.__context__
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -20,11 +20,13 @@ from .hooks import AfterForward, BeforeForward, Patch, PrepareCache, PrepareSett
 from .methods import Auto, DuoHeads, Method, check_plan, compose, make
 from .models import ADAPTED, NO_CACHE_BY_DEFAULT, ModelFacts, attention_modules, decoder_of, inspect_model
 from .plan import KVFormat, Placement, Plan
+from .prompt import Prefill
 
 M = TypeVar("M", bound=PreTrainedModel)
 _KEY = "_hf_longctx"
 _PREPARE = "_prepare_cache_for_generation"
 _SETTLE = "_prepare_generation_config"
+_PREFILL = "_prefill"
 
 
 def state_of(model: nn.Module) -> Patch | None:
@@ -91,6 +93,7 @@ def patch(
     base.__dict__[_KEY] = state
     if hasattr(base, _PREPARE):
         base.__dict__[_PREPARE] = PrepareCache(base, state)
+        base.__dict__[_PREFILL] = Prefill(base, state)
         if facts.family in NO_CACHE_BY_DEFAULT:
             base.__dict__[_SETTLE] = PrepareSettings(base)
     return model
@@ -119,7 +122,7 @@ def unpatch(model: M) -> M:
     _, base = decoder_of(model)
     state: Patch | None = base.__dict__.pop(_KEY, None)
     if state is not None:
-        for name in (_PREPARE, _SETTLE):
+        for name in (_PREPARE, _SETTLE, _PREFILL):
             base.__dict__.pop(name, None)
         _remove(state)
     return model
@@ -137,7 +140,8 @@ def patched(model: M, method: str | Method | Plan | None = None, **knobs: Any) -
         if before is None:
             unpatch(model)
         else:
-            patch(model, before[0], cuda_graph=before[1])
+            plan, recorded = before
+            patch(model, plan, cuda_graph=recorded)
 
 
 def evict(target: PreTrainedModel | LongContextCache, room: int) -> None:

@@ -131,3 +131,8 @@ class Recording:
                 kept.since = step.columns
         for store in self.rings:
             store.passed(step.end)
+
+    def undo(self, since: list[int | None]) -> None:
+        """Choices are as old as they were: a call that was to make some anew computed nothing."""
+        for (kept, _), columns in zip(self.chosen, since, strict=True):
+            kept.since = columns

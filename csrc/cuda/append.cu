@@ -5,9 +5,9 @@
 // Shapes: stores [B, Hkv, C, D], tokens [B, Hkv, T, D], T <= 8, D a multiple of 8 up to 256; bounds [B, Hkv, M', 2, D].
 // Grid: (B * Hkv, 2): a block for the keys of a row and KV head, which goes on to their bounds, one for its values.
 // Block: 256 threads; a warp takes a token, 8 channels a lane; then groups of lanes take a key each, 8 channels a lane.
-// Shared memory: 16 KiB, bounds of each group of lanes. Bound by: three loads that wait for each other.
+// Shared memory: 16 KiB, bounds of each group of lanes. Bound by: two loads that wait for each other.
 //
-// All roundings are those of the definition, in its order; a NaN stays one.
+// All roundings are those of the definition, in its order; a NaN stays one. Positions are below 2^32.
 #include <math.h>
 
 #include "../hf_longctx.h"
@@ -25,21 +25,31 @@ struct Eight {
   float x[8];
 };
 
-// Eight values of the call's dtype; `index` counts values and is a multiple of 8.
-__device__ __forceinline__ Eight read_plain(const void* from, int64_t index, int dtype) {
-  Eight out;
+// Eight values of the call's dtype as they lie in memory; of 16 bits only `low` is used.
+struct Raw {
+  uint4 low, high;
+};
+
+// `index` counts values and is a multiple of 8.
+__device__ __forceinline__ Raw load(const void* from, int64_t index, int dtype) {
+  Raw out = {};
   if (dtype == HFL_F32) {
-    const float4* at = reinterpret_cast<const float4*>(static_cast<const float*>(from) + index);
-    const float4 a = at[0], b = at[1];
-    out = Eight{{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+    const uint4* at = reinterpret_cast<const uint4*>(static_cast<const float*>(from) + index);
+    out.low = at[0], out.high = at[1];
   } else {
-    const uint4 a = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from) + index);
-    const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+    out.low = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from) + index);
+  }
+  return out;
+}
+
+__device__ __forceinline__ Eight unpack(const Raw& raw, int dtype) {
+  const uint32_t words[8] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
+                             raw.high.x, raw.high.y, raw.high.z, raw.high.w};
+  Eight out;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = dtype == HFL_BF16 ? unpack_bf16(words[i]) : unpack_f16(words[i]);
-      out.x[2 * i] = pair.x, out.x[2 * i + 1] = pair.y;
-    }
+  for (int i = 0; i < 8; ++i) {
+    const float2 pair = dtype == HFL_BF16 ? unpack_bf16(words[i / 2]) : unpack_f16(words[i / 2]);
+    out.x[i] = dtype == HFL_F32 ? __uint_as_float(words[i]) : i % 2 ? pair.y : pair.x;
   }
   return out;
 }
@@ -48,7 +58,7 @@ __device__ __forceinline__ Eight read_plain(const void* from, int64_t index, int
 __device__ __forceinline__ Eight read_stored(const hfl_rows& rows, int64_t b, int64_t h, int64_t slot, int channel,
                                              int dtype) {
   const int64_t start = b * rows.b + h * rows.h + slot * rows.t;
-  if (rows.bits == 0) return read_plain(rows.data, start + channel, dtype);
+  if (rows.bits == 0) return unpack(load(rows.data, start + channel, dtype), dtype);
   const uint8_t* at = static_cast<const uint8_t*>(rows.data) + start + channel * rows.bits / 8;
   const int64_t side = b * rows.scale_b + h * rows.scale_h + slot;
   const float scale = __half2float(static_cast<const __half*>(rows.scale)[side]);
@@ -113,24 +123,17 @@ __device__ __forceinline__ void write_packed(const hfl_rows& rows, int64_t b, in
   }
 }
 
-// A warp writes one token of the keys, or of the values.
-__device__ __forceinline__ void write_token(const hfl_append& a, bool keys, int64_t b, int64_t h, int t, int64_t slot,
-                                            int lane) {
-  const hfl_rows& rows = keys ? a.k : a.v;
-  const int64_t from = keys ? b * a.fk_b + h * a.fk_h + t * a.fk_t : b * a.fv_b + h * a.fv_h + t * a.fv_t;
-  const void* fresh = keys ? a.fresh_k : a.fresh_v;
-  const bool active = lane * 8 < (keys ? a.dim : a.v_dim);
+// A warp writes one token of the keys, or of the values; `active`: the lane has channels, `raw`.
+__device__ __forceinline__ void write_token(const hfl_rows& rows, int64_t b, int64_t h, int64_t slot, const Raw& raw,
+                                            int dtype, int lane, bool active) {
   if (rows.bits) {
-    Eight x = {};
-    if (active) x = read_plain(fresh, from + lane * 8, a.dtype);
-    write_packed(rows, b, h, slot, x, lane, active);
+    write_packed(rows, b, h, slot, unpack(raw, dtype), lane, active);
   } else if (active) {
-    const int bytes = a.dtype == HFL_F32 ? 4 : 2;
-    const int64_t to = b * rows.b + h * rows.h + slot * rows.t;
-    const uint4* source = reinterpret_cast<const uint4*>(static_cast<const char*>(fresh) + (from + lane * 8) * bytes);
-    uint4* target = reinterpret_cast<uint4*>(static_cast<char*>(rows.data) + (to + lane * 8) * bytes);
-    target[0] = source[0];
-    if (bytes == 4) target[1] = source[1];
+    const int bytes = dtype == HFL_F32 ? 4 : 2;
+    const int64_t to = b * rows.b + h * rows.h + slot * rows.t + lane * 8;
+    uint4* target = reinterpret_cast<uint4*>(static_cast<char*>(rows.data) + to * bytes);
+    target[0] = raw.low;
+    if (bytes == 4) target[1] = raw.high;
   }
 }
 
@@ -182,6 +185,13 @@ __global__ void __launch_bounds__(THREADS) append_kernel(const hfl_append a) {
   const int64_t b = blockIdx.x / static_cast<unsigned>(a.kv_heads), h = blockIdx.x % static_cast<unsigned>(a.kv_heads);
   const bool keys = blockIdx.y == 0;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const hfl_rows& rows = keys ? a.k : a.v;
+  const bool active = warp < a.tokens && lane * 8 < (keys ? a.dim : a.v_dim);
+  Raw raw = {};
+  if (active) {  // while the positions are on their way
+    const int64_t from = keys ? b * a.fk_b + h * a.fk_h + warp * a.fk_t : b * a.fv_b + h * a.fv_h + warp * a.fv_t;
+    raw = load(keys ? a.fresh_k : a.fresh_v, from + lane * 8, a.dtype);
+  }
   if (threadIdx.x < static_cast<unsigned>(a.tokens)) places[threadIdx.x] = a.pos[b * a.pos_b + threadIdx.x];
   __syncthreads();
   int64_t last = -1;
@@ -189,22 +199,24 @@ __global__ void __launch_bounds__(THREADS) append_kernel(const hfl_append a) {
   if (warp < a.tokens && places[warp] >= 0) {
     const int64_t pos = places[warp];
     const bool round = a.ring > 0 && pos >= a.sink;
-    const int64_t slot = round ? a.sink + (pos - a.sink) % a.ring : pos;
+    const int64_t slot =
+        round ? a.sink + static_cast<uint32_t>(pos - a.sink) % static_cast<uint32_t>(a.ring) : pos;
     const bool stays = !round || pos > last - a.ring;  // a later token of the call may have its slot
-    if (stays && slot < a.capacity) write_token(a, keys, b, h, warp, slot, lane);
+    if (stays && slot < a.capacity) write_token(rows, b, h, slot, raw, a.dtype, lane, active);
   }
   if (!a.bounds || !keys) return;
   __syncthreads();  // the block sees what it has written
   last = last < a.capacity ? last : a.capacity - 1;
-  int64_t done = -1;
+  int done = -1;
   for (int t = 0; t < a.tokens; ++t) {  // the same for all threads of the block
-    const int64_t pos = places[t];
-    if (pos < 0 || pos >= a.capacity || pos / a.sub == done) continue;
-    done = pos / a.sub;
-    const int64_t end = (done + 1) * a.sub - 1;
-    const int64_t at = b * a.bounds_b + h * a.bounds_h + done * 2 * a.dim;
-    void* entry = static_cast<char*>(a.bounds) + at * (a.dtype == HFL_F32 ? 4 : 2);
-    bound(a, b, h, done * a.sub, end < last ? end : last, entry, room);
+    if (places[t] < 0 || places[t] >= a.capacity) continue;
+    const int entry = static_cast<int>(places[t]) / a.sub;
+    if (entry == done) continue;
+    done = entry;
+    const int64_t first = static_cast<int64_t>(entry) * a.sub, end = first + a.sub - 1;
+    const int64_t at = b * a.bounds_b + h * a.bounds_h + static_cast<int64_t>(entry) * 2 * a.dim;
+    bound(a, b, h, first, end < last ? end : last, static_cast<char*>(a.bounds) + at * (a.dtype == HFL_F32 ? 4 : 2),
+          room);
   }
 }
 
@@ -229,6 +241,7 @@ const char* check(const hfl_append& a) {
   if (a.tokens < 1 || a.tokens > MOST_TOKENS) return "append_pages: expected 1 to 8 tokens a row";
   if (a.batch < 1 || a.kv_heads < 1) return "append_pages: expected no empty axis";
   if (static_cast<int64_t>(a.batch) * a.kv_heads > INT32_MAX) return "append_pages: expected fewer rows * KV heads";
+  if (a.sink < 0 || a.ring > UINT32_MAX) return "append_pages: expected no negative sink, and a ring below 2^32";
   if (a.bounds && (a.ring > 0 || a.sub < 1)) {
     return "append_pages: expected a sub of at least 1 and no ring with bounds";
   }

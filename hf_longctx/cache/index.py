@@ -123,8 +123,8 @@ class Bounds:
         pos = last[:, None] * sub + torch.arange(sub, device=step.device)
         filled = pos < ends[:, None]
         k = keys.take(torch.where(filled, pos, 0))
-        index = last[:, None, None, None, None].expand(-1, *self._entries.shape[1:2], 1, *self._entries.shape[3:])
-        self._entries.scatter_(2, index, self._summary.fold(k, filled[:, None], None)[:, :, None])
+        row = torch.arange(len(last), device=step.device)
+        self._entries[row, :, last] = self._summary.fold(k, filled[:, None], None)
 
 
 Index = Bounds | Marks

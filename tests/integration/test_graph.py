@@ -271,3 +271,64 @@ def test_beams_do_not_record_again() -> None:
     with recorders() as again:
         generate(model, single(LLAMA), num_beams=3, max_new_tokens=30)
     assert again.recorded <= 5  # 30 tokens, 8 at a time
+
+
+class Late(Again):
+    """Fails at the end of recording a new choice of blocks: the host has run the call, the device has not."""
+
+    failed = 0
+
+    def __init__(self, run: Any, device: torch.device, pool: list[Any]) -> None:
+        super().__init__(run, device, pool)
+        kept = [kept for kept in self._kept() if kept.since is not None]
+        if all(columns == self._known[0] for columns in [k.since for k in kept]) or not kept:
+            return
+        ids = [k.ids.clone() for k in kept]
+        tally = {key: both.clone() for key, both in self._cache.ledger.tally.items()}
+        run()
+        for k, old in zip(kept, ids, strict=True):
+            k.ids.copy_(old)
+        for key, both in tally.items():
+            self._cache.ledger.tally[key].copy_(both)
+        if any(k.since == self._known[0] for k in kept):
+            Late.failed += 1
+            raise RuntimeError("failed late")
+
+
+def test_a_choice_that_could_not_be_recorded_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "ROOM", 64)
+    recorded, plain = (lc.patch(LLAMA.make(), LSERVE.method(LLAMA), cuda_graph=on) for on in (True, False))
+    with recorders(Late):
+        assert_same(*(generate(m, single(LLAMA), max_new_tokens=40, output_logits=True) for m in (recorded, plain)))
+    assert Late.failed == 1
+    assert "failed late" in (lc.report(recorded).eager or "")
+
+
+def test_patched_gives_the_setting_back() -> None:
+    model = lc.patch(LLAMA.make(), "dense", cuda_graph=False)
+    with lc.patched(model, "quest", token_budget=32):
+        pass
+    with recorders() as again:
+        generate(model, single(LLAMA))
+    assert again.recorded == 0
+
+
+def test_a_module_put_in_later_is_looked_at() -> None:
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.inner(x)
+
+    model, calls = lc.patch(LLAMA.make(), "dense"), []
+    with recorders() as again:
+        generate(model, single(LLAMA))
+        model.model.layers[1].mlp = Wrapped(model.model.layers[1].mlp)
+        model.model.layers[1].mlp.register_forward_hook(lambda *args: calls.append(1))
+        before = again.recorded
+        generate(model, single(LLAMA))
+    assert again.recorded == before
+    assert len(calls) == 12
+    assert "has a hook" in (lc.report(model).eager or "")

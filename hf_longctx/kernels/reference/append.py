@@ -17,10 +17,16 @@ def append(store: Tensor, fresh: Tensor, slots: Tensor | int, written: Tensor | 
     if isinstance(slots, int):
         store[:, :, slots : slots + fresh.shape[2]] = fresh
         return
-    index = slots[:, None, :, None].expand_as(fresh)
+    index = _index(fresh, slots)
     if written is not None:
-        fresh = torch.where(written[:, None, :, None], fresh, store.gather(2, index))
-    store.scatter_(2, index, fresh)
+        fresh = torch.where(written[:, None, :, None], fresh, store[index])
+    store[index] = fresh
+
+
+def _index(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of columns `[B, N]` in all rows and heads of `[B, H, ...]`; on the CPU `scatter_` is a thousand times slower."""
+    row, head = (torch.arange(n, device=columns.device) for n in x.shape[:2])
+    return row[:, None, None], head[:, None], columns[:, None]
 
 
 @torch.no_grad()
@@ -97,12 +103,10 @@ def _bound(keys: Tensor | Packed, bounds: Tensor, pos: Tensor, last: Tensor, sub
     entries = (pos.clamp(min=0) // sub).expand(rows, -1)
     places = entries[..., None] * sub + torch.arange(sub, device=pos.device)
     filled = places <= last[..., None]
-    columns = torch.where(filled, places, 0).view(rows, 1, -1)
-    row, head = torch.arange(rows, device=pos.device), torch.arange(heads, device=pos.device)
-    stored = read(keys, (row[:, None, None], head[:, None], columns)).view(rows, heads, -1, sub, dim)
+    columns = torch.where(filled, places, 0).flatten(1)
+    stored = read(keys, _index(bounds, columns)).view(rows, heads, -1, sub, dim)
     missing = ~filled[:, None, ..., None]
     least = stored.masked_fill(missing, float("inf")).amin(3)
     made = torch.stack((least, stored.masked_fill(missing, float("-inf")).amax(3)), 3)
-    index = entries[:, None, :, None, None].expand(made.shape)
-    made = torch.where((last >= 0)[:, None, :, None, None], made, bounds.gather(2, index))
-    bounds.scatter_(2, index, made)
+    index = _index(bounds, entries)
+    bounds[index] = torch.where((last >= 0)[:, None, :, None, None], made, bounds[index])

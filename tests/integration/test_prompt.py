@@ -1,0 +1,53 @@
+"""`generate()` with a prompt whose blocks of queries share a choice: the last token chooses for itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hf_longctx as lc
+
+from .cases import BY_NAME
+
+INF = {"init": 4, "local": 8, "block": 4, "topk": 1, "representatives": 2, "q_block": 16, "offload": False}
+
+
+@pytest.mark.parametrize(("chunk", "padded"), [(None, False), (16, False), (None, True)])
+def test_generate_reads_the_last_token_apart(chunk: int | None, padded: bool) -> None:
+    model = BY_NAME["llama"].make()
+    ids = BY_NAME["llama"].prompt(48, rows=2)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :5] = 0
+    lc.patch(model, "inf_llm", **INF)
+    with torch.no_grad():
+        head = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
+        last = model(ids[:, -1:], attention_mask=mask, past_key_values=head.past_key_values).logits[:, -1]
+        together = model(ids, attention_mask=mask).logits[:, -1]
+    assert not torch.allclose(last, together)  # else this shows nothing
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=2,
+        do_sample=False,
+        prefill_chunk_size=chunk,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    torch.testing.assert_close(out.logits[0], last.float(), rtol=1e-4, atol=1e-5)
+    assert out.past_key_values.get_seq_length() == 49
+
+
+def test_a_short_prompt_is_one_call_and_unpatch_leaves_nothing() -> None:
+    model = BY_NAME["llama"].make()
+    calls: list[int] = []
+    model.model.register_forward_pre_hook(lambda *a: calls.append(a[2]["input_ids"].shape[1]), with_kwargs=True)
+    for method, knobs, wanted in (("inf_llm", INF, [9]), ("dense", {}, [30]), ("inf_llm", INF, [29, 1])):
+        lc.patch(model, method, **knobs)
+        calls.clear()
+        size = sum(wanted)
+        model.generate(BY_NAME["llama"].prompt(size), max_new_tokens=1, do_sample=False, pad_token_id=0)
+        assert calls == wanted
+    lc.unpatch(model)
+    assert "_prefill" not in vars(model)
