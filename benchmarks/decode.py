@@ -77,7 +77,9 @@ def cases() -> Iterator[Case]:
     yield Case("Quest B=8", every, eight, quest(eight, 4096), 140)
     yield Case("Quest 32K, budget 2048, B=1", lc.Quest(2048, page=16, dense_layers=0), short, quest(short, 2048), 13)
     half = Shape(1, (4096 + 384) // 2).bytes * (DIM // 2 + 4) // (2 * DIM) + quest(long, 0) // 8
-    yield Case("LServe decode layer, 128K, B=1", lc.LServe(pattern="half"), long, half, 8, True, refresh_every=4)
+    yield Case(
+        "LServe decode layer, 128K, B=1", lc.LServe(pattern="half", kv="int4"), long, half, 8, True, refresh_every=4
+    )
 
 
 def layer_rows(fa3: bool) -> Iterator[dict[str, Any]]:

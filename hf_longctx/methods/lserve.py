@@ -30,8 +30,8 @@ class LServe:
         pattern: as in `DuoHeads`, like the next.
         sparsity: share of the KV heads that stream, 0 to 1; the lowest gates stream.
         token_budget: tokens that a decode step reads of a retrieval head, with the last page; whole pages.
-        kv: how keys and values are stored: `native`, `int8` or `int4`. The paper has 4 bits, for a model whose keys were
-            smoothed (QoQ); of a model as it comes, 8 bits lose nothing that a pass key shows, 4 bits lose some.
+        kv: how keys and values are stored: `native`, `int8` or `int4`. The paper has 4 bits, for a model whose keys
+            were smoothed (QoQ); of a model as it comes, 8 bits lose nothing that a pass key shows, 4 bits lose some.
         sinks: first tokens that streaming heads keep.
         window: last tokens that streaming heads keep.
         prefill_window: last tokens that streaming heads see within a prompt.

@@ -215,6 +215,16 @@ def test_turned_off() -> None:
         assert again.recorded > 0
 
 
+def test_a_block_puts_the_choice_back() -> None:
+    model = lc.patch(LLAMA.make(), "dense", cuda_graph=False)
+    with recorders() as again:
+        with lc.patched(model, "streaming_llm", window=20):
+            generate(model, single(LLAMA))
+            recorded = again.recorded
+        generate(model, single(LLAMA))
+        assert again.recorded == recorded > 0
+
+
 class Broken(Again):
     """Cannot be recorded."""
 
