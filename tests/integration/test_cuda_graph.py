@@ -139,7 +139,8 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     assert "could not be recorded" in (lc.report(model).eager or "")
     monkeypatch.undo()
     lc.patch(model, "dense")
-    assert torch.equal(generate(model, moved(batch(LLAMA))).sequences, expected)
+    out = generate(model, moved(batch(LLAMA)))  # graphs live as long as the cache
+    assert torch.equal(out.sequences, expected)
     assert lc.report(model).graphs > 0
 
 

@@ -72,7 +72,10 @@ def attend_selected(
     selection: Selection,
 ) -> Tensor:
     """The definition of `ops.attend_blocks` and `ops.attend_pages` with a selection."""
-    filled = (selection.ids >= 0).sum(-1).amax((0, 1)).tolist()  # a wait for the device, and no empty place is read
+    count, most = selection.ids.shape[2:]
+    filled = [most] * count  # a query that chooses for itself leaves few places empty, and is not waited for
+    if selection.q_block > 1:
+        filled = (selection.ids >= 0).sum(-1).amax((0, 1)).tolist()  # a wait for the device: no empty place is read
     parts = ((part.rows, part.attend(q.dtype)) for part in _parts(q, k, v, logits, see, turns, selection, filled))
     return join(parts, empty_out(q, v.shape[3]))
 
