@@ -31,7 +31,7 @@ class Line:
         name: of the line.
         method: of the package.
         tokens: of the context.
-        must: milliseconds a token at most, or times the dense plan's.
+        must: milliseconds a token at most, or times the dense plan's; None: it must run at all.
         of_dense: the dense plan at the same length is the baseline, and `must` a ratio.
         kv: as in `patch`.
     """
@@ -39,7 +39,7 @@ class Line:
     name: str
     method: Any
     tokens: int
-    must: float
+    must: float | None
     of_dense: bool = False
     kv: str | None = None
 
@@ -54,7 +54,7 @@ LINES = (
         "4M tokens, DuoAttention 50 % + KV4, B=1",
         lc.DuoAttention(pattern=GATES, sparsity=0.5),
         4096 * K,
-        1e9,
+        None,
         kv="int4",
     ),
 )
@@ -132,6 +132,10 @@ def generate_rows() -> Iterator[dict[str, Any]]:
         base, other = _run(model, lc.Dense() if line.of_dense else line.method, line, line.of_dense)
         ratio = base / value if base and value else None
         reached = ratio if line.of_dense else value
+        must, met = "held and decoded", reached is not None
+        if line.must is not None:
+            must = f">= {line.must:g}x" if line.of_dense else f"<= {line.must:g} ms/token"
+            met = met and (reached >= line.must if line.of_dense else reached <= line.must)
         yield {
             "case": line.name,
             "value": value,
@@ -140,8 +144,8 @@ def generate_rows() -> Iterator[dict[str, Any]]:
             "baseline_value": base,
             "ratio": ratio,
             "floor_value": None,
-            "must": f">= {line.must:g}x" if line.of_dense else f"<= {line.must:g} ms/token",
-            "met": reached is not None and (reached >= line.must if line.of_dense else reached <= line.must),
+            "must": must,
+            "met": met,
             "shapes": {"rows": 1, "tokens": line.tokens},
             "kv_bytes": report.kv_bytes,
             "baseline_kv_bytes": other.kv_bytes,
