@@ -45,11 +45,13 @@ class Prefill:
         """True if the last token would share a choice, and the call is one of text alone."""
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         known = {name for name, value in model_kwargs.items() if value is not None}
+        constant = self.state.facts.longest_in_cache  # beyond it, rotary frequencies follow the length of a call
         columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
         return (
             any(group.policy.prefill is not None for layer in self.state.plan.layers for group in layer.groups)
             and isinstance(cache, LongContextCache)
             and columns == input_ids.shape[1]  # the whole text, whatever the cache has of it
+            and (constant is None or columns <= constant)
             and known <= _OF_TEXT
             and input_ids.shape[1] - cache.ledger.columns > FEW + 1
         )

@@ -83,7 +83,7 @@ def test_blocks_elsewhere_are_chosen_from_the_first_step_on() -> None:
 
 
 def test_kv_given_apart_wins() -> None:
-    plan = compose(FACTS, lc.Dense("int8"), lc.LServe(GATES), kv="native")
+    plan = compose(FACTS, lc.Dense("int4"), lc.LServe(GATES), kv="native")
     assert {group.policy.kv for layer in plan.layers for group in layer.groups} == {None}
     assert plan.method == "dense + lserve"
     assert compose(FACTS, kv="int8").method == "int8"
@@ -108,7 +108,7 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
         "Plan 'streaming_llm + quest', layer 0, KV heads 0-1: expected heads that select blocks to keep everything",
     ),
     ({"prefill": lc.InfLLM(), "decode": lc.LServe(GATES)}, "layer 0: expected one way to keep tokens"),
-    ({"prefill": lc.Dense("int8"), "decode": lc.LServe(GATES)}, "layer 0: expected one KV format"),
+    ({"prefill": lc.Dense("int4"), "decode": lc.LServe(GATES)}, "layer 0: expected one KV format"),
     ({"decode": lc.LServe(GATES), "heads": lc.DuoHeads(GATES)}, "expected methods that leave heads= to choose"),
 ]
 

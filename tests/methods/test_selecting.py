@@ -93,11 +93,11 @@ def test_xattention_takes_thresholds_per_head(share: Any, shares: Any, given_as:
 def test_lserve_splits_heads_and_hands_each_head_its_own_threshold() -> None:
     plan = lc.LServe(GATES, stride=16, tau=TAU).plan(FACTS)
     decode = lc.Selector(UpperBound(MinMax(64, 16)), TopK(4032), refresh_every=4)
-    streaming = lc.HeadPolicy(lc.SinkWindow(128, 256, 8192), lc.Absolute(), kv=lc.Int4KV())
+    streaming = lc.HeadPolicy(lc.SinkWindow(128, 256, 8192), lc.Absolute(), kv=lc.Int8KV())
 
     def far(*tau: float) -> lc.HeadPolicy:
         prefill = lc.Selector(Antidiagonal(128, 16), Mass(tau), sink=1, share="q_head", dense_below=4096)
-        return lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), prefill, decode, lc.Int4KV())
+        return lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), prefill, decode, lc.Int8KV())
 
     assert policies(plan) == [
         [((1,), far(0.7, 0.8)), ((0,), streaming)],
