@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,10 +93,10 @@ class _Stored(torch.autograd.Function):
 
 
 def _here(selector: Selector | None, step: Step) -> Selector | None:
-    """The selector as far as it concerns the call: beyond `dense_below`, no room is kept for all that lies before."""
+    """The selector as far as it concerns the call."""
     if selector is None or not selector.dense_below or step.ragged or step.columns < selector.dense_below:
         return selector
-    return replace(selector, dense_below=0)
+    return selector.beyond
 
 
 def _in_turn(policy: HeadPolicy, selector: Selector, step: Step) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from .axes import Budget, Scorer, primitive
@@ -52,6 +53,11 @@ class Selector:
     def sink_blocks(self) -> int:
         """Blocks that hold a sink."""
         return -(-self.sink // self.block)
+
+    @cached_property
+    def beyond(self) -> Selector:
+        """The same for calls that begin beyond `dense_below`: no room is kept for all that lies before."""
+        return replace(self, dense_below=0)
 
     def choices(self, kv_heads: int, per_kv: int) -> int:
         """How many choices so many KV heads make, each of `per_kv` query heads."""

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..files import read_json, whole
 from ..machine import cache_dir
 
 METHOD = "crossover"
@@ -165,39 +165,23 @@ def read_crossover(given: str | os.PathLike[str] | Mapping[str, Any]) -> Crossov
         ValueError: not JSON, not such a file, or a value that cannot be; names the file and the place.
     """
     name = "crossover" if isinstance(given, Mapping) else os.fspath(given)
-    raw = given if isinstance(given, Mapping) else _read(name)
+    raw = given if isinstance(given, Mapping) else read_json(name, "crossover", _AGAIN)
     try:
         if raw["method"] != METHOD:
             raise ValueError(f"{name}: expected a measurement of '{METHOD}'; got one of '{raw['method']}'. {_AGAIN}.")
         rows = tuple(
-            Timing(str(row["method"]), _whole(row["length"]), _numbers(row["prefill_s"]), _numbers(row["token_ms"]))
+            Timing(str(row["method"]), whole(row["length"]), _numbers(row["prefill_s"]), _numbers(row["token_ms"]))
             for row in raw["rows"]
         )
         model, family, device, dtype = (str(raw[key]) for key in ("model", "family", "device", "dtype"))
-        return Crossover(model, family, device, dtype, _whole(raw["budget"]), rows, dict(raw["meta"]), name)
+        return Crossover(model, family, device, dtype, whole(raw["budget"]), rows, dict(raw["meta"]), name)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{name}: expected a measurement of times; got {error!r} while reading it. {_AGAIN}."
         ) from error
 
 
-def _read(name: str) -> Any:
-    if not os.path.isfile(name):
-        raise FileNotFoundError(f"crossover: expected a JSON file; got {name}, which is none. {_AGAIN}.")
-    with open(name, encoding="utf-8") as stream:
-        try:
-            return json.load(stream)
-        except ValueError as error:  # also text that is not UTF-8
-            raise ValueError(f"{name}: expected JSON; got {error}. {_AGAIN}.") from error
-
-
 def _numbers(values: Any) -> tuple[float, ...]:
     if type(values) is not list or any(type(value) not in (int, float) for value in values):
         raise TypeError(f"{values!r} in place of a list of numbers")
     return tuple(map(float, values))
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{value!r} in place of a whole number")
-    return value

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from ..files import number, read_json, whole
 
 METHOD = "xattention"
 _AGAIN = "Find thresholds for this model with `hf-longctx tune xattention`"
@@ -102,18 +103,12 @@ def load_thresholds(path: str | os.PathLike[str]) -> Thresholds:
         ValueError: not JSON, not such a file, or a value that cannot be; names the file and the place.
     """
     name = os.fspath(path)
-    if not os.path.isfile(name):
-        raise FileNotFoundError(f"thresholds: expected a JSON file; got {name}, which is none. {_AGAIN}.")
-    with open(name, encoding="utf-8") as stream:
-        try:
-            raw = json.load(stream)
-        except ValueError as error:  # also text that is not UTF-8
-            raise ValueError(f"{name}: expected JSON; got {error}. {_AGAIN}.") from error
+    raw = read_json(name, "thresholds", _AGAIN)
     try:
         if raw["method"] != METHOD:
             raise ValueError(f"{name}: expected thresholds of '{METHOD}'; got those of '{raw['method']}'. {_AGAIN}.")
-        tau = tuple(tuple(map(_number, row)) for row in raw["tau"])
-        sizes = {size: _whole(raw[size]) for size in ("layers", "q_heads", "stride", "block")}
+        tau = tuple(tuple(map(number, row)) for row in raw["tau"])
+        sizes = {size: whole(raw[size]) for size in ("layers", "q_heads", "stride", "block")}
         found = Thresholds(
             str(raw["model"]), str(raw["family"]), sizes["stride"], sizes["block"], tau, dict(raw["meta"]), name
         )
@@ -125,15 +120,3 @@ def load_thresholds(path: str | os.PathLike[str]) -> Thresholds:
             f"{len(tau)} of {found.q_heads}. {_AGAIN}."
         )
     return found
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise TypeError(f"{value!r} in place of a number")
-    return float(value)
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{value!r} in place of a whole number")
-    return value

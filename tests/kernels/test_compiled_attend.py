@@ -14,6 +14,8 @@ from hf_longctx.kernels.compiled import attend, library
 from hf_longctx.kernels.dispatch import use_backend
 from hf_longctx.kernels.ops import Logits, Packed, Selection, Turns, Visibility
 
+from .built import need
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
@@ -177,9 +179,7 @@ def values(x: Tensor | Packed) -> Tensor:
 
 def compiled(monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...]) -> Tensor:
     """The library's result; whatever it does not write is NaN."""
-    device = arguments[0].device
-    if library.reason(device) is not None:
-        pytest.skip(str(library.reason(device)))
+    need(arguments[0].device)
     assert attend.reject(*arguments) is None
     monkeypatch.setattr(
         attend, "empty_out", lambda q, n: q.new_full((q.shape[0], q.shape[2], q.shape[1], n), torch.nan).transpose(1, 2)
@@ -257,16 +257,14 @@ def test_gradients_and_clamped_distances_are_for_others(monkeypatch: pytest.Monk
     ],
 )
 def test_what_it_does_not_take_on_cuda(options: dict[str, Any], reason: str) -> None:
-    if library.reason(torch.device("cuda")) is not None:
-        pytest.skip(str(library.reason(torch.device("cuda"))))
+    need("cuda")
     assert attend.reject(*made(replace(Case((1, 1, 4, 1, 64, 64)), **options), "cuda")) == reason
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_a_captured_call_reads_as_far_as_the_text_has_come(bits: int | None) -> None:
-    if library.reason(torch.device("cuda")) is not None:
-        pytest.skip(str(library.reason(torch.device("cuda"))))
+    need("cuda")
     q, k, v, logits, see, _, _ = made(Case((2, 2, 4, 1, 4096, 128), bits=bits, ends=(4095, 4095)), "cuda")
     attend.attend_pages(q, k, v, logits, see, None)
     graph = torch.cuda.CUDAGraph()

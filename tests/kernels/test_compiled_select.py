@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from hf_longctx.kernels import ops
-from hf_longctx.kernels.compiled import library, select
+from hf_longctx.kernels.compiled import select
 from hf_longctx.kernels.dispatch import use_backend
+
+from .built import need
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 SHARES = ["kv_head", "q_head", "all"]
@@ -24,12 +26,6 @@ def _poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def need(device: str) -> None:
-    reason = library.reason(torch.device(device))
-    if reason is not None:
-        pytest.skip(reason)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from hf_longctx.kernels import ops
-from hf_longctx.kernels.compiled import library, store
+from hf_longctx.kernels.compiled import store
 from hf_longctx.kernels.dispatch import use_backend
 from hf_longctx.kernels.ops import Packed
+
+from .built import need
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -102,12 +104,6 @@ def written(arguments: tuple[Any, ...]) -> list[Tensor]:
     """What a call may have changed."""
     tensors = [x for one in arguments[:2] for x in ((one,) if isinstance(one, Tensor) else one.tensors)]
     return [x.cpu() for x in (*tensors, arguments[7]) if x is not None]
-
-
-def need(device: str) -> None:
-    reason = library.reason(torch.device(device))
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def check(case: Case, device: str) -> None:

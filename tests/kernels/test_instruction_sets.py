@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from hf_longctx.kernels import ops
-from hf_longctx.kernels.compiled import attend, library
+from hf_longctx.kernels.compiled import attend
 
-CPU = torch.device("cpu")
+from .built import need
+
 HERE = Path(__file__).parent
 NARROW = ["default", "avx2"]
 """Values of ATEN_CPU_CAPABILITY that hold the library, and torch, back; other tests run on the widest there is."""
@@ -21,9 +22,7 @@ NARROW = ["default", "avx2"]
 
 @pytest.fixture(autouse=True)
 def _compiled() -> None:
-    reason = library.reason(CPU)
-    if reason is not None:
-        pytest.skip(reason)
+    need("cpu")
 
 
 @pytest.mark.parametrize("capability", NARROW)

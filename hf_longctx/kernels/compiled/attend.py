@@ -14,9 +14,6 @@ from ..types import Logits, Packed, Selection, Turns, Visibility
 from . import library
 from .library import HflAttend, pointer
 
-FEW = 8
-"""Queries of a row that the library takes."""
-
 CUDA_DIMS = (64, 96, 128, 256)
 
 
@@ -33,8 +30,8 @@ def reject(
     reason = library.reason(q.device)
     if reason is not None:
         return reason
-    if q.shape[2] > FEW:
-        return f"takes at most {FEW} queries a row"
+    if q.shape[2] > library.FEW:
+        return f"takes at most {library.FEW} queries a row"
     if 0 in (q.numel(), k.shape[2]):
         return "takes no empty tensors"
     inputs = [x for x in (q, k, v, logits.sink_logits) if isinstance(x, Tensor)]
@@ -78,7 +75,7 @@ def _reject_on_cuda(q: Tensor, k: Tensor | Packed, v: Tensor | Packed, selection
         return "takes at most 65535 rows * KV heads"
     tensors = [x if isinstance(x, Tensor) else x.payload for x in (k, v)]
     scales = [scale for x in (k, v) if isinstance(x, Packed) for scale in (x.scale, x.zero)]
-    if not all(_aligned(x, 16 // x.element_size()) for x in (*tensors, *scales)):
+    if not all(library.aligned(x) for x in (*tensors, *scales)):
         return "needs rows that begin at multiples of 16 bytes"
     if scales and selection is not None and selection.block % 8:
         return "needs blocks of a multiple of 8 tokens where keys are packed"
@@ -87,11 +84,6 @@ def _reject_on_cuda(q: Tensor, k: Tensor | Packed, v: Tensor | Packed, selection
 
 def _bits(x: Tensor | Packed) -> int:
     return 0 if isinstance(x, Tensor) else x.bits
-
-
-def _aligned(x: Tensor, multiple: int) -> bool:
-    """True if the first element and every row are at a multiple of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(stride % multiple == 0 for stride in x.stride()[:-1])
 
 
 def attend_pages(
@@ -104,24 +96,28 @@ def attend_pages(
     selection: Selection | None = None,
 ) -> Tensor:
     """`ops.attend_pages`."""
-    if q.is_cuda and not _aligned(q, 16 // q.element_size()):
-        q = q.clone(memory_format=torch.contiguous_format)
+    q = library.laid_out(q)
     out = empty_out(q, v.shape[3])
     block, held = arguments(out, q, k, v, logits, see, turns, selection)
-    if not q.is_cuda:
-        library.call("hfl_attend_cpu", block, torch.get_num_threads())
-        return out
-    with torch.cuda.device(q.device):
-        splits = ctypes.c_int32()
-        scratch_bytes = library.library().hfl_attend_scratch(ctypes.byref(block), ctypes.byref(splits))
-        if splits.value > 1:
-            scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=q.device)
-            count = library.library().hfl_attend_counters(ctypes.byref(block))
-            block.scratch, block.counters = scratch.data_ptr(), library.counters(q.device, count).data_ptr()
-        block.splits, block.stream = splits.value, library.stream(q.device)
-        library.call("hfl_attend_cuda", block)
+    if q.is_cuda:
+        held += _split(block, q.device)
+    library.run("attend", block, q.device)
     del held  # until here the tensors that the block points to had to live
     return out
+
+
+def _split(block: HflAttend, device: torch.device) -> list[Tensor]:
+    """Cut the columns into parts for a device; returns what must live as long as the block."""
+    with torch.cuda.device(device):
+        splits = ctypes.c_int32()
+        scratch_bytes = library.library().hfl_attend_scratch(ctypes.byref(block), ctypes.byref(splits))
+        block.splits = splits.value
+        if splits.value <= 1:
+            return []
+        scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
+        count = library.library().hfl_attend_counters(ctypes.byref(block))
+        block.scratch, block.counters = scratch.data_ptr(), library.counters(device, count).data_ptr()
+        return [scratch]
 
 
 def arguments(

@@ -14,6 +14,9 @@ from torch import Tensor
 from ..types import Packed
 
 ABI = 1
+FEW = 8
+"""Queries, or fresh tokens, of a row that an operation takes."""
+
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -150,7 +153,7 @@ def call(name: str, block: ctypes.Structure, *more: int) -> None:
 
 
 def run(op: str, block: ctypes.Structure, device: torch.device) -> None:
-    """Run an operation that needs no scratch, on the host or on the stream on which torch works now.
+    """Run an operation on the host, or on the stream on which torch works now.
 
     Raises:
         RuntimeError: as `call`.
@@ -166,6 +169,13 @@ def run(op: str, block: ctypes.Structure, device: torch.device) -> None:
 def aligned(x: Tensor) -> bool:
     """True if the first element and every row are at a multiple of 16 bytes."""
     return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """The same values where the library can read them: channels side by side, and on CUDA rows that are aligned."""
+    if x.stride(-1) == 1 and (not x.is_cuda or aligned(x)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def pointer(x: Tensor | None) -> int | None:

@@ -10,9 +10,6 @@ from torch import Tensor
 from ..dispatch import Implementation
 from . import library
 
-FEW = 8
-"""Queries of a row whose scores the library computes."""
-
 MOST_CHANNELS, MOST_SUBS = 256, 64
 
 SHARES = {"kv_head": 0, "q_head": 1, "all": 2}
@@ -21,6 +18,7 @@ SHARES = {"kv_head": 0, "q_head": 1, "all": 2}
 class HflScore(ctypes.Structure):
     """`hfl_score`."""
 
+    __slots__ = ()
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("batch", "q_heads", "kv_heads", "tokens", "dim", "dtype")),
         *((name, ctypes.c_int32) for name in ("entries", "vectors", "subs", "share")),
@@ -35,6 +33,7 @@ class HflScore(ctypes.Structure):
 class HflPick(ctypes.Structure):
     """`hfl_pick`."""
 
+    __slots__ = ()
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("batch", "heads", "queries", "blocks", "chosen")),
         *((name, ctypes.c_void_p) for name in ("scores", "low", "high")),
@@ -49,8 +48,8 @@ def reject_score(q: Tensor, summary: Tensor, subs: int, share: str) -> str | Non
     reason = library.reason(q.device)
     if reason is not None:
         return reason
-    if q.shape[2] > FEW:
-        return f"takes at most {FEW} queries a row"
+    if q.shape[2] > library.FEW:
+        return f"takes at most {library.FEW} queries a row"
     if 0 in (q.numel(), summary.numel()):
         return "takes no empty tensors"
     if torch.is_grad_enabled() and (q.requires_grad or summary.requires_grad):
@@ -73,8 +72,7 @@ def reject_score(q: Tensor, summary: Tensor, subs: int, share: str) -> str | Non
 
 def score_pages(q: Tensor, summary: Tensor, subs: int, share: str) -> Tensor:
     """`ops.score_pages`."""
-    if q.is_cuda and not library.aligned(q):
-        q = q.clone(memory_format=torch.contiguous_format)
+    q = library.laid_out(q)
     (rows, heads, tokens, dim), (kv_heads, entries, vectors) = q.shape, summary.shape[1:4]
     chosen = {"kv_head": kv_heads, "q_head": heads, "all": 1}[share]
     scores = q.new_empty((rows, chosen, tokens, -(-entries // subs)), dtype=torch.float32)

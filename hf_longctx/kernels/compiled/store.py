@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from ..dispatch import Implementation
@@ -12,15 +11,13 @@ from ..types import Packed
 from . import library
 from .library import HflRows, pointer
 
-FEW = 8
-"""Tokens of a row that the library takes."""
-
 MOST_CHANNELS = 256
 
 
 class HflAppend(ctypes.Structure):
     """`hfl_append`."""
 
+    __slots__ = ()
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("batch", "kv_heads", "tokens", "dim", "v_dim", "dtype")),
         *((name, HflRows) for name in ("k", "v")),
@@ -51,8 +48,8 @@ def reject(
     reason = library.reason(k.device)
     if reason is not None:
         return reason
-    if k.shape[2] > FEW:
-        return f"takes at most {FEW} tokens a row"
+    if k.shape[2] > library.FEW:
+        return f"takes at most {library.FEW} tokens a row"
     if 0 in (k.numel(), v.numel()):
         return "takes no empty tensors"
     if any(x.device != k.device for x in (k_store, v_store, v, pos)):
@@ -91,7 +88,7 @@ def append_pages(
     first: int | None,
 ) -> None:
     """`ops.append_pages`; positions are read where they lie, so that a captured call can be replayed."""
-    k, v = (x.detach() if library.aligned(x) and x.stride(-1) == 1 else _laid_out(x) for x in (k, v))
+    k, v = (library.laid_out(x.detach()) for x in (k, v))
     pos = pos.contiguous()
     block = HflAppend(*k.shape[:3], k.shape[3], v.shape[3], library.DTYPES[k.dtype])
     block.k, block.v = library.rows(k_store), library.rows(v_store)
@@ -103,10 +100,6 @@ def append_pages(
         block.bounds, (block.bounds_b, block.bounds_h) = pointer(bounds), bounds.stride()[:2]
     block.sub, block.capacity = sub, k_store.shape[2]
     library.run("append", block, k.device)
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 OPS = {"append_pages": Implementation(append_pages, reject)}
