@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ class Prefill:
                 for name, value in model_kwargs.items()
             }
             stock._prefill(self.model, input_ids[:, :-1], generation_config, before, *args, **kwargs)
+            generation_config = copy(generation_config)
+            generation_config.prefill_chunk_size = None  # 5.17 cuts chunks of all the text, of what the cache has too
         return stock._prefill(self.model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _shares(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
