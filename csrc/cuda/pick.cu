@@ -11,41 +11,18 @@
 
 #include "../hf_longctx.h"
 #include "ptx.cuh"
+#include "scan.cuh"
 
 namespace hfl {
 namespace {
 
-constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 2048, EACH = 8, CHUNK = THREADS * EACH, MOST_DEVICES = 64;
+constexpr int BINS = 2048, EACH = 8, CHUNK = THREADS * EACH, MOST_DEVICES = 64;
 
 // A score as a whole number of the same order; -0 is 0.
 __device__ __forceinline__ uint32_t rank_of(float score) {
   const uint32_t bits = __float_as_uint(score != score ? -INFINITY : score + 0.0f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
-
-// Sum of x over the threads before this one; total: over all. `sums`: one place for each warp.
-__device__ __forceinline__ uint32_t sum_before(uint32_t x, uint32_t* sums, uint32_t& total) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  uint32_t running = x;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(0xffffffffu, running, step);
-    running += lane >= step ? other : 0u;
-  }
-  __syncthreads();  // nobody still reads the sums of the call before
-  if (lane == 31) sums[warp] = running;
-  __syncthreads();
-  const uint32_t mine = sums[lane];
-  uint32_t before = mine;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(0xffffffffu, before, step);
-    before += lane >= step ? other : 0u;
-  }
-  total = __shfl_sync(0xffffffffu, before, 31);
-  return __shfl_sync(0xffffffffu, before - mine, warp) + running - x;
-}
-static_assert(WARPS == 32, "a warp sums up the warps");
 
 // Candidates of a row: their ranks in shared memory, or their scores.
 struct Ranks {

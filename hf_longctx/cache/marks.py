@@ -53,6 +53,15 @@ class Marks:
         blocks = -(-tokens // self._summary.block)
         return blocks * dim * itemsize + min(self._ring, blocks * self._summary.block) * 4
 
+    def prepare(self, step: Step) -> None:
+        """Make room for a call."""
+        if self._entries is not None:
+            self._reserve(self._entries[:, :, :0, 0], -(-step.width // self._summary.block))
+
+    def buffers(self) -> list[Tensor | None]:
+        """The live tensors."""
+        return [self._entries, self._mass]
+
     def follow(self, keys: Keys, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         """Make the entries of blocks that no query from this call on has near, then take in the call.
 
@@ -64,7 +73,7 @@ class Marks:
         """
         assert step.tokens <= self._most
         count = self._newly_closed(step)
-        self._used = -(-step.end // self._summary.block)
+        self._used = -(-step.width // self._summary.block)
         self._reserve(k, max(self._used, count))
         if count:
             self._fold_closed(keys, step, turns, count)

@@ -25,6 +25,8 @@ OPS = (
     "rotate",
     "append",
     "append_pages",
+    "bring_blocks",
+    "copy_blocks",
     "encode_kv",
     "decode_kv",
 )

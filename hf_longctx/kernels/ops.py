@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .types import Logits, Packed, Selection, Turns, Visibility
+from .moves import bring_blocks, copy_blocks
+from .types import HostBlocks, Logits, Packed, Places, Selection, Turns, Visibility
 
 __all__ = [
+    "HostBlocks",
     "Logits",
     "Packed",
+    "Places",
     "Selection",
     "Turns",
     "Visibility",
@@ -19,6 +22,8 @@ __all__ = [
     "attend_blocks",
     "attend_mass",
     "attend_pages",
+    "bring_blocks",
+    "copy_blocks",
     "decode_kv",
     "encode_kv",
     "pick_blocks",

@@ -142,3 +142,44 @@ class Selection:
     q_block: int
     pages: Tensor | None = None
     far: int | None = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the blocks of a row and KV head lie on the device, whose store lies in host memory; all in blocks.
+
+    First the sinks, then a ring in which the last blocks go round, then a pool for whatever else is read. While a text
+    is short, there are no more places than it has blocks.
+
+    Args:
+        block: tokens of a block.
+        sinks: blocks of sinks.
+        tail: blocks that go round.
+    """
+
+    block: int
+    sinks: int
+    tail: int
+
+    def page(self, ids: Tensor) -> Tensor:
+        """The place of a block that is among the sinks or the last ones."""
+        return torch.where(ids < self.sinks, ids, self.sinks + (ids - self.sinks) % self.tail)
+
+    def is_far(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Which blocks have no place of their own any more in rows of so many tokens; bool, of the common shape."""
+        return (ids >= self.sinks) & (ids <= (lengths - 1) // self.block - self.tail)
+
+
+@dataclass(frozen=True)
+class HostBlocks:
+    """Blocks of keys and values in host memory, or in files that are mapped into it.
+
+    Args:
+        segments: `[B, Hkv, n, bytes]` each, uint8: block j lies in segment `j // n`, at place `j % n`; its bytes in
+            every tensor of keys and values, one after the other.
+        table: `[len(segments)]`, int64, their addresses, on the device, which reads and writes there by itself; None:
+            it cannot.
+    """
+
+    segments: list[Tensor]
+    table: Tensor | None

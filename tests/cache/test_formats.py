@@ -53,7 +53,7 @@ def test_memory_holds_each_position_in_its_column(kv: Any, padded: bool, data: s
             for row, expected in enumerate(lists):
                 for pos, token in enumerate(expected):
                     assert torch.equal(decoded(stored)[row, :, pos], token)
-        assert text.store.locate(torch.zeros(1, 1, 1, 1, dtype=torch.int32), 16) is None
+        assert text.store.locate(torch.zeros(1, 1, 1, 1, dtype=torch.int32), 16, step) is None
         change(text, data)
 
 

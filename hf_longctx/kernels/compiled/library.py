@@ -78,7 +78,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         abi = library.hfl_abi()
         if abi != ABI:
             return None, f"its library has interface {abi}, this package {ABI}: install the package again"
-        for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op in _OPS for kind in ("cpu", "cuda"))):
+        both = (f"hfl_{op}_{kind}" for op in _OPS for kind in ("cpu", "cuda"))
+        for name in ("hfl_version", *both, *(f"hfl_{op}_cuda" for op in _OPS_OF_CUDA)):
             getattr(library, name).restype = ctypes.c_char_p
         for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch"):
             getattr(library, name).restype = ctypes.c_int64
@@ -87,7 +88,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-_OPS = ("attend", "score", "pick", "append")
+_OPS, _OPS_OF_CUDA = ("attend", "score", "pick", "append"), ("bring", "copy")
 
 
 def reason(device: torch.device) -> str | None:

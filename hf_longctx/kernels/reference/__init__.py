@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..dispatch import Implementation
 from .append import append, append_pages
 from .attend import attend_blocks, attend_pages
+from .host import bring_blocks, copy_blocks
 from .kv import decode_kv, encode_kv
 from .pick import pick_blocks
 from .rotate import rotate
@@ -21,6 +22,8 @@ OPS = {
     "rotate": Implementation(rotate),
     "append": Implementation(append),
     "append_pages": Implementation(append_pages),
+    "bring_blocks": Implementation(bring_blocks),
+    "copy_blocks": Implementation(copy_blocks),
     "encode_kv": Implementation(encode_kv),
     "decode_kv": Implementation(decode_kv),
 }
