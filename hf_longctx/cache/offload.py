@@ -106,8 +106,7 @@ class OffloadedStore:
             step: the call.
         """
         if step.columns == 0:
-            keys, values = self._keys.encode(k), self._values.encode(v)
-            self._put(keys, values, k, step, None)
+            keys, values = self._write(k, v, step, None)
             return View(as_stored(k, keys), as_stored(v, values), step.pos if step.ragged else None)
         self.write(k, v, step)
         keys, values = self.whole(step.lengths_after, step.width)
@@ -118,7 +117,7 @@ class OffloadedStore:
     def write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None = None) -> None:
         """Store the call's tokens, for queries that read selected blocks; arguments as `Store.write`."""
         if self.k is None or not step.decodes:
-            self._put(self._keys.encode(k), self._values.encode(v), k, step, turns)
+            self._write(k, v, step, turns)
             return
         self._reserve(*self.memory, step)
         first = None if step.ragged else step.columns
@@ -178,23 +177,9 @@ class OffloadedStore:
             lengths: `[B or 1]`, int64, tokens of each row.
             columns: no row is longer.
         """
-        pages, block = self.pages, self.pages.block
-        if columns <= pages.own * block:
-            return part(self.memory[0], slice(None), 0, columns), part(self.memory[1], slice(None), 0, columns)
-        blocks, device = -(-columns // block), self.memory[0].device
-        keys, values = (
-            each(stored, lambda x: x.new_zeros(*x.shape[:2], blocks * block, x.shape[3])) for stored in self.memory
-        )
-        lengths = lengths.to(device)
-        first, last = torch.full_like(lengths, pages.sinks), pages.far_from(lengths)
-        at_ids = ops.Places(block, blocks, 1)
-        ops.copy_blocks(keys, values, self._host.blocks, first, last, blocks, at_ids, out=False)
-        j = torch.arange(blocks, device=device)[None]
-        near = (j * block < lengths[:, None]) & ~pages.is_far(j, lengths[:, None])
-        index = torch.where(near, pages.page(j), 0)
-        for target, x in zip(self._paged(keys, values), self._paged(*self.memory), strict=True):
-            own = ops.take_tokens(x, index.expand(x.shape[0], -1))
-            target.copy_(torch.where(near[:, None, :, None], own, target))
+        keys, values = self.memory
+        if columns > self.pages.own * self.pages.block:
+            keys, values = self._gathered(lengths.to(keys.device), columns)
         return part(keys, slice(None), 0, columns), part(values, slice(None), 0, columns)
 
     def crop(self, tokens: int, columns: int) -> None:
@@ -262,12 +247,27 @@ class OffloadedStore:
         tensors = [*parts(keys), *parts(values)]
         return [x.view(*x.shape[:2], -1, self.pages.block * x.shape[3]) for x in tensors]
 
+    def _gathered(self, lengths: Tensor, columns: int) -> tuple[Stored, Stored]:
+        """Whole blocks of all keys and values, each at its id; arguments as `whole`."""
+        block, blocks = self.pages.block, -(-columns // self.pages.block)
+        keys, values = (each(x, lambda x: x.new_zeros(*x.shape[:2], blocks * block, x.shape[3])) for x in self.memory)
+        first, last = torch.full_like(lengths, self.pages.sinks), self.pages.far_from(lengths)
+        ops.copy_blocks(keys, values, self._host.blocks, first, last, blocks, ops.Places(block, blocks, 1), out=False)
+        near, index = self.pages.near(torch.arange(blocks, device=lengths.device)[None], lengths)
+        for target, x in zip(self._paged(keys, values), self._paged(*self.memory), strict=True):
+            own = ops.take_tokens(x, index.expand(x.shape[0], -1))
+            target.copy_(torch.where(near[:, None, :, None], own, target))
+        return keys, values
+
     # writing --------------------------------------------------------------------------------------------------------
 
-    def _put(self, keys: Stored, values: Stored, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
+    def _write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None) -> tuple[Stored, Stored]:
+        """Store a call of any size: its keys and values as they are stored."""
+        keys, values = self._keys.encode(k), self._values.encode(v)
         for span, piece in self._pieces(keys, values, step):
             if self.index is not None:
                 self.index.follow(self, k[:, :, span], piece, turns)
+        return keys, values
 
     def _pieces(self, keys: Stored, values: Stored, step: Step) -> Iterator[tuple[slice, Step]]:
         """Store a call in pieces that leave the ring time to be copied; yields each piece once it is stored."""
@@ -275,7 +275,7 @@ class OffloadedStore:
         size, sinks = self.pages.ring - self.pages.block, self.pages.sinks * self.pages.block
         for start in range(0, step.tokens, size):
             stop = min(step.tokens, start + size)
-            piece = step if stop - start == step.tokens else _part(step, start, stop)
+            piece = step if stop - start == step.tokens else step.part(start, stop)
             for rows, fresh in ((self._keys, keys), (self._values, values)):
                 rows.put(part(fresh, slice(None), start, stop), piece, sinks, self.pages.ring)
             self._save(piece)
@@ -286,7 +286,7 @@ class OffloadedStore:
         need = self.pages.slots_at(step.width)
         for rows, like in ((self._keys, k), (self._values, v)):
             rows.reserve(like, min(room(rows.slots, need, self.pages.block), self.pages.slots))
-        self.pool = self.pool or Pool(*k.shape[:2], self.pages.pool, k.device)
+        self.pool = self.pool or Pool(k.shape[0], k.shape[1], self.pages.pool, k.device)
         self.make_room(step)
 
     def _save(self, step: Step) -> None:
@@ -297,9 +297,3 @@ class OffloadedStore:
         first, last = step.once(("full", block), lambda: (step.lengths // block, step.lengths_after // block))
         most = -(-step.tokens // block)
         ops.copy_blocks(*self.memory, self._host.blocks, first, last, most, self.pages, out=True)
-
-
-def _part(step: Step, first: int, last: int) -> Step:
-    """A part of a call, the same for all layers."""
-    made: Step = step.once(("part", first, last), lambda: step.part(first, last))
-    return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..kernels import ops
@@ -55,6 +56,11 @@ class Pages(ops.Places):
     def slot(self, pos: Tensor) -> Tensor:
         """Where a token at a position lies, if it is among the sinks or the last ones."""
         return slot_of(pos, self.sinks * self.block, self.ring)
+
+    def near(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Which blocks rows of `lengths` tokens have at places of their own, and these places, 0 for others."""
+        near = (ids * self.block < lengths[:, None]) & ~self.is_far(ids, lengths[:, None])
+        return near, torch.where(near, self.page(ids), 0)
 
     def far_from(self, lengths: Tensor) -> Tensor:
         """The first block behind those that have no place of their own any more in rows of so many tokens."""

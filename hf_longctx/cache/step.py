@@ -86,7 +86,11 @@ class Step:
         return moved
 
     def part(self, first: int, last: int) -> Step:
-        """The call's places `first` to `last - 1` in the order of attention, as a call of its own."""
+        """The call's places `first` to `last - 1` in the order of attention, as a call of its own; once for all layers."""
+        made: Step = self.once(("part", first, last), lambda: self._part(first, last))
+        return made
+
+    def _part(self, first: int, last: int) -> Step:
         counts = self.lengths_after - self.lengths
         lengths = self.lengths + counts.clamp(max=first)
         place = torch.arange(first, last, device=self.device)
