@@ -86,7 +86,7 @@ class Step:
         return moved
 
     def part(self, first: int, last: int) -> Step:
-        """The call's places `first` to `last - 1` in the order of attention, as a call of its own; once for all layers."""
+        """The call's places `first` to `last - 1` in the order of attention, as a call; once for all layers."""
         made: Step = self.once(("part", first, last), lambda: self._part(first, last))
         return made
 
