@@ -23,7 +23,7 @@ from .cache.cache import LongContextCache
 from .cache.step import Step
 from .context import Forward, current, enter
 from .models import takes_positions
-from .obstacles import Obstacles, of_call, of_model
+from .obstacles import Obstacles, of_cache, of_call, of_model
 from .plan import Plan
 from .recording import Graph, Recording, Take
 
@@ -134,7 +134,7 @@ class Recorder:
             return False
         if self._obstacles is None or self._obstacles.plan is not plan or self._last() is not cache:
             self._obstacles, self._last = of_model(self.decoder, plan), weakref.ref(cache)
-        self.reason = self._failed or self._obstacles.now() or of_call(self.decoder, kwargs, watched)
+        self.reason = self._failed or self._obstacles.now() or of_call(self.decoder, kwargs, watched) or of_cache(cache)
         return self.reason is None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,6 +155,7 @@ class Recorder:
             except torch.OutOfMemoryError as error:
                 return self._without(f"no memory for {held.room} tokens in every row ({_first(error)})", kwargs)
             self._held[cache] = held
+        cache.make_room(step)
         due = held.due(step.columns)
         take = held.take((due, _kind(self.decoder, inputs, others, step)), inputs, step, cache.ledger.rows)
         run = partial(_run, self.decoder, take, others, forward, held.room)

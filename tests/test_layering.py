@@ -28,7 +28,7 @@ ROOMS = {
     "group": {"errors", "plan", "cache", "kernels", "select", "context", "limits"},
     "attention": {"errors", "plan", "cache", "kernels", "models", "context", "group"},
     "recording": {"cache", "limits", "plan"},
-    "obstacles": {"models", "plan"},
+    "obstacles": {"cache", "models", "plan"},
     "graph": {"cache", "context", "models", "obstacles", "plan", "recording"},
     "memory": {"cache", "models", "plan"},
     "testing": {"plan", "testing"},

@@ -150,6 +150,12 @@ class LongContextCache(Cache):
         self.floors = {retention: floor.to(step.device) for retention, floor in self.floors.items()}
         self.measure()
 
+    def make_room(self, step: Step) -> None:
+        """Let host memory have room for a call that is recorded or replayed: that is not reserved long before."""
+        grown = [store.make_room(step) for store in self.offloaded]
+        if any(grown):
+            self.measure()
+
     def buffers(self) -> list[Any]:
         """All that a recorded call reads and writes beside its inputs; what moves is another object."""
         found = [x for layer in self.stacks for _, store in layer.stores for x in store.buffers()]

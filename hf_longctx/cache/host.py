@@ -42,6 +42,11 @@ class HostTier:
         return ops.HostBlocks(self._segments, self.table)
 
     @property
+    def room(self) -> int:
+        """Blocks of a row that there is room for."""
+        return len(self._segments) * self.per_segment
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all segments."""
         return sum(segment.nbytes for segment in self._segments)
@@ -52,12 +57,9 @@ class HostTier:
 
     def reserve(self, like: Sequence[Tensor], blocks: int) -> None:
         """Make room for `blocks` blocks a row; like: `[B, H, ?, d]` each, on the device that they come from."""
-        have = len(self._segments)
-        if blocks <= have * self.per_segment:
-            return
         device, size = like[0].device, self.block * sum(x.shape[3] * x.itemsize for x in like)
         pin = device.type == "cuda" and self.disk is None
-        for _ in range(have, -(-blocks // self.per_segment)):
+        while self.room < blocks:
             self._segments.append(self._empty((*like[0].shape[:2], self.per_segment, size), pin))
         if pin:
             self._address(device)

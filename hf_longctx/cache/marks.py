@@ -58,6 +58,11 @@ class Marks:
         if self._entries is not None:
             self._reserve(self._entries[:, :, :0, 0], -(-step.width // self._summary.block))
 
+    @property
+    def behind(self) -> bool:
+        """True if the next call has more entries to make than one that follows a call of a token may have."""
+        return self._before > self._summary.block
+
     def buffers(self) -> list[Tensor | None]:
         """The live tensors."""
         return [self._entries, self._mass]

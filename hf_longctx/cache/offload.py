@@ -133,10 +133,13 @@ class OffloadedStore:
         if self.index is not None:
             self.index.prepare(step)
 
-    def make_room(self, step: Step) -> None:
-        """Let the host have room for the blocks that are full after a call."""
-        both = (x for one in self.memory for x in parts(one))
-        self._host.reserve(list(both), step.end // self.pages.block)
+    def make_room(self, step: Step) -> bool:
+        """Let the host have room for the blocks that are full after a call; True if it had not."""
+        blocks = step.end // self.pages.block
+        if blocks <= self._host.room:
+            return False
+        self._host.reserve([x for one in self.memory for x in parts(one)], blocks)
+        return True
 
     def buffers(self) -> list[Any]:
         """What it holds on its device, and where the host's memory is: a recorded call finds everything there."""

@@ -132,5 +132,9 @@ class Placement(Protocol):
     def resident_blocks(self) -> int:
         """Blocks of the selector that stay on the device, per row and KV head."""
 
+    @property
+    def disk(self) -> str | None:
+        """Folder for files that hold them; None: they are in host memory."""
+
     def describe(self) -> str:
         """One phrase for a table."""
