@@ -30,11 +30,11 @@ STORED = (
     Row("quest_dense_below", lambda case: lc.Quest(8, page=4, dense_layers=0, dense_below=45)),
 )
 INF = {"init": 4, "local": 6, "block": 4, "topk": 1, "representatives": 2, "q_block": 8}
-FILES = Row("files", lambda case: lc.InfLLM(**INF, disk=tempfile.gettempdir()))
+FILES = Row("files", lambda case: lc.InfLLM(**INF, disk=tempfile.gettempdir()), in_cache=True)
 PLACED = (
     INF_LLM,
-    Row("inf_llm_int8", lambda case: lc.InfLLM(**INF, resident_blocks=0, kv="int8")),
-    Row("inf_llm_on_device", lambda case: lc.InfLLM(**INF, offload=False)),
+    Row("inf_llm_int8", lambda case: lc.InfLLM(**INF, resident_blocks=0, kv="int8"), in_cache=True),
+    Row("inf_llm_on_device", lambda case: lc.InfLLM(**INF, offload=False), in_cache=True),
     Row("quest_host", lambda case: _hosted(case, lc.Quest(8, page=4, dense_layers=0))),
     Row("quest_host_dense_first", lambda case: _hosted(case, lc.Quest(40, page=4, dense_layers=0))),
 )
@@ -201,6 +201,19 @@ REASONS: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "frequencies": ("llama_dynamic", LIMITS[0], {}, "dynamic"),
     "positions": ("opt", LIMITS[0], {}, "position_ids"),
 }
+
+
+@torch.no_grad()
+def test_entries_of_a_longer_call_are_made_first() -> None:
+    model, ids = lc.patch(LLAMA.make(), INF_LLM.method(LLAMA)), LLAMA.prompt(40)
+    with recorders() as again:
+        cache, said = model(ids[:, :24]).past_key_values, []  # the last 8 tokens at once, two blocks
+        for i in range(24, 40):
+            model(ids[:, i : i + 1], past_key_values=cache)
+            said.append(lc.report(model).eager)
+    assert "made first" in (said[0] or "")
+    assert said[1:] == [None] * 15
+    assert again.replayed > 5
 
 
 @pytest.mark.parametrize("why", REASONS)
