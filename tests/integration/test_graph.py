@@ -22,8 +22,8 @@ from .tiny import Case
 LLAMA = BY_NAME["llama"]
 QUEST, _, LSERVE, INF_LLM = SELECTING
 STORED = (
-    Row("quest_all", lambda case: lc.Quest(8, page=4, dense_layers=0, share="all")),
-    Row("quest_dense_below", lambda case: lc.Quest(8, page=4, dense_layers=0, dense_below=45)),
+    Row("quest_all", lambda case: lc.Quest(8, page=4, sink=0, dense_layers=0, share="all")),
+    Row("quest_dense_below", lambda case: lc.Quest(8, page=4, sink=0, dense_layers=0, dense_below=45)),
 )
 PAIRS = [*pairs((LIMITS[0], *LOSSY, LSERVE)), *pairs((QUEST, *STORED), tuple(BY_NAME[n] for n in ("llama", "gemma3")))]
 CHANGING = [case for case in DECODERS if case.rope in ("dynamic", "longrope")]
@@ -306,7 +306,7 @@ def test_a_choice_that_could_not_be_recorded_is_made(monkeypatch: pytest.MonkeyP
 
 def test_patched_gives_the_setting_back() -> None:
     model = lc.patch(LLAMA.make(), "dense", cuda_graph=False)
-    with lc.patched(model, "quest", token_budget=32):
+    with lc.patched(model, "quest", token_budget=48):
         pass
     with recorders() as again:
         generate(model, single(LLAMA))
