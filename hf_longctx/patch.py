@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import adapters
+from . import adapters, shortcuts
 from .attention import register
 from .cache.cache import LongContextCache
 from .cache.ledger import Ledger
@@ -82,6 +82,7 @@ def patch(
         state.find_rotary(plan)
         state.plan, state.cache, state.ledger = plan, None, Ledger()
         state.recorder.renew(cuda_graph)
+        shortcuts.install(decoder)  # the model may have come to a GPU
         return model
     state = Patch(facts, decoder, decoder.config, plan, Recorder(decoder, cuda_graph))
     try:
@@ -187,11 +188,13 @@ def _install(state: Patch) -> None:
     if state.facts.family in ADAPTED:
         for module in attention_modules(state.decoder):
             adapters.install(module, state.facts.family)
+    shortcuts.install(state.decoder)
 
 
 def _remove(state: Patch) -> None:
     for hook in state.hooks:
         hook.remove()
+    shortcuts.remove(state.decoder)
     if state.decoder.__dict__.get("forward") is state.recorder:
         del state.decoder.__dict__["forward"]
     if state.facts.family in ADAPTED:
