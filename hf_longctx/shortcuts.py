@@ -67,20 +67,6 @@ def _places(decoder: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield module, name
 
 
-def _due() -> bool:
-    """True inside a call of few tokens that nothing records for gradients or compiles."""
-    if torch.compiler.is_compiling():
-        return False
-    forward = current()
-    return (
-        forward is not None
-        and forward.step.tokens <= FEW
-        and forward.step.device.type in DEVICES
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(forward.step.device.type)
-    )
-
-
 @dataclass(eq=False)
 class ShortCut:
     """In place of a module's `forward`."""
@@ -91,6 +77,16 @@ class ShortCut:
     def __signature__(self) -> inspect.Signature:
         own = inspect.signature(type(self.module).forward)
         return own.replace(parameters=list(own.parameters.values())[1:])
+
+    def due(self) -> bool:
+        """True inside a call of few tokens that nothing trains, compiles or records for gradients."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.module.training:
+            return False
+        forward = current()
+        if forward is None or forward.step.tokens > FEW:
+            return False
+        device = forward.step.device.type
+        return device in DEVICES and not torch.is_autocast_enabled(device)
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
@@ -113,7 +109,7 @@ class Norm(ShortCut):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One launch, or the norm's own."""
-        if kwargs or not _due():
+        if kwargs or not self.due():
             return self.stock(*args, **kwargs)
         weight: Any = self.module.weight
         return ops.rms_norm(args[0], weight, self.eps, self.offset, self.early)
@@ -216,7 +212,7 @@ class Rotation(ShortCut):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The attention's forward."""
-        return self._run(self.module, *args, **kwargs) if _due() else self.stock(*args, **kwargs)
+        return self._run(self.module, *args, **kwargs) if self.due() else self.stock(*args, **kwargs)
 
 
 def _rotation(module: nn.Module, known: dict[Any, Any]) -> Rotation | None:

@@ -10,7 +10,8 @@ from . import dispatch
 def rotate_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Turn queries and keys to their positions: pairs are channels (i, i + size/2), and those from `size` on stay.
 
-    `x[i] * cos[i] - x[j] * sin[i]` and `x[j] * cos[j] + x[i] * sin[j]`, where `j = i + size/2`. Where cos has the dtype of q, each product is rounded to it before they are added.
+    They become `x[i] * cos[i] - x[j] * sin[i]` and `x[j] * cos[j] + x[i] * sin[j]`, where `j = i + size/2`. If cos has
+    the dtype of q, each product is rounded to it before they are added.
 
     Args:
         q: `[B, Hq, T, D]`.
