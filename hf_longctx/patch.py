@@ -80,9 +80,9 @@ def patch(
     state: Patch | None = base.__dict__.get(_KEY)
     if state is not None:
         state.find_rotary(plan)
+        shortcuts.install(decoder)  # the model may have come to a GPU
         state.plan, state.cache, state.ledger = plan, None, Ledger()
         state.recorder.renew(cuda_graph)
-        shortcuts.install(decoder)  # the model may have come to a GPU
         return model
     state = Patch(facts, decoder, decoder.config, plan, Recorder(decoder, cuda_graph))
     try:

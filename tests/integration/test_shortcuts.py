@@ -408,7 +408,7 @@ def test_the_report_counts_them() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "case",
-    [BY_NAME[n] for n in ("llama", "qwen3", "gemma3", "olmo2", "gpt_oss", "phi3_partial", "gpt_neox")],
+    [BY_NAME[n] for n in ("llama", "qwen3", "gemma3", "olmo2", "gpt_oss", "phi3_partial")],
     ids=named,
 )
 def test_on_a_gpu(case: Case, dtype: torch.dtype, cuda_graph: bool) -> None:
@@ -419,7 +419,7 @@ def test_on_a_gpu(case: Case, dtype: torch.dtype, cuda_graph: bool) -> None:
     got = generate(model, inputs, output_logits=True)
     used = lc.report(model).backends
     assert used["rotate_heads"] == "compiled"
-    assert norms_of(model) == 0 or used["rms_norm"] == "compiled"
+    assert used["rms_norm"] == "compiled"
     with pytest.MonkeyPatch.context() as context:
         context.setattr(shortcuts, "DEVICES", set())
         lc.unpatch(model)
@@ -428,5 +428,5 @@ def test_on_a_gpu(case: Case, dtype: torch.dtype, cuda_graph: bool) -> None:
         assert torch.equal(got.sequences, expected.sequences)
     first, other = got.logits[1], expected.logits[1]  # of the first step after the prompt
     torch.testing.assert_close(
-        first, other, rtol=0, atol=(1e-4 if dtype == torch.float32 else 3e-2) * float(other.abs().max())
+        first, other, rtol=0, atol=(1e-4 if dtype == torch.float32 else 5e-2) * float(other.abs().max())
     )
