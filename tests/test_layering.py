@@ -31,6 +31,7 @@ ROOMS = {
     "recording": {"cache", "limits", "plan"},
     "obstacles": {"models", "plan"},
     "graph": {"cache", "context", "models", "obstacles", "plan", "recording"},
+    "shortcuts": {"cache", "context", "kernels"},
     "memory": {"cache", "models", "plan"},
     "testing": {"plan", "testing"},
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .layers import rms_norm, rotate_heads
 from .types import Logits, Packed, Selection, Turns, Visibility
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "decode_kv",
     "encode_kv",
     "pick_blocks",
+    "rms_norm",
     "rotate",
+    "rotate_heads",
     "score_antidiagonal",
     "score_pages",
     "take_tokens",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from . import attend, library, select, store
+from . import attend, library, norm, rotary, select, store
 
-OPS = {**attend.OPS, **select.OPS, **store.OPS}
+OPS = {**attend.OPS, **select.OPS, **store.OPS, **norm.OPS, **rotary.OPS}
 
 
 def missing() -> str | None:

@@ -78,7 +78,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         abi = library.hfl_abi()
         if abi != ABI:
             return None, f"its library has interface {abi}, this package {ABI}: install the package again"
-        for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op in _OPS for kind in ("cpu", "cuda"))):
+        both = (f"hfl_{op}_{kind}" for op in _OPS for kind in ("cpu", "cuda"))
+        for name in ("hfl_version", *both, *(f"hfl_{op}_cuda" for op in _OPS_ON_CUDA)):
             getattr(library, name).restype = ctypes.c_char_p
         for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch"):
             getattr(library, name).restype = ctypes.c_int64
@@ -88,6 +89,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 _OPS = ("attend", "score", "pick", "append")
+_OPS_ON_CUDA = ("norm", "turn")
 
 
 def reason(device: torch.device) -> str | None:
@@ -169,6 +171,11 @@ def run(op: str, block: ctypes.Structure, device: torch.device) -> None:
 def aligned(x: Tensor) -> bool:
     """True if the first element and every row are at a multiple of 16 bytes."""
     return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
+
+
+def reason_on_cuda(x: Tensor) -> str | None:
+    """`reason` for an operation that has code for CUDA alone: what it saves there, launches, a CPU does not have."""
+    return reason(x.device) or (None if x.is_cuda else "is for CUDA: there it is one launch in place of many")
 
 
 def laid_out(x: Tensor) -> Tensor:
