@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define HFL_ABI 1
+#define HFL_ABI 2
 
 #pragma GCC visibility push(default)  // all else is hidden
 #ifdef __cplusplus
@@ -141,6 +141,35 @@ typedef struct {
   void* stream;
 } hfl_copy;
 
+// ops.rms_norm; on CUDA alone.
+typedef struct {
+  int32_t outer, middle, inner, dim;  // x [outer, middle, inner, dim]
+  int32_t dtype, weight_dtype;
+  int32_t early;  // 1: rows are rounded to dtype before they meet the weight
+  float eps, offset;
+  const void* x;
+  int64_t x_o, x_m, x_i;
+  const void* weight;  // [dim]
+  void* out;           // contiguous; of dtype, but float32 if early and the weight is
+  void* stream;
+} hfl_norm;
+
+// ops.rotate_heads; on CUDA alone. Rows of q and k begin at multiples of four elements.
+typedef struct {
+  int32_t batch, q_heads, kv_heads, tokens, dim, dtype;
+  int32_t size, pairs;    // channels that are turned; 1: cos and sin have one channel for a pair of them
+  int32_t angle_dtype;    // of cos and sin: dtype or float32
+  const void* q;          // [B, Hq, T, D]
+  const void* k;          // [B, Hkv, T, D]
+  int64_t q_b, q_h, q_t, k_b, k_h, k_t;
+  const void* cos;        // [B or 1, T, size or size / 2]
+  const void* sin;
+  int64_t angle_b, angle_t;  // strides of both; angle_b 0 where all rows are alike
+  void* q_out;               // contiguous, as k_out
+  void* k_out;
+  void* stream;
+} hfl_turn;
+
 int32_t hfl_abi(void);
 const char* hfl_version(void);       // compiler, architectures
 int32_t hfl_has_cuda(void);          // 1 if the library holds CUDA code
@@ -159,6 +188,8 @@ const char* hfl_pick_cuda(const hfl_pick* a);
 const char* hfl_append_cuda(const hfl_append* a);
 const char* hfl_bring_cuda(const hfl_bring* a);
 const char* hfl_copy_cuda(const hfl_copy* a);
+const char* hfl_norm_cuda(const hfl_norm* a);
+const char* hfl_turn_cuda(const hfl_turn* a);
 
 #ifdef __cplusplus
 }

@@ -56,13 +56,20 @@ class Ledger:
         """Such blocks that came from the host."""
         return sum(int(both[1]) for both in self.lookups)
 
-    def count(self, phase: str, ids: Tensor, visible: Tensor) -> None:
-        """Count what blocks of queries read, `[B, Hs, N, K]`, of so many, `[]`, that each head could have seen."""
+    def count(self, phase: str, ids: Tensor, last: Tensor, visible: Tensor) -> None:
+        """Count what blocks of queries read.
+
+        Args:
+            phase: prefill or decode.
+            ids: `[B, Hs, N, K]`, int32, blocks; -1 for none.
+            last: `[B or 1, N]`, int64, the block of the last query; one after it has nothing for it yet.
+            visible: `[]`, how many blocks each head could have seen.
+        """
         key = (phase, ids.device)
         if key not in self.tally:
             self.tally[key] = torch.zeros(2, dtype=torch.float64, device=ids.device)
         read, seen = self.tally[key].unbind()
-        read += (ids >= 0).sum()
+        read += ((ids >= 0) & (ids <= last[:, None, :, None])).sum()
         seen.add_(visible, alpha=ids.shape[1])
 
     def settle(self) -> None:
@@ -71,14 +78,13 @@ class Ledger:
             self.lengths = self.tail = None
         self.loose = False
 
-    def count_all(self, phase: str, reads: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """As `count` of each, in few operations."""
-        heads: dict[Tensor, int] = {}
-        for ids, visible in reads:
-            heads[visible] = heads.get(visible, 0) + ids.shape[1]
-        for visible, number in heads.items():
-            own = torch.cat([ids.flatten() for ids, seen in reads if seen is visible])
-            self.count(phase, own[None, None, None], visible * number)
+    def count_all(self, phase: str, reads: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """As `count` of each, in few operations; those that share `visible` share their selector, too."""
+        alike: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
+        for ids, last, visible in reads:
+            alike.setdefault(visible, []).append((ids, last))
+        for visible, read in alike.items():
+            self.count(phase, torch.cat([ids for ids, _ in read], 1), read[0][1], visible)
 
     def density(self, phase: str | None = None) -> float | None:
         """Share of the visible blocks that were read where heads choose, in one phase or both; None: no choice yet."""

@@ -31,7 +31,7 @@ class Marks:
 
     def __init__(self, summary: Summary, selector: Selector) -> None:
         self._summary = cast(Folding, summary)
-        self._near, self._most = selector.local, selector.scorer.q_block
+        self._near, self._most, self._ahead = selector.local, selector.scorer.q_block, selector.refresh_every - 1
         self._ring = self._near + 2 * summary.block + 2 * self._most
         self._entries: Tensor | None = None
         self._mass: Tensor | None = None
@@ -40,7 +40,7 @@ class Marks:
 
     @property
     def entries(self) -> Tensor | None:
-        """`[B, H, M, 1, D]`, one entry per block of the longest row, of blocks near the end of a row anything."""
+        """`[B, H, M, 1, D]`, one entry per block of the longest row, and ahead; of blocks near its end anything."""
         return None if self._entries is None else self._entries[:, :, : self._used]
 
     @property
@@ -56,7 +56,7 @@ class Marks:
     def prepare(self, step: Step) -> None:
         """Make room for a call."""
         if self._entries is not None:
-            self._reserve(self._entries[:, :, :0, 0], -(-step.width // self._summary.block))
+            self._reserve(self._entries[:, :, :0, 0], -(-(step.width + self._ahead) // self._summary.block))
 
     @property
     def behind(self) -> bool:
@@ -78,7 +78,7 @@ class Marks:
         """
         assert step.tokens <= self._most
         count = self._newly_closed(step)
-        self._used = -(-step.width // self._summary.block)
+        self._used = -(-(step.width + self._ahead) // self._summary.block)
         self._reserve(k, max(self._used, count))
         if count:
             self._fold_closed(keys, step, turns, count)

@@ -23,6 +23,8 @@ OPS = (
     "score_antidiagonal",
     "pick_blocks",
     "rotate",
+    "rotate_heads",
+    "rms_norm",
     "append",
     "append_pages",
     "bring_blocks",

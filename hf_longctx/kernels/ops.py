@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .layers import rms_norm, rotate_heads
 from .moves import bring_blocks, copy_blocks
 from .types import HostBlocks, Logits, Packed, Places, Selection, Turns, Visibility
 
@@ -27,7 +28,9 @@ __all__ = [
     "decode_kv",
     "encode_kv",
     "pick_blocks",
+    "rms_norm",
     "rotate",
+    "rotate_heads",
     "score_antidiagonal",
     "score_pages",
     "take_tokens",

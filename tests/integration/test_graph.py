@@ -26,8 +26,8 @@ from .tiny import Case
 LLAMA = BY_NAME["llama"]
 QUEST, _, LSERVE, INF_LLM = SELECTING
 STORED = (
-    Row("quest_all", lambda case: lc.Quest(8, page=4, dense_layers=0, share="all")),
-    Row("quest_dense_below", lambda case: lc.Quest(8, page=4, dense_layers=0, dense_below=45)),
+    Row("quest_all", lambda case: lc.Quest(8, page=4, sink=0, dense_layers=0, share="all")),
+    Row("quest_dense_below", lambda case: lc.Quest(8, page=4, sink=0, dense_layers=0, dense_below=45)),
 )
 INF = {"init": 4, "local": 6, "block": 4, "topk": 1, "representatives": 2, "q_block": 8}
 FILES = Row("files", lambda case: lc.InfLLM(**INF, disk=tempfile.gettempdir()), in_cache=True)
@@ -341,7 +341,7 @@ def test_a_choice_that_could_not_be_recorded_is_made(monkeypatch: pytest.MonkeyP
 
 def test_patched_gives_the_setting_back() -> None:
     model = lc.patch(LLAMA.make(), "dense", cuda_graph=False)
-    with lc.patched(model, "quest", token_budget=32):
+    with lc.patched(model, "quest", token_budget=48):
         pass
     with recorders() as again:
         generate(model, single(LLAMA))

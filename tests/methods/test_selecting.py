@@ -60,7 +60,7 @@ def test_plans_survive_json_and_keep_the_models_own_windows(row: Any, case: Any)
 
 def test_quest_is_dense_in_its_first_layers() -> None:
     plan = lc.Quest(token_budget=2048, dense_layers=1).plan(FACTS)
-    selector = lc.Selector(UpperBound(MinMax(16, 16)), TopK(2032))
+    selector = lc.Selector(UpperBound(MinMax(16, 16)), TopK(2016), sink=4)
     dense = lc.HeadPolicy(lc.KeepAll(), lc.Absolute())
     sparse = lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), decode=selector)
     assert policies(plan) == [[((0, 1), dense)], [((0, 1), sparse)]]
@@ -200,8 +200,8 @@ def test_limit_rows_have_room_for_the_text() -> None:
 # refusals -------------------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[Callable[[], Any], str]] = [
-    (lambda: lc.Quest(token_budget=100), "Quest: expected token_budget as whole pages of 16 tokens, at least 32"),
-    (lambda: lc.Quest(token_budget=16), "1 with the last tokens and one to choose; got 16. Give 32"),
+    (lambda: lc.Quest(token_budget=100), "Quest: expected token_budget as whole pages of 16 tokens, at least 48"),
+    (lambda: lc.Quest(token_budget=16), "1 with the last tokens and one to choose; got 16. Give 48"),
     (lambda: lc.Quest(token_budget=64, sink=17, local=2), "at least 80: 2 with sinks, 2 with the last tokens"),
     (lambda: lc.Quest(token_budget=2048.0), "got 2048.0"),  # type: ignore[arg-type]
     (lambda: lc.Quest(page=0), "MinMax: expected block as a whole number >= 1; got 0"),

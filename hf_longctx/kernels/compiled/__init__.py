@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from . import attend, host, library, select, store
+from . import attend, host, library, norm, rotary, select, store
 
-OPS = {**attend.OPS, **select.OPS, **store.OPS, **host.OPS}
+OPS = {**attend.OPS, **select.OPS, **store.OPS, **host.OPS, **norm.OPS, **rotary.OPS}
 
 
 def missing() -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..types import Packed
 
-ABI = 1
+ABI = 2
 FEW = 8
 """Queries, or fresh tokens, of a row that an operation takes."""
 
@@ -79,7 +79,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         if abi != ABI:
             return None, f"its library has interface {abi}, this package {ABI}: install the package again"
         both = (f"hfl_{op}_{kind}" for op in _OPS for kind in ("cpu", "cuda"))
-        for name in ("hfl_version", *both, *(f"hfl_{op}_cuda" for op in _OPS_OF_CUDA)):
+        for name in ("hfl_version", *both, *(f"hfl_{op}_cuda" for op in _OPS_ON_CUDA)):
             getattr(library, name).restype = ctypes.c_char_p
         for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch"):
             getattr(library, name).restype = ctypes.c_int64
@@ -88,7 +88,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-_OPS, _OPS_OF_CUDA = ("attend", "score", "pick", "append"), ("bring", "copy")
+_OPS = ("attend", "score", "pick", "append")
+_OPS_ON_CUDA = ("bring", "copy", "norm", "turn")
 
 
 def reason(device: torch.device) -> str | None:
@@ -170,6 +171,11 @@ def run(op: str, block: ctypes.Structure, device: torch.device) -> None:
 def aligned(x: Tensor) -> bool:
     """True if the first element and every row are at a multiple of 16 bytes."""
     return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
+
+
+def reason_on_cuda(x: Tensor) -> str | None:
+    """`reason` for an operation that has code for CUDA alone: what it saves there, launches, a CPU does not have."""
+    return reason(x.device) or (None if x.is_cuda else "is for CUDA: there it is one launch in place of many")
 
 
 def laid_out(x: Tensor) -> Tensor:

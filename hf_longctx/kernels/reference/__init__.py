@@ -7,8 +7,9 @@ from .append import append, append_pages
 from .attend import attend_blocks, attend_pages
 from .host import bring_blocks, copy_blocks
 from .kv import decode_kv, encode_kv
+from .norm import rms_norm
 from .pick import pick_blocks
-from .rotate import rotate
+from .rotate import rotate, rotate_heads
 from .score import score_antidiagonal, score_pages
 from .selected import attend_mass
 
@@ -20,6 +21,8 @@ OPS = {
     "score_antidiagonal": Implementation(score_antidiagonal),
     "pick_blocks": Implementation(pick_blocks),
     "rotate": Implementation(rotate),
+    "rotate_heads": Implementation(rotate_heads),
+    "rms_norm": Implementation(rms_norm),
     "append": Implementation(append),
     "append_pages": Implementation(append_pages),
     "bring_blocks": Implementation(bring_blocks),
