@@ -12,7 +12,7 @@ from .cache.kept import Kept
 from .cache.pieces import Blocks, pieces
 from .cache.positions import sink_position
 from .cache.rows import View
-from .cache.step import Step
+from .cache.step import FEW, Step
 from .cache.store import Store
 from .context import Forward
 from .gradient import Stored
@@ -157,11 +157,12 @@ def _read_in_turn(call: Call, selector: Selector, step: Step, q: Tensor, k: Tens
         _note(call, selector, piece.pos, read, near[1], visible)
         keys, values = store.memory
         see = ops.Visibility(q_pos=piece.pos)
-        if summary is not None and summary.local:
+        if summary is not None and summary.weighs:
             part, mass = ops.attend_mass(asked, keys, values, call.logits, see, turns, read, selector.local)
             store.add_mass(ids, mass, selector.block)
         else:
-            part = ops.attend_pages(asked, keys, values, call.logits, see, turns, read)
+            attend = ops.attend_pages if piece.tokens <= FEW else ops.attend_blocks
+            part = attend(asked, keys, values, call.logits, see, turns, read)
         if piece.tokens == step.tokens and isinstance(tokens, slice):
             return part
         if out is None:

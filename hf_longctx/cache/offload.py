@@ -19,7 +19,7 @@ from ..plan import HeadPolicy
 from .host import HostTier
 from .index import index_of
 from .kept import Kept
-from .marks import Marks, marked
+from .marks import Marks
 from .pages import Pages
 from .placement import HostLRU
 from .pool import Pool
@@ -191,8 +191,8 @@ class OffloadedStore:
         Raises:
             ValueError: attention that they paid was counted.
         """
-        if tokens and isinstance(self.index, Marks):
-            raise marked(tokens)
+        if isinstance(self.index, Marks):
+            self.index.crop(tokens)
 
     def take_back(self, tokens: int, lengths: Tensor) -> None:
         """Undo what the last `tokens` of rows did to the ring and the pool.

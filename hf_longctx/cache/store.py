@@ -17,7 +17,7 @@ from ..kernels import ops
 from ..plan import HeadPolicy
 from .index import index_of
 from .kept import Kept
-from .marks import Marks, marked
+from .marks import Marks
 from .rows import PAGE, Rows, Stored, View, as_stored, decoded, loaded, mixed, part, room, saved, slot_of, token_bytes
 from .step import FEW, Step
 
@@ -163,8 +163,8 @@ class Store:
         Raises:
             ValueError: tokens that were overwritten would be seen again, or attention that they paid was counted.
         """
-        if tokens and isinstance(self.index, Marks):
-            raise marked(tokens)
+        if isinstance(self.index, Marks):
+            self.index.crop(tokens)
         sink, window, end = self.retention.sink, self.retention.window, columns - tokens
         if window is None or max(sink, end - window + 1) >= min(end, self._lost):
             return

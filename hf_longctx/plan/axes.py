@@ -62,7 +62,11 @@ class Summary(Protocol):
 
     @property
     def local(self) -> bool:
-        """True if a block is summed up only once the queries near it have said what matters in it."""
+        """True if a block is summed up once it has left the local window of every query to come."""
+
+    @property
+    def weighs(self) -> bool:
+        """True if what it says follows from the attention that keys got from the queries near them."""
 
     def describe(self) -> str:
         """One phrase for a table."""

@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
 
 LLAMA = BY_NAME["llama"]
 NAMES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_oss", "gpt_neox", "falcon_new", "smollm3", "opt")
-ROWS = (LIMITS[0], *LOSSY, QUEST, LSERVE, INF_LLM, *PLACED[2:4])
+ROWS = (LIMITS[0], *LOSSY, QUEST, LSERVE, INF_LLM, *PLACED[3:5])
 PAIRS = [(row, BY_NAME[name]) for row in ROWS for name in NAMES if row.takes(BY_NAME[name])]
 
 

@@ -24,7 +24,7 @@ from .test_generate import batch, generate, single
 from .tiny import Case
 
 LLAMA = BY_NAME["llama"]
-QUEST, _, LSERVE, INF_LLM = SELECTING
+QUEST, _, LSERVE, INF_LLM, BY_ATTENTION = SELECTING
 STORED = (
     Row("quest_all", lambda case: lc.Quest(8, page=4, sink=0, dense_layers=0, share="all")),
     Row("quest_dense_below", lambda case: lc.Quest(8, page=4, sink=0, dense_layers=0, dense_below=45)),
@@ -33,9 +33,10 @@ INF = {"init": 4, "local": 6, "block": 4, "topk": 1, "representatives": 2, "q_bl
 FILES = Row("files", lambda case: lc.InfLLM(**INF, disk=tempfile.gettempdir()), in_cache=True)
 PLACED = (
     INF_LLM,
+    BY_ATTENTION,
     Row("inf_llm_int8", lambda case: lc.InfLLM(**INF, resident_blocks=0, kv="int8"), in_cache=True),
     Row("inf_llm_on_device", lambda case: lc.InfLLM(**INF, offload=False), in_cache=True),
-    Row("quest_host", lambda case: _hosted(case, lc.Quest(8, page=4, dense_layers=0))),
+    Row("quest_host", lambda case: _hosted(case, lc.Quest(8, page=4, sink=0, dense_layers=0))),
     Row("quest_host_dense_first", lambda case: _hosted(case, lc.Quest(40, page=4, dense_layers=0))),
 )
 PAIRS = [
