@@ -3,8 +3,9 @@
 A call of one token is run with a *bound* step: every place comes from lengths on the device, and views are made for
 `Step.room` columns. What such a call does then depends on the host only through lengths at which a group of heads goes
 over to something else (`limits.py`), and through whether blocks are chosen anew. The first call of a kind runs as it
-is, the second is recorded while nothing is computed, and all that follow are replays. What a replay cannot do, to keep
-count on the host, is done after it. Whatever was recorded is thrown away when memory that it uses has moved.
+is, the second is recorded while nothing is computed, and all that follow are replays. What a replay cannot do, to make
+room on the host and to keep count there, is done before and after it. Whatever was recorded is thrown away when memory
+that it uses has moved.
 """
 
 from __future__ import annotations

@@ -59,29 +59,26 @@ class HostTier:
         """Make room for `blocks` blocks a row; like: `[B, H, ?, d]` each, on the device that they come from."""
         device, size = like[0].device, self.block * sum(x.shape[3] * x.itemsize for x in like)
         pin = device.type == "cuda" and self.disk is None
-        while self.room < blocks:
-            self._segments.append(self._empty((*like[0].shape[:2], self.per_segment, size), pin))
-        if pin:
-            self._address(device)
+        shape, segments = (*like[0].shape[:2], self.per_segment, size), [*self._segments]
+        while len(segments) * self.per_segment < blocks:
+            segments.append(self._empty(shape, pin))
+        self._hold(segments, device if pin else None)
 
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`, one segment after the other; waits for the device."""
         pick = pick.cpu()
         self._settle()
-        before = [segment.data_ptr() for segment in self._segments]
-        self._segments = [self._picked(segment, pick) for segment in self._segments]
-        if self.table is not None and before != [segment.data_ptr() for segment in self._segments]:
-            self._address(self.table.device)
+        segments = [self._picked(segment, pick) for segment in self._segments]
+        if any(new is not old for new, old in zip(segments, self._segments, strict=True)):
+            self._hold(segments, None if self.table is None else self.table.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostTier:
         """A copy in memory of its own."""
         self._settle()
-        twin = HostTier(self.block, self.disk)
+        twin, pinned = HostTier(self.block, self.disk), self.table is not None
+        segments = [self._empty(tuple(segment.shape), pinned).copy_(segment) for segment in self._segments]
         twin.per_segment = self.per_segment
-        for segment in self._segments:
-            twin._segments.append(self._empty(tuple(segment.shape), self.table is not None).copy_(segment))
-        if self.table is not None:
-            twin._address(self.table.device)
+        twin._hold(segments, None if self.table is None else self.table.device)
         return twin
 
     def _picked(self, segment: Tensor, pick: Tensor) -> Tensor:
@@ -91,10 +88,14 @@ class HostTier:
         fresh = self._empty((len(pick), *segment.shape[1:]), self.table is not None)
         return torch.index_select(segment, 0, pick, out=fresh)
 
-    def _address(self, device: torch.device) -> None:
-        if self.table is None:
-            weakref.finalize(self, _settle, device).atexit = False
-        self.table = torch.tensor([segment.data_ptr() for segment in self._segments], device=device)
+    def _hold(self, segments: list[Tensor], device: torch.device | None) -> None:
+        """Take segments in place of those before, which a device reads and writes by itself; None: no device does."""
+        if device is not None:
+            table = torch.tensor([segment.data_ptr() for segment in segments], device=device)
+            if self.table is None:
+                weakref.finalize(self, _settle, device).atexit = False
+            self.table = table
+        self._segments = segments
 
     def _settle(self) -> None:
         """Wait until the device reads and writes nothing of it any more."""
@@ -102,9 +103,9 @@ class HostTier:
             _settle(self.table.device)
 
     def _empty(self, shape: tuple[int, ...], pin: bool) -> Tensor:
-        """Zeros: of a block that was never written some bytes may be read, and must not be NaN."""
+        """Memory for a segment; of a block that was never written nothing is read."""
         if self.disk is None:
-            return torch.zeros(shape, dtype=torch.uint8, pin_memory=pin)
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
         size = torch.Size(shape).numel()
         with tempfile.TemporaryFile(dir=self.disk) as file:
             file.truncate(size)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
+from ..kernels.types import parts
 from ..plan import HeadPolicy
 from .host import HostTier
 from .index import index_of
@@ -23,7 +24,7 @@ from .marks import Marks
 from .pages import Pages
 from .placement import HostLRU
 from .pool import Pool
-from .rows import Rows, Stored, View, as_stored, decoded, each, loaded, part, parts, room, saved, token_bytes
+from .rows import Rows, Stored, View, as_stored, decoded, each, loaded, part, room, saved, token_bytes
 from .step import Step
 
 
@@ -245,11 +246,6 @@ class OffloadedStore:
         slots = self.pages.slot(torch.arange(first, last, device=self._keys.filled.device))
         return decoded(each(self._keys.filled, lambda x: x[rows, :, slots]))
 
-    def _paged(self, keys: Stored, values: Stored) -> list[Tensor]:
-        """All tensors in blocks: `[B, H, P, block * ?]`, sharing memory."""
-        tensors = [*parts(keys), *parts(values)]
-        return [x.view(*x.shape[:2], -1, self.pages.block * x.shape[3]) for x in tensors]
-
     def _gathered(self, lengths: Tensor, columns: int) -> tuple[Stored, Stored]:
         """Whole blocks of all keys and values, each at its id; arguments as `whole`."""
         block, blocks = self.pages.block, -(-columns // self.pages.block)
@@ -257,7 +253,7 @@ class OffloadedStore:
         first, last = torch.full_like(lengths, self.pages.sinks), self.pages.far_from(lengths)
         ops.copy_blocks(keys, values, self._host.blocks, first, last, blocks, ops.Places(block, blocks, 1), out=False)
         near, index = self.pages.near(torch.arange(blocks, device=lengths.device)[None], lengths)
-        for target, x in zip(self._paged(keys, values), self._paged(*self.memory), strict=True):
+        for target, x in zip(self.pages.paged(keys, values), self.pages.paged(*self.memory), strict=True):
             own = ops.take_tokens(x, index.expand(x.shape[0], -1))
             target.copy_(torch.where(near[:, None, :, None], own, target))
         return keys, values

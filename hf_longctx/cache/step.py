@@ -166,13 +166,6 @@ class Step:
         """`[B or 1, T]`, int64, index of each token in its row, in the order of the call; 0 for padding."""
         return self.pos.clamp(min=0) if self.restore is None else self.pos.clamp(min=0).gather(1, self.restore)
 
-    def runs(self, rows: int) -> tuple[Tensor, Tensor]:
-        """First position and number of real tokens of each of `rows` rows: `[B]`, int64, on the host; see `spans`."""
-        if not self.ragged:
-            return torch.full((rows,), self.columns), torch.full((rows,), self.tokens)
-        first, count = self.once("runs", lambda: torch.tensor(self.spans).unbind(1))
-        return first, count
-
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
         """First position and number of real tokens of each row, on the host; waits for the device."""

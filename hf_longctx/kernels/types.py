@@ -124,6 +124,11 @@ class Packed:
         return self.payload.nbytes + self.scale.nbytes + self.zero.nbytes
 
 
+def parts(x: Tensor | Packed) -> tuple[Tensor, ...]:
+    """The tensors of either format, each `[B, H, S, ?]`, sharing memory with `x`."""
+    return (x,) if isinstance(x, Tensor) else x.tensors
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which blocks of keys each block of queries reads: the only currency between choosing and reading.
@@ -164,6 +169,10 @@ class Places:
     def page(self, ids: Tensor) -> Tensor:
         """The place of a block that is among the sinks or the last ones."""
         return torch.where(ids < self.sinks, ids, self.sinks + (ids - self.sinks) % self.tail)
+
+    def paged(self, k: Tensor | Packed, v: Tensor | Packed) -> list[Tensor]:
+        """All tensors of keys and values in blocks: `[B, H, P, block * ?]`, sharing memory."""
+        return [x.view(*x.shape[:2], -1, self.block * x.shape[3]) for x in (*parts(k), *parts(v))]
 
     def is_far(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Which blocks have no place of their own any more in rows of so many tokens; bool, of the common shape."""

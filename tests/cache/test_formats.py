@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import hf_longctx as lc
 from hf_longctx.cache.kv_format import Int4KV, Int8KV
-from hf_longctx.cache.rows import PAGE, decoded, parts
+from hf_longctx.cache.rows import PAGE, decoded
 from hf_longctx.kernels import ops
+from hf_longctx.kernels.types import parts
 
 from .vectors import DIM, HEADS, Text, assert_reads, change, reals
 

@@ -16,8 +16,9 @@ import hf_longctx as lc
 from hf_longctx.cache import host
 from hf_longctx.cache.kv_format import Int4KV, Int8KV
 from hf_longctx.cache.placement import HostLRU
-from hf_longctx.cache.rows import decoded, parts
+from hf_longctx.cache.rows import decoded
 from hf_longctx.cache.step import Step
+from hf_longctx.kernels.types import parts
 from hf_longctx.plan import Selector
 from hf_longctx.select.budgets import TopK
 from hf_longctx.select.scorers import RepresentativeDot, UpperBound

@@ -13,7 +13,8 @@ from hf_longctx import memory
 from hf_longctx.cache.host import SEGMENT
 from hf_longctx.cache.kv_format import Int4KV, Int8KV
 from hf_longctx.cache.placement import HostLRU
-from hf_longctx.cache.rows import GROWTH, PAGE, parts
+from hf_longctx.cache.rows import GROWTH, PAGE
+from hf_longctx.kernels.types import parts
 from hf_longctx.models import inspect_model
 from hf_longctx.plan import Selector
 from hf_longctx.select.budgets import TopK

@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_longctx.kernels import ops
 from hf_longctx.kernels.compiled import host as compiled
 from hf_longctx.kernels.dispatch import use_backend
+from hf_longctx.kernels.types import parts
 
 from .built import need
 
@@ -43,10 +44,6 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     segments: tuple[int, int] = (3, 7)
     seed: int = 0
-
-
-def parts(x: Tensor | ops.Packed) -> tuple[Tensor, ...]:
-    return (x,) if isinstance(x, Tensor) else x.tensors
 
 
 class Scene:
@@ -106,10 +103,7 @@ class Scene:
     def stored(self) -> Tensor:
         """The bytes of blocks on the device: `[B, H, pages, bytes]`."""
         k, v, _ = self.first
-        block = self.case.places.block
-        tensors = [x for store in (k, v) for x in parts(store)]
-        paged = [x.reshape(*x.shape[:2], -1, block * x.shape[3]).contiguous().view(torch.uint8) for x in tensors]
-        return torch.cat(paged, -1).cpu()
+        return torch.cat([x.view(torch.uint8) for x in self.case.places.paged(k, v)], -1).cpu()
 
     def on_host(self) -> Tensor:
         """The bytes of blocks on the host: `[B, H, blocks, bytes]`."""

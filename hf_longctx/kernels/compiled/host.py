@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Implementation
-from ..types import HostBlocks, Packed, Places
+from ..types import HostBlocks, Packed, Places, parts
 from . import library
 
 MOST_POOL, PARTS = 4096, 6
@@ -64,7 +64,7 @@ def reject(k: Tensor | Packed, v: Tensor | Packed, host: HostBlocks, places: Pla
         return "moves blocks on CUDA only"
     if host.table is None or host.table.device != k.device:
         return "needs host memory that the device reads by itself, not files"
-    tensors = _tensors(k, v)
+    tensors = (*parts(k), *parts(v))
     if not all(x.is_contiguous() and x.shape[2] % places.block == 0 for x in tensors):
         return "needs contiguous keys and values in whole blocks"
     if any(x.data_ptr() % 16 or places.block * x.shape[3] * x.itemsize % 16 for x in tensors):
@@ -141,21 +141,12 @@ def copy_blocks(
 
 def _blocks(k: Tensor | Packed, v: Tensor | Packed, host: HostBlocks, places: Places) -> HflBlocks:
     assert host.table is not None
-    tensors = _tensors(k, v)
-    block = HflBlocks(*k.shape[:2], places.block, places.sinks, places.tail, k.shape[2] // places.block)
+    tensors = places.paged(k, v)
+    block = HflBlocks(*k.shape[:2], places.block, places.sinks, places.tail, tensors[0].shape[2])
     block.data[: len(tensors)] = [x.data_ptr() for x in tensors]
-    block.bytes[: len(tensors)] = [places.block * x.shape[3] * x.itemsize for x in tensors]
-    block.table, block.segments, block.per_segment = (
-        host.table.data_ptr(),
-        len(host.segments),
-        host.segments[0].shape[2],
-    )
+    block.bytes[: len(tensors)] = [x.shape[3] * x.itemsize for x in tensors]
+    block.table, block.segments, block.per_segment = host.table.data_ptr(), len(host.table), host.segments[0].shape[2]
     return block
-
-
-def _tensors(k: Tensor | Packed, v: Tensor | Packed) -> list[Tensor]:
-    """All tensors of keys and values: `[B, H, S, ?]`."""
-    return [x for one in (k, v) for x in ((one,) if isinstance(one, Tensor) else one.tensors)]
 
 
 def _stride(x: Tensor) -> int:

@@ -38,7 +38,7 @@ def bring_blocks(
     counts += torch.stack((there.sum(), missing.sum()))
     pages = torch.where(far, places.sinks + places.tail + spot, places.page(wanted))
     row, head, place = missing.nonzero(as_tuple=True)
-    _read(k, v, host, row, head, wanted[row, head, place], pages[row, head, place], places.block)
+    _read(k, v, host, row, head, wanted[row, head, place], pages[row, head, place], places)
     return torch.where(wanted < 0, -1, pages)[:, :, None].to(torch.int32)
 
 
@@ -59,7 +59,7 @@ def copy_blocks(
     block = ids[row, number].repeat_interleave(heads)
     head = torch.arange(heads, device=row.device).repeat(len(row))
     move = _write if out else _read
-    move(k, v, host, row.repeat_interleave(heads), head, block, places.page(block), places.block)
+    move(k, v, host, row.repeat_interleave(heads), head, block, places.page(block), places)
 
 
 def _read(
@@ -70,7 +70,7 @@ def _read(
     heads: Tensor,
     ids: Tensor,
     pages: Tensor,
-    block: int,
+    places: Places,
 ) -> None:
     """Copy blocks, `[n]` each, out of host memory into pages of keys and values."""
     if not len(ids):
@@ -78,7 +78,7 @@ def _read(
     found = torch.empty(len(ids), host.segments[0].shape[3], dtype=torch.uint8)
     for here, segment, lines in _segments(host, rows, heads, ids):
         found.index_copy_(0, here, segment.index_select(0, lines))
-    targets = _paged(k, v, block)
+    targets = places.paged(k, v)
     sizes = [x.shape[3] * x.itemsize for x in targets]
     parts = torch.split_with_sizes(found.to(rows.device), sizes, -1)
     for target, part in zip(targets, parts, strict=True):
@@ -93,22 +93,16 @@ def _write(
     heads: Tensor,
     ids: Tensor,
     pages: Tensor,
-    block: int,
+    places: Places,
 ) -> None:
     """Copy blocks, `[n]` each, from pages of keys and values into host memory."""
     if not len(ids):
         return
-    sources = _paged(k, v, block)
+    sources = places.paged(k, v)
     parts = [x.flatten(0, 2).index_select(0, _lines(x, rows, heads, pages)).view(torch.uint8) for x in sources]
     joined = torch.cat(parts, -1).cpu()
     for here, segment, lines in _segments(host, rows, heads, ids):
         segment.index_copy_(0, lines, joined.index_select(0, here))
-
-
-def _paged(k: Tensor | Packed, v: Tensor | Packed, block: int) -> list[Tensor]:
-    """All tensors of keys and values in blocks: `[B, H, P, block * ?]`, sharing memory."""
-    tensors = [x for one in (k, v) for x in ((one,) if isinstance(one, Tensor) else one.tensors)]
-    return [x.view(*x.shape[:2], -1, block * x.shape[3]) for x in tensors]
 
 
 def _lines(x: Tensor, rows: Tensor, heads: Tensor, places: Tensor) -> Tensor:
