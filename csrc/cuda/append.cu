@@ -11,6 +11,7 @@
 #include <math.h>
 
 #include "../hf_longctx.h"
+#include "launch.cuh"
 #include "ptx.cuh"
 
 namespace hfl {
@@ -184,6 +185,7 @@ __global__ void __launch_bounds__(THREADS) append_kernel(const hfl_append a) {
   __shared__ int64_t places[MOST_TOKENS];
   const int64_t b = blockIdx.x / static_cast<unsigned>(a.kv_heads), h = blockIdx.x % static_cast<unsigned>(a.kv_heads);
   const bool keys = blockIdx.y == 0;
+  wait_for_previous();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const hfl_rows& rows = keys ? a.k : a.v;
   const bool active = warp < a.tokens && lane * 8 < (keys ? a.dim : a.v_dim);
@@ -260,7 +262,9 @@ extern "C" const char* hfl_append_cuda(const hfl_append* a) {
   const char* message = hfl::check(*a);
   if (message) return message;
   const dim3 grid(static_cast<unsigned>(a->batch) * static_cast<unsigned>(a->kv_heads), 2);
-  hfl::append_kernel<<<grid, hfl::THREADS, 0, static_cast<cudaStream_t>(a->stream)>>>(*a);
-  const cudaError_t error = cudaGetLastError();
+  hfl_append block = *a;
+  void* arguments[] = {&block};
+  const void* kernel = reinterpret_cast<const void*>(&hfl::append_kernel);
+  const cudaError_t error = hfl::launch(kernel, grid, hfl::THREADS, 0, a->stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -13,15 +13,13 @@
 // Shared memory: ring of 64 KiB or less, 32 D bytes for each variant of the queries (1, or up to 3 with turns), 1 KiB.
 // Bound by: bytes of keys and values. Three blocks of a multiprocessor keep about 140 KiB of bf16 on their way.
 #include <algorithm>
-#include <atomic>
 #include <initializer_list>
 
 #include "attend_kernel.cuh"
+#include "launch.cuh"
 
 namespace hfl {
 namespace {
-
-constexpr int MOST_DEVICES = 64;
 
 struct Kernel {
   const void* function;
@@ -169,7 +167,7 @@ extern "C" const char* hfl_attend_cuda(const hfl_attend* a) {
   const dim3 grid(static_cast<unsigned>(p.units), static_cast<unsigned>(p.splits),
                   static_cast<unsigned>(a->batch) * static_cast<unsigned>(a->kv_heads));
   void* arguments[] = {&p};
-  error = cudaLaunchKernel(kernel.function, grid, dim3(static_cast<unsigned>(kernel.threads)), arguments,
-                           static_cast<size_t>(kernel.bytes[p.variants - 1]), static_cast<cudaStream_t>(a->stream));
+  error = hfl::launch(kernel.function, grid, kernel.threads, static_cast<size_t>(kernel.bytes[p.variants - 1]),
+                      a->stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

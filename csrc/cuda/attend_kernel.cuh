@@ -1,6 +1,7 @@
 // Decode attention: the block, which merges its warps, and the last block of a unit, which merges the blocks.
 #pragma once
 #include "attend_warp.cuh"
+#include "launch.cuh"
 
 namespace hfl {
 
@@ -150,6 +151,7 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int index = blockIdx.x, split = blockIdx.y, problem = blockIdx.z;
   const Unit unit(p, index, problem);
+  wait_for_previous();
 
   const int place = unit.position(p, lane & 15);
   const int high = __reduce_max_sync(0xffffffffu, place);

@@ -7,15 +7,14 @@
 // Grid: (B * Hs * N): a row each. Block: 1024 threads.
 // Shared memory: 8 KiB of histogram, and 4 bytes a candidate where they fit (56 K of them on sm_90); where they do not,
 //   the four passes read the scores again from the L2. Bound by: latency of the passes, about 3 us for 8192 scores.
-#include <atomic>
-
 #include "../hf_longctx.h"
+#include "launch.cuh"
 #include "ptx.cuh"
 
 namespace hfl {
 namespace {
 
-constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 2048, EACH = 8, CHUNK = THREADS * EACH, MOST_DEVICES = 64;
+constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 2048, EACH = 8, CHUNK = THREADS * EACH;
 
 // A score as a whole number of the same order; -0 is 0.
 __device__ __forceinline__ uint32_t rank_of(float score) {
@@ -141,6 +140,7 @@ __global__ void __launch_bounds__(THREADS, 1) pick_kernel(const hfl_pick a, bool
   extern __shared__ __align__(16) uint32_t room[];
   __shared__ uint32_t bins[BINS];
   __shared__ uint32_t sums[WARPS];
+  wait_for_previous();
   const int64_t row = blockIdx.x, n = row % a.queries, b = row / a.queries / a.heads;
   const int64_t low = a.low[b * a.low_b + n], high = a.high[b * a.high_b + n];
   const int end = high < 0 ? 0 : static_cast<int>(high < a.blocks ? high + 1 : a.blocks);  // no block from here on
@@ -204,8 +204,9 @@ extern "C" const char* hfl_pick_cuda(const hfl_pick* a) {
   const bool held = wanted <= room;
   const unsigned rows = static_cast<unsigned>(a->batch) * static_cast<unsigned>(a->heads) *
                         static_cast<unsigned>(a->queries);
-  hfl::pick_kernel<<<rows, hfl::THREADS, held ? static_cast<size_t>(wanted) : 0,
-                     static_cast<cudaStream_t>(a->stream)>>>(*a, held);
-  error = cudaGetLastError();
+  hfl_pick block = *a;
+  void* arguments[] = {&block, const_cast<bool*>(&held)};
+  error = hfl::launch(reinterpret_cast<const void*>(&hfl::pick_kernel), dim3(rows), hfl::THREADS,
+                      held ? static_cast<size_t>(wanted) : 0, a->stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

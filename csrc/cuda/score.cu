@@ -13,6 +13,7 @@
 #include <math.h>
 
 #include "../hf_longctx.h"
+#include "launch.cuh"
 #include "ptx.cuh"
 
 namespace hfl {
@@ -159,6 +160,7 @@ __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 4 : 3) score_kernel(con
   using R = Room<T, GROUPS>;
   extern __shared__ __align__(16) char room[];
   __shared__ bool blank[ENTRIES];
+  wait_for_previous();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int length = a.vectors * a.dim, group = a.q_heads / a.kv_heads, rows = group * a.tokens;
   const int blocks = (a.entries - 1) / a.subs + 1, each = ENTRIES / a.subs;  // of the row; of this thread block
@@ -241,11 +243,14 @@ const char* check(const hfl_score& a) {
 }
 
 template <typename T, int GROUPS>
-void launch(const hfl_score& a) {
+cudaError_t launch_score(const hfl_score& a) {
   const int blocks = (a.entries - 1) / a.subs + 1, each = ENTRIES / a.subs;
   const dim3 grid(static_cast<unsigned>((blocks - 1) / each + 1),
                   a.share == HFL_ALL ? 1u : static_cast<unsigned>(a.kv_heads), static_cast<unsigned>(a.batch));
-  score_kernel<T, GROUPS><<<grid, THREADS, Room<T, GROUPS>::bytes(a), static_cast<cudaStream_t>(a.stream)>>>(a);
+  hfl_score block = a;
+  void* arguments[] = {&block};
+  return launch(reinterpret_cast<const void*>(&score_kernel<T, GROUPS>), grid, THREADS, Room<T, GROUPS>::bytes(a),
+                a.stream, arguments);
 }
 
 }  // namespace
@@ -255,13 +260,13 @@ extern "C" const char* hfl_score_cuda(const hfl_score* a) {
   const char* message = hfl::check(*a);
   if (message) return message;
   const bool few = a->q_heads / a->kv_heads * a->tokens <= 8;
+  cudaError_t error;
   if (a->dtype == HFL_F32) {
-    hfl::launch<float, 1>(*a);
+    error = hfl::launch_score<float, 1>(*a);
   } else if (a->dtype == HFL_BF16) {
-    few ? hfl::launch<__nv_bfloat16, 1>(*a) : hfl::launch<__nv_bfloat16, 4>(*a);
+    error = few ? hfl::launch_score<__nv_bfloat16, 1>(*a) : hfl::launch_score<__nv_bfloat16, 4>(*a);
   } else {
-    few ? hfl::launch<__half, 1>(*a) : hfl::launch<__half, 4>(*a);
+    error = few ? hfl::launch_score<__half, 1>(*a) : hfl::launch_score<__half, 4>(*a);
   }
-  const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
