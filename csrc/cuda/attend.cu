@@ -102,10 +102,14 @@ const char* check(const hfl_attend& a) {
 }
 
 AttendTask task_of(const hfl_attend& a) {
-  AttendTask p = {a, a.q_heads / a.kv_heads, 0, a.splits, 1};
-  const bool apart = a.ids && a.select_heads != a.kv_heads && a.select_heads != 1;
+  AttendTask p = {};
+  p.a = a, p.group = a.q_heads / a.kv_heads, p.splits = a.splits, p.variants = 1;
+  p.apart = a.ids && a.select_heads != a.kv_heads && a.select_heads != 1;
   const int queries = a.ids ? p.group : p.group * a.tokens;  // that may share a unit
-  p.units = (a.ids ? a.tokens : 1) * (apart ? queries : (queries + ROWS - 1) / ROWS);
+  const int tiles = p.apart ? queries : (queries + ROWS - 1) / ROWS;
+  p.units = (a.ids ? a.tokens : 1) * tiles;
+  p.kv_heads = Divisor(a.kv_heads), p.tokens = Divisor(a.ids ? 1 : a.tokens), p.tiles = Divisor(tiles);
+  p.block = Divisor(std::max(a.block, 1)), p.share = Divisor(std::max(p.splits, 1) * kernel_of(a).warps);
   if (a.q_before) p.variants = !a.ids && a.sink > 0 ? 3 : 2;
   return p;
 }
@@ -150,7 +154,8 @@ extern "C" int64_t hfl_attend_scratch(const hfl_attend* a, int32_t* splits) {
   const int64_t keys = a->ids ? static_cast<int64_t>(a->chosen) * a->block : a->stored;
   const int slabs = static_cast<int>((keys + kernel.slab - 1) / kernel.slab);
   const int most = static_cast<int>(std::clamp<int64_t>(fit / units, 1, hfl::MOST_SPLITS));
-  const int each = hfl::slabs_of_block(slabs, most, kernel.warps);
+  const int wanted = (slabs + most * kernel.warps - 1) / (most * kernel.warps);
+  const int each = hfl::slabs_of_warp(slabs, wanted, kernel.warps) * kernel.warps;
   *splits = (slabs + each - 1) / each;
   return *splits == 1 ? 0 : units * *splits * hfl::ROWS * (a->dim + 2) * static_cast<int64_t>(sizeof(float));
 }

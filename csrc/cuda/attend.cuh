@@ -5,6 +5,7 @@
 
 #include "../hf_longctx.h"
 #include "attend_tile.cuh"
+#include "divide.cuh"
 
 namespace hfl {
 
@@ -14,38 +15,43 @@ constexpr int MOST_SPLITS = 128;
 constexpr int ROWS = 8;          // queries of a unit, at most
 constexpr int FEW_SPLITS = 32;  // whose results the last block reads all at once
 
-// Slabs of each block, if a unit's are shared out over at most `splits`. Results of many blocks take longer to merge
-// than a second slab for each warp does.
-__host__ __device__ constexpr int slabs_of_block(int slabs, int splits, int warps) {
-  const int wanted = (slabs + splits * warps - 1) / (splits * warps), least = slabs > FEW_SPLITS * warps ? 2 : 1;
-  return (wanted < least ? least : wanted) * warps;
+// Slabs of each warp, if a unit's, of which each warp should get `wanted`, are shared out. Results of many blocks take
+// longer to merge than a second slab for each warp does.
+__host__ __device__ constexpr int slabs_of_warp(int slabs, int wanted, int warps) {
+  const int least = slabs > FEW_SPLITS * warps ? 2 : 1;
+  return wanted < least ? least : wanted;
 }
 
 struct AttendTask {
   hfl_attend a;
-  int group, units, splits;  // query heads of a KV head; units of a KV head; parts of its columns
-  int variants;              // ways in which a query is given: as it is, turned one lap on, turned to the sinks
+  int group, units;   // query heads of a KV head; units of a KV head
+  int splits;         // parts of a unit's columns
+  int variants;       // ways in which a query is given: as it is, turned one lap on, turned to the sinks
+  bool apart;         // each query head has a list of its own
+  // KV heads; queries of a head that share a unit; units of a query's list; tokens of a block; warps of a unit
+  Divisor kv_heads, tokens, tiles, block, share;
 };
 
 // What one block does, beside its share of the columns: up to 8 queries of a KV head, each a column of operands.
 struct Unit {
-  int batch, kv_head, first, last, tokens, token;
+  int batch, kv_head, first, last, token;
 
   __device__ Unit(const AttendTask& p, int index, int problem) {
-    batch = problem / p.a.kv_heads, kv_head = problem % p.a.kv_heads;
-    const bool apart = p.a.ids && p.a.select_heads != p.a.kv_heads && p.a.select_heads != 1;  // a list per query head
-    const int tiles = apart ? p.group : (p.group + ROWS - 1) / ROWS;
-    tokens = p.a.ids ? 1 : p.a.tokens;  // with a selection every query has its own list
-    token = p.a.ids ? index / tiles : 0;
-    first = p.a.ids ? index % tiles * (apart ? 1 : ROWS) : index * ROWS;
-    last = min(apart ? first + 1 : p.group * tokens, first + ROWS);
+    batch = p.kv_heads.divide(problem), kv_head = problem - batch * p.kv_heads.by;
+    token = p.tiles.divide(index);
+    first = (index - token * p.tiles.by) * (p.apart ? 1 : ROWS);
+    last = min(p.apart ? first + 1 : p.group * p.tokens.by, first + ROWS);
   }
   __device__ int rows() const { return last - first; }
-  __device__ int query(int row) const { return token + (first + row) % tokens; }
-  __device__ int head(const AttendTask& p, int row) const { return kv_head * p.group + (first + row) / tokens; }
+  __device__ int query(const AttendTask& p, int row) const {
+    return token + first + row - p.tokens.divide(first + row) * p.tokens.by;
+  }
+  __device__ int head(const AttendTask& p, int row) const {
+    return kv_head * p.group + p.tokens.divide(first + row);
+  }
   __device__ int position(const AttendTask& p, int row) const {
     if (row >= rows()) return -1;
-    const int t = query(row);
+    const int t = query(p, row);
     return p.a.q_pos ? static_cast<int>(p.a.q_pos[batch * p.a.q_pos_b + t]) : p.a.stored - p.a.tokens + t;
   }
 };
@@ -56,7 +62,6 @@ struct Keys {
   int low = 0, high = -1;   // least and largest position of a query
   int sink, window;         // INT_MAX: none
   int count, before, jump;  // slabs; of those the first `before` lie at their number, the others `jump` further on
-  int shift;                // blocks are of 2^shift tokens; -1: of another number
   const int32_t* ids;
   const int64_t* places;  // positions of columns
 
@@ -71,7 +76,6 @@ struct Keys {
     const int list = a.select_heads == 1 ? 0 : a.select_heads == a.kv_heads ? unit.kv_head : unit.head(p, 0);
     ids = a.ids ? a.ids + unit.batch * a.ids_b + list * a.ids_h + unit.token * a.ids_n : nullptr;
     places = a.k_pos ? a.k_pos + unit.batch * a.k_pos_b : nullptr;
-    shift = (a.block & (a.block - 1)) == 0 ? 31 - __clz(a.block) : -1;
     jump = 0, before = INT_MAX;
     count = ((ids ? a.chosen * a.block : a.stored) + N - 1) / N;
   }
@@ -87,10 +91,11 @@ struct Keys {
   }
 
   // What must be loaded to know the key of lane l % N of a slab; later, its column and position, -1 for none.
-  __device__ Found find(const hfl_attend& a, int slab, int lane) const {
+  __device__ Found find(const AttendTask& p, int slab, int lane) const {
+    const hfl_attend& a = p.a;
     const int index = (slab < before ? slab : slab + jump) * N + (lane & (N - 1));
     if (ids) {
-      const int block = block_of(a, index);
+      const int block = p.block.divide(index);
       if (block >= a.chosen) return Found{-1, -1};
       const int32_t* id = ids + block;
       return Found{*id, a.pages ? a.pages[id - a.ids] : *id};
@@ -98,10 +103,11 @@ struct Keys {
     const int place = index >= a.stored ? -1 : places ? static_cast<int>(places[index]) : index;
     return Found{place, index};
   }
-  __device__ int2 place(const hfl_attend& a, int slab, const Found& found, int lane) const {
+  __device__ int2 place(const AttendTask& p, int slab, const Found& found, int lane) const {
+    const hfl_attend& a = p.a;
     int at = found.at, column = found.page;
     if (ids) {
-      const int index = slab * N + (lane & (N - 1)), within = index - block_of(a, index) * a.block;
+      const int index = slab * N + (lane & (N - 1)), within = index - p.block.divide(index) * a.block;
       at = at < 0 || column < 0 ? -1 : at * a.block + within;
       column = column * a.block + within;
     }
@@ -113,11 +119,6 @@ struct Keys {
   __device__ bool seen(int at, int from) const {
     return at >= 0 && at <= from && (at < sink || from - at < window);
   }
-
- private:
-  __device__ int block_of(const hfl_attend& a, int index) const {
-    return shift < 0 ? index / a.block : index >> shift;
-  }
 };
 
 // Shared memory of a block: for each warp a ring of slabs, later the warps' results, and the queries as operands.
@@ -125,7 +126,7 @@ template <int D, Format F>
 struct Room {
   using S = Slab<D, F>;
   static constexpr int WARPS = D == 256 ? 2 : 4;
-  static constexpr int BLOCKS = F == Format::int4 && D == 128 ? 4 : 3;  // of a multiprocessor
+  static constexpr int BLOCKS = 3;  // of a multiprocessor
   static constexpr int WANTED = 65536 / (WARPS * 2 * S::BYTES), MOST = BLOCKS == 4 ? 3 : 4;
   static constexpr int STAGES = WANTED < 2 ? 2 : WANTED > MOST ? MOST : WANTED;
   static constexpr int SIDE = S::PACKED ? 8 * S::KEYS : 0;  // scales and zeros of keys and of their values

@@ -39,14 +39,14 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, Room<D, F>::BLOCKS) void at
   Queries<D, F>::copy(p, unit, shared);
   Keys<Slab<D, F>::KEYS> keys(p, unit);
   const int place = unit.position(p, lane % ROWS);
-  int blocks = 0;  // that have something to do
+  int each = 0;  // slabs of a block
   {
     Warp<D, F> mine(p, unit, keys, shared, warp, lane);
     typename Warp<D, F>::Found found[R::STAGES];
     int first = 0, end = 0;
     const auto share_out = [&] {
-      const int each = slabs_of_block(keys.count, p.splits, R::WARPS);
-      blocks = max((keys.count + each - 1) / each, 1);
+      const int wanted = p.share.divide(keys.count + p.share.by - 1);
+      each = slabs_of_warp(keys.count, wanted, R::WARPS) * R::WARPS;
       first = split * each + warp, end = min(keys.count, (split + 1) * each);
 #pragma unroll
       for (int i = 0; i < R::STAGES; ++i) found[i] = mine.find(first + i * R::WARPS, end);
@@ -56,7 +56,7 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, Room<D, F>::BLOCKS) void at
     const int low = __reduce_min_sync(0xffffffffu, place < 0 ? INT_MAX : place);
     keys.bound(p.a, high < 0 ? 0 : low, high);
     if (!keys.listed()) share_out();
-    if (split >= blocks) {
+    if (split > 0 && split * each >= keys.count) {
       copy_wait<0>();
       return;
     }
@@ -67,6 +67,7 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, Room<D, F>::BLOCKS) void at
     mine.leave(reinterpret_cast<float*>(shared) + warp * ROWS * R::OUT,
                reinterpret_cast<float2*>(shared + R::STATES) + warp * ROWS);
   }
+  const int blocks = max((keys.count + each - 1) / each, 1);  // that have something to do
   __syncthreads();
   const Scratch<D> scratch(p, problem, index);
   merge_warps<D, F>(p, unit, shared, scratch, blocks == 1);

@@ -16,7 +16,7 @@ __device__ void finish(const AttendTask& p, const Unit& unit, int row, int chann
     factor = power_of_two(top - higher);
     total = total * factor + power_of_two(logit - higher + Warp<D, F>::LIFT);
   }
-  factor = place < 0 || state.y == 0.0f ? 0.0f : factor / total;
+  factor = place < 0 || state.y == 0.0f ? 0.0f : __fdividef(factor, total);
   uint2 packed;
   if (factor == 0.0f) {
     packed = make_uint2(0, 0);
@@ -25,7 +25,7 @@ __device__ void finish(const AttendTask& p, const Unit& unit, int row, int chann
   } else {
     packed = make_uint2(pack_f16(sum.x * factor, sum.y * factor), pack_f16(sum.z * factor, sum.w * factor));
   }
-  uint16_t* to = static_cast<uint16_t*>(a.out) + unit.batch * a.out_b + head * a.out_h + unit.query(row) * a.out_t;
+  uint16_t* to = static_cast<uint16_t*>(a.out) + unit.batch * a.out_b + head * a.out_h + unit.query(p, row) * a.out_t;
   *reinterpret_cast<uint2*>(to + channel) = packed;
 }
 
@@ -81,11 +81,8 @@ __device__ void merge_warps(const AttendTask& p, const Unit& unit, const unsigne
 // True in all threads of the last of `blocks` blocks to come here; the counter is zero again.
 __device__ __forceinline__ bool last_to_arrive(int* counter, int blocks, int* arrived) {
   __syncthreads();
-  if (threadIdx.x == 0) {  // a fence holds for what the barrier has made visible to this thread, so one is enough
-    __threadfence();
-    *arrived = atomicAdd(counter, 1);
-    __threadfence();
-  }
+  // What this thread releases and acquires, the barriers hand on from and to the others.
+  if (threadIdx.x == 0) *arrived = add_in_order(counter, 1);
   __syncthreads();
   if (*arrived != blocks - 1) return false;
   if (threadIdx.x == 0) *counter = 0;

@@ -18,7 +18,7 @@ struct Queries {
           static_cast<const uint16_t*>(v == 0 ? p.a.q : v == 1 ? p.a.q_before : p.a.q_sinks) + unit.batch * p.a.q_b;
       for (int i = static_cast<int>(threadIdx.x); i < D; i += R::WARPS * 32) {
         const int row = i / 4 % ROWS, safe = row < unit.rows() ? row : 0;
-        const int64_t at = unit.head(p, safe) * p.a.q_h + unit.query(safe) * p.a.q_t;
+        const int64_t at = unit.head(p, safe) * p.a.q_h + unit.query(p, safe) * p.a.q_t;
         copy_async(shared + R::QUERIES + v * R::QUERY + i * 16, from + at + S::channel(i / 32 * 2, i % 4),
                    row < unit.rows());
       }

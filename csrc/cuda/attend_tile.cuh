@@ -61,13 +61,13 @@ struct Slab {
   }
 
   // One lane's part of copying a slab; `column` of the first KEYS lanes is where each key lies, -1: zeros.
-  template <bool KEYS>
+  template <bool OF_KEYS>
   __device__ static void copy(unsigned char* to, const unsigned char* rows, uint32_t stride, int column, int lane) {
 #pragma unroll 4
     for (int i = 0; i < KEYS * CHUNKS / 32; ++i) {
       const int at = i * 32 + lane, row = at / CHUNKS, chunk = at % CHUNKS;
       const int from = __shfl_sync(0xffffffffu, column, row);
-      const int place = KEYS ? key_chunk(row, chunk) : value_chunk(row, chunk);
+      const int place = OF_KEYS ? key_chunk(row, chunk) : value_chunk(row, chunk);
       copy_async(to + place * 16, rows + static_cast<uint64_t>(from < 0 ? 0 : from) * stride + chunk * 16, from >= 0);
     }
   }

@@ -37,7 +37,7 @@ struct Warp {
   }
 
   __device__ Found find(int slab, int end) const {
-    return slab < end ? keys.find(p.a, slab, lane) : Found{-1, -1};
+    return slab < end ? keys.find(p, slab, lane) : Found{-1, -1};
   }
 
   // Fill the ring with slabs slab, slab + WARPS, ... below `end`, which were found.
@@ -120,7 +120,7 @@ struct Warp {
   __device__ int copy_keys(int stage, int slab, int end, const Found& found) {
     int column = -1;
     if (slab < end) {
-      const int2 place = keys.place(p.a, slab, found, lane);
+      const int2 place = keys.place(p, slab, found, lane);
       column = place.x;
       int* notes = reinterpret_cast<int*>(ring + R::NOTED + stage * R::NOTES);
       const int all = __all_sync(0xffffffffu, keys.seen_by_all(place.y));
@@ -135,15 +135,15 @@ struct Warp {
     if (slab < end) copy<false>(p.a.v, stage, column);
     copy_commit();
   }
-  template <bool KEYS>
+  template <bool OF_KEYS>
   __device__ void copy(const hfl_rows& rows, int stage, int column) {
     constexpr int width = S::PACKED ? 1 : 2;  // bytes of what strides count
     const unsigned char* data =
         static_cast<const unsigned char*>(rows.data) + (unit.batch * rows.b + unit.kv_head * rows.h) * width;
-    unsigned char* to = ring + (KEYS ? R::KEYS : R::VALUES) + stage * S::BYTES;
-    S::template copy<KEYS>(to, data, static_cast<uint32_t>(rows.t) * width, column, lane);
+    unsigned char* to = ring + (OF_KEYS ? R::KEYS : R::VALUES) + stage * S::BYTES;
+    S::template copy<OF_KEYS>(to, data, static_cast<uint32_t>(rows.t) * width, column, lane);
     if constexpr (S::PACKED) {  // of 8 keys 16 bytes: lanes 0 to 3 scales, 4 to 7 zeros
-      if (KEYS) {  // any key that is there tells where its eight begin
+      if (OF_KEYS) {  // any key that is there tells where its eight begin
         const unsigned there = __ballot_sync(0xffffffffu, column >= 0) >> (lane & 3) * 8 & 0xffu;
         const int which = there ? __ffs(static_cast<int>(there)) - 1 : 0;
         const int one = __shfl_sync(0xffffffffu, column, (lane & 3) * 8 + which);
@@ -152,7 +152,7 @@ struct Warp {
       if (lane < 8) {
         const __half* sides = static_cast<const __half*>(lane & 4 ? rows.zero : rows.scale) +
                               unit.batch * rows.scale_b + unit.kv_head * rows.scale_h;
-        copy_async(ring + R::SIDES + stage * R::SIDE + (KEYS ? 0 : R::SIDE / 2) + lane * 16, sides + max(eights, 0),
+        copy_async(ring + R::SIDES + stage * R::SIDE + (OF_KEYS ? 0 : R::SIDE / 2) + lane * 16, sides + max(eights, 0),
                    eights >= 0);
       }
     }

@@ -11,6 +11,7 @@
 #include <atomic>
 
 #include "../hf_longctx.h"
+#include "divide.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
 
@@ -109,6 +110,7 @@ struct Room {
 __device__ void range(const Ranks& ranks, float (&ahead)[EACH], Room& room, uint32_t& least, uint32_t& most) {
   const int thread = static_cast<int>(threadIdx.x);
   least = UINT32_MAX, most = 0;
+#pragma unroll 1
   for (int own = thread * EACH; own < ranks.last; own += CHUNK) {
     if (own >= CHUNK) ranks.load(ahead, own);
     uint32_t x[EACH];
@@ -126,6 +128,7 @@ __device__ void range(const Ranks& ranks, float (&ahead)[EACH], Room& room, uint
 // The `left`-th largest of the room.found[2] <= FEW candidates with ranks of base to base + width - 1; bins are zeros.
 __device__ Threshold find_among_few(const Ranks& ranks, uint32_t base, uint32_t width, uint32_t left, Room& room) {
   const uint32_t thread = threadIdx.x, count = room.found[2];
+#pragma unroll 1
   for (int own = static_cast<int>(thread) * EACH; own < ranks.last; own += CHUNK) {
     uint32_t x[EACH];
     ranks.get(x, own);
@@ -155,6 +158,7 @@ __device__ Threshold find(const Ranks& ranks, float (&ahead)[EACH], uint32_t lef
   range(ranks, ahead, room, base, most);
   int shift = max(21 - __clz(static_cast<int>(most - base)), 0);
   for (uint32_t width = BINS;;) {  // bins, of 2^shift ranks each
+#pragma unroll 1
     for (int own = static_cast<int>(threadIdx.x) * EACH; own < ranks.last; own += CHUNK) {
       uint32_t x[EACH];
       ranks.get(x, own);
@@ -185,6 +189,7 @@ __device__ Threshold find(const Ranks& ranks, float (&ahead)[EACH], uint32_t lef
 // Candidates at or above the threshold, in order, to `to`, of which there are `places`.
 __device__ void emit(const Ranks& ranks, const Threshold& from, int32_t* to, int64_t places, uint32_t* sums) {
   uint32_t above = 0, equal = 0;  // in the chunks before
+#pragma unroll 1
   for (int start = 0; start < ranks.last; start += CHUNK) {
     const int own = start + static_cast<int>(threadIdx.x) * EACH;
     uint32_t larger = 0, tied = 0, x[EACH];  // bit i: candidate i of this thread
@@ -211,15 +216,24 @@ __device__ void emit(const Ranks& ranks, const Threshold& from, int32_t* to, int
 }
 static_assert(CHUNK < 1 << 16, "two counts in one word");
 
-__global__ void __launch_bounds__(THREADS, 1) pick_kernel(const hfl_pick a, bool held) {
+struct PickTask {
+  hfl_pick a;
+  Divisor queries, heads;
+  bool held;  // ranks fit into shared memory
+};
+
+__global__ void __launch_bounds__(THREADS, 1) pick_kernel(const __grid_constant__ PickTask p) {
   extern __shared__ __align__(16) uint32_t ranks_of_row[];
   __shared__ __align__(16) Room room;
   const int thread = static_cast<int>(threadIdx.x);
   room.bins[thread] = room.bins[thread + THREADS] = room.few = 0;
+  const hfl_pick& a = p.a;
+  const int row = static_cast<int>(blockIdx.x), line = p.queries.divide(row), n = row - line * a.queries;
+  const int b = p.heads.divide(line);
+  const float* scores = a.scores + static_cast<int64_t>(row) * a.blocks;
   wait_for_previous();
-  const int64_t row = blockIdx.x, n = row % a.queries, b = row / a.queries / a.heads;
-  const float* scores = a.scores + row * a.blocks;
-  Ranks ranks = {scores, held ? ranks_of_row : nullptr, a.blocks, reinterpret_cast<uintptr_t>(scores) % 16 == 0, 0, 0};
+  const bool aligned = reinterpret_cast<uintptr_t>(scores) % 16 == 0;
+  Ranks ranks = {scores, p.held ? ranks_of_row : nullptr, a.blocks, aligned, 0, 0};
   float ahead[EACH];
   ranks.load(ahead, thread * EACH);  // before it is known which of them are candidates
   const int64_t low = a.low[b * a.low_b + n], high = a.high[b * a.high_b + n];
@@ -227,11 +241,14 @@ __global__ void __launch_bounds__(THREADS, 1) pick_kernel(const hfl_pick a, bool
   const int first = ranks.first = min(a.sink, end);
   const int last = ranks.last = low < first ? first : static_cast<int>(low < end ? low : end);
   const int count = last - first, taken = min(a.take, count);
-  int32_t* to = a.ids + row * a.chosen;
+  int32_t* to = a.ids + static_cast<int64_t>(row) * a.chosen;
+#pragma unroll 1
   for (int i = thread; i < min(first, a.chosen); i += THREADS) to[i] = i;
   const int before = first + taken, filled = before + end - last;
+#pragma unroll 1
   for (int i = before + thread; i < a.chosen; i += THREADS) to[i] = i < filled ? last + i - before : -1;
   if (taken == count) {
+#pragma unroll 1
     for (int i = first + thread; i < min(last, a.chosen); i += THREADS) to[i] = i;
     return;
   }
@@ -280,12 +297,11 @@ extern "C" const char* hfl_pick_cuda(const hfl_pick* a) {
   cudaError_t error = hfl::room_on_device(room);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const int64_t wanted = (static_cast<int64_t>(a->blocks) + hfl::EACH - 1) / hfl::EACH * hfl::EACH * 4;
-  const bool held = wanted <= room;
+  hfl::PickTask task = {*a, hfl::Divisor(a->queries), hfl::Divisor(a->heads), wanted <= room};
   const unsigned rows = static_cast<unsigned>(a->batch) * static_cast<unsigned>(a->heads) *
                         static_cast<unsigned>(a->queries);
-  hfl_pick block = *a;
-  void* arguments[] = {&block, const_cast<bool*>(&held)};
+  void* arguments[] = {&task};
   error = hfl::launch(reinterpret_cast<const void*>(&hfl::pick_kernel), dim3(rows), hfl::THREADS,
-                      held ? static_cast<size_t>(wanted) : 0, a->stream, arguments);
+                      task.held ? static_cast<size_t>(wanted) : 0, a->stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

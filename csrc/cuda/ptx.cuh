@@ -55,6 +55,13 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint4& a, uint32_t
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
+// What the counter was; all writes before are there for whoever adds to it later, and after it those of who did before.
+__device__ __forceinline__ int add_in_order(int* counter, int x) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(x) : "memory");
+  return before;
+}
+
 // 2^x to about 2 ulp; 0 for -inf
 __device__ __forceinline__ float power_of_two(float x) {
   float y;

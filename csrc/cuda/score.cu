@@ -12,6 +12,7 @@
 //   summary, each read once; blocks of a multiprocessor keep about 160 KiB on their way.
 #include <math.h>
 
+#include <algorithm>
 #include <atomic>
 
 #include "launch.cuh"
@@ -23,19 +24,20 @@ namespace {
 // The largest product of the sub-blocks of a block; of none with a key -inf.
 __device__ __forceinline__ float best_of(const float* products, const bool* blank, int first, int subs) {
   float best = -INFINITY;
+#pragma unroll 1
   for (int i = first; i < first + subs; ++i) best = blank[i] ? best : most_of(products[i], best);
   return best;
 }
 
 template <typename T, int GROUPS>
-__global__ void __launch_bounds__(THREADS, 5) score_kernel(const hfl_score a) {
+__global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 5 : 4) score_kernel(const __grid_constant__ ScoreTask p) {
   using R = ScoreRoom<T, GROUPS>;
   extern __shared__ __align__(16) char room[];
   __shared__ bool blank[ENTRIES];
+  const hfl_score& a = p.a;
   wait_for_previous();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int length = a.vectors * a.dim, group = a.q_heads / a.kv_heads, rows = group * a.tokens;
-  const int blocks = (a.entries - 1) / a.subs + 1, each = ENTRIES / a.subs;  // of the row; of this thread block
+  const int length = a.vectors * a.dim, group = p.group, rows = group * a.tokens, blocks = p.blocks, each = p.each.by;
   const int first = static_cast<int>(blockIdx.x) * each, count = min(each, blocks - first);
   const int64_t b = blockIdx.z, entry = static_cast<int64_t>(first) * a.subs;
   const bool all = a.share == HFL_ALL;
@@ -45,14 +47,14 @@ __global__ void __launch_bounds__(THREADS, 5) score_kernel(const hfl_score a) {
   float* reduced = products + R::ROWS * WIDE;
   for (int kv_head = all ? 0 : blockIdx.y; kv_head < (all ? a.kv_heads : static_cast<int>(blockIdx.y) + 1); ++kv_head) {
     const T* summary = static_cast<const T*>(a.summary) + b * a.s_b + kv_head * a.s_h + entry * length;
-    const int64_t there = a.entries - entry;
+    const int there = static_cast<int>(min(a.entries - entry, int64_t{ENTRIES}));
     const T* mine = summary + static_cast<int64_t>(warp) * TILE * length;
     for (int start = 0; start < rows; start += R::ROWS) {
       Factors<T, GROUPS> queries;
-      queries.load(a, b, kv_head, start, warp, lane);  // before the entries, so that they need not wait for those
+      queries.load(p, b, kv_head, start, warp, lane);  // before the entries, so that they need not wait for those
       if constexpr (R::COPIED) {
         uint4* entries = reinterpret_cast<uint4*>(room) + warp * TILE * length / 8;
-        if (start == 0) copy_entries(entries, mine, there - warp * TILE, length / 8, lane);
+        if (start == 0) copy_entries(entries, mine, there - warp * TILE, p.chunks, lane);
         queries.store(a, factors, warp, lane);
         copy_wait<0>();
         __syncthreads();
@@ -68,18 +70,23 @@ __global__ void __launch_bounds__(THREADS, 5) score_kernel(const hfl_score a) {
       }
       __syncthreads();
       if (a.share == HFL_Q_HEAD) {
-        for (int i = thread; i < min(R::ROWS, rows - start) * count; i += THREADS) {
-          const int row = start + i / count, j = i % count;
-          const int64_t head = kv_head * group + row / a.tokens, line = (b * heads + head) * a.tokens + row % a.tokens;
-          a.scores[line * blocks + first + j] = best_of(products + i / count * WIDE, blank, j * a.subs, a.subs);
+#pragma unroll 1
+        for (int i = thread; i < min(R::ROWS, rows - start) * each; i += THREADS) {
+          const int own = p.each.divide(i), j = i - own * each;
+          if (j >= count) continue;
+          const int64_t line = (b * heads + kv_head * group) * a.tokens + start + own;
+          a.scores[line * blocks + first + j] = best_of(products + own * WIDE, blank, j * a.subs, a.subs);
         }
       } else {
-        for (int i = thread; i < a.tokens * count; i += THREADS) {
-          const int t = i / count, j = i % count;
+        const int past = start - p.tokens.divide(start) * a.tokens;  // queries of a head before the first of these
+#pragma unroll 1
+        for (int i = thread; i < a.tokens * each; i += THREADS) {
+          const int t = p.each.divide(i), j = i - t * each;
+          if (j >= count) continue;
           float sum = a.vectors == 2 ? -INFINITY : 0.0f;
           if (start > 0 || (all && kv_head > 0)) sum = reduced[t * ENTRIES + j];
-          for (int row = (t + a.tokens - start % a.tokens) % a.tokens; row < min(R::ROWS, rows - start);
-               row += a.tokens) {
+#pragma unroll 4
+          for (int row = t - past + (t < past ? a.tokens : 0); row < min(R::ROWS, rows - start); row += a.tokens) {
             const float best = best_of(products + row * WIDE, blank, j * a.subs, a.subs);
             sum = a.vectors == 2 ? most_of(best, sum) : sum + best;
           }
@@ -91,8 +98,10 @@ __global__ void __launch_bounds__(THREADS, 5) score_kernel(const hfl_score a) {
   }
   if (a.share == HFL_Q_HEAD) return;
   const int64_t line = (b * heads + (all ? 0 : blockIdx.y)) * a.tokens;
-  for (int i = thread; i < a.tokens * count; i += THREADS) {
-    const int t = i / count, j = i % count;
+#pragma unroll 1
+  for (int i = thread; i < a.tokens * each; i += THREADS) {
+    const int t = p.each.divide(i), j = i - t * each;
+    if (j >= count) continue;
     const float sum = reduced[t * ENTRIES + j];
     a.scores[(line + t) * blocks + first + j] = a.vectors == 2 ? sum : sum / static_cast<float>(shared);
   }
@@ -134,13 +143,14 @@ cudaError_t allow(const void* kernel) {
 template <typename T, int GROUPS>
 cudaError_t launch_score(const hfl_score& a) {
   const int blocks = (a.entries - 1) / a.subs + 1, each = ENTRIES / a.subs;
+  ScoreTask task = {a, a.q_heads / a.kv_heads, blocks, Divisor(a.tokens), Divisor(each),
+                    Divisor(std::max(a.vectors * a.dim / 8, 1))};
   const dim3 grid(static_cast<unsigned>((blocks - 1) / each + 1),
                   a.share == HFL_ALL ? 1u : static_cast<unsigned>(a.kv_heads), static_cast<unsigned>(a.batch));
   const void* kernel = reinterpret_cast<const void*>(&score_kernel<T, GROUPS>);
   const cudaError_t error = allow<T, GROUPS>(kernel);
   if (error != cudaSuccess) return error;
-  hfl_score block = a;
-  void* arguments[] = {&block};
+  void* arguments[] = {&task};
   return launch(kernel, grid, THREADS, static_cast<size_t>(ScoreRoom<T, GROUPS>::bytes(a.vectors * a.dim, a.tokens)),
                 a.stream, arguments);
 }

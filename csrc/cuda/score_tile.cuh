@@ -1,11 +1,18 @@
 // Scores of blocks: 16 entries of a KV head times its queries, by a warp. score.cu says what is computed.
 #pragma once
 #include "../hf_longctx.h"
+#include "divide.cuh"
 #include "ptx.cuh"
 
 namespace hfl {
 
 constexpr int WARPS = 4, THREADS = WARPS * 32, TILE = 16, ENTRIES = WARPS * TILE, WIDE = ENTRIES + 1;
+
+struct ScoreTask {
+  hfl_score a;
+  int group, blocks;             // query heads of a KV head; blocks of entries
+  Divisor tokens, each, chunks;  // queries of a head; blocks of a thread block; 16 bytes of an entry
+};
 
 template <typename T, int GROUPS>
 struct ScoreRoom {
@@ -49,17 +56,17 @@ struct Factors {
   static constexpr int OWN = R::ROWS / WARPS, STEPS = 256 / (32 * R::PIECE);  // queries of a warp, pieces of a lane
   uint4 x[OWN][STEPS];
 
-  __device__ __forceinline__ void load(const hfl_score& a, int64_t b, int kv_head, int first, int warp, int lane) {
-    const int group = a.q_heads / a.kv_heads, rows = group * a.tokens;
+  __device__ __forceinline__ void load(const ScoreTask& p, int64_t b, int kv_head, int first, int warp, int lane) {
+    const hfl_score& a = p.a;
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
-      const int row = first + i * WARPS + warp, head = kv_head * group + row / a.tokens, t = row % a.tokens;
-      const T* from = static_cast<const T*>(a.q) + b * a.q_b + head * a.q_h + t * a.q_t;
+      const int row = first + i * WARPS + warp, head = p.tokens.divide(row), t = row - head * a.tokens;
+      const T* from = static_cast<const T*>(a.q) + b * a.q_b + (kv_head * p.group + head) * a.q_h + t * a.q_t;
 #pragma unroll
       for (int j = 0; j < STEPS; ++j) {
         const int c = (j * 32 + lane) * R::PIECE;
         x[i][j] = make_uint4(0, 0, 0, 0);
-        if (row < rows && c < a.dim) x[i][j] = *reinterpret_cast<const uint4*>(from + c);
+        if (head < p.group && c < a.dim) x[i][j] = *reinterpret_cast<const uint4*>(from + c);
       }
     }
   }
@@ -93,17 +100,15 @@ __device__ __forceinline__ int place_of(int row, int chunk, int chunks) {
   return chunks % 8 == 0 ? at ^ ((row & 1) << 2) : at;
 }
 
-// Begin to copy a warp's entries, of which `there` are there.
-__device__ __forceinline__ void copy_entries(uint4* to, const void* entries, int64_t there, int chunks, int lane) {
-  const int at_once = max(32 / chunks, 1), own = lane / chunks;
-  if (own < at_once) {
-    const uint4* from = static_cast<const uint4*>(entries);
+// Begin to copy a warp's entries, of which `there` are there; they lie side by side.
+__device__ __forceinline__ void copy_entries(uint4* to, const void* entries, int there, const Divisor& chunks,
+                                             int lane) {
+  const uint4* from = static_cast<const uint4*>(entries);
 #pragma unroll 4
-    for (int row = own; row < TILE; row += at_once) {
-      for (int chunk = lane - own * chunks; chunk < chunks; chunk += 32) {
-        copy_async(to + place_of(row, chunk, chunks), row < there ? from + row * chunks + chunk : from, row < there);
-      }
-    }
+  for (int at = lane; at < TILE * chunks.by; at += 32) {
+    const int row = chunks.divide(at);
+    const bool copied = row < there;
+    copy_async(to + place_of(row, at - row * chunks.by, chunks.by), from + (copied ? at : 0), copied);
   }
   copy_commit();
 }
@@ -113,7 +118,7 @@ template <typename T, int GROUPS>
 __device__ __forceinline__ void tile(const uint4* entries, int chunks, const T* factors, float* products, int lane) {
   const int g = lane >> 2, c = lane & 3, stride = ScoreRoom<T, GROUPS>::stride(chunks * 8);
   float sums[2][GROUPS][4] = {};  // of even and odd steps
-#pragma unroll 4
+#pragma unroll (GROUPS == 1 ? 4 : 2)
   for (int s = 0; s < (chunks + 3) / 4; ++s) {
     const int chunk = 4 * s + c;
     uint4 low = make_uint4(0, 0, 0, 0), high = low;
