@@ -185,10 +185,10 @@ __global__ void __launch_bounds__(THREADS) append_kernel(const hfl_append a) {
   __shared__ int64_t places[MOST_TOKENS];
   const int64_t b = blockIdx.x / static_cast<unsigned>(a.kv_heads), h = blockIdx.x % static_cast<unsigned>(a.kv_heads);
   const bool keys = blockIdx.y == 0;
-  wait_for_previous();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const hfl_rows& rows = keys ? a.k : a.v;
   const bool active = warp < a.tokens && lane * 8 < (keys ? a.dim : a.v_dim);
+  wait_for_previous(active);
   Raw raw = {};
   if (active) {  // while the positions are on their way
     const int64_t from = keys ? b * a.fk_b + h * a.fk_h + warp * a.fk_t : b * a.fv_b + h * a.fv_h + warp * a.fv_t;

@@ -34,10 +34,10 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, Room<D, F>::BLOCKS) void at
   const int index = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.y);
   const int problem = static_cast<int>(blockIdx.z);
   const Unit unit(p, index, problem);
-  wait_for_previous();
+  Keys<Slab<D, F>::KEYS> keys(p, unit);
+  wait_for_previous(unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
 
   Queries<D, F>::copy(p, unit, shared);
-  Keys<Slab<D, F>::KEYS> keys(p, unit);
   const int place = unit.position(p, lane % ROWS);
   int each = 0;  // slabs of a block
   {

@@ -10,9 +10,10 @@ constexpr int MOST_DEVICES = 64;  // about which something is remembered
 
 // Until all kernels before this one are done; from here on the next one may be set up. Comes before all reads and
 // writes of global memory, in every block: then what the kernels before it wait for is done as well.
-__device__ __forceinline__ void wait_for_previous() {
+// `prepared`: any number of at least 0 that comes out of the set-up, which the compiler else puts off until after.
+__device__ __forceinline__ void wait_for_previous(int prepared) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("{\n.reg .pred p;\nsetp.ge.s32 p, %0, 0;\n@p griddepcontrol.wait;\n}" ::"r"(prepared) : "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }

@@ -13,86 +13,10 @@
 #include "../hf_longctx.h"
 #include "divide.cuh"
 #include "launch.cuh"
-#include "ptx.cuh"
+#include "pick_ranks.cuh"
 
 namespace hfl {
 namespace {
-
-constexpr int THREADS = 1024, WARPS = THREADS / 32, EACH = 8, BINS = 2048, CHUNK = THREADS * EACH;
-constexpr int DIGIT = 11, FEW = 128;
-static_assert(BINS == 1 << DIGIT && BINS == 2 * THREADS, "two bins a thread");
-
-// A score as a whole number of the same order; -0 is 0.
-__device__ __forceinline__ uint32_t rank_of(float score) {
-  const uint32_t bits = __float_as_uint(score != score ? -INFINITY : score + 0.0f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// Sum of x over the threads before this one; total: over all. `sums`: one place for each warp.
-__device__ __forceinline__ uint32_t sum_before(uint32_t x, uint32_t* sums, uint32_t* total = nullptr) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  uint32_t running = x;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(0xffffffffu, running, step);
-    running += lane >= step ? other : 0u;
-  }
-  __syncthreads();  // nobody still reads the sums of the call before
-  if (lane == 31) sums[warp] = running;
-  __syncthreads();
-  const uint32_t mine = sums[lane];
-  uint32_t before = mine;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(0xffffffffu, before, step);
-    before += lane >= step ? other : 0u;
-  }
-  if (total) *total = __shfl_sync(0xffffffffu, before, 31);
-  return __shfl_sync(0xffffffffu, before - mine, warp) + running - x;
-}
-static_assert(WARPS == 32, "a warp sums up the warps");
-
-// Candidates of a row as ranks; 0 stands for what is none. A thread has the same EACH blocks of every CHUNK throughout.
-struct Ranks {
-  const float* scores;  // of the row
-  uint32_t* held;       // ranks in shared memory, or nullptr: they do not fit
-  int blocks;
-  bool aligned;
-  int first, last;  // candidates are from here on, and before this one
-
-  __device__ void load(float (&x)[EACH], int own) const {
-    if (aligned && own + EACH <= blocks) {
-      const float4 low = *reinterpret_cast<const float4*>(scores + own);
-      const float4 high = *reinterpret_cast<const float4*>(scores + own + 4);
-      x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-      x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-    } else {
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) x[i] = own + i < blocks ? scores[own + i] : 0.0f;
-    }
-  }
-  __device__ void rank(uint32_t (&ranks)[EACH], const float (&x)[EACH], int own) const {
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) ranks[i] = own + i >= first && own + i < last ? rank_of(x[i]) : 0u;
-    if (!held || own >= blocks) return;
-    uint4* to = reinterpret_cast<uint4*>(held + own);
-    to[0] = make_uint4(ranks[0], ranks[1], ranks[2], ranks[3]);
-    to[1] = make_uint4(ranks[4], ranks[5], ranks[6], ranks[7]);
-  }
-  // Once `rank` has been there.
-  __device__ void get(uint32_t (&ranks)[EACH], int own) const {
-    if (held && own < blocks) {
-      const uint4* from = reinterpret_cast<const uint4*>(held + own);
-      const uint4 x = from[0], y = from[1];
-      ranks[0] = x.x, ranks[1] = x.y, ranks[2] = x.z, ranks[3] = x.w;
-      ranks[4] = y.x, ranks[5] = y.y, ranks[6] = y.z, ranks[7] = y.w;
-    } else {
-      float x[EACH];
-      load(x, own);
-      rank(ranks, x, own);
-    }
-  }
-};
 
 struct Threshold {
   uint32_t least;  // rank of the last one taken
@@ -101,7 +25,7 @@ struct Threshold {
 
 struct Room {
   uint32_t bins[BINS];
-  uint32_t sums[WARPS], least[WARPS], most[WARPS];
+  uint32_t sums[2][WARPS], least[WARPS], most[WARPS];
   uint32_t found[3];  // a bin, how many are taken of it, how many it holds
   uint32_t few;
 };
@@ -157,7 +81,9 @@ __device__ Threshold find(const Ranks& ranks, float (&ahead)[EACH], uint32_t lef
   uint32_t base, most;
   range(ranks, ahead, room, base, most);
   int shift = max(21 - __clz(static_cast<int>(most - base)), 0);
-  for (uint32_t width = BINS;;) {  // bins, of 2^shift ranks each
+  uint32_t width = BINS;
+#pragma unroll 1
+  for (int pass = 0;; ++pass) {  // `width` bins, of 2^shift ranks each
 #pragma unroll 1
     for (int own = static_cast<int>(threadIdx.x) * EACH; own < ranks.last; own += CHUNK) {
       uint32_t x[EACH];
@@ -172,7 +98,7 @@ __device__ Threshold find(const Ranks& ranks, float (&ahead)[EACH], uint32_t lef
     const uint32_t top = BINS - 1 - 2 * threadIdx.x;  // from the largest down
     const uint32_t first = room.bins[top], second = room.bins[top - 1];
     room.bins[top] = room.bins[top - 1] = 0;
-    const uint32_t before = sum_before(first + second, room.sums);
+    const uint32_t before = sum_before(first + second, room.sums[pass % 2]);
     if (before < left && left <= before + first) {
       room.found[0] = top, room.found[1] = left - before, room.found[2] = first;
     } else if (before + first < left && left <= before + first + second) {
@@ -187,29 +113,30 @@ __device__ Threshold find(const Ranks& ranks, float (&ahead)[EACH], uint32_t lef
 }
 
 // Candidates at or above the threshold, in order, to `to`, of which there are `places`.
-__device__ void emit(const Ranks& ranks, const Threshold& from, int32_t* to, int64_t places, uint32_t* sums) {
+__device__ void emit(const Ranks& ranks, const Threshold& from, int32_t* to, int64_t places, Room& room) {
   uint32_t above = 0, equal = 0;  // in the chunks before
 #pragma unroll 1
-  for (int start = 0; start < ranks.last; start += CHUNK) {
+  for (int start = 0, pass = 0; start < ranks.last; start += CHUNK, ++pass) {
     const int own = start + static_cast<int>(threadIdx.x) * EACH;
-    uint32_t larger = 0, tied = 0, x[EACH];  // bit i: candidate i of this thread
+    uint32_t taken = 0, tied = 0, x[EACH];  // bit i: candidate i of this thread
     ranks.get(x, own);
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      larger |= static_cast<uint32_t>(x[i] > from.least) << i;
-      tied |= static_cast<uint32_t>(x[i] == from.least) << i;
+    for (int i = 0; i < EACH; ++i) taken |= x[i] >= from.least ? 1u << i : 0u;
+#pragma unroll 1
+    for (uint32_t left = taken; left; left &= left - 1) {  // few of them
+      if (ranks.get_one(own + __ffs(static_cast<int>(left)) - 1) == from.least) tied |= left & (0u - left);
     }
     uint32_t total;
-    const uint32_t counts = static_cast<uint32_t>(__popc(larger)) << 16 | static_cast<uint32_t>(__popc(tied));
-    const uint32_t before = sum_before(counts, sums, &total);
+    const uint32_t counts = static_cast<uint32_t>(__popc(taken ^ tied)) << 16 | static_cast<uint32_t>(__popc(tied));
+    const uint32_t before = sum_before(counts, room.sums[pass % 2], &total);
     uint32_t place = above + (before >> 16), ties = equal + (before & 0xffffu);
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      const bool is_tied = tied >> i & 1u, picked = (larger >> i & 1u) || (is_tied && ties < from.ties);
+#pragma unroll 1
+    for (uint32_t left = taken; left; left &= left - 1) {
+      const uint32_t bit = left & (0u - left);
       const int64_t at = static_cast<int64_t>(place) + min(ties, from.ties);
-      if (picked && at < places) to[at] = own + i;
-      place += larger >> i & 1u;
-      ties += is_tied;
+      if (tied & bit ? ties++ < from.ties : (++place, true)) {
+        if (at < places) to[at] = own + __ffs(static_cast<int>(bit)) - 1;
+      }
     }
     above += total >> 16, equal += total & 0xffffu;
   }
@@ -231,7 +158,7 @@ __global__ void __launch_bounds__(THREADS, 1) pick_kernel(const __grid_constant_
   const int row = static_cast<int>(blockIdx.x), line = p.queries.divide(row), n = row - line * a.queries;
   const int b = p.heads.divide(line);
   const float* scores = a.scores + static_cast<int64_t>(row) * a.blocks;
-  wait_for_previous();
+  wait_for_previous(b | n);
   const bool aligned = reinterpret_cast<uintptr_t>(scores) % 16 == 0;
   Ranks ranks = {scores, p.held ? ranks_of_row : nullptr, a.blocks, aligned, 0, 0};
   float ahead[EACH];
@@ -254,7 +181,7 @@ __global__ void __launch_bounds__(THREADS, 1) pick_kernel(const __grid_constant_
   }
   if (taken == 0) return;
   const Threshold from = find(ranks, ahead, static_cast<uint32_t>(taken), room);
-  emit(ranks, from, to + first, static_cast<int64_t>(a.chosen) - first, room.sums);
+  emit(ranks, from, to + first, static_cast<int64_t>(a.chosen) - first, room);
 }
 
 // Bytes of dynamic shared memory that the current device allows the kernel, which it is then allowed.

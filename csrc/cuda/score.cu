@@ -35,7 +35,6 @@ __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 5 : 4) score_kernel(con
   extern __shared__ __align__(16) char room[];
   __shared__ bool blank[ENTRIES];
   const hfl_score& a = p.a;
-  wait_for_previous();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int length = a.vectors * a.dim, group = p.group, rows = group * a.tokens, blocks = p.blocks, each = p.each.by;
   const int first = static_cast<int>(blockIdx.x) * each, count = min(each, blocks - first);
@@ -45,6 +44,7 @@ __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 5 : 4) score_kernel(con
   T* factors = reinterpret_cast<T*>(room + R::entry_bytes(length));
   float* products = reinterpret_cast<float*>(factors + R::ROWS * R::stride(length));
   float* reduced = products + R::ROWS * WIDE;
+  wait_for_previous(first | count | length | rows);
   for (int kv_head = all ? 0 : blockIdx.y; kv_head < (all ? a.kv_heads : static_cast<int>(blockIdx.y) + 1); ++kv_head) {
     const T* summary = static_cast<const T*>(a.summary) + b * a.s_b + kv_head * a.s_h + entry * length;
     const int there = static_cast<int>(min(a.entries - entry, int64_t{ENTRIES}));
