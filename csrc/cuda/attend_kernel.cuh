@@ -37,7 +37,6 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, Room<D, F>::BLOCKS) void at
   Keys<Slab<D, F>::KEYS> keys(p, unit);
   wait_for_previous(unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
 
-  Queries<D, F>::copy(p, unit, shared);
   const int place = unit.position(p, lane % ROWS);
   int each = 0;  // slabs of a block
   {
@@ -51,7 +50,8 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, Room<D, F>::BLOCKS) void at
 #pragma unroll
       for (int i = 0; i < R::STAGES; ++i) found[i] = mine.find(first + i * R::WARPS, end);
     };
-    if (keys.listed()) share_out();  // while the positions are on their way
+    if (keys.listed()) share_out();
+    Queries<D, F>::copy(p, unit, shared);  // while positions, and what tells where keys lie, are on their way
     const int high = __reduce_max_sync(0xffffffffu, place);
     const int low = __reduce_min_sync(0xffffffffu, place < 0 ? INT_MAX : place);
     keys.bound(p.a, high < 0 ? 0 : low, high);

@@ -5,7 +5,7 @@
 // that bin; of candidates with just that score the first are taken, as blocks are counted off in order. NaN counts as
 // -inf, as in the definition.
 // Shapes: scores [B, Hs, N, M] float32, M to 2^31; ids [B, Hs, N, K] int32.
-// Grid: (B * Hs * N): a row each. Block: 1024 threads.
+// Grid: (B * Hs * N): a row each. Block: 512 threads.
 // Shared memory: 9 KiB, and 4 bytes a block where they fit (54 K of them on sm_90); where they do not, each pass reads
 //   the scores again from the L2. Bound by: latency of one load and of about ten barriers.
 #include <atomic>
@@ -45,8 +45,8 @@ __device__ void range(const Ranks& ranks, float (&ahead)[EACH], Room& room, uint
   room.least[thread / 32] = __reduce_min_sync(0xffffffffu, least);
   room.most[thread / 32] = __reduce_max_sync(0xffffffffu, most);
   __syncthreads();
-  least = __reduce_min_sync(0xffffffffu, room.least[thread % 32]) + 1;
-  most = __reduce_max_sync(0xffffffffu, room.most[thread % 32]);
+  least = __reduce_min_sync(0xffffffffu, room.least[thread % WARPS]) + 1;
+  most = __reduce_max_sync(0xffffffffu, room.most[thread % WARPS]);
 }
 
 // The `left`-th largest of the room.found[2] <= FEW candidates with ranks of base to base + width - 1; bins are zeros.
@@ -55,11 +55,12 @@ __device__ Threshold find_among_few(const Ranks& ranks, uint32_t base, uint32_t 
 #pragma unroll 1
   for (int own = static_cast<int>(thread) * EACH; own < ranks.last; own += CHUNK) {
     uint32_t x[EACH];
+    int mine = 0;  // bit i: candidate i of this thread
     ranks.get(x, own);
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      if (x[i] && x[i] - base < width) room.bins[atomicAdd(&room.few, 1u)] = x[i];
-    }
+    for (int i = 0; i < EACH; ++i) mine |= x[i] && x[i] - base < width ? 1 << i : 0;
+#pragma unroll 1
+    for (; mine; mine &= mine - 1) room.bins[atomicAdd(&room.few, 1u)] = ranks.get_one(own + __ffs(mine) - 1);
   }
   __syncthreads();
   if (thread < count) {
@@ -95,14 +96,17 @@ __device__ Threshold find(const Ranks& ranks, float (&ahead)[EACH], uint32_t lef
       }
     }
     __syncthreads();
-    const uint32_t top = BINS - 1 - 2 * threadIdx.x;  // from the largest down
-    const uint32_t first = room.bins[top], second = room.bins[top - 1];
-    room.bins[top] = room.bins[top - 1] = 0;
-    const uint32_t before = sum_before(first + second, room.sums[pass % 2]);
-    if (before < left && left <= before + first) {
-      room.found[0] = top, room.found[1] = left - before, room.found[2] = first;
-    } else if (before + first < left && left <= before + first + second) {
-      room.found[0] = top - 1, room.found[1] = left - before - first, room.found[2] = second;
+    const uint32_t low = BINS - 4 - 4 * threadIdx.x;  // a thread's bins, from the largest down
+    const uint4 own = *reinterpret_cast<const uint4*>(room.bins + low);
+    *reinterpret_cast<uint4*>(room.bins + low) = make_uint4(0, 0, 0, 0);
+    const uint32_t counts[4] = {own.x, own.y, own.z, own.w};
+    uint32_t before = sum_before(own.x + own.y + own.z + own.w, room.sums[pass % 2]);
+#pragma unroll
+    for (int i = 3; i >= 0; --i) {
+      if (before < left && left <= before + counts[i]) {
+        room.found[0] = low + i, room.found[1] = left - before, room.found[2] = counts[i];
+      }
+      before += counts[i];
     }
     __syncthreads();
     base += room.found[0] << shift, left = room.found[1];
@@ -153,7 +157,8 @@ __global__ void __launch_bounds__(THREADS, 1) pick_kernel(const __grid_constant_
   extern __shared__ __align__(16) uint32_t ranks_of_row[];
   __shared__ __align__(16) Room room;
   const int thread = static_cast<int>(threadIdx.x);
-  room.bins[thread] = room.bins[thread + THREADS] = room.few = 0;
+  reinterpret_cast<uint4*>(room.bins)[thread] = make_uint4(0, 0, 0, 0);
+  if (thread == 0) room.few = 0;
   const hfl_pick& a = p.a;
   const int row = static_cast<int>(blockIdx.x), line = p.queries.divide(row), n = row - line * a.queries;
   const int b = p.heads.divide(line);

@@ -6,9 +6,9 @@
 
 namespace hfl {
 
-constexpr int THREADS = 1024, WARPS = THREADS / 32, EACH = 8, BINS = 2048, CHUNK = THREADS * EACH;
+constexpr int THREADS = 512, WARPS = THREADS / 32, EACH = 16, BINS = 2048, CHUNK = THREADS * EACH;
 constexpr int DIGIT = 11, FEW = 128;
-static_assert(BINS == 1 << DIGIT && BINS == 2 * THREADS, "two bins a thread");
+static_assert(BINS == 1 << DIGIT && BINS == 4 * THREADS && WARPS <= 32, "four bins a thread");
 
 // A score as a whole number of the same order, never 0; that of -0 is that of 0.
 __device__ __forceinline__ uint32_t rank_of(float score) {
@@ -28,11 +28,10 @@ __device__ __forceinline__ uint32_t sum_before(uint32_t x, uint32_t* sums, uint3
   }
   if (lane == 31) sums[warp] = running;
   __syncthreads();
-  const uint32_t of_warp = sums[lane];
+  const uint32_t of_warp = lane < WARPS ? sums[lane] : 0u;
   if (total) *total = __reduce_add_sync(0xffffffffu, of_warp);
   return __reduce_add_sync(0xffffffffu, lane < warp ? of_warp : 0u) + running - x;
 }
-static_assert(WARPS == 32, "a lane for each warp");
 
 // Candidates of a row as ranks; 0 stands for what is none. A thread has the same EACH blocks of every CHUNK throughout.
 struct Ranks {
@@ -44,10 +43,11 @@ struct Ranks {
 
   __device__ void load(float (&x)[EACH], int own) const {
     if (aligned && own + EACH <= blocks) {
-      const float4 low = *reinterpret_cast<const float4*>(scores + own);
-      const float4 high = *reinterpret_cast<const float4*>(scores + own + 4);
-      x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-      x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+#pragma unroll
+      for (int i = 0; i < EACH; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(scores + own + i);
+        x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < EACH; ++i) x[i] = own + i < blocks ? scores[own + i] : 0.0f;
@@ -60,18 +60,23 @@ struct Ranks {
 #pragma unroll
       for (int i = 0; i < EACH; ++i) ranks[i] = own + i >= first && own + i < last ? ranks[i] : 0u;
     }
-    if (!held || own >= blocks) return;
-    uint4* to = reinterpret_cast<uint4*>(held + own);
-    to[0] = make_uint4(ranks[0], ranks[1], ranks[2], ranks[3]);
-    to[1] = make_uint4(ranks[4], ranks[5], ranks[6], ranks[7]);
+    if (!held) return;
+#pragma unroll
+    for (int i = 0; i < EACH; i += 4) {
+      *reinterpret_cast<uint4*>(held + own + i) = make_uint4(ranks[i], ranks[i + 1], ranks[i + 2], ranks[i + 3]);
+    }
   }
-  // Once `rank` has been there.
+  // Once `rank` has been there, which is where there are candidates.
   __device__ void get(uint32_t (&ranks)[EACH], int own) const {
-    if (held && own < blocks) {
-      const uint4* from = reinterpret_cast<const uint4*>(held + own);
-      const uint4 x = from[0], y = from[1];
-      ranks[0] = x.x, ranks[1] = x.y, ranks[2] = x.z, ranks[3] = x.w;
-      ranks[4] = y.x, ranks[5] = y.y, ranks[6] = y.z, ranks[7] = y.w;
+    if (own >= last) {
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) ranks[i] = 0;
+    } else if (held) {
+#pragma unroll
+      for (int i = 0; i < EACH; i += 4) {
+        const uint4 four = *reinterpret_cast<const uint4*>(held + own + i);
+        ranks[i] = four.x, ranks[i + 1] = four.y, ranks[i + 2] = four.z, ranks[i + 3] = four.w;
+      }
     } else {
       float x[EACH];
       load(x, own);
