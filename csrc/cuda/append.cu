@@ -11,6 +11,7 @@
 #include <math.h>
 
 #include "eight.cuh"
+#include "launch.cuh"
 
 namespace hfl {
 namespace {
@@ -153,6 +154,7 @@ __global__ void __launch_bounds__(THREADS) append_kernel(const hfl_append a) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const hfl_rows& rows = keys ? a.k : a.v;
   const bool active = warp < a.tokens && lane * 8 < (keys ? a.dim : a.v_dim);
+  wait_for_previous(active);
   Raw raw = {};
   if (active) {  // while the positions are on their way
     const int64_t from = keys ? b * a.fk_b + h * a.fk_h + warp * a.fk_t : b * a.fv_b + h * a.fv_h + warp * a.fv_t;
@@ -226,7 +228,9 @@ extern "C" const char* hfl_append_cuda(const hfl_append* a) {
   const char* message = hfl::check(*a);
   if (message) return message;
   const dim3 grid(static_cast<unsigned>(a->batch) * static_cast<unsigned>(a->kv_heads), 2);
-  hfl::append_kernel<<<grid, hfl::THREADS, 0, static_cast<cudaStream_t>(a->stream)>>>(*a);
-  const cudaError_t error = cudaGetLastError();
+  hfl_append block = *a;
+  void* arguments[] = {&block};
+  const void* kernel = reinterpret_cast<const void*>(&hfl::append_kernel);
+  const cudaError_t error = hfl::launch(kernel, grid, hfl::THREADS, 0, a->stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -33,6 +33,13 @@ __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void* ro
                : "memory");
 }
 
+// An 8x8 matrix of 16-bit elements, of which lane l holds two side by side in row l / 4, transposed.
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // c[16, 8] += a[16, 16] b[16, 8]
 __device__ __forceinline__ void mma_f16(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -46,6 +53,13 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint4& a, uint32_t
                "{%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// What the counter was; all writes before are there for whoever adds to it later, and after it those of who did before.
+__device__ __forceinline__ int add_in_order(int* counter, int x) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(x) : "memory");
+  return before;
 }
 
 // 2^x to about 2 ulp; 0 for -inf
