@@ -8,8 +8,6 @@
 
 namespace hfl {
 
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float NOTHING = -INFINITY;  // logit of a key that is not seen
 constexpr int MOST_SPLITS = 128;
 constexpr int MERGED = 16;  // results of blocks that the last one reads at a time
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from . import attend, library, select, store
+from . import attend, library, prefill, select, store
 
-OPS = {**attend.OPS, **select.OPS, **store.OPS}
+OPS = {**attend.OPS, **prefill.OPS, **select.OPS, **store.OPS}
 
 
 def missing() -> str | None:
