@@ -36,7 +36,7 @@ struct PrefillRoom {
   // COUNT rows, those from `limit` on as zeros.
   template <int COUNT>
   __device__ __forceinline__ static void copy(uint32_t to, const uint16_t* from, int64_t stride, int limit) {
-    static_assert(COUNT % STEP == 0 && STEP % 8 == 0, "as many rows for every thread, all with the same order of chunks");
+    static_assert(COUNT % STEP == 0 && STEP % 8 == 0, "as many rows for every thread, their chunks in one order");
     const int row = threadIdx.x / SHARE, chunk = threadIdx.x % SHARE;
     from += row * stride + chunk * 8, to += at(row, chunk);
 #pragma unroll

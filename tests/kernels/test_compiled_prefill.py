@@ -1,4 +1,4 @@
-"""`attend_blocks` of the compiled library against the definition, on a GPU (marker `cuda`); what it leaves to others."""
+"""`attend_blocks` of the compiled library against the definition, on a GPU (marker `cuda`); what it does not take."""
 
 from __future__ import annotations
 
@@ -134,13 +134,16 @@ def compiled(monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...]) -> Ten
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_definition(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Errors are at most twice those of the definition in the same dtype, and 2 ulp."""
+    """Errors are at most twice those of the definition in the same dtype, and 2 ulp.
+
+    `attend_pages` has the same definition, and none of its shortcuts for rows that end where the columns do.
+    """
     need("cuda")
     arguments = made(case, "cuda")
     q, k, v = arguments[0], *(x.nan_to_num() for x in arguments[1:3])
     with use_backend("reference"):
-        exact = ops.attend_blocks(q.double(), k.double(), v.double(), *arguments[3:])
-        same = ops.attend_blocks(q, k, v, *arguments[3:])
+        exact = ops.attend_pages(q.double(), k.double(), v.double(), *arguments[3:])
+        same = ops.attend_pages(q, k, v, *arguments[3:])
     got = compiled(monkeypatch, arguments)
     assert got.dtype == case.dtype
     ulp = torch.finfo(case.dtype).eps * float(exact.abs().max())
