@@ -170,6 +170,31 @@ typedef struct {
   void* stream;
 } hfl_turn;
 
+// ops.attend_blocks: many queries a row; keys and values are plain, and columns are positions. *_cuda only.
+typedef struct {
+  int32_t batch, q_heads, kv_heads, tokens, stored, dim, dtype;
+  const void* q;          // [B, Hq, T, D]
+  int64_t q_b, q_h, q_t;
+  const void* k;          // [B, Hkv, S, D]
+  int64_t k_b, k_h, k_t;
+  const void* v;          // [B, Hkv, S, D]
+  int64_t v_b, v_h, v_t;
+  void* out;              // [B, Hq, T, D]
+  int64_t out_b, out_h, out_t;
+  float scale, softcap;      // scale > 0; softcap 0: none
+  const float* sink_logits;  // [Hq] or NULL
+  const float* slopes;       // [Hq] or NULL
+  const int64_t* q_pos;      // [B or 1, T], -1: no query, its output is zero; NULL: query t stands at stored - T + t
+  int64_t q_pos_b;           // 0 where all rows are alike
+  int64_t sink, window;      // as in hfl_attend
+  // Selection; ids NULL: all columns. With it sink and window are not used.
+  const int32_t* ids;    // [B, Hs, N, K], ascending, then -1
+  const int32_t* pages;  // the same strides: where the blocks lie, in blocks; NULL: at their ids
+  int64_t ids_b, ids_h, ids_n;
+  int32_t select_heads, chosen, block, q_block;  // Hs: 1, Hkv or Hq; K; multiples of 64 and of 128 tokens
+  void* stream;
+} hfl_prefill;
+
 int32_t hfl_abi(void);
 const char* hfl_version(void);       // compiler, architectures
 int32_t hfl_has_cuda(void);          // 1 if the library holds CUDA code
@@ -190,6 +215,7 @@ const char* hfl_bring_cuda(const hfl_bring* a);
 const char* hfl_copy_cuda(const hfl_copy* a);
 const char* hfl_norm_cuda(const hfl_norm* a);
 const char* hfl_turn_cuda(const hfl_turn* a);
+const char* hfl_prefill_cuda(const hfl_prefill* a);
 
 #ifdef __cplusplus
 }
