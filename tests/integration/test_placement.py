@@ -19,7 +19,7 @@ from .tiny import Case
 LLAMA = BY_NAME["llama_wide_heads"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 INF = {"init": 16, "local": 12, "block": 16, "topk": 2, "representatives": 2, "q_block": 20, "resident_blocks": 3}
-QUEST = lc.Quest(32, page=16, dense_layers=0)
+QUEST = lc.Quest(32, page=16, sink=0, dense_layers=0)
 TOKENS = 400
 CALLS = [150, 7, *[1] * 30, 40, *[1] * 70, 3, *[1] * 100]
 
