@@ -33,7 +33,7 @@ struct KeyTile {
   int limit;  // so many are there, and not after the last query
 };
 
-// Which tiles of keys a tile of queries reads: in shared memory, since it is looked at once a tile. KEYS must divide the
+// Which tiles of keys a tile of queries reads: in shared memory, since it is looked at once a tile. KEYS divides the
 // block of a selection.
 template <int ROWS, int KEYS>
 struct Walk {
