@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .cache.cache import LongContextCache
 from .cache.step import FEW
+from .limits import reads_all_to
 
 if TYPE_CHECKING:
     from .hooks import Patch
@@ -66,11 +67,13 @@ class Prefill:
         known = {name for name, value in model_kwargs.items() if value is not None}
         constant = self.state.facts.longest_in_cache  # beyond it, rotary frequencies follow the length of a call
         columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        policies = (group.policy for layer in self.state.plan.layers for group in layer.groups)
+        selectors, length = {p.prefill for p in policies if p.prefill is not None}, input_ids.shape[1]
         return (
-            any(group.policy.prefill is not None for layer in self.state.plan.layers for group in layer.groups)
+            any(length > reads_all_to(selector) for selector in selectors)
             and isinstance(cache, LongContextCache)
-            and columns == input_ids.shape[1]  # the whole text, whatever the cache has of it
+            and columns == length  # the whole text, whatever the cache has of it
             and (constant is None or columns <= constant)
             and known <= _OF_TEXT
-            and input_ids.shape[1] - cache.ledger.columns > FEW + 1
+            and length - cache.ledger.columns > FEW + 1
         )

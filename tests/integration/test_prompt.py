@@ -45,7 +45,12 @@ def test_a_short_prompt_is_one_call_and_unpatch_leaves_nothing() -> None:
     model = BY_NAME["llama"].make()
     calls: list[int] = []
     model.model.register_forward_pre_hook(lambda *a: calls.append(a[2]["input_ids"].shape[1]), with_kwargs=True)
-    for method, knobs, wanted in (("inf_llm", INF, [9]), ("dense", {}, [90]), ("inf_llm", INF, [58, 8, 8, 8, 8])):
+    for method, knobs, wanted in (
+        ("inf_llm", INF, [9]),
+        ("dense", {}, [90]),
+        ("xattention", {}, [90]),
+        ("inf_llm", INF, [58, 8, 8, 8, 8]),
+    ):
         lc.patch(model, method, **knobs)
         calls.clear()
         size = sum(wanted)
