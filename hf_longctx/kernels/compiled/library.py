@@ -195,9 +195,9 @@ def aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
 
 
-def reason_on_cuda(x: Tensor) -> str | None:
-    """`reason` for an operation that has code for CUDA alone: what it saves there, launches, a CPU does not have."""
-    return reason(x.device) or (None if x.is_cuda else "is for CUDA: there it is one launch in place of many")
+def reason_on_cuda(x: Tensor, elsewhere: str = "is for CUDA: there it is one launch in place of many") -> str | None:
+    """`reason` for an operation that has code for CUDA alone; elsewhere: what to say of tensors on other devices."""
+    return reason(x.device) or (None if x.is_cuda else elsewhere)
 
 
 def laid_out(x: Tensor) -> Tensor:

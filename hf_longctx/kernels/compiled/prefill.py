@@ -28,11 +28,9 @@ def reject(
     selection: Selection | None = None,
 ) -> str | None:
     """Why the library does not take these arguments, or None."""
-    reason = library.reason(q.device)
+    reason = library.reason_on_cuda(q, "has many queries a row on CUDA only")
     if reason is not None:
         return reason
-    if not q.is_cuda:
-        return "has many queries a row on CUDA only"
     if 0 in (q.numel(), k.shape[2]):
         return "takes no empty tensors"
     if not isinstance(k, Tensor) or not isinstance(v, Tensor):
