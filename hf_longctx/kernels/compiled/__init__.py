@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from . import attend, library, select, store
+from . import antidiagonal, attend, library, select, store
 
-OPS = {**attend.OPS, **select.OPS, **store.OPS}
+OPS = {**antidiagonal.OPS, **attend.OPS, **select.OPS, **store.OPS}
 
 
 def missing() -> str | None:

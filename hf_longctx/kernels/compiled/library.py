@@ -78,9 +78,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         abi = library.hfl_abi()
         if abi != ABI:
             return None, f"its library has interface {abi}, this package {ABI}: install the package again"
-        for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op in _OPS for kind in ("cpu", "cuda"))):
+        for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op in _OPS for kind in ("cpu", "cuda")), *_ON_CUDA):
             getattr(library, name).restype = ctypes.c_char_p
-        for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch"):
+        for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch", "hfl_antidiagonal_scratch"):
             getattr(library, name).restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         return None, f"its library cannot be loaded ({error})"
@@ -88,6 +88,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 _OPS = ("attend", "score", "pick", "append")
+_ON_CUDA = ("hfl_antidiagonal_cuda", "hfl_pick_mass_cuda")
 
 
 def reason(device: torch.device) -> str | None:
