@@ -1,10 +1,11 @@
 // ops.pick_blocks with `tau`: the forced blocks of each row of scores, and the fewest best candidates before which the
 // sum of scores reaches a share of the row's, ascending.
 //
-// Paper: XAttention (arXiv:2503.16428) section 2.2, without its sorts. The least score that is taken is found by halving
-// the range of its 32 bits; of candidates with just that score the first are taken, as many as the share wants. Sums
-// are float64 and in one order: the picks are those of the definition in float64. In float32 it adds up the best first,
-// and where the share lies within the rounding of such a sum, a row ends one block sooner or later. NaN counts as -inf.
+// Paper: XAttention (arXiv:2503.16428) section 2.2, without its sorts. The least score that is taken is found by
+// halving the range of its 32 bits; of candidates with just that score the first are taken, as many as the share wants.
+// Sums are float64 and in one order: the picks are those of the definition in float64. In float32 it adds up the best
+// first, and where the share lies within the rounding of such a sum, a row ends one block sooner or later. NaN counts
+// as -inf.
 // Shapes: scores [B, Hs, N, M] float32, ids [B, Hs, N, M] int32.
 // Grid: (B * Hs * N): a row each. Block: 256 threads.
 // Shared memory: 4 bytes a candidate, up to 48 KiB; what does not fit is read again from the L2.
