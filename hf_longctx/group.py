@@ -12,7 +12,7 @@ from .cache.kept import Kept
 from .cache.pieces import Blocks, pieces
 from .cache.positions import sink_position
 from .cache.rows import View
-from .cache.step import Step
+from .cache.step import FEW, Step
 from .cache.store import Store
 from .context import Forward
 from .gradient import Stored
@@ -119,7 +119,7 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
     if store is not None:
         store.write(k, v, step, turns)
         if step.columns or call.group.policy.kv is not None:
-            keys, values = store.memory if step.decodes else store.whole()
+            keys, values = store.memory if step.decodes else store.whole(step.lengths_after, step.width)
     blocks = Blocks.of(step, 1 if step.decodes else selector.scorer.q_block)
     each = max(1, QUERIES // blocks.size)
     parts = []
@@ -130,7 +130,7 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
         look = _look(call, selector, asked, pos, blocks.size, keys, turns)
         near, visible = _near(selector, step, pos, blocks.size, q.shape[0], first)
         ids = choose(selector, look, near)
-        pages = store.locate(ids, selector.block) if store is not None and step.decodes else None
+        pages = store.locate(ids, selector.block, step) if store is not None and step.decodes else None
         read = ops.Selection(ids, selector.block, blocks.size, pages)
         _note(call, selector, pos, read, near[1], visible)
         see = ops.Visibility(q_pos=pos)
@@ -152,15 +152,17 @@ def _read_in_turn(call: Call, selector: Selector, step: Step, q: Tensor, k: Tens
         near, visible = _near(selector, piece, piece.pos, piece.tokens, q.shape[0])
         ids = _renew(call, selector, piece, asked, turns, near)
         far = most_far(selector, piece.tokens) if reaches else None
-        read = ops.Selection(ids, selector.block, piece.tokens, store.locate(ids, selector.block), far)
+        pages = store.locate(ids, selector.block, piece)
+        read = ops.Selection(ids, selector.block, piece.tokens, pages, far)
         _note(call, selector, piece.pos, read, near[1], visible)
         keys, values = store.memory
         see = ops.Visibility(q_pos=piece.pos)
-        if summary is not None and summary.local:
+        if summary is not None and summary.weighs:
             part, mass = ops.attend_mass(asked, keys, values, call.logits, see, turns, read, selector.local)
             store.add_mass(ids, mass, selector.block)
         else:
-            part = ops.attend_pages(asked, keys, values, call.logits, see, turns, read)
+            attend = ops.attend_pages if piece.tokens <= FEW else ops.attend_blocks
+            part = attend(asked, keys, values, call.logits, see, turns, read)
         if piece.tokens == step.tokens and isinstance(tokens, slice):
             return part
         if out is None:

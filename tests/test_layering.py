@@ -29,8 +29,9 @@ ROOMS = {
     "group": {"plan", "cache", "kernels", "select", "context", "gradient", "limits"},
     "attention": {"errors", "plan", "cache", "kernels", "models", "context", "group"},
     "recording": {"cache", "limits", "plan"},
-    "obstacles": {"models", "plan"},
+    "obstacles": {"cache", "models", "plan"},
     "graph": {"cache", "context", "models", "obstacles", "plan", "recording"},
+    "shortcuts": {"cache", "context", "kernels"},
     "memory": {"cache", "models", "plan"},
     "testing": {"plan", "testing"},
 }

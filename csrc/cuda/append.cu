@@ -10,8 +10,8 @@
 // All roundings are those of the definition, in its order; a NaN stays one. Positions are below 2^32.
 #include <math.h>
 
-#include "../hf_longctx.h"
-#include "ptx.cuh"
+#include "eight.cuh"
+#include "launch.cuh"
 
 namespace hfl {
 namespace {
@@ -20,39 +20,6 @@ constexpr int THREADS = 256, MOST_TOKENS = 8, MOST_CHANNELS = 256;
 
 __device__ __forceinline__ float least_of(float a, float b) { return a < b || a != a ? a : b; }
 __device__ __forceinline__ float most_of(float a, float b) { return a > b || a != a ? a : b; }
-
-struct Eight {
-  float x[8];
-};
-
-// Eight values of the call's dtype as they lie in memory; of 16 bits only `low` is used.
-struct Raw {
-  uint4 low, high;
-};
-
-// `index` counts values and is a multiple of 8.
-__device__ __forceinline__ Raw load(const void* from, int64_t index, int dtype) {
-  Raw out = {};
-  if (dtype == HFL_F32) {
-    const uint4* at = reinterpret_cast<const uint4*>(static_cast<const float*>(from) + index);
-    out.low = at[0], out.high = at[1];
-  } else {
-    out.low = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from) + index);
-  }
-  return out;
-}
-
-__device__ __forceinline__ Eight unpack(const Raw& raw, int dtype) {
-  const uint32_t words[8] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
-                             raw.high.x, raw.high.y, raw.high.z, raw.high.w};
-  Eight out;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float2 pair = dtype == HFL_BF16 ? unpack_bf16(words[i / 2]) : unpack_f16(words[i / 2]);
-    out.x[i] = dtype == HFL_F32 ? __uint_as_float(words[i]) : i % 2 ? pair.y : pair.x;
-  }
-  return out;
-}
 
 // One lane's eight channels of a stored token, in float32 before the last rounding, which keeps their order.
 __device__ __forceinline__ Eight read_stored(const hfl_rows& rows, int64_t b, int64_t h, int64_t slot, int channel,
@@ -187,6 +154,7 @@ __global__ void __launch_bounds__(THREADS) append_kernel(const hfl_append a) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const hfl_rows& rows = keys ? a.k : a.v;
   const bool active = warp < a.tokens && lane * 8 < (keys ? a.dim : a.v_dim);
+  wait_for_previous(active);
   Raw raw = {};
   if (active) {  // while the positions are on their way
     const int64_t from = keys ? b * a.fk_b + h * a.fk_h + warp * a.fk_t : b * a.fv_b + h * a.fv_h + warp * a.fv_t;
@@ -260,7 +228,9 @@ extern "C" const char* hfl_append_cuda(const hfl_append* a) {
   const char* message = hfl::check(*a);
   if (message) return message;
   const dim3 grid(static_cast<unsigned>(a->batch) * static_cast<unsigned>(a->kv_heads), 2);
-  hfl::append_kernel<<<grid, hfl::THREADS, 0, static_cast<cudaStream_t>(a->stream)>>>(*a);
-  const cudaError_t error = cudaGetLastError();
+  hfl_append block = *a;
+  void* arguments[] = {&block};
+  const void* kernel = reinterpret_cast<const void*>(&hfl::append_kernel);
+  const cudaError_t error = hfl::launch(kernel, grid, hfl::THREADS, 0, a->stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -3,17 +3,18 @@
 // Paper: Flash-Decoding (split keys, merge by log-sum-exp), arXiv:2205.14135 section 3 for the online softmax; packed
 // keys as in QServe, arXiv:2405.04532, but with the scales taken out of the products.
 // Shapes: q [B, Hq, T, D], k and v [B, Hkv, S, D], D 64, 96, 128 or 256; positions below 2^31.
-// Work: a unit is up to 16 queries of a KV head, all T * G of them, or with a selection those that read one list. The
-//   keys that they see, known on the device only, are cut into slabs of 16 and shared out over `splits` blocks, so
-//   that a large capacity with a short text costs nothing. Within a block each warp takes every WARPS-th slab, through
-//   its own ring of cp.async copies, and never waits for another warp; products are mma.m16n8k16, queries the 16 rows.
-//   In the end the block merges its warps, and the last block of a unit (a counter, which it sets back to zero) all
-//   blocks, in their order: results do not depend on timing.
+// Work: a unit is up to 8 queries of a KV head, all T * G of them, or with a selection those that read one list. The
+//   keys that they see, known on the device only, are cut into slabs of 16, or 32 packed ones, and shared out over
+//   `splits` blocks, so that a large capacity with a short text costs nothing. Within a block each warp takes every
+//   WARPS-th slab, through its own ring of cp.async copies, and never waits for another warp; products are
+//   mma.m16n8k16, keys and then channels the 16 rows, queries the 8 columns. In the end the block merges its warps, and
+//   the last block of a unit (a counter, which it sets back to zero) all blocks, in their order: results do not depend
+//   on timing.
 // Grid: (units of a KV head, splits, B * Hkv); 128 threads, 64 for D = 256.
-// Shared memory: ring of 64 KiB or less, 32 D bytes for each variant of the queries (1, or up to 3 with turns), 1 KiB.
+// Shared memory: ring of about 64 KiB or less, 16 D bytes for each variant of the queries (1, or up to 3 with turns),
+//   1 KiB.
 // Bound by: bytes of keys and values. Three blocks of a multiprocessor keep about 140 KiB of bf16 on their way.
 #include <algorithm>
-#include <atomic>
 #include <initializer_list>
 
 #include "attend_kernel.cuh"
@@ -21,12 +22,10 @@
 namespace hfl {
 namespace {
 
-constexpr int MOST_DEVICES = 64;
-
 struct Kernel {
   const void* function;
-  int threads, warps, bytes[3];       // shared memory by variants
-  std::atomic<int>* fits[3];          // blocks that the device holds at a time; 0: not known yet
+  int threads, warps, slab, bytes[3];  // keys of a slab, shared memory by variants
+  std::atomic<int>* fits[3];           // blocks that the device holds at a time; 0: not known yet
 };
 
 template <int D, Format F>
@@ -36,6 +35,7 @@ const Kernel& kernel() {
   static const Kernel it = {reinterpret_cast<const void*>(&attend_kernel<D, F>),
                             R::WARPS * 32,
                             R::WARPS,
+                            R::S::KEYS,
                             {R::bytes(1), R::bytes(2), R::bytes(3)},
                             {fits[0], fits[1], fits[2]}};
   return it;
@@ -102,9 +102,14 @@ const char* check(const hfl_attend& a) {
 }
 
 AttendTask task_of(const hfl_attend& a) {
-  AttendTask p = {a, a.q_heads / a.kv_heads, 0, a.splits, 1};
-  const bool apart = a.ids && a.select_heads != a.kv_heads && a.select_heads != 1;
-  p.units = !a.ids ? (p.group * a.tokens + 15) / 16 : a.tokens * (apart ? p.group : (p.group + 15) / 16);
+  AttendTask p = {};
+  p.a = a, p.group = a.q_heads / a.kv_heads, p.splits = a.splits, p.variants = 1;
+  p.apart = a.ids && a.select_heads != a.kv_heads && a.select_heads != 1;
+  const int queries = a.ids ? p.group : p.group * a.tokens;  // that may share a unit
+  const int tiles = p.apart ? queries : (queries + ROWS - 1) / ROWS;
+  p.units = (a.ids ? a.tokens : 1) * tiles;
+  p.kv_heads = Divisor(a.kv_heads), p.tokens = Divisor(a.ids ? 1 : a.tokens), p.tiles = Divisor(tiles);
+  p.block = Divisor(std::max(a.block, 1)), p.share = Divisor(std::max(p.splits, 1) * kernel_of(a).warps);
   if (a.q_before) p.variants = !a.ids && a.sink > 0 ? 3 : 2;
   return p;
 }
@@ -147,11 +152,12 @@ extern "C" int64_t hfl_attend_scratch(const hfl_attend* a, int32_t* splits) {
   if (hfl::blocks_that_fit(kernel, p.variants, fit) != cudaSuccess) return 0;
   const int64_t units = hfl_attend_counters(a);
   const int64_t keys = a->ids ? static_cast<int64_t>(a->chosen) * a->block : a->stored;
-  const int slabs = static_cast<int>((keys + 15) / 16);
+  const int slabs = static_cast<int>((keys + kernel.slab - 1) / kernel.slab);
   const int most = static_cast<int>(std::clamp<int64_t>(fit / units, 1, hfl::MOST_SPLITS));
-  const int each = hfl::slabs_of_block(slabs, most, kernel.warps);
+  const int wanted = (slabs + most * kernel.warps - 1) / (most * kernel.warps);
+  const int each = hfl::slabs_of_warp(slabs, wanted, kernel.warps) * kernel.warps;
   *splits = (slabs + each - 1) / each;
-  return *splits == 1 ? 0 : units * *splits * 16 * (a->dim + 2) * static_cast<int64_t>(sizeof(float));
+  return *splits == 1 ? 0 : units * *splits * hfl::ROWS * (a->dim + 2) * static_cast<int64_t>(sizeof(float));
 }
 
 extern "C" const char* hfl_attend_cuda(const hfl_attend* a) {
@@ -169,7 +175,7 @@ extern "C" const char* hfl_attend_cuda(const hfl_attend* a) {
   const dim3 grid(static_cast<unsigned>(p.units), static_cast<unsigned>(p.splits),
                   static_cast<unsigned>(a->batch) * static_cast<unsigned>(a->kv_heads));
   void* arguments[] = {&p};
-  error = cudaLaunchKernel(kernel.function, grid, dim3(static_cast<unsigned>(kernel.threads)), arguments,
-                           static_cast<size_t>(kernel.bytes[p.variants - 1]), static_cast<cudaStream_t>(a->stream));
+  error = hfl::launch(kernel.function, grid, kernel.threads, static_cast<size_t>(kernel.bytes[p.variants - 1]),
+                      a->stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,9 +1,10 @@
-// A slab: 16 keys of one KV head, and their values, in shared memory in one of four formats; how a warp copies it there
-// and turns it into operands of mma.m16n8k16. lane = 4 g + c; "tile" is one of the two halves of 8 keys.
+// A slab: 16 keys of one KV head, or 32 where they are packed, and their values, in shared memory in one of four
+// formats; how a warp copies it there and turns it into operands of mma.m16n8k16. lane = 4 g + c.
 //
+// Keys are the 16 rows of q.k, channels those of p.v; queries are the 8 columns of both.
 // Which channel stands at which place of the inner axis of q.k does not matter as long as q and k agree, nor the order
 // of the output's channels: so each lane reads whole words of packed rows, and no bytes change lanes.
-//   q.k:  lane (g, c) holds key 8 tile + g; of every 4 UNIT_K channels those from c * UNIT_K on.
+//   q.k:  lane (g, c) holds keys g and g+8; of every 4 UNIT_K channels those from c * UNIT_K on.
 //   p.v:  lane (g, c) holds keys 2c, 2c+1, 2c+8, 2c+9; of every 8 UNIT_V channels those from g * UNIT_V on.
 //
 // Packed keys are operands as they are: a payload u, alone in 16 bits, is the subnormal float16 u * 2^-24, which mma
@@ -22,9 +23,10 @@ template <int D, Format F>
 struct Slab {
   static constexpr int BITS = F == Format::int4 ? 4 : F == Format::int8 ? 8 : 16;
   static constexpr bool PACKED = BITS < 16;
+  static constexpr int KEYS = PACKED ? 32 : 16, TILES = KEYS / 16;
   static constexpr int ROW = D * BITS / 8;   // bytes
   static constexpr int CHUNKS = ROW / 16;    // of 16 bytes
-  static constexpr int BYTES = 16 * ROW;     // of the keys, and again of the values
+  static constexpr int BYTES = KEYS * ROW;   // of the keys, and again of the values
   static constexpr bool LINES = ROW % 128 == 0;
   static constexpr int CENTRE = BITS == 4 ? 8 : 128;
 
@@ -34,6 +36,7 @@ struct Slab {
   static constexpr int UNIT_V = D == 64 ? 8 : D == 96 ? 4 : F == Format::int4 && D == 256 ? 32 : 16;
   static constexpr int WORDS_V = (UNIT_V * BITS + 31) / 32;
   static_assert(D % (4 * UNIT_K) == 0 && D % (8 * UNIT_V) == 0 && WORDS_K <= 4, "units tile a row");
+  static_assert(KEYS * CHUNKS % 32 == 0, "all lanes copy alike");
 
   // The 16-byte chunks of a slab are permuted so that the lanes that read at a time meet different banks.
   __device__ static int key_chunk(int row, int chunk) {
@@ -52,20 +55,19 @@ struct Slab {
     const int unit = (s / steps * 4 + c) * UNIT_K;
     return F == Format::int4 ? unit + (s % steps) / 2 * 8 : unit + s % steps * 4;
   }
-  // The channel in column `column` (0 .. 7) of output tile i (0 .. D/8 - 1).
-  __device__ static int out_channel(int i, int column) {
-    return PACKED ? (i / UNIT_V * 8 + column) * UNIT_V + i % UNIT_V : i * 8 + column;
+  // The channel in row `row` (0 .. 7) of eight rows i (0 .. D/8 - 1) of the output.
+  __device__ static int out_channel(int i, int row) {
+    return PACKED ? (i / UNIT_V * 8 + row) * UNIT_V + i % UNIT_V : i * 8 + row;
   }
 
-  // One lane's part of copying a slab; `column` of lanes 0 .. 15 is where each key lies, -1: zeros.
-  template <bool KEYS>
+  // One lane's part of copying a slab; `column` of the first KEYS lanes is where each key lies, -1: zeros.
+  template <bool OF_KEYS>
   __device__ static void copy(unsigned char* to, const unsigned char* rows, uint32_t stride, int column, int lane) {
 #pragma unroll 4
-    for (int i = 0; i < (16 * CHUNKS + 31) / 32; ++i) {
+    for (int i = 0; i < KEYS * CHUNKS / 32; ++i) {
       const int at = i * 32 + lane, row = at / CHUNKS, chunk = at % CHUNKS;
-      const int from = __shfl_sync(0xffffffffu, column, row & 15);
-      if (16 * CHUNKS % 32 && at >= 16 * CHUNKS) continue;
-      const int place = KEYS ? key_chunk(row, chunk) : value_chunk(row, chunk);
+      const int from = __shfl_sync(0xffffffffu, column, row);
+      const int place = OF_KEYS ? key_chunk(row, chunk) : value_chunk(row, chunk);
       copy_async(to + place * 16, rows + static_cast<uint64_t>(from < 0 ? 0 : from) * stride + chunk * 16, from >= 0);
     }
   }
@@ -77,15 +79,15 @@ struct Slab {
     read<size>(w, keys + key_chunk(row, byte / 16) * 16 + byte % 16);
   }
 
-  // The operand of inner step e of a unit.
-  __device__ static void key_operand(uint32_t& b0, uint32_t& b1, const uint32_t (&w)[WORDS_K], int e) {
+  // The operand of inner step e of a unit, of 8 keys.
+  __device__ static void key_operand(uint32_t& low, uint32_t& high, const uint32_t (&w)[WORDS_K], int e) {
     if constexpr (F == Format::int4) {
       const uint32_t x = w[e / 2] >> (e % 2 * 8);
-      b0 = x & 0x000f000fu, b1 = x & 0x00f000f0u;  // the second pair is 16 times what it says
+      low = x & 0x000f000fu, high = x & 0x00f000f0u;  // the second pair is 16 times what it says
     } else if constexpr (F == Format::int8) {
-      b0 = __byte_perm(w[e], 0, 0x4140), b1 = __byte_perm(w[e], 0, 0x4342);
+      low = __byte_perm(w[e], 0, 0x4140), high = __byte_perm(w[e], 0, 0x4342);
     } else {
-      b0 = w[2 * e], b1 = w[2 * e + 1];
+      low = w[2 * e], high = w[2 * e + 1];
     }
   }
 
@@ -97,19 +99,19 @@ struct Slab {
     }
   }
 
-  // out[16, D] += p[16, 16 keys] values
-  __device__ static void add_values(float (&out)[D / 8][4], const uint4& p, const unsigned char* values, int lane) {
+  // out[D, 8] += values[16 keys from `first` on, D], transposed, p[16, 8]
+  __device__ static void add_values(float (&out)[D / 16][4], uint32_t p0, uint32_t p1, const unsigned char* values,
+                                    int first, int lane) {
     if constexpr (!PACKED) {
 #pragma unroll
       for (int j = 0; j < D / 16; ++j) {
-        uint32_t b[4];
-        load_transposed(b, values + value_chunk(lane & 15, 2 * j + (lane >> 4)) * 16);
-        multiply(out[2 * j], p, b[0], b[1]);
-        multiply(out[2 * j + 1], p, b[2], b[3]);
+        uint32_t v[4];
+        load_transposed(v, values + value_chunk(first + (lane & 15), 2 * j + (lane >> 4)) * 16);
+        multiply(out[j], make_uint4(v[0], v[2], v[1], v[3]), p0, p1);
       }
     } else {
       constexpr int size = UNIT_V * BITS / 8, each = 32 / BITS;  // bytes of a unit; channels of a word
-      const int g = lane >> 2, key = (lane & 3) * 2;
+      const int g = lane >> 2, key = first + (lane & 3) * 2;
 #pragma unroll
       for (int unit = 0; unit < D / 8 / UNIT_V; ++unit) {
         const int byte = (unit * 8 + g) * size;
@@ -120,10 +122,14 @@ struct Slab {
           read<size>(w[r], values + value_chunk(row, byte / 16) * 16 + byte % 16);
         }
 #pragma unroll
-        for (int e = 0; e < UNIT_V; ++e) {
-          const uint32_t b0 = value_operand(w[0][e / each], w[1][e / each], e % each);
-          const uint32_t b1 = value_operand(w[2][e / each], w[3][e / each], e % each);
-          mma_f16(out[unit * UNIT_V + e], p, b0, b1);
+        for (int e = 0; e < UNIT_V; e += 2) {
+          uint32_t v[2][2];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int at = (e + i % 2) / each, from = i / 2 * 2;
+            v[i / 2][i % 2] = value_operand(w[from][at], w[from + 1][at], (e + i % 2) % each);
+          }
+          mma_f16(out[(unit * UNIT_V + e) / 2], make_uint4(v[0][0], v[0][1], v[1][0], v[1][1]), p0, p1);
         }
       }
     }

@@ -1,6 +1,6 @@
 // Decode attention: what one warp does. It walks through slabs of its own, without waiting for the other warps.
 #pragma once
-#include "attend.cuh"
+#include "attend_logits.cuh"
 
 namespace hfl {
 
@@ -8,6 +8,7 @@ template <int D, Format F>
 struct Warp {
   using S = Slab<D, F>;
   using R = Room<D, F>;
+  using Found = typename Keys<S::KEYS>::Found;
   // Float16 weights are scaled up, so that those of keys that count little stay within its normal numbers.
   static constexpr float LIFT = F == Format::bf16 ? 0.0f : 10.0f;
   // Binary places by which a logit may exceed `top` before all that was summed up is scaled down.
@@ -15,32 +16,32 @@ struct Warp {
 
   const AttendTask& p;
   const Unit& unit;
-  const Keys& keys;
+  const Keys<S::KEYS>& keys;
   unsigned char* ring;
-  const unsigned char* shared;
-  Keys::Found next;                  // of the slab after those in the ring
+  Logits<D, F> logits;
+  Found next;                        // of the slab after those in the ring
   int lane;
-  int eights;                        // packed: columns that keys 0 .. 7 (even lanes) or 8 .. 15 lie at begin here
-  float out[D / 8][4];               // rows g and g + 8, columns 2c and 2c + 1 of each tile
+  int eights;                        // packed: columns that 8 keys, those of group lane % 4, lie at begin here
+  float out[D / 16][4];              // channels g of eights 2i and 2i + 1, queries 2c and 2c + 1
   float top[2], total[2], shift[2];  // a logit near the largest; sums of weights and, packed, of weights * zeros
   int level = 0;                     // packed: out and shift are divided by 2^(level - 127), the largest scale so far
 
-  __device__ Warp(const AttendTask& p_, const Unit& unit_, const Keys& keys_, unsigned char* shared_, int warp,
+  __device__ Warp(const AttendTask& p_, const Unit& unit_, const Keys<S::KEYS>& keys_, unsigned char* shared, int warp,
                   int lane_)
-      : p(p_), unit(unit_), keys(keys_), ring(shared_ + warp * R::WARP), shared(shared_), lane(lane_) {
-    if (S::PACKED && lane < 8) sources()[lane] = sides(lane < 4 ? p.a.k : p.a.v);
-    __syncwarp();
+      : p(p_), unit(unit_), keys(keys_), ring(shared + warp * R::WARP), logits{p_, keys_, shared, ring, lane_},
+        lane(lane_) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) top[h] = NOTHING, total[h] = shift[h] = 0.0f;
+    for (int j = 0; j < 2; ++j) top[j] = NOTHING, total[j] = shift[j] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < D / 8; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
+    for (int i = 0; i < D / 16; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
   }
 
-  // Fill the ring with slabs slab, slab + WARPS, ... below `end`.
-  __device__ void begin(int slab, int end) {
-    Keys::Found found[R::STAGES];
-#pragma unroll
-    for (int i = 0; i < R::STAGES; ++i) found[i] = find(slab + i * R::WARPS, end);
+  __device__ Found find(int slab, int end) const {
+    return slab < end ? keys.find(p, slab, lane) : Found{-1, -1};
+  }
+
+  // Fill the ring with slabs slab, slab + WARPS, ... below `end`, which were found.
+  __device__ void begin(int slab, int end, const Found (&found)[R::STAGES]) {
 #pragma unroll
     for (int i = 0; i < R::STAGES; ++i) {
       const int column = copy_keys(i, slab + i * R::WARPS, end, found[i]);
@@ -54,8 +55,8 @@ struct Warp {
     for (int stage = 0; slab < end; slab += R::WARPS, stage = stage + 1 == R::STAGES ? 0 : stage + 1) {
       copy_wait<2 * R::STAGES - 1>();
       __syncwarp();
-      float x[2][4];
-      const bool all = logits(x, stage);
+      float x[S::TILES][4];
+      const bool all = logits.compute(x, stage);
       __syncwarp();  // all lanes have read the keys: others may take their place
       const int ahead = slab + R::STAGES * R::WARPS;
       const int column = copy_keys(stage, ahead, end, next);
@@ -63,66 +64,68 @@ struct Warp {
       weigh(x);
       copy_wait<2 * R::STAGES - 1>();
       __syncwarp();
-      S::add_values(out, weights(x, stage, all), ring + R::VALUES + stage * S::BYTES, lane);
+      uint32_t weights[2 * S::TILES];
+      pack(weights, x, stage, all);
+#pragma unroll
+      for (int i = 0; i < S::TILES; ++i) {
+        S::add_values(out, weights[2 * i], weights[2 * i + 1], ring + R::VALUES + stage * S::BYTES, i * 16, lane);
+      }
       __syncwarp();
       copy_values(stage, ahead, end, column);
     }
     copy_wait<0>();
     const float up = __uint_as_float(static_cast<uint32_t>(level) << 23);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      total[h] = over_quad(total[h]);
+    for (int j = 0; j < 2; ++j) {
+      total[j] = over_keys(total[j]);
       if constexpr (S::PACKED) {
-        shift[h] = over_quad(shift[h]);
+        shift[j] = over_keys(shift[j]);
 #pragma unroll
-        for (int i = 0; i < D / 8; ++i) {
-          out[i][2 * h] = (out[i][2 * h] - shift[h]) * up, out[i][2 * h + 1] = (out[i][2 * h + 1] - shift[h]) * up;
+        for (int i = 0; i < D / 16; ++i) {
+          out[i][j] = (out[i][j] - shift[j]) * up, out[i][2 + j] = (out[i][2 + j] - shift[j]) * up;
         }
       }
     }
   }
 
-  // Leave the results in shared memory: out [16, D] for this warp, and largest logit and total.
+  // Leave the results in shared memory: out [ROWS, OUT] for this warp, and largest logit and total.
   __device__ void leave(float* outs, float2* states) const {
-    const int g = lane >> 2, c = lane & 3;
+    const int g = lane >> 2;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = g + 8 * h;
+    for (int j = 0; j < 2; ++j) {
+      const int row = (lane & 3) * 2 + j;
       if (row >= unit.rows()) continue;
-      if (c == 0) states[row] = make_float2(top[h], total[h]);
+      if (g == 0) states[row] = make_float2(top[j], total[j]);
+      float* to = outs + row * R::OUT;
 #pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
-        outs[row * D + S::out_channel(i, 2 * c)] = out[i][2 * h];
-        outs[row * D + S::out_channel(i, 2 * c + 1)] = out[i][2 * h + 1];
+      for (int i = 0; i < D / 16; ++i) {
+        if constexpr (!S::PACKED) {
+          to[S::out_channel(2 * i, g)] = out[i][j], to[S::out_channel(2 * i + 1, g)] = out[i][2 + j];
+        } else if (i % 2 == 0) {  // four channels side by side
+          *reinterpret_cast<float4*>(to + S::out_channel(2 * i, g)) =
+              make_float4(out[i][j], out[i][2 + j], out[i + 1][j], out[i + 1][2 + j]);
+        }
       }
     }
   }
 
  private:
-  // Where lanes 0 and 1 read scales, 2 and 3 zeros; of values, four further on. Registers are short, so these lie here.
-  __device__ const __half** sources() const { return reinterpret_cast<const __half**>(ring + R::SOURCES); }
-  __device__ const __half* sides(const hfl_rows& rows) const {
-    return static_cast<const __half*>(lane & 2 ? rows.zero : rows.scale) + unit.batch * rows.scale_b +
-           unit.kv_head * rows.scale_h;
-  }
-  __device__ static float over_quad(float x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
-  }
-  __device__ Keys::Found find(int slab, int end) const {
-    return slab < end ? keys.find(p.a, slab, lane) : Keys::Found{-1, -1};
+  __device__ static float over_keys(float x) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
   }
 
-  // Begin to copy a slab's keys, or nothing beyond the end; always one group. Returns the column of key l % 16.
-  __device__ int copy_keys(int stage, int slab, int end, const Keys::Found& found) {
+  // Begin to copy a slab's keys, or nothing beyond the end; always one group. Returns the column of key l % KEYS.
+  __device__ int copy_keys(int stage, int slab, int end, const Found& found) {
     int column = -1;
     if (slab < end) {
-      const int2 place = keys.place(p.a, slab, found, lane);
+      const int2 place = keys.place(p, slab, found, lane);
       column = place.x;
       int* notes = reinterpret_cast<int*>(ring + R::NOTED + stage * R::NOTES);
       const int all = __all_sync(0xffffffffu, keys.seen_by_all(place.y));
-      if (lane < 16) notes[lane] = place.y;
-      if (lane == 16) notes[16] = all;
+      if (lane < S::KEYS) notes[lane] = place.y;
+      if (lane == 0) notes[S::KEYS] = all;
       copy<true>(p.a.k, stage, column);
     }
     copy_commit();
@@ -132,217 +135,82 @@ struct Warp {
     if (slab < end) copy<false>(p.a.v, stage, column);
     copy_commit();
   }
-  template <bool KEYS>
+  template <bool OF_KEYS>
   __device__ void copy(const hfl_rows& rows, int stage, int column) {
     constexpr int width = S::PACKED ? 1 : 2;  // bytes of what strides count
     const unsigned char* data =
         static_cast<const unsigned char*>(rows.data) + (unit.batch * rows.b + unit.kv_head * rows.h) * width;
-    unsigned char* to = ring + (KEYS ? R::KEYS : R::VALUES) + stage * S::BYTES;
-    S::template copy<KEYS>(to, data, static_cast<uint32_t>(rows.t) * width, column, lane);
-    if constexpr (S::PACKED) {  // of 8 keys 16 bytes: lanes 0 and 1 scales, 2 and 3 zeros
-      if (KEYS) {  // any key that is there tells where its eight begin
-        const unsigned there = __ballot_sync(0xffffffffu, column >= 0) >> (lane & 1) * 8 & 0xffu;
+    unsigned char* to = ring + (OF_KEYS ? R::KEYS : R::VALUES) + stage * S::BYTES;
+    S::template copy<OF_KEYS>(to, data, static_cast<uint32_t>(rows.t) * width, column, lane);
+    if constexpr (S::PACKED) {  // of 8 keys 16 bytes: lanes 0 to 3 scales, 4 to 7 zeros
+      if (OF_KEYS) {  // any key that is there tells where its eight begin
+        const unsigned there = __ballot_sync(0xffffffffu, column >= 0) >> (lane & 3) * 8 & 0xffu;
         const int which = there ? __ffs(static_cast<int>(there)) - 1 : 0;
-        const int one = __shfl_sync(0xffffffffu, column, (lane & 1) * 8 + which);
+        const int one = __shfl_sync(0xffffffffu, column, (lane & 3) * 8 + which);
         eights = one < 0 ? -1 : one & ~7;
       }
-      if (lane < 4) {
-        copy_async(ring + R::SIDES + stage * R::SIDE + (KEYS ? 0 : 64) + lane * 16,
-                   sources()[lane + (KEYS ? 0 : 4)] + max(eights, 0), eights >= 0);
+      if (lane < 8) {
+        const __half* sides = static_cast<const __half*>(lane & 4 ? rows.zero : rows.scale) +
+                              unit.batch * rows.scale_b + unit.kv_head * rows.scale_h;
+        copy_async(ring + R::SIDES + stage * R::SIDE + (OF_KEYS ? 0 : R::SIDE / 2) + lane * 16, sides + max(eights, 0),
+                   eights >= 0);
       }
     }
   }
-
-  // Scales, or zeros (centred those of values), of keys (or their values) 2c and 2c + 1 of a tile.
-  __device__ float2 scales(int stage, bool keys_, int tile) const {
-    const unsigned char* at = ring + R::SIDES + stage * R::SIDE + (keys_ ? 0 : 64) + tile * 16 + (lane & 3) * 4;
-    return unpack_f16(*reinterpret_cast<const uint32_t*>(at));
-  }
-  __device__ float2 zeros(int stage, bool keys_, int tile) const {
-    const unsigned char* at = ring + R::SIDES + stage * R::SIDE + (keys_ ? 32 : 96) + tile * 16 + (lane & 3) * 4;
-    const float2 x = unpack_f16(*reinterpret_cast<const uint32_t*>(at));
-    return keys_ ? x : make_float2(x.x - S::CENTRE, x.y - S::CENTRE);
-  }
-
-  // Logits times log2(e) of queries g and g + 8 (second index / 2) and keys 2c and 2c + 1 of each tile; -inf where a
-  // query does not see a key. Returns whether all see all.
-  __device__ bool logits(float (&x)[2][4], int stage) const {
-    const int* notes = reinterpret_cast<const int*>(ring + R::NOTED + stage * R::NOTES);
-    const bool all = notes[16] != 0;
-    if (all && p.variants == 1 && p.a.softcap == 0.0f && !p.a.slopes) {  // nearly always
-      products<true>(x, stage, 0);
-      const float factor = p.a.scale * LOG2E;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i / 4][i & 3] *= factor;
-    } else {
-      special_logits(x, stage, notes, all);
-    }
-    return all;
-  }
-  __device__ void special_logits(float (&x)[2][4], int stage, const int* notes, bool all) const {
-    const int* places = reinterpret_cast<const int*>(shared + R::PLACES);
-    const int from[2] = {places[lane >> 2], places[(lane >> 2) + 8]};
-    int at[2][2];
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      const int2 pair = *reinterpret_cast<const int2*>(notes + tile * 8 + (lane & 3) * 2);
-      at[tile][0] = pair.x, at[tile][1] = pair.y;
-    }
-    turned_products(x, stage, at, from);
-    const hfl_attend& a = p.a;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int pos = at[i / 4][i & 1], h = i / 2 & 1;
-      float y = x[i / 4][i & 3] * a.scale;
-      if (a.softcap != 0.0f) y = a.softcap * (1.0f - 2.0f / (power_of_two(2.0f * LOG2E / a.softcap * y) + 1.0f));
-      const float slope = reinterpret_cast<const float*>(shared + R::SLOPES)[(lane >> 2) + h * 8];
-      y = (y + slope * static_cast<float>(pos - from[h])) * LOG2E;
-      x[i / 4][i & 3] = all || keys.seen(pos, from[h]) ? y : NOTHING;
-    }
-  }
-
-  // q.k with the queries as they are given in one variant.
-  template <bool PLAIN>
-  __device__ void products(float (&x)[2][4], int stage, int variant) const {
-    const uint4* queries = reinterpret_cast<const uint4*>(shared + R::QUERIES + variant * R::QUERY);
-    const unsigned char* slab = ring + R::KEYS + stage * S::BYTES;
-    float sums[2][2][4] = {};  // of even and odd steps: two short chains instead of a long one
-#pragma unroll (PLAIN && D < 256 ? D : 2)  // else registers are short
-    for (int j = 0; j < D / 4 / S::UNIT_K; ++j) {
-      uint32_t words[2][S::WORDS_K];
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) S::key_words(words[tile], slab, tile * 8 + (lane >> 2), j, lane & 3);
-#pragma unroll
-      for (int e = 0; e < S::UNIT_K / 4; ++e) {
-        const uint4 q = queries[(j * (S::UNIT_K / 4) + e) * 32 + lane];
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          uint32_t b0, b1;
-          S::key_operand(b0, b1, words[tile], e);
-          S::multiply(sums[e & 1][tile], q, b0, b1);
-        }
-      }
-    }
-    const float2* factors = reinterpret_cast<const float2*>(shared + R::FACTORS) + variant * 16 + (lane >> 2);
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[tile][i] = sums[0][tile][i] + sums[1][tile][i];
-      if constexpr (S::PACKED) {
-        const float2 scale = scales(stage, true, tile), zero = zeros(stage, true, tile);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {  // a factor undoes the division of the row
-          const float2 factor = factors[8 * h];
-          x[tile][2 * h] = (x[tile][2 * h] - zero.x * factor.y) * scale.x * factor.x;
-          x[tile][2 * h + 1] = (x[tile][2 * h + 1] - zero.y * factor.y) * scale.y * factor.x;
-        }
-      }
-    }
-  }
-
-  // q.k where keys stand at lap positions: 0 for keys of the query's own lap, 1 of the lap before, 2 for sinks.
-  __device__ int variant(int at, int from_) const {
-    if (p.variants == 1) return 0;
-    if (at < keys.sink) return 2;
-    return lap(from_) > lap(at);
-  }
-  __device__ int lap(int at) const {
-    return max(at - static_cast<int>(p.a.offset), 0) / static_cast<int>(p.a.lap);
-  }
-  __device__ void turned_products(float (&x)[2][4], int stage, const int (&at)[2][2], const int (&from)[2]) const {
-    unsigned present = 0, which = 0;  // a bit for each variant; two bits for each product
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int pos = at[i / 4][i & 1], own = from[i / 2 & 1], v = variant(pos, own);
-      which |= static_cast<unsigned>(v) << 2 * i;
-      if (pos >= 0 && pos <= own) present |= 1u << v;
-      x[i / 4][i & 3] = 0.0f;
-    }
-    present = __reduce_or_sync(0xffffffffu, present);
-#pragma unroll 1
-    for (unsigned v = 0; v < 3; ++v) {
-      if (!(present >> v & 1)) continue;
-      float y[2][4];
-      products<false>(y, stage, v);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if ((which >> 2 * i & 3) == v) x[i / 4][i & 3] = y[i / 4][i & 3];
-      }
-    }
-  }
-
-  // Whether there are queries in rows 8 to 15 of the operands; else their weights are zeros.
-  __device__ bool lower() const { return unit.rows() > 8; }
 
   // From logits to weights of at most 2^(LIFT + SLACK), scaling down what is there where a much larger one has come.
-  __device__ void weigh(float (&x)[2][4]) {
-    float most[2];
+  __device__ void weigh(float (&x)[S::TILES][4]) {
+    float most[2] = {NOTHING, NOTHING};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      most[h] = NOTHING;
-      if (h && !lower()) continue;
-      most[h] = fmaxf(fmaxf(x[0][2 * h], x[0][2 * h + 1]), fmaxf(x[1][2 * h], x[1][2 * h + 1]));
-      most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 1));
-      most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 2));
-    }
+    for (int i = 0; i < 4 * S::TILES; ++i) most[i & 1] = fmaxf(most[i & 1], x[i / 4][i & 3]);
     if (__any_sync(0xffffffffu, most[0] > top[0] + SLACK || most[1] > top[1] + SLACK)) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (h && !lower()) continue;
-        const float higher = fmaxf(most[h], top[h]);
-        const float down = higher == NOTHING ? 1.0f : power_of_two(top[h] - higher);
-        top[h] = higher, total[h] *= down, shift[h] *= down;
+      for (int j = 0; j < 2; ++j) {
 #pragma unroll
-        for (int i = 0; i < D / 8; ++i) out[i][2 * h] *= down, out[i][2 * h + 1] *= down;
+        for (int step = 4; step < 32; step *= 2) most[j] = fmaxf(most[j], __shfl_xor_sync(0xffffffffu, most[j], step));
+        const float higher = fmaxf(most[j], top[j]);
+        const float down = higher == NOTHING ? 1.0f : power_of_two(top[j] - higher);
+        top[j] = higher, total[j] *= down, shift[j] *= down;
+#pragma unroll
+        for (int i = 0; i < D / 16; ++i) out[i][j] *= down, out[i][2 + j] *= down;
       }
     }
+    const float base[2] = {(top[0] == NOTHING ? 0.0f : top[0]) - LIFT, (top[1] == NOTHING ? 0.0f : top[1]) - LIFT};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (h && !lower()) {
-        x[0][2] = x[0][3] = x[1][2] = x[1][3] = 0.0f;
-        continue;
-      }
-      const float base = (top[h] == NOTHING ? 0.0f : top[h]) - LIFT;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& weight = x[i / 2][2 * h + (i & 1)];
-        weight = power_of_two(weight - base);
-        total[h] += weight;
-      }
+    for (int i = 0; i < 4 * S::TILES; ++i) {
+      float& weight = x[i / 4][i & 3];
+      weight = power_of_two(weight - base[i & 1]);
+      total[i & 1] += weight;
     }
   }
 
-  // Weights as an operand: keys 2c, 2c + 1 of tile 0 and 1 are inner places 2c, 2c + 1, 2c + 8, 2c + 9.
-  __device__ uint4 weights(const float (&x)[2][4], int stage, bool all) {
-    uint32_t pair[2][2];
+  // Weights as operands, two for each 16 keys.
+  __device__ void pack(uint32_t (&to)[2 * S::TILES], const float (&x)[S::TILES][4], int stage, bool all) {
+    float scale[2 * S::TILES] = {}, zero[2 * S::TILES] = {}, down = 1.0f;
     if constexpr (S::PACKED) {
-      float2 scale[2] = {scales(stage, false, 0), scales(stage, false, 1)};
-      float2 zero[2] = {zeros(stage, false, 0), zeros(stage, false, 1)};
-      if (!all) {  // beside a key that nobody sees may stand anything
+      float most = 0.0f;
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          if (x[tile][0] == 0.0f && x[tile][2] == 0.0f) scale[tile].x = zero[tile].x = 0.0f;
-          if (x[tile][1] == 0.0f && x[tile][3] == 0.0f) scale[tile].y = zero[tile].y = 0.0f;
-        }
+      for (int i = 0; i < 2 * S::TILES; ++i) {
+        scale[i] = logits.side(stage, true, false, i), zero[i] = logits.side(stage, true, true, i) - S::CENTRE;
+        // beside a key that nobody sees may stand anything
+        if (!all && x[i / 2][i % 2 * 2] == 0.0f && x[i / 2][i % 2 * 2 + 1] == 0.0f) scale[i] = zero[i] = 0.0f;
+        most = fmaxf(most, scale[i]);
       }
-      const float down = divide_by(fmaxf(fmaxf(scale[0].x, scale[0].y), fmaxf(scale[1].x, scale[1].y)));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int tile = i / 2, h = i % 2;
-        pair[tile][h] = 0;
-        if (h && !lower()) continue;
-        pair[tile][h] = pack_f16(x[tile][2 * h] * (scale[tile].x * down), x[tile][2 * h + 1] * (scale[tile].y * down));
-        const float2 rounded = unpack_f16(pair[tile][h]);
-        shift[h] += rounded.x * zero[tile].x + rounded.y * zero[tile].y;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float first = x[i / 2][2 * (i % 2)], second = x[i / 2][2 * (i % 2) + 1];
-        pair[i / 2][i % 2] = F == Format::f16 ? pack_f16(first, second) : pack_bf16(first, second);
-      }
+      down = divide_by(most);
     }
-    return make_uint4(pair[0][0], pair[0][1], pair[1][0], pair[1][1]);
+#pragma unroll
+    for (int i = 0; i < 2 * S::TILES; ++i) {
+      const float first = x[i / 2][i % 2 * 2], second = x[i / 2][i % 2 * 2 + 1];
+      uint32_t pair;
+      if constexpr (S::PACKED) {
+        pair = pack_f16(first * (scale[i] * down), second * (scale[i] * down));
+        const float2 rounded = unpack_f16(pair);
+        shift[0] += rounded.x * zero[i], shift[1] += rounded.y * zero[i];
+      } else {
+        pair = F == Format::f16 ? pack_f16(first, second) : pack_bf16(first, second);
+      }
+      to[i] = transpose(pair);
+    }
   }
 
   // Raise the level to the warp's largest scale; returns the factor that brings scales below 2.
@@ -351,7 +219,7 @@ struct Warp {
     if (higher > level) {
       const float down = __uint_as_float(static_cast<uint32_t>(max(127 + level - higher, 0)) << 23);
 #pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
+      for (int i = 0; i < D / 16; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) out[i][j] *= down;
       }

@@ -1,164 +1,192 @@
 // ops.pick_blocks with `take`: the forced blocks of each row of scores and the best candidates, ascending.
 //
-// Paper: the top-k of Quest (arXiv:2406.10774) section 3.3. The least score that is taken is found by digits, 11 bits
-// at a time, with a histogram of those candidates that share the digits before; of candidates with just that score the
-// first are taken, as blocks are counted off in order. NaN counts as -inf, as in the definition.
+// Paper: the top-k of Quest (arXiv:2406.10774) section 3.3. The least score that is taken is found with a histogram of
+// 2048 bins over the range of the scores, then, if just few share a bin with it, among those, else with finer bins of
+// that bin; of candidates with just that score the first are taken, as blocks are counted off in order. NaN counts as
+// -inf, as in the definition.
 // Shapes: scores [B, Hs, N, M] float32, M to 2^31; ids [B, Hs, N, K] int32.
-// Grid: (B * Hs * N): a row each. Block: 1024 threads.
-// Shared memory: 8 KiB of histogram, and 4 bytes a candidate where they fit (56 K of them on sm_90); where they do not,
-//   the four passes read the scores again from the L2. Bound by: latency of the passes, about 3 us for 8192 scores.
+// Grid: (B * Hs * N): a row each. Block: 512 threads.
+// Shared memory: 9 KiB, and 4 bytes a block where they fit (54 K of them on sm_90); where they do not, each pass reads
+//   the scores again from the L2. Bound by: latency of one load and of about ten barriers.
 #include <atomic>
 
 #include "../hf_longctx.h"
-#include "ptx.cuh"
+#include "divide.cuh"
+#include "launch.cuh"
+#include "pick_ranks.cuh"
 
 namespace hfl {
 namespace {
-
-constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 2048, EACH = 8, CHUNK = THREADS * EACH, MOST_DEVICES = 64;
-
-// A score as a whole number of the same order; -0 is 0.
-__device__ __forceinline__ uint32_t rank_of(float score) {
-  const uint32_t bits = __float_as_uint(score != score ? -INFINITY : score + 0.0f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// Sum of x over the threads before this one; total: over all. `sums`: one place for each warp.
-__device__ __forceinline__ uint32_t sum_before(uint32_t x, uint32_t* sums, uint32_t& total) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  uint32_t running = x;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(0xffffffffu, running, step);
-    running += lane >= step ? other : 0u;
-  }
-  __syncthreads();  // nobody still reads the sums of the call before
-  if (lane == 31) sums[warp] = running;
-  __syncthreads();
-  const uint32_t mine = sums[lane];
-  uint32_t before = mine;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(0xffffffffu, before, step);
-    before += lane >= step ? other : 0u;
-  }
-  total = __shfl_sync(0xffffffffu, before, 31);
-  return __shfl_sync(0xffffffffu, before - mine, warp) + running - x;
-}
-static_assert(WARPS == 32, "a warp sums up the warps");
-
-// Candidates of a row: their ranks in shared memory, or their scores.
-struct Ranks {
-  const float* scores;
-  uint32_t* held;  // nullptr: they do not fit
-  int count;
-
-  __device__ uint32_t operator()(int i) const { return held ? held[i] : rank_of(scores[i]); }
-};
 
 struct Threshold {
   uint32_t least;  // rank of the last one taken
   uint32_t ties;   // how many of just that rank are taken
 };
 
-// The `take`-th largest rank, 0 < take < count.
-__device__ Threshold find(const Ranks& ranks, uint32_t take, uint32_t* bins, uint32_t* sums) {
-  __shared__ uint32_t found[2];
-  uint32_t prefix = 0, left = take;
-  for (int shift = 21, bits = 0; ; shift -= 11) {
-    const int down = shift < 0 ? 0 : shift, width = shift < 0 ? 10 : 11;
-    for (int i = static_cast<int>(threadIdx.x); i < BINS; i += THREADS) bins[i] = 0;
-    __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < ranks.count; i += THREADS) {
-      uint32_t rank;
-      if (bits == 0 && ranks.held) {
-        rank = ranks.held[i] = rank_of(ranks.scores[i]);
-      } else {
-        rank = ranks(i);
+struct Room {
+  uint32_t bins[BINS];
+  uint32_t sums[2][WARPS], least[WARPS], most[WARPS];
+  uint32_t found[3];  // a bin, how many are taken of it, how many it holds
+  uint32_t few;
+};
+
+// Largest and least rank of all candidates, at least one; `ahead`: scores of a thread's first blocks.
+__device__ void range(const Ranks& ranks, float (&ahead)[EACH], Room& room, uint32_t& least, uint32_t& most) {
+  const int thread = static_cast<int>(threadIdx.x);
+  least = UINT32_MAX, most = 0;
+#pragma unroll 1
+  for (int own = thread * EACH; own < ranks.last; own += CHUNK) {
+    if (own >= CHUNK) ranks.load(ahead, own);
+    uint32_t x[EACH];
+    ranks.rank(x, ahead, own);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) least = min(least, x[i] - 1), most = max(most, x[i]);  // none: 0 - 1 is the largest
+  }
+  room.least[thread / 32] = __reduce_min_sync(0xffffffffu, least);
+  room.most[thread / 32] = __reduce_max_sync(0xffffffffu, most);
+  __syncthreads();
+  least = __reduce_min_sync(0xffffffffu, room.least[thread % WARPS]) + 1;
+  most = __reduce_max_sync(0xffffffffu, room.most[thread % WARPS]);
+}
+
+// The `left`-th largest of the room.found[2] <= FEW candidates with ranks of base to base + width - 1; bins are zeros.
+__device__ Threshold find_among_few(const Ranks& ranks, uint32_t base, uint32_t width, uint32_t left, Room& room) {
+  const uint32_t thread = threadIdx.x, count = room.found[2];
+#pragma unroll 1
+  for (int own = static_cast<int>(thread) * EACH; own < ranks.last; own += CHUNK) {
+    uint32_t x[EACH];
+    int mine = 0;  // bit i: candidate i of this thread
+    ranks.get(x, own);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) mine |= x[i] && x[i] - base < width ? 1 << i : 0;
+#pragma unroll 1
+    for (; mine; mine &= mine - 1) room.bins[atomicAdd(&room.few, 1u)] = ranks.get_one(own + __ffs(mine) - 1);
+  }
+  __syncthreads();
+  if (thread < count) {
+    const uint32_t mine = room.bins[thread];
+    uint32_t larger = 0, equal = 0;
+    for (uint32_t i = 0; i < count; i += 4) {  // zeros beyond
+      const uint4 x = *reinterpret_cast<const uint4*>(room.bins + i);
+      larger += (x.x > mine) + (x.y > mine) + (x.z > mine) + (x.w > mine);
+      equal += (x.x == mine) + (x.y == mine) + (x.z == mine) + (x.w == mine);
+    }
+    if (larger < left && left <= larger + equal) room.found[0] = mine, room.found[1] = left - larger;
+  }
+  __syncthreads();
+  return Threshold{room.found[0], room.found[1]};
+}
+
+// The `left`-th largest rank, 0 < left < candidates; bins are zeros.
+__device__ Threshold find(const Ranks& ranks, float (&ahead)[EACH], uint32_t left, Room& room) {
+  uint32_t base, most;
+  range(ranks, ahead, room, base, most);
+  int shift = max(21 - __clz(static_cast<int>(most - base)), 0);
+  uint32_t width = BINS;
+#pragma unroll 1
+  for (int pass = 0;; ++pass) {  // `width` bins, of 2^shift ranks each
+#pragma unroll 1
+    for (int own = static_cast<int>(threadIdx.x) * EACH; own < ranks.last; own += CHUNK) {
+      uint32_t x[EACH];
+      ranks.get(x, own);
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const uint32_t bin = (x[i] - base) >> shift;
+        if (x[i] && bin < width) atomicAdd(room.bins + bin, 1u);
       }
-      if (bits == 0 || (rank >> (32 - bits)) == prefix) atomicAdd(bins + ((rank >> down) & ((1u << width) - 1)), 1u);
     }
     __syncthreads();
-    const int top = BINS - 1 - 2 * static_cast<int>(threadIdx.x);  // from the largest digit down
-    const uint32_t first = bins[top], second = bins[top - 1];
-    uint32_t total;
-    const uint32_t before = sum_before(first + second, sums, total);
-    if (before < left && left <= before + first) {
-      found[0] = static_cast<uint32_t>(top), found[1] = left - before;
-    } else if (before + first < left && left <= before + first + second) {
-      found[0] = static_cast<uint32_t>(top) - 1, found[1] = left - before - first;
+    const uint32_t low = BINS - 4 - 4 * threadIdx.x;  // a thread's bins, from the largest down
+    const uint4 own = *reinterpret_cast<const uint4*>(room.bins + low);
+    *reinterpret_cast<uint4*>(room.bins + low) = make_uint4(0, 0, 0, 0);
+    const uint32_t counts[4] = {own.x, own.y, own.z, own.w};
+    uint32_t before = sum_before(own.x + own.y + own.z + own.w, room.sums[pass % 2]);
+#pragma unroll
+    for (int i = 3; i >= 0; --i) {
+      if (before < left && left <= before + counts[i]) {
+        room.found[0] = low + i, room.found[1] = left - before, room.found[2] = counts[i];
+      }
+      before += counts[i];
     }
     __syncthreads();
-    prefix = prefix << width | found[0];
-    left = found[1];
-    bits += width;
-    if (bits == 32) return Threshold{prefix, left};
+    base += room.found[0] << shift, left = room.found[1];
+    if (shift == 0) return Threshold{base, left};
+    if (room.found[2] <= FEW) return find_among_few(ranks, base, 1u << shift, left, room);
+    width = 1u << min(shift, DIGIT), shift = max(shift - DIGIT, 0);
   }
 }
 
-// Candidates at or above the threshold, in order, to `to`, of which there are `room` places.
-__device__ void emit(const Ranks& ranks, const Threshold& from, int first, int32_t* to, int64_t room, uint32_t* sums) {
+// Candidates at or above the threshold, in order, to `to`, of which there are `places`.
+__device__ void emit(const Ranks& ranks, const Threshold& from, int32_t* to, int64_t places, Room& room) {
   uint32_t above = 0, equal = 0;  // in the chunks before
-  for (int start = 0; start < ranks.count; start += CHUNK) {
+#pragma unroll 1
+  for (int start = 0, pass = 0; start < ranks.last; start += CHUNK, ++pass) {
     const int own = start + static_cast<int>(threadIdx.x) * EACH;
-    uint32_t larger = 0, tied = 0;  // bit i: candidate i of this thread
-    if (ranks.held && own + EACH <= ranks.count) {
-      const uint4 x = *reinterpret_cast<const uint4*>(ranks.held + own);
-      const uint4 y = *reinterpret_cast<const uint4*>(ranks.held + own + 4);
-      const uint32_t all[EACH] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+    uint32_t taken = 0, tied = 0, x[EACH];  // bit i: candidate i of this thread
+    ranks.get(x, own);
 #pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        larger |= static_cast<uint32_t>(all[i] > from.least) << i;
-        tied |= static_cast<uint32_t>(all[i] == from.least) << i;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        const bool there = own + i < ranks.count;
-        const uint32_t rank = there ? ranks(own + i) : 0u;  // no rank is 0
-        larger |= static_cast<uint32_t>(there && rank > from.least) << i;
-        tied |= static_cast<uint32_t>(there && rank == from.least) << i;
-      }
+    for (int i = 0; i < EACH; ++i) taken |= x[i] >= from.least ? 1u << i : 0u;
+#pragma unroll 1
+    for (uint32_t left = taken; left; left &= left - 1) {  // few of them
+      if (ranks.get_one(own + __ffs(static_cast<int>(left)) - 1) == from.least) tied |= left & (0u - left);
     }
     uint32_t total;
-    const uint32_t counts = static_cast<uint32_t>(__popc(larger)) << 16 | static_cast<uint32_t>(__popc(tied));
-    const uint32_t before = sum_before(counts, sums, total);
+    const uint32_t counts = static_cast<uint32_t>(__popc(taken ^ tied)) << 16 | static_cast<uint32_t>(__popc(tied));
+    const uint32_t before = sum_before(counts, room.sums[pass % 2], &total);
     uint32_t place = above + (before >> 16), ties = equal + (before & 0xffffu);
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      const bool is_tied = tied >> i & 1u, picked = (larger >> i & 1u) || (is_tied && ties < from.ties);
+#pragma unroll 1
+    for (uint32_t left = taken; left; left &= left - 1) {
+      const uint32_t bit = left & (0u - left);
       const int64_t at = static_cast<int64_t>(place) + min(ties, from.ties);
-      if (picked && at < room) to[at] = first + own + i;
-      place += larger >> i & 1u;
-      ties += is_tied;
+      if (tied & bit ? ties++ < from.ties : (++place, true)) {
+        if (at < places) to[at] = own + __ffs(static_cast<int>(bit)) - 1;
+      }
     }
     above += total >> 16, equal += total & 0xffffu;
   }
 }
 static_assert(CHUNK < 1 << 16, "two counts in one word");
 
-__global__ void __launch_bounds__(THREADS, 1) pick_kernel(const hfl_pick a, bool held) {
-  extern __shared__ __align__(16) uint32_t room[];
-  __shared__ uint32_t bins[BINS];
-  __shared__ uint32_t sums[WARPS];
-  const int64_t row = blockIdx.x, n = row % a.queries, b = row / a.queries / a.heads;
+struct PickTask {
+  hfl_pick a;
+  Divisor queries, heads;
+  bool held;  // ranks fit into shared memory
+};
+
+__global__ void __launch_bounds__(THREADS, 1) pick_kernel(const __grid_constant__ PickTask p) {
+  extern __shared__ __align__(16) uint32_t ranks_of_row[];
+  __shared__ __align__(16) Room room;
+  const int thread = static_cast<int>(threadIdx.x);
+  reinterpret_cast<uint4*>(room.bins)[thread] = make_uint4(0, 0, 0, 0);
+  if (thread == 0) room.few = 0;
+  const hfl_pick& a = p.a;
+  const int row = static_cast<int>(blockIdx.x), line = p.queries.divide(row), n = row - line * a.queries;
+  const int b = p.heads.divide(line);
+  const float* scores = a.scores + static_cast<int64_t>(row) * a.blocks;
+  wait_for_previous(b | n);
+  const bool aligned = reinterpret_cast<uintptr_t>(scores) % 16 == 0;
+  Ranks ranks = {scores, p.held ? ranks_of_row : nullptr, a.blocks, aligned, 0, 0};
+  float ahead[EACH];
+  ranks.load(ahead, thread * EACH);  // before it is known which of them are candidates
   const int64_t low = a.low[b * a.low_b + n], high = a.high[b * a.high_b + n];
   const int end = high < 0 ? 0 : static_cast<int>(high < a.blocks ? high + 1 : a.blocks);  // no block from here on
-  const int first = min(a.sink, end);                                            // candidates are from here on,
-  const int last = low < first ? first : static_cast<int>(low < end ? low : end);  // and before this one
-  const int count = last - first, taken = min(a.take, count), thread = static_cast<int>(threadIdx.x);
-  int32_t* to = a.ids + row * a.chosen;
+  const int first = ranks.first = min(a.sink, end);
+  const int last = ranks.last = low < first ? first : static_cast<int>(low < end ? low : end);
+  const int count = last - first, taken = min(a.take, count);
+  int32_t* to = a.ids + static_cast<int64_t>(row) * a.chosen;
+#pragma unroll 1
   for (int i = thread; i < min(first, a.chosen); i += THREADS) to[i] = i;
   const int before = first + taken, filled = before + end - last;
+#pragma unroll 1
   for (int i = before + thread; i < a.chosen; i += THREADS) to[i] = i < filled ? last + i - before : -1;
   if (taken == count) {
+#pragma unroll 1
     for (int i = first + thread; i < min(last, a.chosen); i += THREADS) to[i] = i;
     return;
   }
   if (taken == 0) return;
-  const Ranks ranks = {a.scores + row * a.blocks + first, held ? room : nullptr, count};
-  const Threshold from = find(ranks, static_cast<uint32_t>(taken), bins, sums);
-  emit(ranks, from, first, to + first, static_cast<int64_t>(a.chosen) - first, sums);
+  const Threshold from = find(ranks, ahead, static_cast<uint32_t>(taken), room);
+  emit(ranks, from, to + first, static_cast<int64_t>(a.chosen) - first, room);
 }
 
 // Bytes of dynamic shared memory that the current device allows the kernel, which it is then allowed.
@@ -200,12 +228,12 @@ extern "C" const char* hfl_pick_cuda(const hfl_pick* a) {
   int room = 0;
   cudaError_t error = hfl::room_on_device(room);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int64_t wanted = static_cast<int64_t>(a->blocks) * 4;
-  const bool held = wanted <= room;
+  const int64_t wanted = (static_cast<int64_t>(a->blocks) + hfl::EACH - 1) / hfl::EACH * hfl::EACH * 4;
+  hfl::PickTask task = {*a, hfl::Divisor(a->queries), hfl::Divisor(a->heads), wanted <= room};
   const unsigned rows = static_cast<unsigned>(a->batch) * static_cast<unsigned>(a->heads) *
                         static_cast<unsigned>(a->queries);
-  hfl::pick_kernel<<<rows, hfl::THREADS, held ? static_cast<size_t>(wanted) : 0,
-                     static_cast<cudaStream_t>(a->stream)>>>(*a, held);
-  error = cudaGetLastError();
+  void* arguments[] = {&task};
+  error = hfl::launch(reinterpret_cast<const void*>(&hfl::pick_kernel), dim3(rows), hfl::THREADS,
+                      task.held ? static_cast<size_t>(wanted) : 0, a->stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

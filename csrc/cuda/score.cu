@@ -4,203 +4,89 @@
 //   negative part of the query with the least values, and of its positive part with the largest.
 // Shapes: q [B, Hq, N, D], summary [B, Hkv, M', R, D], scores [B, Hs, N, M] float32; D a multiple of 8 up to 256.
 // Work: a block takes up to 64 entries of a row and KV head (of all KV heads in turn where they share), each of its
-//   warps 16 of them, which it multiplies with all G * N queries of the head, up to 32 at a time: entries are the 16
-//   rows of mma.m16n8k16 and go from global memory into its operands; the inner axis is permuted, alike for queries and
-//   entries, so that a lane loads 16 bytes at a time, up to 16 such loads before the first is used. float32 is
-//   multiplied without mma.
+//   warps 16 of them, which it copies to shared memory, all at once, and multiplies with all G * N queries of the head,
+//   up to 16 at a time: entries are the 16 rows of mma.m16n8k16; the inner axis is permuted, alike for queries and
+//   entries, so that a lane reads 16 bytes at a time. float32 is multiplied without mma, and not copied.
 // Grid: (M over blocks of a task, Hkv or 1, B). Block: 128 threads.
-// Shared memory: up to 48 KiB, parts of queries and products. Bound by: bytes of the summary, each read once.
+// Shared memory: the entries, up to 64 KiB, and up to 25 KiB, parts of queries and products. Bound by: bytes of the
+//   summary, each read once; blocks of a multiprocessor keep about 160 KiB on their way.
 #include <math.h>
 
-#include "../hf_longctx.h"
-#include "ptx.cuh"
+#include <algorithm>
+#include <atomic>
+
+#include "launch.cuh"
+#include "score_tile.cuh"
 
 namespace hfl {
 namespace {
 
-constexpr int WARPS = 4, THREADS = WARPS * 32, TILE = 16, ENTRIES = WARPS * TILE, WIDE = ENTRIES + 1;
-constexpr int SEGMENT = 8;  // pieces of 32 channels that a warp has on their way
-
-template <typename T, int GROUPS>
-struct Room {
-  static constexpr int ROWS = 8 * GROUPS;  // queries at a time
-  // Channels from one row of factors to the next: rows of 16-bit numbers meet other banks than the row before.
-  __host__ __device__ static int stride(int length) {
-    return sizeof(T) == 4 ? length : (length + 63) / 64 * 64 + 32;
-  }
-  static size_t bytes(const hfl_score& a) {
-    return ROWS * (stride(a.vectors * a.dim) * sizeof(T) + WIDE * sizeof(float)) +
-           static_cast<size_t>(a.tokens) * ENTRIES * sizeof(float);
-  }
-};
-
-__device__ __forceinline__ float as_float(float x) { return x; }
-__device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-__device__ __forceinline__ float most_of(float a, float b) { return a > b || a != a ? a : b; }
-
-__device__ __forceinline__ void multiply(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, __half) {
-  mma_f16(c, a, b0, b1);
-}
-__device__ __forceinline__ void multiply(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, __nv_bfloat16) {
-  mma_bf16(c, a, b0, b1);
-}
-
-// The numbers below zero of a word of one or two, sign bit and NaN with it.
-__device__ __forceinline__ uint32_t below_zero(uint32_t x, float) { return x & (0u - (x >> 31)); }
-__device__ __forceinline__ uint32_t below_zero(uint32_t x, __half) { return x & ((x >> 15 & 0x00010001u) * 0xffffu); }
-__device__ __forceinline__ uint32_t below_zero(uint32_t x, __nv_bfloat16) { return below_zero(x, __half()); }
-
-// Factors of queries `first` to `first + ROWS - 1` of a KV head; beyond the last, and beyond the channels, zero.
-template <typename T, int GROUPS>
-__device__ __forceinline__ void factor(const hfl_score& a, int64_t b, int kv_head, int first, T* to, int warp,
-                                       int lane) {
-  constexpr int PIECE = 16 / sizeof(T);
-  const int group = a.q_heads / a.kv_heads, rows = group * a.tokens, length = a.vectors * a.dim;
-  const int stride = Room<T, GROUPS>::stride(length), padded = sizeof(T) == 4 ? length : (length + 31) / 32 * 32;
-#pragma unroll 1
-  for (int i = warp; i < Room<T, GROUPS>::ROWS; i += WARPS) {
-    const int row = first + i, head = kv_head * group + row / a.tokens, t = row % a.tokens;
-    const T* from = static_cast<const T*>(a.q) + b * a.q_b + head * a.q_h + t * a.q_t;
-    T* own = to + i * stride;
-#pragma unroll 1
-    for (int c = lane * PIECE; c < a.dim; c += 32 * PIECE) {
-      uint4 x = make_uint4(0, 0, 0, 0);
-      if (row < rows) x = *reinterpret_cast<const uint4*>(from + c);
-      if (a.vectors == 2) {
-        const uint4 low = make_uint4(below_zero(x.x, T()), below_zero(x.y, T()), below_zero(x.z, T()),
-                                     below_zero(x.w, T()));
-        *reinterpret_cast<uint4*>(own + a.dim + c) = make_uint4(x.x ^ low.x, x.y ^ low.y, x.z ^ low.z, x.w ^ low.w);
-        x = low;
-      }
-      *reinterpret_cast<uint4*>(own + c) = x;
-    }
-    const int c = length + lane * PIECE;
-    if (c < padded) *reinterpret_cast<uint4*>(own + c) = make_uint4(0, 0, 0, 0);
-  }
-}
-
-// Products of a warp's 16 entries with the queries in `factors`: `products` [ROWS, WIDE]. `prepare` writes the factors
-// while the first entries are on their way; all threads come here, so that it may wait for all.
-template <typename T, int GROUPS, typename Prepare>
-__device__ __forceinline__ void tile(const T* entries, int64_t there, int length, const T* factors, float* products,
-                                     int lane, const Prepare& prepare) {
-  const int g = lane >> 2, c = lane & 3;
-  float sums[GROUPS][4] = {};
-  const T* rows[2] = {entries + g * length, entries + (g + 8) * length};
-  for (int start = 0; start < length; start += SEGMENT * 32) {
-    uint4 x[SEGMENT][2];
-#pragma unroll
-    for (int s = 0; s < SEGMENT; ++s) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int channel = start + 32 * s + 8 * c;
-        x[s][half] = make_uint4(0, 0, 0, 0);
-        if (channel < length && g + 8 * half < there) {
-          x[s][half] = __ldcs(reinterpret_cast<const uint4*>(rows[half] + channel));
-        }
-      }
-    }
-    if (start == 0) prepare();
-#pragma unroll
-    for (int s = 0; s < SEGMENT; ++s) {
-      if (start + 32 * s >= length) break;
-      const uint4 &low = x[s][0], &high = x[s][1];
-#pragma unroll
-      for (int n = 0; n < GROUPS; ++n) {
-        const T* at = factors + (8 * n + g) * Room<T, GROUPS>::stride(length) + start + 32 * s + 8 * c;
-        const uint4 q = *reinterpret_cast<const uint4*>(at);
-        multiply(sums[n], make_uint4(low.x, high.x, low.y, high.y), q.x, q.y, T());
-        multiply(sums[n], make_uint4(low.z, high.z, low.w, high.w), q.z, q.w, T());
-      }
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < GROUPS; ++n) {
-    float* to = products + (8 * n + 2 * c) * WIDE + g;
-    to[0] = sums[n][0], to[WIDE] = sums[n][1], to[8] = sums[n][2], to[WIDE + 8] = sums[n][3];
-  }
-}
-
-// The same in float32.
-template <typename Prepare>
-__device__ __forceinline__ void multiply_floats(const float* entries, int64_t there, int length, const float* factors,
-                                                float* products, int lane, const Prepare& prepare) {
-  constexpr int ROWS = Room<float, 1>::ROWS;
-  prepare();
-#pragma unroll 1
-  for (int e = 0; e < TILE && e < there; ++e) {
-    float sums[ROWS] = {};
-#pragma unroll 1
-    for (int c = lane; c < length; c += 32) {
-      const float x = entries[e * length + c];
-#pragma unroll
-      for (int row = 0; row < ROWS; ++row) sums[row] += factors[row * length + c] * x;
-    }
-#pragma unroll
-    for (int row = 0; row < ROWS; ++row) {
-#pragma unroll
-      for (int step = 16; step; step /= 2) sums[row] += __shfl_xor_sync(0xffffffffu, sums[row], step);
-      if (lane == 0) products[row * WIDE + e] = sums[row];
-    }
-  }
-}
-
 // The largest product of the sub-blocks of a block; of none with a key -inf.
 __device__ __forceinline__ float best_of(const float* products, const bool* blank, int first, int subs) {
   float best = -INFINITY;
+#pragma unroll 1
   for (int i = first; i < first + subs; ++i) best = blank[i] ? best : most_of(products[i], best);
   return best;
 }
 
 template <typename T, int GROUPS>
-__global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 4 : 3) score_kernel(const hfl_score a) {
-  using R = Room<T, GROUPS>;
+__global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 5 : 4) score_kernel(const __grid_constant__ ScoreTask p) {
+  using R = ScoreRoom<T, GROUPS>;
   extern __shared__ __align__(16) char room[];
   __shared__ bool blank[ENTRIES];
+  const hfl_score& a = p.a;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int length = a.vectors * a.dim, group = a.q_heads / a.kv_heads, rows = group * a.tokens;
-  const int blocks = (a.entries - 1) / a.subs + 1, each = ENTRIES / a.subs;  // of the row; of this thread block
+  const int length = a.vectors * a.dim, group = p.group, rows = group * a.tokens, blocks = p.blocks, each = p.each.by;
   const int first = static_cast<int>(blockIdx.x) * each, count = min(each, blocks - first);
   const int64_t b = blockIdx.z, entry = static_cast<int64_t>(first) * a.subs;
   const bool all = a.share == HFL_ALL;
   const int heads = all ? 1 : a.share == HFL_Q_HEAD ? a.q_heads : a.kv_heads, shared = all ? a.q_heads : group;
-  T* factors = reinterpret_cast<T*>(room);
+  T* factors = reinterpret_cast<T*>(room + R::entry_bytes(length));
   float* products = reinterpret_cast<float*>(factors + R::ROWS * R::stride(length));
   float* reduced = products + R::ROWS * WIDE;
+  wait_for_previous(first | count | length | rows);
   for (int kv_head = all ? 0 : blockIdx.y; kv_head < (all ? a.kv_heads : static_cast<int>(blockIdx.y) + 1); ++kv_head) {
     const T* summary = static_cast<const T*>(a.summary) + b * a.s_b + kv_head * a.s_h + entry * length;
-    const int64_t there = a.entries - entry;
+    const int there = static_cast<int>(min(a.entries - entry, int64_t{ENTRIES}));
+    const T* mine = summary + static_cast<int64_t>(warp) * TILE * length;
     for (int start = 0; start < rows; start += R::ROWS) {
-      const auto prepare = [&] {
-        factor<T, GROUPS>(a, b, kv_head, start, factors, warp, lane);
-        if (start == 0 && thread < ENTRIES) {
-          const T* mine = summary + static_cast<int64_t>(thread) * length;
-          blank[thread] = thread >= there || (a.vectors == 2 && as_float(mine[0]) > as_float(mine[a.dim]));
-        }
+      Factors<T, GROUPS> queries;
+      queries.load(p, b, kv_head, start, warp, lane);  // before the entries, so that they need not wait for those
+      if constexpr (R::COPIED) {
+        uint4* entries = reinterpret_cast<uint4*>(room) + warp * TILE * length / 8;
+        if (start == 0) copy_entries(entries, mine, there - warp * TILE, p.chunks, lane);
+        queries.store(a, factors, warp, lane);
+        copy_wait<0>();
         __syncthreads();
-      };
-      const T* entries = summary + static_cast<int64_t>(warp) * TILE * length;
-      if constexpr (sizeof(T) == 4) {
-        multiply_floats(entries, there - warp * TILE, length, factors, products + warp * TILE, lane, prepare);
+        tile<T, GROUPS>(entries, length / 8, factors, products + warp * TILE, lane);
       } else {
-        tile<T, GROUPS>(entries, there - warp * TILE, length, factors, products + warp * TILE, lane, prepare);
+        queries.store(a, factors, warp, lane);
+        __syncthreads();
+        multiply_floats(mine, there - warp * TILE, length, factors, products + warp * TILE, lane);
+      }
+      if (start == 0 && thread < ENTRIES) {
+        const void* lie = R::COPIED ? static_cast<const void*>(room) : summary;
+        blank[thread] = thread >= there || (a.vectors == 2 && no_key<T>(lie, thread, a.dim));
       }
       __syncthreads();
       if (a.share == HFL_Q_HEAD) {
-        for (int i = thread; i < min(R::ROWS, rows - start) * count; i += THREADS) {
-          const int row = start + i / count, j = i % count;
-          const int64_t head = kv_head * group + row / a.tokens, line = (b * heads + head) * a.tokens + row % a.tokens;
-          a.scores[line * blocks + first + j] = best_of(products + i / count * WIDE, blank, j * a.subs, a.subs);
+#pragma unroll 1
+        for (int i = thread; i < min(R::ROWS, rows - start) * each; i += THREADS) {
+          const int own = p.each.divide(i), j = i - own * each;
+          if (j >= count) continue;
+          const int64_t line = (b * heads + kv_head * group) * a.tokens + start + own;
+          a.scores[line * blocks + first + j] = best_of(products + own * WIDE, blank, j * a.subs, a.subs);
         }
       } else {
-        for (int i = thread; i < a.tokens * count; i += THREADS) {
-          const int t = i / count, j = i % count;
+        const int past = start - p.tokens.divide(start) * a.tokens;  // queries of a head before the first of these
+#pragma unroll 1
+        for (int i = thread; i < a.tokens * each; i += THREADS) {
+          const int t = p.each.divide(i), j = i - t * each;
+          if (j >= count) continue;
           float sum = a.vectors == 2 ? -INFINITY : 0.0f;
           if (start > 0 || (all && kv_head > 0)) sum = reduced[t * ENTRIES + j];
-          for (int row = (t + a.tokens - start % a.tokens) % a.tokens; row < min(R::ROWS, rows - start);
-               row += a.tokens) {
+#pragma unroll 4
+          for (int row = t - past + (t < past ? a.tokens : 0); row < min(R::ROWS, rows - start); row += a.tokens) {
             const float best = best_of(products + row * WIDE, blank, j * a.subs, a.subs);
             sum = a.vectors == 2 ? most_of(best, sum) : sum + best;
           }
@@ -212,8 +98,10 @@ __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 4 : 3) score_kernel(con
   }
   if (a.share == HFL_Q_HEAD) return;
   const int64_t line = (b * heads + (all ? 0 : blockIdx.y)) * a.tokens;
-  for (int i = thread; i < a.tokens * count; i += THREADS) {
-    const int t = i / count, j = i % count;
+#pragma unroll 1
+  for (int i = thread; i < a.tokens * each; i += THREADS) {
+    const int t = p.each.divide(i), j = i - t * each;
+    if (j >= count) continue;
     const float sum = reduced[t * ENTRIES + j];
     a.scores[(line + t) * blocks + first + j] = a.vectors == 2 ? sum : sum / static_cast<float>(shared);
   }
@@ -240,12 +128,31 @@ const char* check(const hfl_score& a) {
   return nullptr;
 }
 
+// Allow the kernel what shared memory it may need on the current device.
 template <typename T, int GROUPS>
-void launch(const hfl_score& a) {
+cudaError_t allow(const void* kernel) {
+  static std::atomic<bool> done[MOST_DEVICES];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess || (device < MOST_DEVICES && done[device].load(std::memory_order_acquire))) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ScoreRoom<T, GROUPS>::MOST_BYTES);
+  if (error == cudaSuccess && device < MOST_DEVICES) done[device].store(true, std::memory_order_release);
+  return error;
+}
+
+template <typename T, int GROUPS>
+cudaError_t launch_score(const hfl_score& a) {
   const int blocks = (a.entries - 1) / a.subs + 1, each = ENTRIES / a.subs;
+  ScoreTask task = {a, a.q_heads / a.kv_heads, blocks, Divisor(a.tokens), Divisor(each),
+                    Divisor(std::max(a.vectors * a.dim / 8, 1))};
   const dim3 grid(static_cast<unsigned>((blocks - 1) / each + 1),
                   a.share == HFL_ALL ? 1u : static_cast<unsigned>(a.kv_heads), static_cast<unsigned>(a.batch));
-  score_kernel<T, GROUPS><<<grid, THREADS, Room<T, GROUPS>::bytes(a), static_cast<cudaStream_t>(a.stream)>>>(a);
+  const void* kernel = reinterpret_cast<const void*>(&score_kernel<T, GROUPS>);
+  const cudaError_t error = allow<T, GROUPS>(kernel);
+  if (error != cudaSuccess) return error;
+  void* arguments[] = {&task};
+  return launch(kernel, grid, THREADS, static_cast<size_t>(ScoreRoom<T, GROUPS>::bytes(a.vectors * a.dim, a.tokens)),
+                a.stream, arguments);
 }
 
 }  // namespace
@@ -255,13 +162,13 @@ extern "C" const char* hfl_score_cuda(const hfl_score* a) {
   const char* message = hfl::check(*a);
   if (message) return message;
   const bool few = a->q_heads / a->kv_heads * a->tokens <= 8;
+  cudaError_t error;
   if (a->dtype == HFL_F32) {
-    hfl::launch<float, 1>(*a);
+    error = hfl::launch_score<float, 1>(*a);
   } else if (a->dtype == HFL_BF16) {
-    few ? hfl::launch<__nv_bfloat16, 1>(*a) : hfl::launch<__nv_bfloat16, 4>(*a);
+    error = few ? hfl::launch_score<__nv_bfloat16, 1>(*a) : hfl::launch_score<__nv_bfloat16, 2>(*a);
   } else {
-    few ? hfl::launch<__half, 1>(*a) : hfl::launch<__half, 4>(*a);
+    error = few ? hfl::launch_score<__half, 1>(*a) : hfl::launch_score<__half, 2>(*a);
   }
-  const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -20,7 +20,7 @@ class Ledger:
         kv_bytes: bytes of the stores on their devices after the last call.
         host_bytes: bytes of the stores in host memory or files after the last call.
         most: tokens that a store may hold of a row.
-        hits, misses: blocks beside the forced ones that were read of stores with host memory: on the device, or not.
+        lookups: of each store with host memory, `[2]`, int64, its `hits` and `misses`.
         tally: per phase and device, how many blocks were read and how many a query could have seen, where heads choose.
     """
 
@@ -33,13 +33,28 @@ class Ledger:
         self.kv_bytes = 0
         self.host_bytes = 0
         self.most = math.inf
-        self.hits = self.misses = 0
+        self.lookups: list[Tensor] = []
         self.tally: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
     def stored(self) -> int:
         """Most tokens that any row holds in any store."""
         return int(min(self.columns, self.most))
+
+    @property
+    def row_lengths(self) -> Tensor:
+        """`[B or 1]`, int64, real tokens of each row."""
+        return torch.full((1,), self.columns) if self.lengths is None else self.lengths
+
+    @property
+    def hits(self) -> int:
+        """Blocks beside the forced ones that were read of stores with host memory, and were on the device."""
+        return sum(int(both[0]) for both in self.lookups)
+
+    @property
+    def misses(self) -> int:
+        """Such blocks that came from the host."""
+        return sum(int(both[1]) for both in self.lookups)
 
     def count(self, phase: str, ids: Tensor, last: Tensor, visible: Tensor) -> None:
         """Count what blocks of queries read.

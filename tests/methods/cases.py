@@ -105,6 +105,11 @@ SELECTING: tuple[Row, ...] = (
         lambda case: lc.InfLLM(init=4, local=6, block=4, topk=1, representatives=2, q_block=8, resident_blocks=2),
         in_cache=True,
     ),
+    Row(
+        "inf_llm_by_attention",
+        lambda case: lc.InfLLM(4, 6, 4, 1, 2, "attention", q_block=8, resident_blocks=2),
+        in_cache=True,
+    ),
 )
 """Budgets so small that of some tens of tokens most are not read. What is read depends on where the calls end."""
 

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from . import antidiagonal, attend, library, select, store
+from . import antidiagonal, attend, host, library, norm, prefill, rotary, select, store
 
-OPS = {**antidiagonal.OPS, **attend.OPS, **select.OPS, **store.OPS}
+OPS = {
+    **antidiagonal.OPS,
+    **attend.OPS,
+    **prefill.OPS,
+    **select.OPS,
+    **store.OPS,
+    **host.OPS,
+    **norm.OPS,
+    **rotary.OPS,
+}
 
 
 def missing() -> str | None:
