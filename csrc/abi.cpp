@@ -16,10 +16,13 @@ extern "C" int32_t hfl_has_cuda(void) { return 0; }
 extern "C" int64_t hfl_attend_scratch(const hfl_attend*, int32_t* splits) { return *splits = 0; }
 extern "C" int64_t hfl_attend_counters(const hfl_attend*) { return 0; }
 extern "C" int64_t hfl_pick_scratch(const hfl_pick*) { return 0; }
+extern "C" int64_t hfl_antidiagonal_scratch(const hfl_antidiagonal*) { return 0; }
 extern "C" const char* hfl_attend_cuda(const hfl_attend*) { return kNone; }
 extern "C" const char* hfl_score_cuda(const hfl_score*) { return kNone; }
 extern "C" const char* hfl_pick_cuda(const hfl_pick*) { return kNone; }
 extern "C" const char* hfl_append_cuda(const hfl_append*) { return kNone; }
+extern "C" const char* hfl_antidiagonal_cuda(const hfl_antidiagonal*) { return kNone; }
+extern "C" const char* hfl_pick_mass_cuda(const hfl_pick_mass*) { return kNone; }
 extern "C" const char* hfl_bring_cuda(const hfl_bring*) { return kNone; }
 extern "C" const char* hfl_copy_cuda(const hfl_copy*) { return kNone; }
 extern "C" const char* hfl_norm_cuda(const hfl_norm*) { return kNone; }

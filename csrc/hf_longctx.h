@@ -106,6 +106,35 @@ typedef struct {
   void* stream;
 } hfl_append;
 
+// ops.score_antidiagonal; float16 or bfloat16, on CUDA. stride is 4, 8, 16 or 32, block 4 to 64 times that.
+typedef struct {
+  int32_t batch, q_heads, kv_heads, blocks, stored, dim, dtype;  // blocks: N
+  int32_t block, stride, causal;
+  const void* q;  // [B, Hq, N * block, D]
+  int64_t q_b, q_h, q_t;
+  const void* k;  // [B, Hkv, S, D]
+  int64_t k_b, k_h, k_t;
+  const int64_t* q_pos;  // [B or 1, N * block], -1: no query
+  int64_t q_pos_b;       // 0 where all rows are alike
+  float scale;
+  float* scores;  // [B, Hq, N, M] contiguous
+  void* scratch;  // hfl_antidiagonal_scratch bytes
+  void* stream;
+} hfl_antidiagonal;
+
+// ops.pick_blocks with `tau` (Mass), on CUDA.
+typedef struct {
+  int32_t batch, heads, queries, blocks;  // B, Hs, N, M
+  const float* scores;                    // [B, Hs, N, M] contiguous
+  const int64_t* low;                     // [B or 1, N]
+  const int64_t* high;
+  int64_t low_b, high_b;
+  int32_t sink;      // blocks
+  const float* tau;  // [Hs]
+  int32_t* ids;      // [B, Hs, N, M] contiguous
+  void* stream;
+} hfl_pick_mass;
+
 // Blocks of keys and values on the device, and in host memory, which the device reads and writes at its own addresses.
 // Places are those of ops.Places.
 typedef struct {
@@ -201,6 +230,7 @@ int32_t hfl_has_cuda(void);          // 1 if the library holds CUDA code
 int64_t hfl_attend_scratch(const hfl_attend* a, int32_t* splits);  // bytes; writes the number of splits that it is for
 int64_t hfl_attend_counters(const hfl_attend* a);                  // int32 elements
 int64_t hfl_pick_scratch(const hfl_pick* a);
+int64_t hfl_antidiagonal_scratch(const hfl_antidiagonal* a);
 
 const char* hfl_attend_cpu(const hfl_attend* a, int32_t threads);
 const char* hfl_score_cpu(const hfl_score* a, int32_t threads);
@@ -211,6 +241,8 @@ const char* hfl_attend_cuda(const hfl_attend* a);
 const char* hfl_score_cuda(const hfl_score* a);
 const char* hfl_pick_cuda(const hfl_pick* a);
 const char* hfl_append_cuda(const hfl_append* a);
+const char* hfl_antidiagonal_cuda(const hfl_antidiagonal* a);
+const char* hfl_pick_mass_cuda(const hfl_pick_mass* a);
 const char* hfl_bring_cuda(const hfl_bring* a);
 const char* hfl_copy_cuda(const hfl_copy* a);
 const char* hfl_norm_cuda(const hfl_norm* a);

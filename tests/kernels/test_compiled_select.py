@@ -218,7 +218,7 @@ def test_what_it_does_not_pick() -> None:
     need("cpu")
     scores, low, high, *rest = scores_of(Picked())
     share = torch.tensor([0.5, 0.5])
-    assert "picks no share" in str(select.reject_pick(scores, low, high, 1, None, share, 2))
+    assert "a share of the attention on CUDA only" in str(select.reject_pick(scores, low, high, 1, None, share, 2))
     assert "needs scores in float32" in str(select.reject_pick(scores.double(), low, high, *rest))
     assert "takes no empty tensors" in str(select.reject_pick(scores[:0], low, high, *rest))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from . import attend, host, library, norm, prefill, rotary, select, store
+from . import antidiagonal, attend, host, library, norm, prefill, rotary, select, store
 
 OPS = {
+    **antidiagonal.OPS,
     **attend.OPS,
     **prefill.OPS,
     **select.OPS,

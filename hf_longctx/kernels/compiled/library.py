@@ -101,7 +101,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             return None, f"its library has interface {abi}, this package {ABI}: install the package again"
         for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op, kinds in _OPS.items() for kind in kinds)):
             getattr(library, name).restype = ctypes.c_char_p
-        for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch"):
+        for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch", "hfl_antidiagonal_scratch"):
             getattr(library, name).restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         return None, f"its library cannot be loaded ({error})"
@@ -110,7 +110,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append"), ("cpu", "cuda")),
-    **dict.fromkeys(("prefill", "bring", "copy", "norm", "turn"), ("cuda",)),
+    **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn"), ("cuda",)),
 }
 
 

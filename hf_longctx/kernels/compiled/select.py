@@ -43,6 +43,19 @@ class HflPick(ctypes.Structure):
     )
 
 
+class HflPickMass(ctypes.Structure):
+    """`hfl_pick_mass`."""
+
+    __slots__ = ()
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "queries", "blocks")),
+        *((name, ctypes.c_void_p) for name in ("scores", "low", "high")),
+        *((name, ctypes.c_int64) for name in ("low_b", "high_b")),
+        ("sink", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("tau", "ids", "stream")),
+    )
+
+
 def reject_score(q: Tensor, summary: Tensor, subs: int, share: str) -> str | None:
     """Why the library does not compute these scores, or None."""
     reason = library.reason(q.device)
@@ -91,13 +104,13 @@ def reject_pick(
     reason = library.reason(scores.device)
     if reason is not None:
         return reason
-    if take is None:
-        return "picks no share of the attention"
+    if take is None and not scores.is_cuda:
+        return "picks a share of the attention on CUDA only"
     if scores.dtype != torch.float32:
         return "needs scores in float32"
     if not scores.numel():
         return "takes no empty tensors"
-    if {low.device, high.device} != {scores.device}:
+    if {low.device, high.device, *(() if tau is None else (tau.device,))} != {scores.device}:
         return "needs scores and places on one device"
     return None
 
@@ -106,14 +119,20 @@ def pick_blocks(
     scores: Tensor, low: Tensor, high: Tensor, sink: int, take: int | None, tau: Tensor | None, forced: int
 ) -> Tensor:
     """`ops.pick_blocks`."""
-    assert take is not None
     scores, low, high = scores.contiguous(), low.contiguous(), high.contiguous()
-    (rows, heads, count, blocks), chosen = scores.shape, min(scores.shape[3], sink + forced + take)
+    rows, heads, count, blocks = scores.shape
+    chosen = blocks if take is None else min(blocks, sink + forced + take)
     ids = torch.empty(rows, heads, count, chosen, dtype=torch.int32, device=scores.device)
-    block = HflPick(rows, heads, count, blocks, chosen, scores.data_ptr(), low.data_ptr(), high.data_ptr())
-    block.low_b, block.high_b = (0 if len(x) == 1 else x.shape[1] for x in (low, high))
-    block.sink, block.take, block.ids = min(sink, blocks), min(take, blocks), ids.data_ptr()
-    library.run("pick", block, scores.device)
+    places = (scores.data_ptr(), low.data_ptr(), high.data_ptr(), *(0 if len(x) == 1 else count for x in (low, high)))
+    if take is None:
+        assert tau is not None
+        tau = tau.to(torch.float32).contiguous()
+        mass = HflPickMass(rows, heads, count, blocks, *places, min(sink, blocks), tau.data_ptr(), ids.data_ptr())
+        library.run("pick_mass", mass, scores.device)
+    else:
+        block = HflPick(rows, heads, count, blocks, chosen, *places, min(sink, blocks), min(take, blocks))
+        block.ids = ids.data_ptr()
+        library.run("pick", block, scores.device)
     return ids
 
 

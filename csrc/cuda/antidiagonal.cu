@@ -1,0 +1,186 @@
+// ops.score_antidiagonal: how much attention blocks of queries pay to blocks of keys, from sums of antidiagonals.
+//
+// Paper: XAttention (arXiv:2503.16428) section 2.1. One product of tiles (see antidiagonal_tile.cuh), of which only the
+//   log-sum-exp of each tile of queries over each block of keys is written, for some blocks of queries at a time; a
+//   second kernel turns these into shares and adds up those of a block.
+// Shapes: q [B, Hq, N * block, D], k [B, Hkv, S, D] 16-bit, scores [B, Hq, N, M] float32; D a multiple of 8 up to 256.
+// Grids and blocks: places (N, B or 1) x 128, the product as its kernel says, shares (blocks of the part, Hq, B) x 256.
+// Scratch: 4 bytes a query and a tile, and up to 256 MiB of sums (one strip of 128 tiles of queries at least).
+// Bound by: tensor cores; 1 / (2 stride) of the products of causal attention.
+#include <algorithm>
+
+#include "antidiagonal_mma.cuh"
+#include "antidiagonal_wgmma.cuh"
+
+namespace hfl {
+namespace antidiagonal {
+namespace {
+
+constexpr int SHARE_THREADS = 256, PLACE_THREADS = 128, MOST_TILES = 64;
+constexpr int64_t MOST_SUMS = int64_t{256} << 20;  // bytes
+
+// Where the queries stand, from their positions; `last` begins as -1.
+__global__ void __launch_bounds__(PLACE_THREADS) places_kernel(const Call call) {
+  const int thread = static_cast<int>(threadIdx.x), block = call.a.block, n = static_cast<int>(blockIdx.x);
+  const int64_t b = blockIdx.y, line = b * call.a.blocks + n;
+  const int64_t* positions = call.a.q_pos + b * call.a.q_pos_b + static_cast<int64_t>(n) * block;
+  int32_t* source = call.source + line * block;
+  int32_t* tile = call.tile + line * call.tiles;
+  for (int i = thread; i < block; i += PLACE_THREADS) source[i] = -1;
+  for (int i = thread; i < call.tiles; i += PLACE_THREADS) tile[i] = -1;
+  __syncthreads();
+  int last = -1;
+  for (int i = thread; i < block; i += PLACE_THREADS) {
+    const int position = static_cast<int>(max(min(positions[i], int64_t{INT32_MAX}), int64_t{-1}));
+    if (position < 0) continue;
+    source[position % block] = n * block + i;
+    atomicMax(tile + position % block / call.a.stride, position / call.a.stride);
+    last = max(last, position);
+  }
+  last = __reduce_max_sync(0xffffffffu, last);
+  if (thread % 32 == 0 && last >= 0) atomicMax(call.last + b, last);
+}
+
+// The sums of a block's tiles to its scores.
+__global__ void __launch_bounds__(SHARE_THREADS) shares_kernel(const Call call) {
+  __shared__ float whole[MOST_TILES];
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, tiles = call.tiles;
+  const int64_t head = static_cast<int64_t>(blockIdx.z) * call.a.q_heads + blockIdx.y;
+  const int64_t n = call.first / tiles + static_cast<int64_t>(blockIdx.x);
+  const int64_t own = call.a.q_pos_b ? blockIdx.z : 0;
+  const int32_t* tile = call.tile + (own * call.a.blocks + n) * tiles;
+  const float* sums = call.sums + (head * call.rows + static_cast<int64_t>(blockIdx.x) * tiles) * call.key_blocks;
+  int reach = -1;
+  for (int i = 0; i < tiles; ++i) reach = max(reach, tile[i]);
+  int seen = reach < 0 ? 0 : call.key_blocks;  // blocks that some tile sees
+  if (call.a.causal && reach >= 0) seen = min(reach / tiles + 1, call.key_blocks);
+  for (int row = warp; row < tiles; row += SHARE_THREADS / 32) {
+    const float* line = sums + static_cast<int64_t>(row) * call.key_blocks;
+    if (tile[row] < 0) continue;
+    float most = -INFINITY, sum = 0.0f;
+    for (int m = lane; m < seen; m += 32) most = fmaxf(most, line[m]);
+    most = most_of<16>(most);
+    const float base = most == -INFINITY ? 0.0f : most;
+    for (int m = lane; m < seen; m += 32) sum += power_of_two(line[m] - base);
+    sum = sum_of<16>(sum);
+    if (lane == 0) whole[row] = base + __log2f(sum);
+  }
+  __syncthreads();
+  float* to = call.a.scores + (head * call.a.blocks + n) * call.key_blocks;
+  for (int m = thread; m < call.key_blocks; m += SHARE_THREADS) {
+    float score = 0.0f;
+    for (int row = 0; m < seen && row < tiles; ++row) {
+      if (tile[row] >= 0) score += power_of_two(sums[static_cast<int64_t>(row) * call.key_blocks + m] - whole[row]);
+    }
+    to[m] = score;
+  }
+}
+
+const char* check(const hfl_antidiagonal& a) {
+  if (a.dtype != HFL_F16 && a.dtype != HFL_BF16) return "score_antidiagonal: expected float16 or bfloat16";
+  if (a.batch < 1 || a.kv_heads < 1 || a.blocks < 1 || a.stored < 1) {
+    return "score_antidiagonal: expected no empty axis";
+  }
+  if (a.batch > 65535 || a.q_heads > 65535) return "score_antidiagonal: expected at most 65535 rows, and heads";
+  if (a.q_heads < 1 || a.q_heads % a.kv_heads) return "score_antidiagonal: expected q_heads as a multiple of kv_heads";
+  if (a.dim < 8 || a.dim % 8 || a.dim > 256) {
+    return "score_antidiagonal: expected a multiple of 8 channels, at most 256";
+  }
+  if (a.stride != 4 && a.stride != 8 && a.stride != 16 && a.stride != MOST_STRIDE) {
+    return "score_antidiagonal: expected a stride of 4, 8, 16 or 32";
+  }
+  const int tiles = a.block / a.stride;
+  if (a.block != tiles * a.stride || tiles < 4 || tiles > MOST_TILES || (tiles & (tiles - 1))) {
+    return "score_antidiagonal: expected a block of 4, 8, 16, 32 or 64 strides";
+  }
+  if (static_cast<int64_t>(a.blocks) * a.block > INT32_MAX) return "score_antidiagonal: expected fewer queries";
+  const auto apart = [](const void* p, int64_t b, int64_t h, int64_t t) {
+    return reinterpret_cast<uintptr_t>(p) % 16 || b % 8 || h % 8 || t % 8;
+  };
+  if (apart(a.q, a.q_b, a.q_h, a.q_t) || apart(a.k, a.k_b, a.k_h, a.k_t)) {
+    return "score_antidiagonal: expected rows that begin at multiples of 16 bytes";
+  }
+  if (std::max(a.q_t, a.k_t) > INT32_MAX) return "score_antidiagonal: expected rows closer to each other";
+  return nullptr;
+}
+
+int64_t line_of(int64_t elements) { return (elements + 31) / 32 * 32; }
+
+// The call with its scratch laid out; returns bytes of scratch.
+int64_t lay_out(const hfl_antidiagonal& a, Call& call) {
+  call.a = a;
+  call.tiles = a.block / a.stride;
+  call.columns = (a.stored - 1) / a.stride + 1;
+  call.key_blocks = (a.stored - 1) / a.block + 1;
+  const int64_t alike = a.q_pos_b ? a.batch : 1, all = static_cast<int64_t>(a.blocks) * call.tiles;
+  const int64_t strip = int64_t{4} * ROWS * a.batch * a.q_heads * call.key_blocks;
+  const int64_t rows = std::min(all, std::max<int64_t>(1, MOST_SUMS / strip) * ROWS);
+  call.last = static_cast<int32_t*>(a.scratch);
+  call.source = call.last + line_of(alike);
+  call.tile = call.source + line_of(alike * a.blocks * a.block);
+  call.sums = reinterpret_cast<float*>(call.tile + line_of(alike * all));
+  call.first = 0, call.rows = static_cast<int32_t>(rows);
+  const int64_t sums = rows * a.batch * a.q_heads * call.key_blocks;
+  return 4 * (line_of(alike) + line_of(alike * a.blocks * a.block) + line_of(alike * all) + sums);
+}
+
+// Divides the part's product among works of some width; an error if there are too many to count.
+cudaError_t cut(Call& call, int columns) {
+  const int group = call.a.q_heads / call.a.kv_heads;
+  call.strips = (call.rows - 1) / ROWS + 1;
+  call.together = std::min(TOGETHER, group * call.strips);
+  call.widths = (call.columns - 1) / columns + 1;
+  const int64_t rounds = (static_cast<int64_t>(group) * call.strips - 1) / call.together + 1;
+  const int64_t works = rounds * call.together * call.widths * call.a.batch * call.a.kv_heads;
+  call.works = static_cast<int32_t>(works);
+  return works < INT32_MAX / 2 ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
+template <typename T>
+cudaError_t multiply(Call& call, cudaStream_t stream) {
+  using W = Warps<T>;
+  bool ran = false;
+  cudaError_t error = cut(call, Groups<T>::COLUMNS);
+  if (error == cudaSuccess) error = launch_wgmma<T>(call, stream, ran);
+  if (ran || error != cudaSuccess) return error;
+  error = cut(call, W::COLUMNS);
+  if (error != cudaSuccess) return error;
+  const size_t bytes = W::bytes(call.a.stride);
+  error = cudaFuncSetAttribute(mma_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess) return error;
+  mma_kernel<T><<<static_cast<unsigned>(call.works), W::THREADS, bytes, stream>>>(call);
+  return cudaGetLastError();
+}
+
+cudaError_t run(const hfl_antidiagonal& a) {
+  Call call;
+  lay_out(a, call);
+  const auto stream = static_cast<cudaStream_t>(a.stream);
+  const int alike = a.q_pos_b ? a.batch : 1, all = a.blocks * call.tiles, most = call.rows;
+  cudaError_t error = cudaMemsetAsync(call.last, 0xff, sizeof(int32_t) * alike, stream);
+  if (error != cudaSuccess) return error;
+  places_kernel<<<dim3(a.blocks, alike), PLACE_THREADS, 0, stream>>>(call);
+  for (; call.first < all; call.first += most) {
+    call.rows = std::min(most, all - call.first);
+    error = a.dtype == HFL_BF16 ? multiply<__nv_bfloat16>(call, stream) : multiply<__half>(call, stream);
+    if (error != cudaSuccess) return error;
+    shares_kernel<<<dim3(call.rows / call.tiles, a.q_heads, a.batch), SHARE_THREADS, 0, stream>>>(call);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace antidiagonal
+}  // namespace hfl
+
+extern "C" int64_t hfl_antidiagonal_scratch(const hfl_antidiagonal* a) {
+  hfl::antidiagonal::Call call;
+  return hfl::antidiagonal::check(*a) ? 0 : hfl::antidiagonal::lay_out(*a, call);
+}
+
+extern "C" const char* hfl_antidiagonal_cuda(const hfl_antidiagonal* a) {
+  const char* message = hfl::antidiagonal::check(*a);
+  if (message) return message;
+  const cudaError_t error = hfl::antidiagonal::run(*a);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}

@@ -1,0 +1,258 @@
+"""`score_antidiagonal` and `pick_blocks` with a share, of the compiled library on a GPU; what it leaves to others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_longctx.kernels import ops
+from hf_longctx.kernels.compiled import antidiagonal, select
+from hf_longctx.kernels.dispatch import use_backend
+
+from .built import need
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Whatever the library does not write is NaN, or no block's number."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """What a call of `score_antidiagonal` is like.
+
+    Args:
+        heads: KV heads, and query heads of each.
+        spans: of each row, where its queries begin and end; one: all rows are alike.
+        block: tokens of a block, and of a tile.
+        more: keys after the longest row.
+        rows: of the batch.
+        loud: factor of the queries.
+    """
+
+    heads: tuple[int, int] = (2, 4)
+    spans: tuple[tuple[int, int], ...] = ((0, 700), (333, 1001))
+    block: tuple[int, int] = (128, 16)
+    dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    more: int = 5
+    rows: int = 2
+    loud: float = 2.0
+
+
+BLOCKS = [(64, 4), (64, 8), (64, 16), (128, 4), (128, 8), (128, 16), (128, 32), (256, 4), (256, 8), (1024, 16)]
+TILED = [
+    *(Tiled(block=b, dtype=t) for b in BLOCKS for t in (torch.bfloat16, torch.float16)),
+    *(
+        Tiled(dim=d, block=b, causal=c)
+        for d in (8, 64, 72, 96, 256)
+        for b in ((64, 4), (128, 16))
+        for c in (True, False)
+    ),
+    *(Tiled(heads=h) for h in ((1, 1), (3, 1), (1, 7), (2, 8))),
+    *(Tiled(spans=((s, e),), causal=c) for s, e in ((0, 1), (17, 18), (128, 256), (5000, 5300)) for c in (True, False)),
+    Tiled(spans=((0, 0), (100, 500))),
+    Tiled(spans=((3000, 3100), (0, 90), (60, 2100)), rows=3, block=(128, 8)),
+    Tiled(spans=((0, 700), (333, 1001)), causal=False, more=3),
+    Tiled(spans=((0, 9000),), rows=1, heads=(1, 2), block=(128, 8), more=0),
+    Tiled(spans=((20000, 24001),), rows=1, heads=(2, 4), block=(64, 4), more=0),
+    Tiled(loud=40.0),
+]
+
+
+def tiles(case: Tiled) -> tuple[Any, ...]:
+    """Arguments; queries stand first in their blocks, NaN where there is none and in keys that nobody has."""
+    (kv_heads, group), (block, stride) = case.heads, case.block
+    count = max(-(-end // block) - start // block for start, end in case.spans)
+    q_pos = torch.full((len(case.spans), count * block), -1)
+    for row, (start, end) in enumerate(case.spans):
+        for n in range(count):
+            low = (start // block + n) * block
+            own = torch.arange(max(start, low), max(min(end, low + block), max(start, low)))
+            q_pos[row, n * block : n * block + len(own)] = own
+    stored = max(end for _, end in case.spans) + case.more
+    made = torch.Generator().manual_seed(stored)
+    q = torch.randn(case.rows, count * block, kv_heads * group, case.dim, generator=made) * case.loud
+    k = torch.randn(case.rows, kv_heads, stored + 3, case.dim, generator=made)
+    q, k = q.to(case.dtype).transpose(1, 2), k.to(case.dtype)[:, :, :stored]
+    q[(q_pos < 0)[:, None].expand(q.shape[:3])] = torch.nan
+    if case.causal:
+        after = torch.arange(stored) > q_pos.amax(1)[:, None]
+        k[after[:, None].expand(k.shape[:3])] = torch.nan
+    return q, k, q_pos, block, stride, case.dim**-0.5, case.causal
+
+
+def on_cuda(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.cuda() if isinstance(x, Tensor) else x for x in arguments)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_scores(case: Tiled) -> None:
+    """A logit is off by a rounding of the largest sum of products for every 16 of them, a score by twice that part."""
+    need("cuda")
+    q, k, q_pos, block, stride, scale, causal = on_cuda(tiles(case))
+    arguments = (q, k, q_pos, block, stride, scale, causal)
+    assert antidiagonal.reject(*arguments) is None
+    got = antidiagonal.score_antidiagonal(*arguments)
+    assert torch.equal(got, antidiagonal.score_antidiagonal(*arguments))
+    with use_backend("reference"):
+        exact = ops.score_antidiagonal(q.double(), k.double(), *arguments[2:])
+    assert got.shape == exact.shape
+    lengths = [x.float().nan_to_num(0.0).norm(dim=-1).amax() for x in (q, k)]
+    off = stride * case.dim / 16 * torch.finfo(torch.float32).eps * float(lengths[0] * lengths[1]) * scale
+    assert bool(((got.double() - exact).abs() <= (2 * off + 1e-5) * exact + 1e-6).all())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_a_query_that_is_no_number_spoils_the_scores_of_its_block(odd: float) -> None:
+    need("cuda")
+    q, k, q_pos, *rest = on_cuda(tiles(Tiled(spans=((0, 600),))))
+    clean = antidiagonal.score_antidiagonal(q, k, q_pos, *rest)
+    q[1, 3, 300] = odd
+    got = antidiagonal.score_antidiagonal(q, k, q_pos, *rest)
+    assert got[1, 3, 2, :3].isnan().all()
+    got[1, 3, 2], clean[1, 3, 2] = 0.0, 0.0
+    assert torch.equal(got, clean)
+
+
+@pytest.mark.cuda
+def test_parts_of_a_long_call_are_those_of_short_ones() -> None:
+    """So many queries that their sums are made in parts."""
+    need("cuda")
+    q, k, q_pos, *rest = on_cuda(
+        tiles(Tiled(heads=(2, 4), spans=((0, 40960),), block=(128, 4), dim=64, rows=1, more=0))
+    )
+    got = antidiagonal.score_antidiagonal(q, k, q_pos, *rest)
+    for start in (0, 52096, 52224, 81920 - 128):
+        part = slice(start, start + 128)
+        alone = antidiagonal.score_antidiagonal(q[:, :, part], k, q_pos[:, part], *rest)
+        torch.testing.assert_close(got[:, :, start // 128 : start // 128 + 1], alone, rtol=0, atol=0)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"dtype": torch.float32}, "float16 or bfloat16"),
+    ({"dim": 264}, "at most 256"),
+    ({"dim": 12}, "a multiple of 8 channels"),
+    ({"block": (32, 16)}, "blocks of 4, 8, 16, 32 or 64 strides"),
+    ({"block": (96, 8)}, "blocks of 4, 8, 16, 32 or 64 strides"),
+    ({"block": (64, 2)}, "strides of 4, 8, 16 or 32"),
+]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("changed", "reason"), REFUSED)
+def test_what_it_does_not_score(changed: dict[str, Any], reason: str) -> None:
+    need("cuda")
+    assert reason in str(antidiagonal.reject(*on_cuda(tiles(Tiled(spans=((0, 200),), **changed)))))
+
+
+@pytest.mark.cuda
+def test_packed_keys_and_devices_that_it_does_not_score() -> None:
+    need("cuda")
+    q, k, *rest = on_cuda(tiles(Tiled(spans=((0, 200),))))
+    assert "not packed" in str(antidiagonal.reject(q, ops.encode_kv(k, 8), *rest))
+    assert "one device" in str(antidiagonal.reject(q, k.cpu(), *rest))
+
+
+def test_the_cpu_is_left_to_others() -> None:
+    need("cpu")
+    assert "on CUDA only" in str(antidiagonal.reject(*tiles(Tiled(spans=((0, 200),)))))
+
+
+@dataclass(frozen=True)
+class Massed:
+    """What a call of `pick_blocks` with a share is like.
+
+    Args:
+        sizes: rows, heads, queries, blocks.
+        kind: how scores are spread: `softmax`, `steep`, `few` values (whose sums are exact), `same`, `zeros`, `odd`.
+        tau: of the heads.
+        local: forced blocks up to the last query's.
+    """
+
+    sizes: tuple[int, int, int, int] = (2, 3, 5, 100)
+    kind: str = "softmax"
+    tau: tuple[float, ...] = (0.5, 0.9, 1.0)
+    local: int = 2
+    sink: int = 1
+
+
+KINDS = ["softmax", "steep", "few", "same", "zeros", "odd"]
+MASSED = [
+    *(Massed((2, 3, 5, m), kind) for m in (1, 2, 100, 257, 1024) for kind in KINDS),
+    *(Massed((1, 3, 2, 20000), kind) for kind in KINDS),
+    *(Massed(sink=s, local=n) for s in (0, 1, 40) for n in (1, 3, 200)),
+    *(Massed((1, 3, 4, 300), "few", (t, 0.25, 0.75)) for t in (1e-6, 0.01, 0.5, 0.999999, 1.0)),
+]
+
+
+def masses(case: Massed) -> tuple[Any, ...]:
+    """Arguments; the last query of a row is in its last block, those before it in earlier ones, the first nowhere."""
+    rows, _, count, blocks = case.sizes
+    made = torch.Generator().manual_seed(blocks)
+    scores = torch.randn(case.sizes, generator=made)
+    if case.kind in ("softmax", "steep"):
+        scores = 8 * (scores * (1 if case.kind == "softmax" else 6)).softmax(-1)
+    elif case.kind == "few":
+        scores = (scores * 8).abs().round() / 16
+    elif case.kind == "odd":
+        scores = scores.abs()
+        scores[:, 0, :, ::7], scores[:, 1, :, 3:4], scores[:, 2, -1] = torch.nan, torch.inf, torch.nan
+    else:
+        scores = torch.full(case.sizes, 0.0 if case.kind == "zeros" else 0.25)
+    high = (torch.arange(count) * blocks // max(1, count - 1)).clamp(max=blocks - 1).expand(rows, -1).clone()
+    high[:, 0] = -1 if count > 1 else blocks - 1
+    low = (high - case.local + 1).clamp(min=0)
+    return scores, low, high, case.sink, None, torch.tensor(case.tau), case.local
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", MASSED, ids=str)
+def test_picks(case: Massed) -> None:
+    """Exactly those of the definition in float64."""
+    need("cuda")
+    arguments = masses(case)
+    moved = on_cuda(arguments)
+    assert select.reject_pick(*moved) is None
+    got = select.pick_blocks(*moved)
+    with use_backend("reference"):
+        expected = ops.pick_blocks(arguments[0].double(), *arguments[1:])
+    assert got.dtype == expected.dtype
+    assert torch.equal(got.cpu(), expected)
+    assert torch.equal(got, select.pick_blocks(*moved))
+
+
+@pytest.mark.cuda
+def test_captured_calls_choose_anew() -> None:
+    """Queries and positions lie in the same memory; what they are may change."""
+    need("cuda")
+    q, k, q_pos, *rest = on_cuda(tiles(Tiled(spans=((0, 512),), more=0)))
+    low = torch.arange(4, device="cuda")[None]
+    tau = torch.full((q.shape[1],), 0.7, device="cuda")
+
+    def choose() -> Tensor:
+        scores = antidiagonal.score_antidiagonal(q, k, q_pos, *rest)
+        return select.pick_blocks(scores, low, low, 0, None, tau, 1)
+
+    choose()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids = choose()
+    seen = []
+    for _ in range(2):
+        q.neg_()
+        graph.replay()
+        seen.append(ids.clone())
+        assert torch.equal(ids, choose())
+    assert not torch.equal(seen[0], seen[1])
