@@ -26,8 +26,7 @@ __device__ void prepare_queries(const AttendTask& p, const Unit& unit, unsigned 
 }
 
 template <int D, Format F>
-__global__ __launch_bounds__(Room<D, F>::WARPS * 32, Room<D, F>::BLOCKS) void attend_kernel(
-    const __grid_constant__ AttendTask p) {
+__global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const __grid_constant__ AttendTask p) {
   using R = Room<D, F>;
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
