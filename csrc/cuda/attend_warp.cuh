@@ -21,7 +21,6 @@ struct Warp {
   unsigned char* ring;
   Logits<D, F> logits;
   const unsigned char *k, *v;        // rows of the head
-  const __half *k_sides, *v_sides;   // packed: scales of the head, in lanes 4 to 7 zeros
   Found next;                        // of the slab after those in the ring
   int lane;
   int eights = -1;                   // packed: columns that 8 keys, those of group lane % 4, lie at begin here
@@ -34,7 +33,6 @@ struct Warp {
       : p(p_), unit(unit_), keys(keys_), ring(shared + warp * R::WARP), logits{p_, keys_, shared, ring, lane_},
         lane(lane_) {
     k = rows_of(p.a.k), v = rows_of(p.a.v);
-    if constexpr (S::PACKED) k_sides = sides_of(p.a.k), v_sides = sides_of(p.a.v);
 #pragma unroll
     for (int j = 0; j < 2; ++j) top[j] = NOTHING, total[j] = shift[j] = 0.0f;
 #pragma unroll
@@ -137,8 +135,8 @@ struct Warp {
                                            ring + R::VALUES + stage * S::BYTES, v, stride(p.a.v), column, lane);
       if constexpr (S::PACKED) {
         unsigned char* sides = ring + R::SIDES + stage * R::SIDE + lane * 16;
-        if (OF_KEYS && lane < 8) copy_async(sides, k_sides + max(eights, 0), eights >= 0);
-        if (OF_VALUES && lane < 8) copy_async(sides + R::SIDE / 2, v_sides + max(eights, 0), eights >= 0);
+        if (OF_KEYS && lane < 8) copy_async(sides, sides_of(p.a.k) + max(eights, 0), eights >= 0);
+        if (OF_VALUES && lane < 8) copy_async(sides + R::SIDE / 2, sides_of(p.a.v) + max(eights, 0), eights >= 0);
       }
     }
     if (OF_KEYS) copy_commit();
