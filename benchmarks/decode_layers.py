@@ -29,6 +29,9 @@ DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 L2 = 192 << 20
 """Bytes that a round through all layers reads at least: several times the L2."""
 
+LAYERS, ROOM = 16, 48 << 30
+"""Layers that share what a step does once, fewer than most models have; and bytes that their caches may take."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -92,7 +95,8 @@ class Layers:
     """
 
     def __init__(self, plan_of: Callable[[ModelFacts], Any], shape: Shape, read: int) -> None:
-        self.shape, self.layers = shape, max(3, -(-L2 // max(read, 1)))
+        self.shape = shape
+        self.layers = max(3, min(max(LAYERS, -(-L2 // max(read, 1))), ROOM // shape.bytes))
         self.facts = facts(self.layers)
         self.plan = plan_of(self.facts)
         self.cache = LongContextCache(self.plan)

@@ -20,4 +20,9 @@ extern "C" const char* hfl_attend_cuda(const hfl_attend*) { return kNone; }
 extern "C" const char* hfl_score_cuda(const hfl_score*) { return kNone; }
 extern "C" const char* hfl_pick_cuda(const hfl_pick*) { return kNone; }
 extern "C" const char* hfl_append_cuda(const hfl_append*) { return kNone; }
+extern "C" const char* hfl_bring_cuda(const hfl_bring*) { return kNone; }
+extern "C" const char* hfl_copy_cuda(const hfl_copy*) { return kNone; }
+extern "C" const char* hfl_norm_cuda(const hfl_norm*) { return kNone; }
+extern "C" const char* hfl_turn_cuda(const hfl_turn*) { return kNone; }
+extern "C" const char* hfl_prefill_cuda(const hfl_prefill*) { return kNone; }
 #endif

@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define HFL_ABI 1
+#define HFL_ABI 2
 
 #pragma GCC visibility push(default)  // all else is hidden
 #ifdef __cplusplus
@@ -106,6 +106,95 @@ typedef struct {
   void* stream;
 } hfl_append;
 
+// Blocks of keys and values on the device, and in host memory, which the device reads and writes at its own addresses.
+// Places are those of ops.Places.
+typedef struct {
+  int32_t batch, kv_heads, block, sinks, tail;
+  int32_t pages;     // blocks that a row and KV head has room for on the device
+  void* data[6];     // tensors [B, Hkv, pages, ?], contiguous, at multiples of 16 bytes; NULL behind the last one
+  int32_t bytes[6];  // of a block in each, a multiple of 16; 0 behind the last one
+  const int64_t* table;  // [segments], addresses of [B, Hkv, per_segment, sum of bytes], contiguous
+  int32_t segments, per_segment;
+} hfl_blocks;
+
+// ops.bring_blocks.
+typedef struct {
+  hfl_blocks at;
+  int32_t select_heads, chosen, pool;  // Hs: 1 or Hkv; K; P
+  const int32_t* ids;                  // [B, Hs, 1, K], ascending, then -1
+  int64_t ids_b, ids_h;
+  const int64_t* lengths;  // [B or 1]
+  int64_t lengths_b;       // 0 where all rows are alike
+  int32_t* held;           // [B, Hkv, 2, P] contiguous
+  int64_t* counts;         // [2]
+  int32_t* places;         // [B, Hkv, 1, K] contiguous
+  void* stream;
+} hfl_bring;
+
+// ops.copy_blocks.
+typedef struct {
+  hfl_blocks at;
+  const int64_t* first;  // [B or 1]
+  const int64_t* last;
+  int64_t first_b, last_b;  // 0 where all rows are alike
+  int32_t most, out;        // out: to host memory
+  void* stream;
+} hfl_copy;
+
+// ops.rms_norm; on CUDA alone.
+typedef struct {
+  int32_t outer, middle, inner, dim;  // x [outer, middle, inner, dim]
+  int32_t dtype, weight_dtype;
+  int32_t early;  // 1: rows are rounded to dtype before they meet the weight
+  float eps, offset;
+  const void* x;
+  int64_t x_o, x_m, x_i;
+  const void* weight;  // [dim]
+  void* out;           // contiguous; of dtype, but float32 if early and the weight is
+  void* stream;
+} hfl_norm;
+
+// ops.rotate_heads; on CUDA alone. Rows of q and k begin at multiples of four elements.
+typedef struct {
+  int32_t batch, q_heads, kv_heads, tokens, dim, dtype;
+  int32_t size, pairs;    // channels that are turned; 1: cos and sin have one channel for a pair of them
+  int32_t angle_dtype;    // of cos and sin: dtype or float32
+  const void* q;          // [B, Hq, T, D]
+  const void* k;          // [B, Hkv, T, D]
+  int64_t q_b, q_h, q_t, k_b, k_h, k_t;
+  const void* cos;        // [B or 1, T, size or size / 2]
+  const void* sin;
+  int64_t angle_b, angle_t;  // strides of both; angle_b 0 where all rows are alike
+  void* q_out;               // contiguous, as k_out
+  void* k_out;
+  void* stream;
+} hfl_turn;
+
+// ops.attend_blocks: many queries a row; keys and values are plain, and columns are positions. *_cuda only.
+typedef struct {
+  int32_t batch, q_heads, kv_heads, tokens, stored, dim, dtype;
+  const void* q;          // [B, Hq, T, D]
+  int64_t q_b, q_h, q_t;
+  const void* k;          // [B, Hkv, S, D]
+  int64_t k_b, k_h, k_t;
+  const void* v;          // [B, Hkv, S, D]
+  int64_t v_b, v_h, v_t;
+  void* out;              // [B, Hq, T, D]
+  int64_t out_b, out_h, out_t;
+  float scale, softcap;      // scale > 0; softcap 0: none
+  const float* sink_logits;  // [Hq] or NULL
+  const float* slopes;       // [Hq] or NULL
+  const int64_t* q_pos;      // [B or 1, T], -1: no query, its output is zero; NULL: query t stands at stored - T + t
+  int64_t q_pos_b;           // 0 where all rows are alike
+  int64_t sink, window;      // as in hfl_attend
+  // Selection; ids NULL: all columns. With it sink and window are not used.
+  const int32_t* ids;    // [B, Hs, N, K], ascending, then -1
+  const int32_t* pages;  // the same strides: where the blocks lie, in blocks; NULL: at their ids
+  int64_t ids_b, ids_h, ids_n;
+  int32_t select_heads, chosen, block, q_block;  // Hs: 1, Hkv or Hq; K; multiples of 64 and of 128 tokens
+  void* stream;
+} hfl_prefill;
+
 int32_t hfl_abi(void);
 const char* hfl_version(void);       // compiler, architectures
 int32_t hfl_has_cuda(void);          // 1 if the library holds CUDA code
@@ -122,6 +211,11 @@ const char* hfl_attend_cuda(const hfl_attend* a);
 const char* hfl_score_cuda(const hfl_score* a);
 const char* hfl_pick_cuda(const hfl_pick* a);
 const char* hfl_append_cuda(const hfl_append* a);
+const char* hfl_bring_cuda(const hfl_bring* a);
+const char* hfl_copy_cuda(const hfl_copy* a);
+const char* hfl_norm_cuda(const hfl_norm* a);
+const char* hfl_turn_cuda(const hfl_turn* a);
+const char* hfl_prefill_cuda(const hfl_prefill* a);
 
 #ifdef __cplusplus
 }

@@ -31,6 +31,7 @@ _HOME = {
     "LayerPlan": "plan",
     "LongContextCache": "cache.cache",
     "Mass": "select.budgets",
+    "Means": "select.summaries",
     "MinMax": "select.summaries",
     "Plan": "plan",
     "Quest": "methods",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from .select.scorers import Antidiagonal as Antidiagonal
     from .select.scorers import RepresentativeDot as RepresentativeDot
     from .select.scorers import UpperBound as UpperBound
+    from .select.summaries import Means as Means
     from .select.summaries import MinMax as MinMax
     from .select.summaries import Representatives as Representatives
     from .session import load_session as load_session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -94,12 +95,13 @@ def attention(
     if len(plan.groups) == 1:
         out = attend_group(forward, layer, plan.groups[0], stores[0], query, key, value, logits)
         return out.transpose(1, 2).contiguous(), None
-    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-    for group, store in zip(plan.groups, stores, strict=True):
-        q_heads, kv_heads = _heads(group.kv_heads, query.shape[1] // key.shape[1], query.device)
-        part = query[:, q_heads], key[:, kv_heads], value[:, kv_heads], logits.heads(q_heads)
-        out.index_copy_(2, q_heads, attend_group(forward, layer, group, store, *part).transpose(1, 2))
-    return out, None
+    order = _order(tuple(group.kv_heads for group in plan.groups), query.shape[1] // key.shape[1], query.device)
+    q, k, v = order.split(query), order.split(key), order.split(value)
+    parts = [
+        attend_group(forward, layer, group, stores[i], q[i], k[i], v[i], logits.heads(order.q[i])).transpose(1, 2)
+        for i, group in enumerate(plan.groups)
+    ]
+    return torch.cat(parts, 2).index_select(2, order.back), None
 
 
 def text_positions(forward: Forward) -> Tensor:
@@ -108,11 +110,32 @@ def text_positions(forward: Forward) -> Tensor:
     return lap_position(forward.step.pos_in_text, forward.plan.sink, forward.plan.lap)
 
 
+@dataclass(frozen=True)
+class _Order:
+    """The heads of a layer group by group, as indices on the device; made once, as making them waits for the device.
+
+    Args:
+        q: query heads of each group.
+        sides: by the number of heads: all of them in this order, and how many each group has.
+        back: `[Hq]`, where each query head stands when groups stand side by side.
+    """
+
+    q: tuple[Tensor, ...]
+    sides: Mapping[int, tuple[Tensor, list[int]]]
+    back: Tensor
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys or values `[B, H, T, D]` group by group, all from one copy."""
+        heads, sizes = self.sides[x.shape[1]]
+        return x.index_select(1, heads).split_with_sizes(sizes, 1)
+
+
 @lru_cache(maxsize=4096)
-def _heads(kv_heads: tuple[int, ...], per_kv: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Query and KV heads of a group, as indices on the device; made once, as making them waits for the device."""
-    kv = torch.tensor(kv_heads, device=device)
-    return (kv[:, None] * per_kv + torch.arange(per_kv, device=device)).flatten(), kv
+def _order(groups: tuple[tuple[int, ...], ...], per_kv: int, device: torch.device) -> _Order:
+    kv = [torch.tensor(heads, device=device) for heads in groups]
+    q = [(heads[:, None] * per_kv + torch.arange(per_kv, device=device)).flatten() for heads in kv]
+    sides = {sum(map(len, side)): (torch.cat(side), list(map(len, side))) for side in (kv, q)}
+    return _Order(tuple(q), sides, torch.cat(q).argsort())
 
 
 _HARMLESS = frozenset(

@@ -46,7 +46,7 @@ class Forward:
         probe: if given, layers put their queries and keys in here and attend to nothing.
         watch: if given, called with layer, group, selector, positions of the queries and what they read, wherever
             blocks are chosen.
-        reads: in a decode call, the blocks that each layer chose, and how many it could have; as for `Ledger.count`.
+        reads: in a decode call, what each layer chose, as for `Ledger.count`.
         recorded: the decoder replays this call, or records it.
     """
 
@@ -58,12 +58,12 @@ class Forward:
     probe: dict[int, tuple[Tensor, Tensor]] | None = None
     watch: Callable[[int, HeadGroup, Selector, Tensor, Selection], None] | None = None
     recorded: bool = False
-    reads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    reads: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def count(self) -> None:
         """Tell the cache's ledger what the layers read of a decode call."""
-        for device in {ids.device for ids, _ in self.reads}:
+        for device in {read[0].device for read in self.reads}:
             assert self.cache is not None
             self.cache.ledger.count_all("decode", [read for read in self.reads if read[0].device == device])
         self.reads.clear()

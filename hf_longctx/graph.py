@@ -3,8 +3,9 @@
 A call of one token is run with a *bound* step: every place comes from lengths on the device, and views are made for
 `Step.room` columns. What such a call does then depends on the host only through lengths at which a group of heads goes
 over to something else (`limits.py`), and through whether blocks are chosen anew. The first call of a kind runs as it
-is, the second is recorded while nothing is computed, and all that follow are replays. What a replay cannot do, to keep
-count on the host, is done after it. Whatever was recorded is thrown away when memory that it uses has moved.
+is, the second is recorded while nothing is computed, and all that follow are replays. What a replay cannot do, to make
+room on the host and to keep count there, is done before and after it. Whatever was recorded is thrown away when memory
+that it uses has moved.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .cache.cache import LongContextCache
 from .cache.step import Step
 from .context import Forward, current, enter
 from .models import takes_positions
-from .obstacles import Obstacles, of_call, of_model
+from .obstacles import Obstacles, of_cache, of_call, of_model
 from .plan import Plan
 from .recording import Graph, Recording, Take
 
@@ -134,7 +135,7 @@ class Recorder:
             return False
         if self._obstacles is None or self._obstacles.plan is not plan or self._last() is not cache:
             self._obstacles, self._last = of_model(self.decoder, plan), weakref.ref(cache)
-        self.reason = self._failed or self._obstacles.now() or of_call(self.decoder, kwargs, watched)
+        self.reason = self._failed or self._obstacles.now() or of_call(self.decoder, kwargs, watched) or of_cache(cache)
         return self.reason is None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,6 +156,7 @@ class Recorder:
             except torch.OutOfMemoryError as error:
                 return self._without(f"no memory for {held.room} tokens in every row ({_first(error)})", kwargs)
             self._held[cache] = held
+        cache.make_room(step)
         due = held.due(step.columns)
         take = held.take((due, _kind(self.decoder, inputs, others, step)), inputs, step, cache.ledger.rows)
         run = partial(_run, self.decoder, take, others, forward, held.room)

@@ -12,14 +12,14 @@ from .cache.kept import Kept
 from .cache.pieces import Blocks, pieces
 from .cache.positions import sink_position
 from .cache.rows import View
-from .cache.step import Step
+from .cache.step import FEW, Step
 from .cache.store import Store
 from .context import Forward
-from .errors import UnsupportedError
+from .gradient import Stored
 from .kernels import ops
 from .limits import reads_all_to, straight_to
 from .plan import HeadGroup, HeadPolicy, Retention, Selector
-from .select.choose import choose, forced, most_far, unite
+from .select.choose import choose, forced, forced_ahead, most_far
 from .select.scorers import Look
 
 QUERIES = 2048
@@ -69,27 +69,8 @@ def attend_group(
         out = _read_chosen(call, selector, step, q, k, v)
         cut_off = cut_off or policy.kv is not None
     if cut_off and torch.is_grad_enabled():
-        out = _Stored.apply(out, q, k, v)  # type: ignore[no-untyped-call]
+        out = Stored.apply(out, q, k, v)  # type: ignore[no-untyped-call]
     return out if step.restore is None else ops.take_tokens(out, step.restore)
-
-
-class _Stored(torch.autograd.Function):
-    """The result of attention over stored tokens: keys and values were read back, cut off from their gradient.
-
-    To decode without `no_grad` is common and works; to go backward through it would give a part of the gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, *fresh: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise UnsupportedError(
-            "hf_longctx: expected a backward pass through one call on a whole text; got one through a call that went "
-            "on from a filled cache, or that read its keys and values as they are stored, without a gradient. "
-            "Pass the text in one call, or train with another method."
-        )
 
 
 def _here(selector: Selector | None, step: Step) -> Selector | None:
@@ -138,7 +119,7 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
     if store is not None:
         store.write(k, v, step, turns)
         if step.columns or call.group.policy.kv is not None:
-            keys, values = store.memory if step.decodes else store.whole()
+            keys, values = store.memory if step.decodes else store.whole(step.lengths_after, step.width)
     blocks = Blocks.of(step, 1 if step.decodes else selector.scorer.q_block)
     each = max(1, QUERIES // blocks.size)
     parts = []
@@ -149,9 +130,9 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
         look = _look(call, selector, asked, pos, blocks.size, keys, turns)
         near, visible = _near(selector, step, pos, blocks.size, q.shape[0], first)
         ids = choose(selector, look, near)
-        pages = store.locate(ids, selector.block) if store is not None and step.decodes else None
+        pages = store.locate(ids, selector.block, step) if store is not None and step.decodes else None
         read = ops.Selection(ids, selector.block, blocks.size, pages)
-        _note(call, selector, pos, read, visible)
+        _note(call, selector, pos, read, near[1], visible)
         see = ops.Visibility(q_pos=pos)
         attend = ops.attend_pages if step.decodes else ops.attend_blocks
         parts.append(attend(asked, keys, values, call.logits, see, turns, read))
@@ -162,7 +143,7 @@ def _read_in_turn(call: Call, selector: Selector, step: Step, q: Tensor, k: Tens
     """Block of queries after block of queries: what one reads decides what the next may choose."""
     store, turns = call.store, _turns(call, step, None)
     size = 1 if step.decodes else selector.scorer.q_block
-    out = v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+    out: Tensor | None = None
     distance, summary = call.group.policy.positions.distance, selector.scorer.summary
     reaches = distance is None or distance >= selector.local - 1  # what is local is never read from elsewhere
     for tokens, piece in step.once(("pieces", size), lambda: list(pieces(step, size))):
@@ -171,27 +152,36 @@ def _read_in_turn(call: Call, selector: Selector, step: Step, q: Tensor, k: Tens
         near, visible = _near(selector, piece, piece.pos, piece.tokens, q.shape[0])
         ids = _renew(call, selector, piece, asked, turns, near)
         far = most_far(selector, piece.tokens) if reaches else None
-        read = ops.Selection(ids, selector.block, piece.tokens, store.locate(ids, selector.block), far)
-        _note(call, selector, piece.pos, read, visible)
+        pages = store.locate(ids, selector.block, piece)
+        read = ops.Selection(ids, selector.block, piece.tokens, pages, far)
+        _note(call, selector, piece.pos, read, near[1], visible)
         keys, values = store.memory
         see = ops.Visibility(q_pos=piece.pos)
-        if summary is not None and summary.local:
+        if summary is not None and summary.weighs:
             part, mass = ops.attend_mass(asked, keys, values, call.logits, see, turns, read, selector.local)
             store.add_mass(ids, mass, selector.block)
         else:
-            part = ops.attend_pages(asked, keys, values, call.logits, see, turns, read)
+            attend = ops.attend_pages if piece.tokens <= FEW else ops.attend_blocks
+            part = attend(asked, keys, values, call.logits, see, turns, read)
+        if piece.tokens == step.tokens and isinstance(tokens, slice):
+            return part
+        if out is None:
+            out = v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
         _put(out, tokens, piece, part)
+    assert out is not None
     return out
 
 
 def _renew(
     call: Call, selector: Selector, piece: Step, q: Tensor, turns: ops.Turns | None, near: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """What a block of queries reads: chosen now, or what was chosen some decode steps ago and is forced now."""
+    """What a block of queries reads: chosen now, or some decode steps ago with what would be forced by now."""
     kept: Kept = call.store.kept
     again = selector.refresh_every > 1 and call.forward.step.decodes
     if again and not kept.is_due(selector.refresh_every, piece.columns):
-        return unite(kept.ids, selector, near)
+        return kept.ids
+    if again:
+        near = piece.once(("ahead", selector), lambda: forced_ahead(selector, piece.pos, piece.lengths))
     look = _look(call, selector, q, piece.pos, piece.tokens, call.store.memory[0], turns)
     ids = choose(selector, look, near)
     if again:
@@ -248,14 +238,14 @@ def _near(
     return near, visible
 
 
-def _note(call: Call, selector: Selector, pos: Tensor, read: ops.Selection, visible: Tensor) -> None:
+def _note(call: Call, selector: Selector, pos: Tensor, read: ops.Selection, last: Tensor, visible: Tensor) -> None:
     """Count what is read, and tell whoever watches."""
     forward = call.forward
     if forward.cache is not None:
         if forward.step.decodes:
-            forward.reads.append((read.ids, visible))
+            forward.reads.append((read.ids, last, visible))
         else:  # too many to hold
-            forward.cache.ledger.count("prefill", read.ids, visible)
+            forward.cache.ledger.count("prefill", read.ids, last, visible)
     if forward.watch is not None:
         forward.watch(call.layer, call.group, selector, pos, read)
 

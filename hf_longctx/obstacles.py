@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache.cache import LongContextCache
+from .cache.marks import Marks
 from .models import takes_positions
 from .plan import Plan
 
@@ -47,11 +49,9 @@ def of_model(decoder: Any, plan: Plan) -> Obstacles:
 
 
 def _of_plan(plan: Plan) -> str | None:
-    policies = {group.policy for layer in plan.layers for group in layer.groups}
-    if any(policy.placement is not None for policy in policies):
-        return "blocks lie in host memory, and which are brought in is known there"
-    if any(policy.summary is not None and policy.summary.local for policy in policies):
-        return "representatives of blocks wait for the attention of later queries, which is counted on the host"
+    placements = {group.policy.placement for layer in plan.layers for group in layer.groups}
+    if any(placement is not None and placement.disk is not None for placement in placements):
+        return "blocks lie in files, which the device cannot read by itself"
     return None
 
 
@@ -73,6 +73,12 @@ def _of_modules(decoder: Any, inside: list[Any]) -> str | None:
 def _rope_types(module: Any) -> set[str]:
     kind = getattr(module, "rope_type", None)
     return {kind} if isinstance(kind, str) else set(kind.values()) if isinstance(kind, dict) else set()
+
+
+def of_cache(cache: LongContextCache) -> str | None:
+    """What stands in the way of a call on a cache, or None."""
+    behind = any(isinstance(s.index, Marks) and s.index.behind for layer in cache.stacks for _, s in layer.stores)
+    return "representatives of the blocks that a longer call has closed are made first" if behind else None
 
 
 def of_call(decoder: Any, kwargs: Mapping[str, Any], watched: bool) -> str | None:

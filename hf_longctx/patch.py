@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import adapters
+from . import adapters, shortcuts
 from .attention import register
 from .cache.cache import LongContextCache
 from .cache.ledger import Ledger
@@ -80,6 +80,7 @@ def patch(
     state: Patch | None = base.__dict__.get(_KEY)
     if state is not None:
         state.find_rotary(plan)
+        shortcuts.install(decoder)  # the model may have come to a GPU
         state.plan, state.cache, state.ledger = plan, None, Ledger()
         state.recorder.renew(cuda_graph)
         return model
@@ -187,11 +188,13 @@ def _install(state: Patch) -> None:
     if state.facts.family in ADAPTED:
         for module in attention_modules(state.decoder):
             adapters.install(module, state.facts.family)
+    shortcuts.install(state.decoder)
 
 
 def _remove(state: Patch) -> None:
     for hook in state.hooks:
         hook.remove()
+    shortcuts.remove(state.decoder)
     if state.decoder.__dict__.get("forward") is state.recorder:
         del state.decoder.__dict__["forward"]
     if state.facts.family in ADAPTED:

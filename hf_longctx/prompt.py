@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 _OF_TEXT = frozenset({"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
 
+TAIL = 32
+"""Last tokens of a prompt that choose for themselves: a question, and what a chat template puts after it."""
+
 
 @dataclass(eq=False)
 class Prefill:
-    """In place of the model's `_prefill`: the last token of a prompt chooses for itself, as the tokens after it do.
+    """In place of the model's `_prefill`: each of the last tokens of a prompt chooses what it reads, as those after it.
 
-    It asks the question: among the hundreds of queries that share a choice, its own would hardly count.
-    Paper: InfLLM (arXiv:2402.04617), whose code reads all but the last token, and then that.
+    They ask the question: among the hundreds of queries that share a choice, they would hardly count.
+    Paper: InfLLM (arXiv:2402.04617). Differs: its code reads the very last token apart.
     """
 
     model: PreTrainedModel
@@ -32,20 +35,33 @@ class Prefill:
     def __call__(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Read all but the last token first, where that makes a difference."""
+        """Read all but the last tokens first, where that makes a difference, then those a few at a time."""
         stock: Any = type(self.model)
-        if self._shares(input_ids, generation_config, model_kwargs):
-            before = {
-                name: value[:, :-1] if name in ("attention_mask", "position_ids") and value is not None else value
+        ends = self._ends(input_ids, generation_config, model_kwargs)
+        for number, end in enumerate((*ends, input_ids.shape[1])):
+            config, cut = copy(generation_config), end < input_ids.shape[1]
+            if number:
+                config.prefill_chunk_size = None  # 5.17 cuts chunks of all the text, of what the cache has too
+            if cut and getattr(config, "_mask_length", None) is not None:
+                config._mask_length = end
+            these = {
+                name: value[:, :end] if name in ("attention_mask", "position_ids") and value is not None else value
                 for name, value in model_kwargs.items()
             }
-            stock._prefill(self.model, input_ids[:, :-1], generation_config, before, *args, **kwargs)
-            generation_config = copy(generation_config)
-            generation_config.prefill_chunk_size = None  # 5.17 cuts chunks of all the text, of what the cache has too
-        return stock._prefill(self.model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+            given = these if cut else model_kwargs
+            out = stock._prefill(self.model, input_ids[:, :end], config, given, *args, **kwargs)
+        return out
+
+    def _ends(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> list[int]:
+        """Where the calls before the last one end."""
+        if not self._shares(input_ids, generation_config, model_kwargs):
+            return []
+        length, known = input_ids.shape[1], model_kwargs["past_key_values"].ledger.columns
+        tail = max(known, length - TAIL)
+        return [end for end in range(tail, length, FEW) if end > known]
 
     def _shares(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
-        """True if the last token would share a choice, and the call is one of text alone."""
+        """True if the last tokens would share a choice, and the call is one of text alone."""
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         known = {name for name, value in model_kwargs.items() if value is not None}
         constant = self.state.facts.longest_in_cache  # beyond it, rotary frequencies follow the length of a call

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from . import shortcuts
 from .errors import UnsupportedError
 from .kernels import dispatch
 from .memory import dense_kv_bytes
@@ -54,6 +55,8 @@ class Report:
         graphs: recorded calls of the last cache.
         graph_bytes: memory on the device that they hold, beside keys and values.
         eager: why the last call of one token was not recorded; None: it was, or nothing is recorded on this device.
+        norms: how many norms are one launch in calls of few tokens.
+        rotations: in how many attention modules the rotation of queries and keys is.
     """
 
     method: str
@@ -72,6 +75,8 @@ class Report:
     graphs: int = 0
     graph_bytes: int = 0
     eager: str | None = None
+    norms: int = 0
+    rotations: int = 0
 
     def __str__(self) -> str:
         share = self.kv_bytes / self.dense_kv_bytes if self.dense_kv_bytes else 1.0
@@ -85,6 +90,7 @@ class Report:
             f"{'' if self.density is None else f'; {self.density:.1%} of the blocks read where heads choose'}\n"
             f"backends: {backends}"
             f"{self._recorded()}"
+            f"{self._short()}"
         )
 
     def _recorded(self) -> str:
@@ -92,6 +98,11 @@ class Report:
         if self.eager is not None:
             return f"\nno CUDA graph: {self.eager}"
         return f"\nCUDA graphs: {self.graphs}, {self.graph_bytes / 2**20:.1f} MiB" if self.graphs else ""
+
+    def _short(self) -> str:
+        """A line on short cuts, where there are some."""
+        cuts = f"{self.norms} norms, {self.rotations} rotations" if self.norms or self.rotations else ""
+        return cuts and f"\none launch each in decode steps: {cuts}"
 
     def _offloaded(self) -> str:
         """A line on blocks in host memory, if the plan places any there."""
@@ -117,6 +128,7 @@ def report(model: PreTrainedModel) -> Report:
     ledger = state.ledger
     chosen = ledger.hits + ledger.misses
     graphs = state.recorder.graphs(cache)
+    norms, rotations = shortcuts.count(state.decoder)
     return Report(
         method=state.plan.method,
         plan=state.plan,
@@ -134,6 +146,8 @@ def report(model: PreTrainedModel) -> Report:
         graphs=len(graphs),
         graph_bytes=sum(graph.nbytes for graph in graphs),
         eager=state.recorder.reason,
+        norms=norms,
+        rotations=rotations,
     )
 
 

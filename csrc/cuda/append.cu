@@ -10,9 +10,8 @@
 // All roundings are those of the definition, in its order; a NaN stays one. Positions are below 2^32.
 #include <math.h>
 
-#include "../hf_longctx.h"
+#include "eight.cuh"
 #include "launch.cuh"
-#include "ptx.cuh"
 
 namespace hfl {
 namespace {
@@ -21,39 +20,6 @@ constexpr int THREADS = 256, MOST_TOKENS = 8, MOST_CHANNELS = 256;
 
 __device__ __forceinline__ float least_of(float a, float b) { return a < b || a != a ? a : b; }
 __device__ __forceinline__ float most_of(float a, float b) { return a > b || a != a ? a : b; }
-
-struct Eight {
-  float x[8];
-};
-
-// Eight values of the call's dtype as they lie in memory; of 16 bits only `low` is used.
-struct Raw {
-  uint4 low, high;
-};
-
-// `index` counts values and is a multiple of 8.
-__device__ __forceinline__ Raw load(const void* from, int64_t index, int dtype) {
-  Raw out = {};
-  if (dtype == HFL_F32) {
-    const uint4* at = reinterpret_cast<const uint4*>(static_cast<const float*>(from) + index);
-    out.low = at[0], out.high = at[1];
-  } else {
-    out.low = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from) + index);
-  }
-  return out;
-}
-
-__device__ __forceinline__ Eight unpack(const Raw& raw, int dtype) {
-  const uint32_t words[8] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
-                             raw.high.x, raw.high.y, raw.high.z, raw.high.w};
-  Eight out;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float2 pair = dtype == HFL_BF16 ? unpack_bf16(words[i / 2]) : unpack_f16(words[i / 2]);
-    out.x[i] = dtype == HFL_F32 ? __uint_as_float(words[i]) : i % 2 ? pair.y : pair.x;
-  }
-  return out;
-}
 
 // One lane's eight channels of a stored token, in float32 before the last rounding, which keeps their order.
 __device__ __forceinline__ Eight read_stored(const hfl_rows& rows, int64_t b, int64_t h, int64_t slot, int channel,

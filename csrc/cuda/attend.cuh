@@ -9,8 +9,6 @@
 
 namespace hfl {
 
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float NOTHING = -INFINITY;  // logit of a key that is not seen
 constexpr int MOST_SPLITS = 128;
 constexpr int ROWS = 8;          // queries of a unit, at most
 constexpr int FEW_SPLITS = 32;  // whose results the last block reads all at once

@@ -146,24 +146,32 @@ class LongContextCache(Cache):
         """Let nothing move while one-token calls follow that `step` has room for."""
         for layer in self.stacks:
             for _, store in layer.stores:
-                assert isinstance(store, Store)
                 store.prepare(step)
         self.floors = {retention: floor.to(step.device) for retention, floor in self.floors.items()}
         self.measure()
 
+    def make_room(self, step: Step) -> None:
+        """Let host memory have room for a call that is recorded or replayed: that is not reserved long before."""
+        grown = [store.make_room(step) for store in self.offloaded]
+        if any(grown):
+            self.measure()
+
     def buffers(self) -> list[Any]:
         """All that a recorded call reads and writes beside its inputs; what moves is another object."""
-        stores = [store for layer in self.stacks for _, store in layer.stores if isinstance(store, Store)]
-        found = [x for store in stores for x in store.buffers()]
+        found = [x for layer in self.stacks for _, store in layer.stores for x in store.buffers()]
         return [x for x in (*found, *self.floors.values(), *self.ledger.tally.values()) if x is not None]
 
     def measure(self) -> None:
         """Note in the ledger what the stores hold."""
         self.ledger.kv_bytes, self.ledger.host_bytes = self.kv_bytes, self.host_bytes
-        offloaded = [s for layer in self.stacks for _, s in layer.stores if isinstance(s, OffloadedStore)]
-        self.ledger.hits, self.ledger.misses = sum(s.hits for s in offloaded), sum(s.misses for s in offloaded)
+        self.ledger.lookups = [s.pool.counts for s in self.offloaded if s.pool is not None]
         limits = [math.inf if s.limit is None else s.limit for layer in self.stacks for _, s in layer.stores]
         self.ledger.most = max(limits)
+
+    @property
+    def offloaded(self) -> list[OffloadedStore]:
+        """The stores with host memory."""
+        return [store for layer in self.stacks for _, store in layer.stores if isinstance(store, OffloadedStore)]
 
     @property
     def kv_bytes(self) -> int:
@@ -230,6 +238,8 @@ class LongContextCache(Cache):
                 "Crop less, or start a new cache."
             )
         super().crop(tokens_to_remove)
+        for store in self.offloaded:
+            store.take_back(remove, self.ledger.row_lengths)
         self.ledger.columns -= remove
         self.ledger.lengths = None if lengths is None else lengths - remove
         self.ledger.tail = None if tail is None else tail - remove
@@ -243,7 +253,7 @@ class LongContextCache(Cache):
         super().reset()  # type: ignore[no-untyped-call]
         ledger = self.ledger
         ledger.columns = ledger.rows = ledger.kv_bytes = ledger.host_bytes = 0
-        ledger.hits = ledger.misses = 0
+        ledger.lookups = []
         ledger.lengths = ledger.tail = None
         ledger.loose = False
         ledger.tally.clear()

@@ -5,29 +5,46 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..kernels import ops
 
 SEGMENT = 4096
 """Tokens by which the memory grows; it is never copied to grow."""
 
 
 class HostTier:
-    """Whole blocks of several tensors, by row, head and place in the text; the bytes of a block lie in one run.
+    """Memory for the blocks of a store. A CUDA device reads and writes it by itself, unless it is in files.
 
     Args:
         block: tokens of a block.
         disk: folder of the files, or None for memory. A file has no name from the start, so that it goes away with the
             last tensor on it, however the process ends.
+
+    Attributes:
+        table: addresses of the segments, as in `ops.HostBlocks`.
     """
 
     def __init__(self, block: int, disk: str | None) -> None:
         self.block, self.disk = block, disk
         self.per_segment = -(-SEGMENT // block)
-        self._parts: list[tuple[torch.dtype, int]] = []  # of each tensor, what a token has in it
-        self._segments: list[Tensor] = []  # `[B, H, per_segment, bytes of a block]`, uint8
+        self.table: Tensor | None = None
+        self._segments: list[Tensor] = []
+
+    @property
+    def blocks(self) -> ops.HostBlocks:
+        """What there is."""
+        return ops.HostBlocks(self._segments, self.table)
+
+    @property
+    def room(self) -> int:
+        """Blocks of a row that there is room for."""
+        return len(self._segments) * self.per_segment
 
     @property
     def nbytes(self) -> int:
@@ -40,103 +57,55 @@ class HostTier:
 
     def reserve(self, like: Sequence[Tensor], blocks: int) -> None:
         """Make room for `blocks` blocks a row; like: `[B, H, ?, d]` each, on the device that they come from."""
-        self._parts = [(x.dtype, x.shape[3]) for x in like]
-        size = self.block * sum(x.shape[3] * x.itemsize for x in like)
-        while len(self._segments) * self.per_segment < blocks:
-            shape = (*like[0].shape[:2], self.per_segment, size)
-            self._segments.append(self._empty(shape, like[0].device.type == "cuda"))
-
-    def taken(self, sources: Sequence[Tensor], rows: Tensor, pages: Tensor, wait: bool) -> Tensor:
-        """The bytes of blocks of all heads of some rows, on the host: `[n, H, bytes]`.
-
-        Args:
-            sources: `[B, H, P, block * d]` each.
-            rows: `[n]`, int64, on the host.
-            pages: `[n]`, int64, likewise, which of the P blocks.
-            wait: False leaves the copy under way: nothing may look at it before the device has caught up.
-        """
-        if not len(rows):
-            return torch.empty(0)
-        row, page = torch.stack((rows, pages)).to(sources[0].device, non_blocking=True).unbind()
-        joined = torch.cat([x[row, :, page].view(torch.uint8) for x in sources], -1)
-        return joined.to("cpu", non_blocking=not wait)
-
-    def put(self, rows: Tensor, ids: Tensor, joined: Tensor) -> None:
-        """Hold blocks of all heads of some rows.
-
-        Args:
-            rows: `[n]`, int64, on the host, like the next two.
-            ids: `[n]`, int64, places in the text.
-            joined: `[n, H, bytes]`, from `taken`, with the copy at its end.
-        """
-        if not len(ids):
-            return
-        index, inside = ids // self.per_segment, ids % self.per_segment
-        word = torch.uint8 if joined.shape[-1] % 8 else torch.int64  # copied word by word
-        joined = joined.view(word)
-        for number in range(int(index.min()), int(index.max()) + 1):
-            here = (index == number).nonzero()[:, 0]
-            self._segments[number].view(word)[rows[here], :, inside[here]] = joined[here]
-
-    def bring(self, targets: Sequence[Tensor], rows: Tensor, heads: Tensor, ids: Tensor, pages: Tensor) -> None:
-        """Copy blocks one by one into places of tensors.
-
-        Args:
-            targets: `[B, H, P, block * d]` each.
-            rows: `[n]`, int64, on the host, like the next three.
-            heads: heads.
-            ids: places in the text.
-            pages: which of the P blocks they become.
-        """
-        if not len(ids):
-            return
-        (_, count, places, _), device = targets[0].shape, targets[0].device
-        found, order = self._get(rows, heads, ids)
-        lines = ((rows * count + heads) * places + pages)[order].to(device, non_blocking=True)
-        for target, x in zip(targets, self._apart(found.to(device, non_blocking=True)), strict=True):
-            target.view(-1, target.shape[3]).index_copy_(0, lines, x)
-
-    def copy_to(self, targets: Sequence[Tensor], blocks: int) -> None:
-        """Copy the first `blocks` blocks, or a few more, into tensors `[B, H, M, block * d]`."""
-        for start in range(0, blocks, self.per_segment):
-            segment = self._segments[start // self.per_segment].to(targets[0].device, non_blocking=True)
-            for target, x in zip(targets, self._apart(segment), strict=True):
-                place = target[:, :, start : start + self.per_segment]
-                place.copy_(x[:, :, : place.shape[2]])
+        device, size = like[0].device, self.block * sum(x.shape[3] * x.itemsize for x in like)
+        pin = device.type == "cuda" and self.disk is None
+        shape, segments = (*like[0].shape[:2], self.per_segment, size), [*self._segments]
+        while len(segments) * self.per_segment < blocks:
+            segments.append(self._empty(shape, pin))
+        self._hold(segments, device if pin else None)
 
     def map_rows(self, pick: Tensor) -> None:
-        """Replace the batch rows by `rows[pick]`, one segment after the other."""
+        """Replace the batch rows by `rows[pick]`, one segment after the other; waits for the device."""
         pick = pick.cpu()
-        for index, segment in enumerate(self._segments):
-            fresh = self._empty((len(pick), *segment.shape[1:]), segment.is_pinned())
-            torch.index_select(segment, 0, pick, out=fresh)
-            self._segments[index] = fresh
+        self._settle()
+        segments = [self._picked(segment, pick) for segment in self._segments]
+        if any(new is not old for new, old in zip(segments, self._segments, strict=True)):
+            self._hold(segments, None if self.table is None else self.table.device)
 
-    def _get(self, rows: Tensor, heads: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Blocks in memory that a device can read directly, `[n, bytes]`, and the order in which they come, `[n]`."""
-        index, order = (ids // self.per_segment).sort()
-        _, count, _, size = self._segments[0].shape
-        lines = ((rows * count + heads) * self.per_segment + ids % self.per_segment)[order]
-        out = torch.empty(len(ids), size, dtype=torch.uint8, pin_memory=self._segments[0].is_pinned())
-        start = 0
-        for number, found in enumerate(index.bincount().tolist()):
-            if found:
-                part = slice(start, start + found)
-                torch.index_select(self._segments[number].view(-1, size), 0, lines[part], out=out[part])
-                start += found
-        return out, order
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostTier:
+        """A copy in memory of its own."""
+        self._settle()
+        twin, pinned = HostTier(self.block, self.disk), self.table is not None
+        segments = [self._empty(tuple(segment.shape), pinned).copy_(segment) for segment in self._segments]
+        twin.per_segment = self.per_segment
+        twin._hold(segments, None if self.table is None else self.table.device)
+        return twin
 
-    def _apart(self, joined: Tensor) -> list[Tensor]:
-        """Bytes of blocks `[..., bytes]` as blocks of each tensor, `[..., block * d]`, sharing memory."""
-        sizes = [self.block * width * dtype.itemsize for dtype, width in self._parts]
-        return [
-            x.view(dtype) for x, (dtype, _) in zip(torch.split_with_sizes(joined, sizes, -1), self._parts, strict=True)
-        ]
+    def _picked(self, segment: Tensor, pick: Tensor) -> Tensor:
+        """The rows `segment[pick]`; in place where there are as many as before."""
+        if len(pick) == len(segment):
+            return segment.copy_(segment[pick])
+        fresh = self._empty((len(pick), *segment.shape[1:]), self.table is not None)
+        return torch.index_select(segment, 0, pick, out=fresh)
+
+    def _hold(self, segments: list[Tensor], device: torch.device | None) -> None:
+        """Take segments in place of those before, which a device reads and writes by itself; None: no device does."""
+        if device is not None:
+            table = torch.tensor([segment.data_ptr() for segment in segments], device=device)
+            if self.table is None:
+                weakref.finalize(self, _settle, device).atexit = False
+            self.table = table
+        self._segments = segments
+
+    def _settle(self) -> None:
+        """Wait until the device reads and writes nothing of it any more."""
+        if self.table is not None:
+            _settle(self.table.device)
 
     def _empty(self, shape: tuple[int, ...], pin: bool) -> Tensor:
-        """Zeros: what was never written is read along with its segment, and must not be NaN."""
+        """Memory for a segment; of a block that was never written nothing is read."""
         if self.disk is None:
-            return torch.zeros(shape, dtype=torch.uint8, pin_memory=pin)
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
         size = torch.Size(shape).numel()
         with tempfile.TemporaryFile(dir=self.disk) as file:
             file.truncate(size)
@@ -144,3 +113,12 @@ class HostTier:
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk says so now, not by a signal later
             memory = mmap.mmap(file.fileno(), size)
         return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
+
+
+def _settle(device: torch.device) -> None:
+    """Wait for a device; torch, which gives pinned memory to others when it is free, does not know that it is at work.
+
+    While a graph is being recorded nothing runs: that began with a wait.
+    """
+    if not torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize(device)

@@ -20,12 +20,16 @@ class Bounds:
     """Entries that follow from the keys alone: each sub-block that a call touches is summed up anew, as it is stored.
 
     Nothing is carried on from the entry before, so a crop leaves nothing behind that would be too wide.
+
+    Args:
+        summary: what an entry says.
+        ahead: tokens to come for which there are entries: a choice may hold for them too.
     """
 
     local = False
 
-    def __init__(self, summary: Summary) -> None:
-        self._summary = cast(Folding, summary)
+    def __init__(self, summary: Summary, ahead: int) -> None:
+        self._summary, self._ahead = cast(Folding, summary), ahead
         self._entries: Tensor | None = None
         self._used = 0
 
@@ -36,7 +40,7 @@ class Bounds:
 
     @property
     def entries(self) -> Tensor | None:
-        """`[B, H, M', 2, D]`, one entry per sub-block of the longest row; None before the first token."""
+        """`[B, H, M', 2, D]`, one entry per sub-block of the longest row, and ahead; None before the first token."""
         return None if self._entries is None else self._entries[:, :, : self._used]
 
     @property
@@ -90,7 +94,7 @@ class Bounds:
 
     def reserve(self, k: Tensor, step: Step) -> Tensor:
         """Make room for a call: `[B, H, >= M', 2, D]`; what holds no key yet is out of bounds on both sides."""
-        self._used = -(-step.width // self._summary.sub)
+        self._used = -(-(step.width + self._ahead) // self._summary.sub)
         have = 0 if self._entries is None else self._entries.shape[2]
         size = room(have, self._used, max(1, PAGE // self._summary.sub))
         if self._entries is not None and size == have:
@@ -135,8 +139,6 @@ def index_of(policy: HeadPolicy) -> Index | None:
     summary = policy.summary
     if summary is None:
         return None
-    if not summary.local:
-        return Bounds(summary)
     selector = policy.decode or policy.prefill
     assert selector is not None
-    return Marks(summary, selector)
+    return Marks(summary, selector) if summary.local else Bounds(summary, selector.refresh_every - 1)

@@ -20,7 +20,7 @@ class Ledger:
         kv_bytes: bytes of the stores on their devices after the last call.
         host_bytes: bytes of the stores in host memory or files after the last call.
         most: tokens that a store may hold of a row.
-        hits, misses: blocks beside the forced ones that were read of stores with host memory: on the device, or not.
+        lookups: of each store with host memory, `[2]`, int64, its `hits` and `misses`.
         tally: per phase and device, how many blocks were read and how many a query could have seen, where heads choose.
     """
 
@@ -33,7 +33,7 @@ class Ledger:
         self.kv_bytes = 0
         self.host_bytes = 0
         self.most = math.inf
-        self.hits = self.misses = 0
+        self.lookups: list[Tensor] = []
         self.tally: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
@@ -41,13 +41,35 @@ class Ledger:
         """Most tokens that any row holds in any store."""
         return int(min(self.columns, self.most))
 
-    def count(self, phase: str, ids: Tensor, visible: Tensor) -> None:
-        """Count what blocks of queries read, `[B, Hs, N, K]`, of so many, `[]`, that each head could have seen."""
+    @property
+    def row_lengths(self) -> Tensor:
+        """`[B or 1]`, int64, real tokens of each row."""
+        return torch.full((1,), self.columns) if self.lengths is None else self.lengths
+
+    @property
+    def hits(self) -> int:
+        """Blocks beside the forced ones that were read of stores with host memory, and were on the device."""
+        return sum(int(both[0]) for both in self.lookups)
+
+    @property
+    def misses(self) -> int:
+        """Such blocks that came from the host."""
+        return sum(int(both[1]) for both in self.lookups)
+
+    def count(self, phase: str, ids: Tensor, last: Tensor, visible: Tensor) -> None:
+        """Count what blocks of queries read.
+
+        Args:
+            phase: prefill or decode.
+            ids: `[B, Hs, N, K]`, int32, blocks; -1 for none.
+            last: `[B or 1, N]`, int64, the block of the last query; one after it has nothing for it yet.
+            visible: `[]`, how many blocks each head could have seen.
+        """
         key = (phase, ids.device)
         if key not in self.tally:
             self.tally[key] = torch.zeros(2, dtype=torch.float64, device=ids.device)
         read, seen = self.tally[key].unbind()
-        read += (ids >= 0).sum()
+        read += ((ids >= 0) & (ids <= last[:, None, :, None])).sum()
         seen.add_(visible, alpha=ids.shape[1])
 
     def settle(self) -> None:
@@ -56,14 +78,13 @@ class Ledger:
             self.lengths = self.tail = None
         self.loose = False
 
-    def count_all(self, phase: str, reads: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """As `count` of each, in few operations."""
-        heads: dict[Tensor, int] = {}
-        for ids, visible in reads:
-            heads[visible] = heads.get(visible, 0) + ids.shape[1]
-        for visible, number in heads.items():
-            own = torch.cat([ids.flatten() for ids, seen in reads if seen is visible])
-            self.count(phase, own[None, None, None], visible * number)
+    def count_all(self, phase: str, reads: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """As `count` of each, in few operations; those that share `visible` share their selector, too."""
+        alike: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
+        for ids, last, visible in reads:
+            alike.setdefault(visible, []).append((ids, last))
+        for visible, read in alike.items():
+            self.count(phase, torch.cat([ids for ids, _ in read], 1), read[0][1], visible)
 
     def density(self, phase: str | None = None) -> float | None:
         """Share of the visible blocks that were read where heads choose, in one phase or both; None: no choice yet."""

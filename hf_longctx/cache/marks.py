@@ -17,31 +17,32 @@ from .step import Step
 
 
 class Marks:
-    """Entries that wait until the queries near a block have said what matters in it.
+    """Entries of blocks that have left the local window of every query to come: nobody adds to what they say any more.
 
-    The attention that each key got lies in a ring by position. When a block has left the local window of every query to
-    come, its attention is final and its entry is made: with each call those of the last few blocks, as many as may have
-    left since the call before, so that there is nothing to remember about a row.
+    With each call the entries of the last few such blocks are made, as many as may have left since the call before, so
+    that there is nothing to remember about a row. Where it matters how much attention keys got from the queries near
+    them, that lies in a ring by position until then.
 
     Args:
+        summary: what an entry says.
         selector: says how wide the local window is, and the most tokens of one write.
     """
 
     local = True
 
     def __init__(self, summary: Summary, selector: Selector) -> None:
-        self._summary = cast(Folding, summary)
-        self._near, self._most = selector.local, selector.scorer.q_block
+        self._summary, self._subs = cast(Folding, summary), summary.block // summary.sub
+        self._near, self._most, self._ahead = selector.local, selector.scorer.q_block, selector.refresh_every - 1
         self._ring = self._near + 2 * summary.block + 2 * self._most
         self._entries: Tensor | None = None
-        self._mass: Tensor | None = None
-        self._used = 0
+        self._mass: Tensor | None = None  # only if the summary weighs
+        self._used = 0  # blocks
         self._before = 0  # tokens of the call before
 
     @property
     def entries(self) -> Tensor | None:
-        """`[B, H, M, 1, D]`, one entry per block of the longest row, of blocks near the end of a row anything."""
-        return None if self._entries is None else self._entries[:, :, : self._used]
+        """`[B, H, M', 1, D]`, of each sub-block of the longest row, and ahead; of blocks near its end anything."""
+        return None if self._entries is None else self._entries[:, :, : self._used * self._subs]
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +52,22 @@ class Marks:
     def bytes_at(self, tokens: int, dim: int, itemsize: int) -> int:
         """Bytes of a row and head after `tokens` tokens, room for more aside."""
         blocks = -(-tokens // self._summary.block)
-        return blocks * dim * itemsize + min(self._ring, blocks * self._summary.block) * 4
+        ring = min(self._ring, blocks * self._summary.block) * 4 if self._summary.weighs else 0
+        return blocks * self._subs * dim * itemsize + ring
+
+    def prepare(self, step: Step) -> None:
+        """Make room for a call."""
+        if self._entries is not None:
+            self._reserve(self._entries[:, :, :0, 0], -(-(step.width + self._ahead) // self._summary.block))
+
+    @property
+    def behind(self) -> bool:
+        """True if the next call has more entries to make than one that follows a call of a token may have."""
+        return self._before > self._summary.block
+
+    def buffers(self) -> list[Tensor | None]:
+        """The live tensors."""
+        return [self._entries, self._mass]
 
     def follow(self, keys: Keys, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         """Make the entries of blocks that no query from this call on has near, then take in the call.
@@ -64,13 +80,13 @@ class Marks:
         """
         assert step.tokens <= self._most
         count = self._newly_closed(step)
-        self._used = -(-step.end // self._summary.block)
+        self._used = -(-(step.width + self._ahead) // self._summary.block)
         self._reserve(k, max(self._used, count))
         if count:
             self._fold_closed(keys, step, turns, count)
-        assert self._mass is not None
-        own = step.lengths[:, None, None] + torch.arange(step.tokens, device=step.device)
-        self._mass.scatter_(2, (own % self._ring).expand(*k.shape[:3]), 0.0)
+        if self._mass is not None:
+            own = step.lengths[:, None, None] + torch.arange(step.tokens, device=step.device)
+            self._mass.scatter_(2, (own % self._ring).expand(*k.shape[:3]), 0.0)
         self._before = step.tokens
 
     def add(self, ids: Tensor, mass: Tensor, block: int) -> None:
@@ -88,10 +104,29 @@ class Marks:
         )  # what is far adds zero to whom it hits
         self._mass.scatter_add_(2, slots, mass.flatten(2))
 
+    def crop(self, tokens: int) -> None:
+        """Check that the last `tokens` tokens can be taken back.
+
+        Raises:
+            ValueError: their attention was counted, or they made an entry.
+        """
+        if tokens and self._summary.weighs:
+            raise ValueError(
+                f"crop: expected 0 tokens to take back, because the representatives of blocks have seen the attention "
+                f"of them all; got {tokens}. Start a new cache, or use a selector that scores by the keys alone."
+            )
+        if tokens >= self._near:
+            raise ValueError(
+                f"crop: expected at most {self._near - 1} tokens to take back, because blocks before the local window "
+                f"have been summed up; got {tokens}. Start a new cache."
+            )
+
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`."""
-        if self._entries is not None and self._mass is not None:
-            self._entries, self._mass = picked(self._entries, pick), picked(self._mass, pick)
+        if self._entries is not None:
+            self._entries = picked(self._entries, pick)
+        if self._mass is not None:
+            self._mass = picked(self._mass, pick)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers that `restore` needs."""
@@ -113,56 +148,61 @@ class Marks:
         return now - then
 
     def _reserve(self, k: Tensor, size: int) -> None:
-        have = 0 if self._entries is None else self._entries.shape[2]
+        """Make room for so many blocks."""
+        have = 0 if self._entries is None else self._entries.shape[2] // self._subs
         size = room(have, size, max(1, PAGE // self._summary.block))
         if size == have:
             return
-        dtype = torch.promote_types(k.dtype, torch.float32)
-        slots = min(self._ring, size * self._summary.block)  # a short text has not been round yet
-        grown = k.new_zeros(*k.shape[:2], size, 1, k.shape[3]).detach()
-        mass = torch.zeros(*k.shape[:2], slots, dtype=dtype, device=k.device)
-        if self._entries is not None and self._mass is not None:
-            grown[:, :, :have] = self._entries
-            mass[:, :, : self._mass.shape[2]] = self._mass
-        self._entries, self._mass = grown, mass
+        grown = k.new_zeros(*k.shape[:2], size * self._subs, 1, k.shape[3]).detach()
+        if self._entries is not None:
+            grown[:, :, : self._entries.shape[2]] = self._entries
+        self._entries = grown
+        if self._summary.weighs:
+            dtype = torch.promote_types(k.dtype, torch.float32)
+            slots = min(self._ring, size * self._summary.block)  # a short text has not been round yet
+            mass = torch.zeros(*k.shape[:2], slots, dtype=dtype, device=k.device)
+            if self._mass is not None:
+                mass[:, :, : self._mass.shape[2]] = self._mass
+            self._mass = mass
 
     def _fold_closed(self, keys: Keys, step: Step, turns: ops.Turns | None, count: int) -> None:
         """The last `count` closed blocks of each row."""
-        assert self._entries is not None and self._mass is not None
-        (rows, heads), block = self._mass.shape[:2], self._summary.block
+        assert self._entries is not None
+        (rows, heads), summary = self._entries.shape[:2], self._summary
         lap = None if turns is None or turns.clamp is None else (turns.lap, turns.offset)
-        key = ("closed", block, self._near, self._ring, count, lap)
+        key = ("closed", summary.block, self._subs, self._near, self._ring, count, lap)
         closed: _Closed = step.once(key, lambda: self._closed(step, turns, count))
         k = keys.take(closed.pos.expand(rows, -1))
         if turns is not None and turns.clamp is not None and turns.inv_freq is not None:
             k = ops.rotate(k, closed.back, turns.inv_freq, turns.interleaved)
-        mass = self._mass.gather(2, closed.slots.expand(rows, heads, -1))
-        made = self._summary.fold(k.view(rows, heads, count, block, -1), None, mass.view(rows, heads, count, block))
+        runs = (rows, heads, count * self._subs, summary.sub)
+        mass = None if self._mass is None else self._mass.gather(2, closed.slots.expand(rows, heads, -1)).view(runs)
+        made = summary.fold(k.view(*runs, -1), None, mass)
         index = closed.ids[:, None, :, None, None].expand(*made.shape)
         if closed.done is not None:
             made = torch.where(closed.done[:, None, :, None, None], made, self._entries.gather(2, index))
         self._entries.scatter_(2, index, made)
 
     def _closed(self, step: Step, turns: ops.Turns | None, count: int) -> _Closed:
-        block, within = self._summary.block, torch.arange(self._summary.block, device=step.device)
-        closed = (step.lengths[:, None] - self._near + 1).clamp(min=0) // block
-        ids = (closed - count).clamp(min=0) + torch.arange(count, device=step.device)
+        sub, within = self._summary.sub, torch.arange(self._summary.sub, device=step.device)
+        closed = (step.lengths[:, None] - self._near + 1).clamp(min=0) // self._summary.block * self._subs
+        ids = (closed - count * self._subs).clamp(min=0) + torch.arange(count * self._subs, device=step.device)
         done = ids < closed
-        pos = (torch.where(done, ids, 0)[..., None] * block + within).flatten(1)
+        pos = (torch.where(done, ids, 0)[..., None] * sub + within).flatten(1)
         back = -pos if turns is None else turns.lap * turns.laps(pos) - pos
         return _Closed(ids, done if step.ragged else None, pos, (pos % self._ring)[:, None], back)
 
 
 @dataclass(frozen=True)
 class _Closed:
-    """The blocks of a store whose entries are made in a call: the same in every layer.
+    """The sub-blocks of a store whose entries are made in a call: the same in every layer.
 
     Args:
         ids: `[B or 1, n]`, int64.
         done: `[B or 1, n]`, bool, False where a row has fewer; None: no row has.
-        pos: `[B or 1, n * block]`, int64, their positions.
-        slots: `[B or 1, 1, n * block]`, int64, where their attention lies in the ring.
-        back: `[B or 1, n * block]`, int64, how far their keys are turned to stand at position 0.
+        pos: `[B or 1, n * sub]`, int64, their positions.
+        slots: `[B or 1, 1, n * sub]`, int64, where their attention lies in the ring.
+        back: `[B or 1, n * sub]`, int64, how far their keys are turned to stand at position 0.
     """
 
     ids: Tensor
@@ -170,11 +210,3 @@ class _Closed:
     pos: Tensor
     slots: Tensor
     back: Tensor
-
-
-def marked(tokens: int) -> ValueError:
-    """Why tokens cannot be taken back whose attention has been counted."""
-    return ValueError(
-        f"crop: expected 0 tokens to take back, because the representatives of blocks have seen the attention of them "
-        f"all; got {tokens}. Start a new cache, or use a selector that scores by bounds of the keys."
-    )

@@ -2,7 +2,7 @@
 
 On the device a row and KV head has three kinds of blocks: the sinks', in places of their own; the last ones, which go
 round in a ring; and a pool for whatever else is selected. A block is copied to the host when it is full, so whatever
-the device gives up is there already.
+the device gives up is there already. Which blocks are in the pool only the device knows: nothing waits for it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
+from ..kernels.types import parts
 from ..plan import HeadPolicy
 from .host import HostTier
 from .index import index_of
 from .kept import Kept
-from .marks import Marks, marked
+from .marks import Marks
 from .pages import Pages
 from .placement import HostLRU
 from .pool import Pool
-from .rows import Rows, Stored, View, as_stored, decoded, each, loaded, part, parts, room, saved, token_bytes
+from .rows import Rows, Stored, View, as_stored, decoded, each, loaded, part, room, saved, token_bytes
 from .step import Step
 
 
@@ -36,6 +37,7 @@ class OffloadedStore:
         floor: None: nothing is ever overwritten.
         limit: None: no bound.
         kept: what the heads chose last in decode.
+        pool: which other blocks are on the device, beside the sinks' and the last ones; None before the first token.
 
     Raises:
         ValueError: the folder for files is not there.
@@ -54,9 +56,7 @@ class OffloadedStore:
         self.retention, self.index, self.pages = policy.retention, index_of(policy), Pages.of(policy)
         self._kv, self._keys, self._values = policy.kv, Rows(policy.kv), Rows(policy.kv)
         self._host = HostTier(self.pages.block, placement.disk)
-        self._pool: Pool | None = None
-        self._ends = torch.zeros(0, dtype=torch.int64)  # tokens of each row; on the host
-        self._saved = torch.zeros(0, dtype=torch.int64)  # blocks of each row that the host has; likewise
+        self.pool: Pool | None = None
         self.kept = Kept()
 
     @property
@@ -78,16 +78,6 @@ class OffloadedStore:
     def host_bytes(self) -> int:
         """Bytes in host memory, or in files."""
         return self._host.nbytes
-
-    @property
-    def hits(self) -> int:
-        """Selected blocks beside the forced ones that were on the device."""
-        return 0 if self._pool is None else self._pool.hits
-
-    @property
-    def misses(self) -> int:
-        """Selected blocks that came from the host."""
-        return 0 if self._pool is None else self._pool.misses
 
     @property
     def memory(self) -> tuple[Stored, Stored]:
@@ -116,100 +106,125 @@ class OffloadedStore:
             v: `[B, Hkv, T, Dv]`, likewise.
             step: the call.
         """
-        keys, values = self._keys.encode(k), self._values.encode(v)
-        self._take_in(keys, values, k, step, None)
         if step.columns == 0:
+            keys, values = self._write(k, v, step, None)
             return View(as_stored(k, keys), as_stored(v, values), step.pos if step.ragged else None)
-        keys, values = self.whole()
-        place = torch.arange(keys.shape[2], device=step.device)[None]
+        self.write(k, v, step)
+        keys, values = self.whole(step.lengths_after, step.width)
+        place = torch.arange(step.width, device=step.device)[None]
         k_pos = torch.where(place < step.lengths_after[:, None], place, -1) if step.ragged else None
-        return View(decoded(keys), decoded(values), k_pos)
+        return View(keys, values, k_pos) if step.tokens == 1 else View(decoded(keys), decoded(values), k_pos)
 
     def write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None = None) -> None:
         """Store the call's tokens, for queries that read selected blocks; arguments as `Store.write`."""
-        self._take_in(self._keys.encode(k), self._values.encode(v), k, step, turns)
+        if self.k is None or not step.decodes:
+            self._write(k, v, step, turns)
+            return
+        self._reserve(*self.memory, step)
+        first = None if step.ragged else step.columns
+        sinks = self.pages.sinks * self.pages.block
+        ops.append_pages(*self.memory, k, v, step.pos, sinks, self.pages.ring, None, 1, first)
+        self._save(step)
+        if self.index is not None:
+            self.index.follow(self, k, step, turns)
+
+    def prepare(self, step: Step) -> None:
+        """Let nothing move on the device while one-token calls follow that `step` has room for."""
+        self._reserve(*self.memory, step)
+        if self.index is not None:
+            self.index.prepare(step)
+
+    def make_room(self, step: Step) -> bool:
+        """Let the host have room for the blocks that are full after a call; True if it had not."""
+        blocks = step.end // self.pages.block
+        if blocks <= self._host.room:
+            return False
+        self._host.reserve([x for one in self.memory for x in parts(one)], blocks)
+        return True
+
+    def buffers(self) -> list[Any]:
+        """What it holds on its device, and where the host's memory is: a recorded call finds everything there."""
+        index = [] if self.index is None else self.index.buffers()
+        own = [self._keys.data, self._values.data, self._host.table]
+        pool = [] if self.pool is None else [self.pool.held, self.pool.counts]
+        return [*own, *pool, *index, *self.kept.buffers()]
 
     def add_mass(self, ids: Tensor, mass: Tensor, block: int) -> None:
         """Tell the index how much attention keys got from the queries near them; arguments as `Marks.add`."""
         assert isinstance(self.index, Marks)
         self.index.add(ids, mass, block)
 
-    def locate(self, ids: Tensor, block: int) -> Tensor:
+    def locate(self, ids: Tensor, block: int, step: Step) -> Tensor:
         """Where blocks lie in `memory`, in blocks; those that are not there are brought in first.
 
-        It waits for the device, once, if a row is so long that a block has no place of its own any more.
-
         Args:
-            ids: `[B, Hs, N, K]`, int32, blocks, -1 for none; beside the sinks' and the last ones at most `pages.pool`
-                different ones for a row and head. Hs is 1 or Hkv.
+            ids: `[B, Hs, 1, K]`, int32, ascending blocks, then -1 for none; beside the sinks' and the last ones at most
+                `pages.pool` for a row and head. Hs is 1 or Hkv.
             block: tokens of a block.
+            step: the call that reads them.
 
         Returns:
-            `[B, Hkv, N, K]`, int32, -1 where there is no block.
+            `[B, Hkv, 1, K]`, int32, -1 where there is no block.
         """
-        pages, pool = self.pages, self._pool
-        assert block == pages.block and pool is not None
-        rows, heads = self._keys.filled.shape[:2]
-        first = pages.sinks + pages.tail
-        if int(self._ends.max()) <= first * block:
-            return ids.expand(rows, heads, -1, -1)
-        leaving = self._leaving(wait=False)
-        wanted = ids.cpu()  # waits, and what leaves has arrived then
-        self._host.put(*leaving)
-        wanted = wanted.long().expand(rows, heads, -1, -1).flatten(2)
-        far = pages.is_far(wanted, self._ends[:, None, None])
-        slots, missing = pool.claim(torch.where(far, wanted, -1))
-        self._host.bring(self._paged(), missing.rows, missing.heads, missing.ids, first + missing.slots)
-        places = torch.where(far, first + slots, torch.where(wanted < 0, -1, pages.page(wanted)))
-        return places.view(rows, heads, *ids.shape[2:]).to(torch.int32).to(ids.device, non_blocking=True)
+        assert block == self.pages.block and self.pool is not None
+        held, counts, lengths = self.pool.held, self.pool.counts, step.lengths_after
+        if step.width <= self.pages.own * block:
+            return ids.expand(*held.shape[:2], -1, -1)
+        return ops.bring_blocks(*self.memory, self._host.blocks, ids, lengths, held, counts, self.pages)
 
-    def whole(self) -> tuple[Stored, Stored]:
-        """All keys and values on the device as they are stored, column s at position s: a copy.
+    def whole(self, lengths: Tensor, columns: int) -> tuple[Stored, Stored]:
+        """All keys and values on the device as they are stored, column s at position s.
 
-        Columns beyond the end of a row hold anything.
+        Columns beyond the end of a row hold anything. A short text is read where it lies, of another this is a copy.
+
+        Args:
+            lengths: `[B or 1]`, int64, tokens of each row.
+            columns: no row is longer.
         """
-        longest = int(self._ends.max())
-        blocks = -(-longest // self.pages.block)
-        size = blocks * self.pages.block
-        keys, values = (
-            each(rows.filled, lambda x: x.new_zeros(*x.shape[:2], size, x.shape[3]))
-            for rows in (self._keys, self._values)
-        )
-        targets = self._paged(keys, values)
-        self._host.copy_to(targets, int(self._saved.max()))
-        j, ends = torch.arange(blocks)[None], self._ends[:, None]
-        here = (j * self.pages.block < ends) & ~self.pages.is_far(j, ends)
-        row, j = here.nonzero().to(keys.device).unbind(1)
-        pages = self.pages.page(j)
-        for target, x in zip(targets, self._paged(), strict=True):
-            target[row, :, j] = x[row, :, pages]
-        return part(keys, slice(None), 0, longest), part(values, slice(None), 0, longest)
+        keys, values = self.memory
+        if columns > self.pages.own * self.pages.block:
+            keys, values = self._gathered(lengths.to(keys.device), columns)
+        return part(keys, slice(None), 0, columns), part(values, slice(None), 0, columns)
 
     def crop(self, tokens: int, columns: int) -> None:
-        """Check that the last `tokens` of `columns` columns can be taken back; what the ring lost comes from the host.
+        """Check that the last `tokens` of `columns` columns can be taken back.
 
         Raises:
             ValueError: attention that they paid was counted.
         """
-        if tokens and isinstance(self.index, Marks):
-            raise marked(tokens)
+        if isinstance(self.index, Marks):
+            self.index.crop(tokens)
+
+    def take_back(self, tokens: int, lengths: Tensor) -> None:
+        """Undo what the last `tokens` of rows did to the ring and the pool.
+
+        Args:
+            tokens: that are taken back.
+            lengths: `[B or 1]`, int64, tokens of each row until now.
+        """
+        if self.pool is None or not tokens:
+            return
+        before = lengths.to(self.pool.held.device)
+        after = before - tokens
+        self.pool.forget(after // self.pages.block)
+        first, last = self.pages.lost(before, after)
+        ops.copy_blocks(*self.memory, self._host.blocks, first, last, self.pages.tail, self.pages, out=False)
 
     def record(self) -> None:
         """Nothing to do: no token is ever lost."""
 
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`; pick: `[B']`, int64."""
-        for piece in (self._keys, self._values, self.index, self.kept, self._pool, self._host):
+        for piece in (self._keys, self._values, self.index, self.kept, self.pool, self._host):
             if piece is not None:
                 piece.map_rows(pick)
-        if len(self._ends):
-            self._ends, self._saved = self._ends[pick.cpu()], self._saved[pick.cpu()]
 
-    def state(self, columns: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and numbers that `restore` needs: all keys and values once, wherever they lie."""
-        keys, values = self.whole()
+    def state(self, columns: int, lengths: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers that `restore` needs: all keys and values once, wherever they lie; as `Store.state`."""
+        keys, values = self.whole(lengths, columns)
         (k, about_k), (v, about_v) = saved(keys, "k"), saved(values, "v")
-        return {**k, **v}, {**about_k, **about_v, "ends": self._ends.tolist(), "slots": self._keys.slots}
+        ends = lengths.expand(keys.shape[0]).tolist()
+        return {**k, **v}, {**about_k, **about_v, "ends": ends, "slots": self._keys.slots}
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Become what `state` told of; an empty store only."""
@@ -217,7 +232,7 @@ class OffloadedStore:
         real = torch.arange(k.shape[2]) < torch.tensor(values["ends"])[:, None]
         for rows, stored in ((self._keys, k), (self._values, v)):
             rows.reserve(stored, values["slots"])
-        for _ in self._put(k, v, Step.of(0, k.shape[2], k.device, None, real)):
+        for _ in self._pieces(k, v, Step.of(0, k.shape[2], k.device, None, real)):
             pass
 
     # the keys as the index reads them ------------------------------------------------------------------------------
@@ -231,69 +246,53 @@ class OffloadedStore:
         slots = self.pages.slot(torch.arange(first, last, device=self._keys.filled.device))
         return decoded(each(self._keys.filled, lambda x: x[rows, :, slots]))
 
-    def _paged(self, *stored: Stored) -> list[Tensor]:
-        """All tensors of keys and values in blocks: `[B, H, P, block * ?]`, sharing memory."""
-        both = stored or (self._keys.filled, self._values.filled)
-        tensors = [x for one in both for x in parts(one)]
-        return [x.view(*x.shape[:2], -1, self.pages.block * x.shape[3]) for x in tensors]
+    def _gathered(self, lengths: Tensor, columns: int) -> tuple[Stored, Stored]:
+        """Whole blocks of all keys and values, each at its id; arguments as `whole`."""
+        block, blocks = self.pages.block, -(-columns // self.pages.block)
+        keys, values = (each(x, lambda x: x.new_zeros(*x.shape[:2], blocks * block, x.shape[3])) for x in self.memory)
+        first, last = torch.full_like(lengths, self.pages.sinks), self.pages.far_from(lengths)
+        ops.copy_blocks(keys, values, self._host.blocks, first, last, blocks, ops.Places(block, blocks, 1), out=False)
+        near, index = self.pages.near(torch.arange(blocks, device=lengths.device)[None], lengths)
+        for target, x in zip(self.pages.paged(keys, values), self.pages.paged(*self.memory), strict=True):
+            own = ops.take_tokens(x, index.expand(x.shape[0], -1))
+            target.copy_(torch.where(near[:, None, :, None], own, target))
+        return keys, values
 
     # writing --------------------------------------------------------------------------------------------------------
 
-    def _take_in(self, keys: Stored, values: Stored, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
-        for span, piece in self._put(keys, values, step):
+    def _write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None) -> tuple[Stored, Stored]:
+        """Store a call of any size: its keys and values as they are stored."""
+        keys, values = self._keys.encode(k), self._values.encode(v)
+        for span, piece in self._pieces(keys, values, step):
             if self.index is not None:
                 self.index.follow(self, k[:, :, span], piece, turns)
+        return keys, values
 
-    def _put(self, keys: Stored, values: Stored, step: Step) -> Iterator[tuple[slice, Step]]:
+    def _pieces(self, keys: Stored, values: Stored, step: Step) -> Iterator[tuple[slice, Step]]:
         """Store a call in pieces that leave the ring time to be copied; yields each piece once it is stored."""
-        before, count = step.runs(keys.shape[0])
-        self._prepare(keys, values, step, before, count)
+        self._reserve(keys, values, step)
         size, sinks = self.pages.ring - self.pages.block, self.pages.sinks * self.pages.block
         for start in range(0, step.tokens, size):
             stop = min(step.tokens, start + size)
             piece = step if stop - start == step.tokens else step.part(start, stop)
-            ends = before + count.clamp(max=stop)
-            if bool(self.pages.is_far(self._saved.clamp(min=self.pages.sinks), ends).any()):  # it is overwritten now
-                self._host.put(*self._leaving(wait=True))
             for rows, fresh in ((self._keys, keys), (self._values, values)):
                 rows.put(part(fresh, slice(None), start, stop), piece, sinks, self.pages.ring)
-            self._ends = ends
+            self._save(piece)
             yield slice(start, stop), piece
 
-    def _prepare(self, keys: Stored, values: Stored, step: Step, before: Tensor, count: Tensor) -> None:
-        """Make room, and undo what cropped tokens did to the ring and the pool."""
+    def _reserve(self, k: Stored, v: Stored, step: Step) -> None:
+        """Make room for a call's tokens, of which one is as those of `k` and `v`."""
+        need = self.pages.slots_at(step.width)
+        for rows, like in ((self._keys, k), (self._values, v)):
+            rows.reserve(like, min(room(rows.slots, need, self.pages.block), self.pages.slots))
+        self.pool = self.pool or Pool(k.shape[0], k.shape[1], self.pages.pool, k.device)
+        self.make_room(step)
+
+    def _save(self, step: Step) -> None:
+        """Copy the blocks that a call has filled to the host; they are all on the device still."""
         block = self.pages.block
-        need = self.pages.slots_at(step.end)
-        for rows, fresh in ((self._keys, keys), (self._values, values)):
-            rows.reserve(fresh, min(room(rows.slots, need, block), self.pages.slots))
-        if self._pool is None:
-            self._pool = Pool(keys.shape[0], keys.shape[1], self.pages.pool)
-            self._ends, self._saved = torch.zeros_like(before), torch.zeros_like(before)
-        like = [x for one in (keys, values) for x in parts(one)]
-        self._host.reserve(like, int((before + count).max()) // block)
-        self._saved = torch.minimum(self._saved, before // block)
-        for row in (before < self._ends).nonzero()[:, 0].tolist():
-            end = int(before[row])
-            self._pool.forget(row, end // block)
-            self._bring_back(row, self.pages.lost(int(self._ends[row]), end))
-        self._ends = before
-
-    def _bring_back(self, row: int, blocks: list[int]) -> None:
-        """Fill blocks of a row into the ring."""
-        heads = self._keys.filled.shape[1]
-        ids = torch.tensor(blocks, dtype=torch.int64).repeat(heads)
-        head = torch.arange(heads).repeat_interleave(len(blocks))
-        self._host.bring(self._paged(), torch.full_like(ids, row), head, ids, self.pages.page(ids))
-
-    def _leaving(self, wait: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Full blocks that the host does not have yet, as `HostTier.put` wants them; they are all in the ring still.
-
-        Args:
-            wait: False leaves the copy to the host under way: nothing may look at it before the device has caught up.
-        """
-        done = self._ends // self.pages.block
-        more = done - self._saved
-        rows = torch.arange(len(more)).repeat_interleave(more)
-        ids = torch.arange(len(rows)) + (done - more.cumsum(0))[rows]
-        self._saved = done
-        return rows, ids, self._host.taken(self._paged(), rows, self.pages.page(ids), wait)
+        if not step.ragged and step.end // block == step.columns // block:
+            return
+        first, last = step.once(("full", block), lambda: (step.lengths // block, step.lengths_after // block))
+        most = -(-step.tokens // block)
+        ops.copy_blocks(*self.memory, self._host.blocks, first, last, most, self.pages, out=True)

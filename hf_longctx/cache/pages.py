@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..kernels import ops
 from ..plan import HeadPolicy
 from .placement import HostLRU
 from .rows import slot_of
@@ -13,24 +15,18 @@ from .step import FEW
 
 
 @dataclass(frozen=True)
-class Pages:
-    """The places of a row and KV head, in blocks: those of the sinks, a ring of the last ones, then a pool.
+class Pages(ops.Places):
+    """The places of a row and KV head, as many as a policy needs.
 
     Args:
-        block: tokens of a block.
-        sinks: blocks of sinks.
-        tail: blocks that go round, as many as are local to a query, and two calls more.
-        pool: blocks for whatever else is selected.
+        pool: blocks for whatever is read beside the sinks and the last ones.
     """
 
-    block: int
-    sinks: int
-    tail: int
     pool: int
 
     @staticmethod
     def of(policy: HeadPolicy) -> Pages:
-        """As many as a policy needs."""
+        """The last blocks are as many as are local to a query, and two calls more."""
         selector, placement = policy.decode, policy.placement
         assert selector is not None and selector.budget.tokens is not None and isinstance(placement, HostLRU)
         block, most = selector.block, max(selector.scorer.q_block, FEW)
@@ -39,9 +35,14 @@ class Pages:
         return Pages(block, selector.sink_blocks, -(-(selector.local + 2 * most) // block) + 3, pool)
 
     @property
+    def own(self) -> int:
+        """Blocks of the longest text in which every block has a place of its own."""
+        return self.sinks + self.tail
+
+    @property
     def slots(self) -> int:
         """Tokens that there is room for in a long row."""
-        return (self.sinks + self.tail + self.pool) * self.block
+        return (self.own + self.pool) * self.block
 
     def slots_at(self, tokens: int) -> int:
         """Tokens that there is room for in a row of `tokens`: as long as it is short, its blocks."""
@@ -56,16 +57,21 @@ class Pages:
         """Where a token at a position lies, if it is among the sinks or the last ones."""
         return slot_of(pos, self.sinks * self.block, self.ring)
 
-    def page(self, ids: Tensor) -> Tensor:
-        """Where a block lies, likewise."""
-        return slot_of(ids, self.sinks, self.tail)
+    def near(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Which blocks rows of `lengths` tokens have at places of their own, and these places, 0 for others."""
+        near = (ids * self.block < lengths[:, None]) & ~self.is_far(ids, lengths[:, None])
+        return near, torch.where(near, self.page(ids), 0)
 
-    def is_far(self, ids: Tensor, ends: Tensor) -> Tensor:
-        """Which blocks have no place of their own any more in rows of `ends` tokens; bool, of the common shape."""
-        return (ids >= self.sinks) & (ids <= (ends - 1) // self.block - self.tail)
+    def far_from(self, lengths: Tensor) -> Tensor:
+        """The first block behind those that have no place of their own any more in rows of so many tokens."""
+        return (lengths - 1) // self.block - self.tail + 1
 
-    def lost(self, before: int, end: int) -> list[int]:
-        """Blocks that the ring gave up while a row had `before` tokens, and that it must hold when it has `end`."""
-        held = (before - 1) // self.block - self.tail  # the last that it gave up
-        last = (end - 1) // self.block
-        return list(range(max(self.sinks, last - self.tail + 1), min(last, held) + 1))
+    def lost(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """First block, and the one behind the last, that the ring gave up and must hold in a row cut off.
+
+        Args:
+            before: `[B or 1]`, int64, tokens of each row before it was cut off.
+            after: `[B or 1]`, int64, and now.
+        """
+        last = (after - 1) // self.block + 1
+        return (last - self.tail).clamp(min=self.sinks), last.minimum(self.far_from(before))

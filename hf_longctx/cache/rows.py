@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
+from ..kernels.types import parts
 from ..plan import KVFormat
 from .step import Step
 
@@ -52,11 +53,6 @@ def picked(x: Tensor, pick: Tensor) -> Tensor:
     """The rows `x[pick]`; in place where there are as many as before, so that what was recorded still finds them."""
     rows = x.index_select(0, pick.to(x.device))
     return x.copy_(rows) if rows.shape == x.shape else rows
-
-
-def parts(x: Stored) -> tuple[Tensor, ...]:
-    """The tensors of either format, each `[B, H, S, ?]`, sharing memory with `x`."""
-    return (x,) if isinstance(x, Tensor) else x.tensors
 
 
 def each(x: Stored, change: Callable[[Tensor], Tensor]) -> Stored:

@@ -32,7 +32,7 @@ def take_apart(cache: LongContextCache) -> tuple[dict[str, Tensor], dict[str, An
     for layer, stack in enumerate(cache.stacks):
         for number, (_, store) in enumerate(stack.stores):
             where = f"{layer}.{number}"
-            states = [("store", store.state(ledger.columns)), ("kept", store.kept.state())]
+            states = [("store", store.state(ledger.columns, ledger.row_lengths)), ("kept", store.kept.state())]
             if store.index is not None:
                 states.append(("index", store.index.state()))
             for kind, (more, about) in states:

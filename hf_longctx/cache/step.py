@@ -86,7 +86,11 @@ class Step:
         return moved
 
     def part(self, first: int, last: int) -> Step:
-        """The call's places `first` to `last - 1` in the order of attention, as a call of its own."""
+        """The call's places `first` to `last - 1` in the order of attention, as a call; once for all layers."""
+        made: Step = self.once(("part", first, last), lambda: self._part(first, last))
+        return made
+
+    def _part(self, first: int, last: int) -> Step:
         counts = self.lengths_after - self.lengths
         lengths = self.lengths + counts.clamp(max=first)
         place = torch.arange(first, last, device=self.device)
@@ -161,13 +165,6 @@ class Step:
     def pos_in_text(self) -> Tensor:
         """`[B or 1, T]`, int64, index of each token in its row, in the order of the call; 0 for padding."""
         return self.pos.clamp(min=0) if self.restore is None else self.pos.clamp(min=0).gather(1, self.restore)
-
-    def runs(self, rows: int) -> tuple[Tensor, Tensor]:
-        """First position and number of real tokens of each of `rows` rows: `[B]`, int64, on the host; see `spans`."""
-        if not self.ragged:
-            return torch.full((rows,), self.columns), torch.full((rows,), self.tokens)
-        first, count = self.once("runs", lambda: torch.tensor(self.spans).unbind(1))
-        return first, count
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:

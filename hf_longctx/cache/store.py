@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy
-from .index import Bounds, index_of
+from .index import index_of
 from .kept import Kept
-from .marks import Marks, marked
+from .marks import Marks
 from .rows import PAGE, Rows, Stored, View, as_stored, decoded, loaded, mixed, part, room, saved, slot_of, token_bytes
 from .step import FEW, Step
 
@@ -90,8 +90,8 @@ class Store:
         beside = 0 if self.index is None else self.index.bytes_at(tokens, dim, itemsize)
         return 2 * held * token_bytes(self._kv, dim, itemsize) + beside, 0
 
-    def whole(self) -> tuple[Stored, Stored]:
-        """As `memory`: where everything is kept, all of it is there."""
+    def whole(self, lengths: Tensor, columns: int) -> tuple[Stored, Stored]:
+        """As `memory`: where everything is kept, all of it is there, however long rows are."""
         return self.memory
 
     @property
@@ -135,7 +135,7 @@ class Store:
         """Let nothing move while one-token calls follow that `step` has room for."""
         self._fit(step)
         self._reserve(*self.memory, step)
-        if isinstance(self.index, Bounds):
+        if self.index is not None:
             self.index.prepare(step)
 
     def passed(self, columns: int) -> None:
@@ -145,7 +145,7 @@ class Store:
 
     def buffers(self) -> list[Any]:
         """What it holds on its device: a recorded call reads and writes it where it lies."""
-        index = self.index.buffers() if isinstance(self.index, Bounds) else []
+        index = [] if self.index is None else self.index.buffers()
         return [self._keys.data, self._values.data, self.floor, *index, *self.kept.buffers()]
 
     def add_mass(self, ids: Tensor, mass: Tensor, block: int) -> None:
@@ -153,7 +153,7 @@ class Store:
         assert isinstance(self.index, Marks)
         self.index.add(ids, mass, block)
 
-    def locate(self, ids: Tensor, block: int) -> Tensor | None:
+    def locate(self, ids: Tensor, block: int, step: Step) -> Tensor | None:
         """Where blocks lie in `memory`, in blocks; None: at their ids."""
         return None
 
@@ -163,8 +163,8 @@ class Store:
         Raises:
             ValueError: tokens that were overwritten would be seen again, or attention that they paid was counted.
         """
-        if tokens and isinstance(self.index, Marks):
-            raise marked(tokens)
+        if isinstance(self.index, Marks):
+            self.index.crop(tokens)
         sink, window, end = self.retention.sink, self.retention.window, columns - tokens
         if window is None or max(sink, end - window + 1) >= min(end, self._lost):
             return
@@ -186,8 +186,8 @@ class Store:
         if self.floor is not None and self.floor.shape[0] > 1:
             self.floor = self.floor.index_select(0, pick.to(self.floor.device))
 
-    def state(self, columns: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and numbers that `restore` needs, after `columns` columns."""
+    def state(self, columns: int, lengths: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers that `restore` needs, after `columns` columns, of which rows have `lengths` tokens."""
         held = columns if self.limit is None else min(columns, self.limit)
         tensors: dict[str, Tensor] = {} if self.floor is None else {"floor": self.floor}
         values = {"slots": self._keys.slots, "ring": self._ring, "lost": self._lost, "rollback": self._rollback}

@@ -129,7 +129,7 @@ def exam(
         wishes: Sequence[float | None] = depths or [None]
         for length, wish, trial in product(lengths, wishes, range(trials)):
             drawn = derive(seed, name, length, wish, trial)
-            depth = round(random.Random(drawn).random(), 4) if wish is None else wish
+            depth = round(random.Random(f"depth of {drawn}").random(), 4) if wish is None else wish
             made = build(tokenizer, hay, length, depth, drawn)
             yield Trial("passkey", length, depth, trial, drawn, made.ids, (made.key,), new_tokens)
 

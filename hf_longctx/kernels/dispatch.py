@@ -23,8 +23,12 @@ OPS = (
     "score_antidiagonal",
     "pick_blocks",
     "rotate",
+    "rotate_heads",
+    "rms_norm",
     "append",
     "append_pages",
+    "bring_blocks",
+    "copy_blocks",
     "encode_kv",
     "decode_kv",
 )

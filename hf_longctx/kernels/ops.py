@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .types import Logits, Packed, Selection, Turns, Visibility
+from .layers import rms_norm, rotate_heads
+from .moves import bring_blocks, copy_blocks
+from .types import HostBlocks, Logits, Packed, Places, Selection, Turns, Visibility
 
 __all__ = [
+    "HostBlocks",
     "Logits",
     "Packed",
+    "Places",
     "Selection",
     "Turns",
     "Visibility",
@@ -19,10 +23,14 @@ __all__ = [
     "attend_blocks",
     "attend_mass",
     "attend_pages",
+    "bring_blocks",
+    "copy_blocks",
     "decode_kv",
     "encode_kv",
     "pick_blocks",
+    "rms_norm",
     "rotate",
+    "rotate_heads",
     "score_antidiagonal",
     "score_pages",
     "take_tokens",

@@ -124,6 +124,11 @@ class Packed:
         return self.payload.nbytes + self.scale.nbytes + self.zero.nbytes
 
 
+def parts(x: Tensor | Packed) -> tuple[Tensor, ...]:
+    """The tensors of either format, each `[B, H, S, ?]`, sharing memory with `x`."""
+    return (x,) if isinstance(x, Tensor) else x.tensors
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which blocks of keys each block of queries reads: the only currency between choosing and reading.
@@ -142,3 +147,48 @@ class Selection:
     q_block: int
     pages: Tensor | None = None
     far: int | None = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the blocks of a row and KV head lie on the device, whose store lies in host memory; all in blocks.
+
+    First the sinks, then a ring in which the last blocks go round, then a pool for whatever else is read. While a text
+    is short, there are no more places than it has blocks.
+
+    Args:
+        block: tokens of a block.
+        sinks: blocks of sinks.
+        tail: blocks that go round.
+    """
+
+    block: int
+    sinks: int
+    tail: int
+
+    def page(self, ids: Tensor) -> Tensor:
+        """The place of a block that is among the sinks or the last ones."""
+        return torch.where(ids < self.sinks, ids, self.sinks + (ids - self.sinks) % self.tail)
+
+    def paged(self, k: Tensor | Packed, v: Tensor | Packed) -> list[Tensor]:
+        """All tensors of keys and values in blocks: `[B, H, P, block * ?]`, sharing memory."""
+        return [x.view(*x.shape[:2], -1, self.block * x.shape[3]) for x in (*parts(k), *parts(v))]
+
+    def is_far(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Which blocks have no place of their own any more in rows of so many tokens; bool, of the common shape."""
+        return (ids >= self.sinks) & (ids <= (lengths - 1) // self.block - self.tail)
+
+
+@dataclass(frozen=True)
+class HostBlocks:
+    """Blocks of keys and values in host memory, or in files that are mapped into it.
+
+    Args:
+        segments: `[B, Hkv, n, bytes]` each, uint8: block j lies in segment `j // n`, at place `j % n`; its bytes in
+            every tensor of keys and values, one after the other.
+        table: `[len(segments)]`, int64, their addresses, on the device, which reads and writes there by itself; None:
+            it cannot.
+    """
+
+    segments: list[Tensor]
+    table: Tensor | None

@@ -18,9 +18,10 @@ class Quest:
     """A decode step reads `token_budget` tokens in pages, chosen by a bound on their products; prompts are dense.
 
     Paper: Quest (arXiv:2406.10774) §3. Differs: query heads of a KV head share a selection, so that a page is read
-    once (`share="q_head"` selects as the paper); a budget that covers the text reads all of it. Dense where
-    token_budget >= length: what is forced is counted (`pages.py`), so that exactly `token_budget // page` pages are
-    read once the text is longer.
+    once (`share="q_head"` selects as the paper), and the page of the first tokens is forced, which heads that share
+    would else lose to each other's pages (`sink=0`: as the paper); a budget that covers the text reads all of it.
+    Dense where token_budget >= length: what is forced is counted (`pages.py`), so that exactly `token_budget // page`
+    pages are read once the text is longer.
 
     Args:
         token_budget: tokens that a step reads in all, with the last page, the sinks and the local ones; whole pages.
@@ -38,7 +39,7 @@ class Quest:
     page: int = 16
     dense_layers: int = 2
     share: Literal["kv_head", "q_head", "all"] = "kv_head"
-    sink: int = 0
+    sink: int = 4
     local: int = 1
     kv: str | KVFormat = "native"
     dense_below: int = 0

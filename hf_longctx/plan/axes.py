@@ -62,7 +62,11 @@ class Summary(Protocol):
 
     @property
     def local(self) -> bool:
-        """True if a block is summed up only once the queries near it have said what matters in it."""
+        """True if a block is summed up once it has left the local window of every query to come."""
+
+    @property
+    def weighs(self) -> bool:
+        """True if what it says follows from the attention that keys got from the queries near them."""
 
     def describe(self) -> str:
         """One phrase for a table."""
@@ -131,6 +135,10 @@ class Placement(Protocol):
     @property
     def resident_blocks(self) -> int:
         """Blocks of the selector that stay on the device, per row and KV head."""
+
+    @property
+    def disk(self) -> str | None:
+        """Folder for files that hold them; None: they are in host memory."""
 
     def describe(self) -> str:
         """One phrase for a table."""

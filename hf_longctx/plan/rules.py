@@ -92,7 +92,7 @@ def _budgets_fit_their_scorers(policy: HeadPolicy) -> str | None:
 def _attention_is_counted_per_kv_head(policy: HeadPolicy) -> str | None:
     for selector in (policy.prefill, policy.decode):
         summary = None if selector is None else selector.scorer.summary
-        if selector is not None and summary is not None and summary.local and selector.share == "q_head":
+        if selector is not None and summary is not None and summary.weighs and selector.share == "q_head":
             return (
                 f"expected {summary.describe()} to be shared by the query heads of a KV head; got share='q_head'. "
                 "Use 'kv_head' or 'all'."

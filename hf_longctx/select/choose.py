@@ -39,10 +39,27 @@ def forced(selector: Selector, q_pos: Tensor, q_block: int) -> tuple[Tensor, Ten
     return torch.where(whole, 0, low), torch.where(last < 0, -1, last // selector.block)
 
 
+def forced_ahead(selector: Selector, q_pos: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """What is forced for one query a row, and for all that go by its choice after it: nothing is left to add then.
+
+    Args:
+        selector: that chooses every `refresh_every` steps.
+        q_pos: `[B or 1, 1]`, int64, where the queries stand, -1 for none: the choice is for those to come.
+        lengths: `[B or 1]`, int64, tokens of each row before them.
+
+    Returns:
+        As `forced`.
+    """
+    first = torch.where(q_pos < 0, lengths[:, None], q_pos)
+    low, _ = forced(selector, first, 1)
+    return low, (first + selector.refresh_every - 1) // selector.block
+
+
 def most_forced(selector: Selector, q_block: int) -> int:
-    """Most local blocks of a block of queries."""
-    span = selector.local + q_block - 1
-    return max((span + selector.block - 2) // selector.block + 1, -(-selector.dense_below // selector.block))
+    """Most local blocks of a block of queries, and of those that go by its choice after it."""
+    after = selector.refresh_every - 1
+    span = selector.local + q_block - 1 + after
+    return max((span + selector.block - 2) // selector.block + 1, -(-(selector.dense_below + after) // selector.block))
 
 
 def most_far(selector: Selector, q_block: int) -> int | None:
@@ -53,26 +70,6 @@ def most_far(selector: Selector, q_block: int) -> int | None:
     since = q_block + selector.refresh_every - 1  # tokens from the first query of the choice to the last that uses it
     local = -(-(since + selector.block - 2) // selector.block)  # in the window of the first, not in that of the last
     return selector.sink_blocks + tokens // selector.block + local
-
-
-def unite(ids: Tensor, selector: Selector, near: tuple[Tensor, Tensor]) -> Tensor:
-    """An earlier choice of the same heads, and what is forced for one query a row now.
-
-    Args:
-        ids: `[B, Hs, 1, K]`, int32, the earlier choice.
-        selector: that made it.
-        near: `forced` of the one query of each row.
-
-    Returns:
-        `[B, Hs, 1, K + F]`, int32, ascending, then -1.
-    """
-    low, high = (x[:, None, :, None] for x in near)
-    new = high - torch.arange(most_forced(selector, 1), device=ids.device)
-    new = torch.where((new >= low) & (new >= 0), new, -1).to(ids.dtype).expand(*ids.shape[:3], -1)
-    known = (new[..., None] == ids[..., None, :]).any(-1)
-    both = torch.cat((ids, new.masked_fill(known, -1)), -1)
-    both = both.masked_fill(both < 0, _LATE).sort(-1).values
-    return both.masked_fill(both == _LATE, -1)
 
 
 @lru_cache(maxsize=4096)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import primitive, require_whole
-from .summaries import MinMax, Representatives
+from .summaries import Means, MinMax, Representatives
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,21 @@ class UpperBound:
 @primitive
 @dataclass(frozen=True)
 class RepresentativeDot:
-    """The mean product of the block's representative with the block of queries; over the heads that share, the mean.
+    """The mean product of the block of queries with the block's representative, the largest if there are several.
+
+    Over the heads that share, the mean.
 
     Paper: InfLLM (arXiv:2402.04617) §3.2.
 
     Args:
-        summary: how the representative is found.
+        summary: how representatives are found.
         q_block: queries of a prefill call that share a selection.
 
     Raises:
         ValueError: a `q_block` that is no whole number from one on.
     """
 
-    summary: Representatives = field(default_factory=Representatives)
+    summary: Representatives | Means = field(default_factory=Representatives)
     q_block: int = 512
 
     def __post_init__(self) -> None:
@@ -139,7 +141,7 @@ class RepresentativeDot:
         real = (look.q_pos >= 0).view(look.q_pos.shape[0], 1, -1, look.q_block, 1)
         blocks = q.view(rows, heads, -1, look.q_block, dim) * real
         mean = blocks.sum(3) / real.sum(3).clamp(min=1)
-        return ops.score_pages(mean, look.summary, 1, look.share)
+        return ops.score_pages(mean, look.summary, self.summary.block // self.summary.sub, look.share)
 
 
 @primitive

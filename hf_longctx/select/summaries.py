@@ -41,6 +41,11 @@ class MinMax:
         """Bounds follow from the keys alone."""
         return False
 
+    @property
+    def weighs(self) -> bool:
+        """The keys alone say it."""
+        return False
+
     def describe(self) -> str:
         """One phrase for a table."""
         return f"bounds of {self.block}" + (f" in {self.sub}s" if self.sub != self.block else "")
@@ -61,6 +66,60 @@ class MinMax:
         missing = ~filled[..., None]
         least = k.masked_fill(missing, float("inf")).amin(-2)
         return torch.stack((least, k.masked_fill(missing, float("-inf")).amax(-2)), -2)
+
+
+@primitive
+@dataclass(frozen=True)
+class Means:
+    """The means of keys that follow each other, `sub` at a time.
+
+    Differs from InfLLM (arXiv:2402.04617) §3.2, whose representatives are the keys that got most attention: mean keys
+    of short runs, as of InfLLM v2 (arXiv:2509.24663), find a short passage in a block where those do not.
+
+    Args:
+        block: tokens of a block.
+        sub: tokens behind one mean; divides the block.
+
+    Raises:
+        ValueError: a size that is no whole number from one on, or a sub that does not divide the block.
+    """
+
+    block: int = 128
+    sub: int = 16
+
+    def __post_init__(self) -> None:
+        require_whole("Means", block=self.block, sub=self.sub)
+        if self.block % self.sub:
+            raise ValueError(
+                f"Means: expected a block of whole runs of keys; got block={self.block}, sub={self.sub}. Use 16 of 128."
+            )
+
+    @property
+    def local(self) -> bool:
+        """A block is summed up when it is full and far."""
+        return True
+
+    @property
+    def weighs(self) -> bool:
+        """The keys alone say it."""
+        return False
+
+    def describe(self) -> str:
+        """One phrase for a table."""
+        return f"{self.block // self.sub} means of {self.block}"
+
+    def fold(self, k: Tensor, filled: Tensor | None, mass: Tensor | None) -> Tensor:
+        """The mean.
+
+        Args:
+            k: `[..., sub, D]`, at one position.
+            filled: not used: a block that is closed is full.
+            mass: not used.
+
+        Returns:
+            `[..., 1, D]`, dtype of k.
+        """
+        return k.to(torch.promote_types(k.dtype, torch.float32)).mean(-2, keepdim=True).to(k.dtype)
 
 
 @primitive
@@ -98,6 +157,11 @@ class Representatives:
     @property
     def local(self) -> bool:
         """The block must have left the local window of every query to come."""
+        return True
+
+    @property
+    def weighs(self) -> bool:
+        """Attention says which keys they are."""
         return True
 
     def describe(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def upper_bound(scene: Scene, query: int, j: int, block: int, sub: int) -> Tenso
 
 
 def representative_dot(scene: Scene, first: int, last: int, j: int, summary: Any, mass: Tensor) -> Tensor:
-    """`[Hq]`: mean product of queries `first` to `last` with the mean of the keys of block j that matter most."""
+    """`[Hq]`: mean product of queries `first` to `last` with a mean of keys of block j, the largest of several."""
     q, k = scene.q_in_text[:, first : last + 1], scene.k_in_text
     if scene.far is not None:
         k = scene.k
@@ -60,8 +61,12 @@ def representative_dot(scene: Scene, first: int, last: int, j: int, summary: Any
     for head in range(len(q)):
         kv = head // scene.per_kv
         of_block = range(j * summary.block, (j + 1) * summary.block)
-        best = sorted(of_block, key=lambda y: -float(mass[kv, y]))[: summary.count]
-        products.append((q[head] @ k[kv, best].mean(0)).mean())
+        runs: list[Sequence[int]]
+        if type(summary).__name__ == "Means":
+            runs = [of_block[i : i + summary.sub] for i in range(0, summary.block, summary.sub)]
+        else:
+            runs = [sorted(of_block, key=lambda y: -float(mass[kv, y]))[: summary.count]]
+        products.append(torch.stack([(q[head] @ k[kv, list(run)].mean(0)).mean() for run in runs]).amax())
     return torch.stack(products)
 
 

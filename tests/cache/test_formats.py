@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import hf_longctx as lc
 from hf_longctx.cache.kv_format import Int4KV, Int8KV
-from hf_longctx.cache.rows import PAGE, decoded, parts
+from hf_longctx.cache.rows import PAGE, decoded
 from hf_longctx.kernels import ops
+from hf_longctx.kernels.types import parts
 
 from .vectors import DIM, HEADS, Text, assert_reads, change, reals
 
@@ -53,7 +54,7 @@ def test_memory_holds_each_position_in_its_column(kv: Any, padded: bool, data: s
             for row, expected in enumerate(lists):
                 for pos, token in enumerate(expected):
                     assert torch.equal(decoded(stored)[row, :, pos], token)
-        assert text.store.locate(torch.zeros(1, 1, 1, 1, dtype=torch.int32), 16) is None
+        assert text.store.locate(torch.zeros(1, 1, 1, 1, dtype=torch.int32), 16, step) is None
         change(text, data)
 
 

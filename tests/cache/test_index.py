@@ -17,7 +17,7 @@ from hf_longctx.kernels import ops
 from hf_longctx.plan import Selector
 from hf_longctx.select.budgets import TopK
 from hf_longctx.select.scorers import RepresentativeDot, UpperBound
-from hf_longctx.select.summaries import MinMax, Representatives
+from hf_longctx.select.summaries import Means, MinMax, Representatives
 
 from .vectors import HEADS, Text, change, reals
 
@@ -63,6 +63,11 @@ def marked(block: int, count: int, local: int, q_block: int, kv: Any = None, dis
     selector = Selector(RepresentativeDot(Representatives(block, count), q_block), TopK(block), local=local)
     positions = lc.Absolute() if distance is None else Clamped(distance)
     return lc.HeadPolicy(lc.KeepAll(), positions, selector, selector, kv=kv)
+
+
+def runs(block: int, sub: int) -> Any:
+    selector = Selector(RepresentativeDot(Means(block, sub), 8), TopK(block), local=5)
+    return lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), selector, selector)
 
 
 class Attention:
@@ -170,10 +175,31 @@ def test_what_has_been_attended_to_cannot_be_taken_back() -> None:
     assert text.cache.get_seq_length() == 8
 
 
+def test_the_means_of_far_keys_stay_when_near_ones_are_taken_back() -> None:
+    selector = Selector(RepresentativeDot(Means(4, 2), 8), TopK(4), local=9)
+    text = Text(lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), selector, selector), rows=1)
+    for cut in (0, 5, 0, 8, 0, 0):
+        step, k, v = text.draw(torch.ones(1, 8, dtype=torch.bool))
+        text.store.write(k, v, step)
+        text.cache.commit(step)
+        with pytest.raises(ValueError, match=r"crop: expected at most 8 tokens to take back, .*; got 9\. Start a new"):
+            text.store.crop(9, text.cache.get_seq_length())
+        if cut:
+            text.cache.crop(-cut)
+            del text.keys[0][-cut:]
+            text.reals = [torch.ones(1, len(text.keys[0]), dtype=torch.bool)]
+        closed = max(0, int(step.lengths) - 9 + 1) // 4
+        for j in range(2 * closed):
+            mean = torch.stack(text.keys[0][2 * j : 2 * j + 2]).mean(0)
+            torch.testing.assert_close(text.store.summaries[0, :, j, 0], mean)
+    assert closed == 4
+
+
 def test_bytes_count_the_index() -> None:
     plain = Text(lc.HeadPolicy(lc.KeepAll(), lc.Absolute()), rows=1)
     for policy, beside in (
         (bounded(16, 4), 64 // 4 * 2 * 4 * 4),  # sub-blocks, bounds, channels, bytes
+        (runs(16, 4), 64 // 4 * 4 * 4),  # means, channels, bytes
         (marked(16, 2, 5, 8), 64 // 16 * 4 * 4 + (5 + 2 * 16 + 2 * 8) * 4),  # representatives and the ring of mass
     ):
         text = Text(policy, rows=1)

@@ -16,8 +16,9 @@ import hf_longctx as lc
 from hf_longctx.cache import host
 from hf_longctx.cache.kv_format import Int4KV, Int8KV
 from hf_longctx.cache.placement import HostLRU
-from hf_longctx.cache.pool import Pool
-from hf_longctx.cache.rows import decoded, parts
+from hf_longctx.cache.rows import decoded
+from hf_longctx.cache.step import Step
+from hf_longctx.kernels.types import parts
 from hf_longctx.plan import Selector
 from hf_longctx.select.budgets import TopK
 from hf_longctx.select.scorers import RepresentativeDot, UpperBound
@@ -45,13 +46,30 @@ def policy(
     return lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), selector, selector, kv=kv, placement=placement)
 
 
+def ends(text: Text) -> torch.Tensor:
+    """Tokens of each row."""
+    return torch.tensor([len(keys) for keys in text.keys])
+
+
+def whole(text: Text) -> Any:
+    """All keys and values of a store."""
+    return text.store.whole(ends(text), text.cache.ledger.columns)
+
+
+def locate(text: Text, ids: torch.Tensor, block: int) -> torch.Tensor:
+    """Where a step after the text would find blocks."""
+    columns, lengths = text.cache.ledger.columns, ends(text)
+    step = Step(columns, 0, torch.device("cpu"), lengths, None, ragged=bool((lengths != columns).any()))
+    found: torch.Tensor = text.store.locate(ids, block, step)
+    return found
+
+
 def assert_located(text: Text, data: st.DataObject, block: int, picked: int) -> None:
     """Blocks that a step may read are found where the store says, whichever these are."""
     store, rows = text.store, len(text.keys)
-    ends = [len(keys) for keys in text.keys]
     heads = data.draw(st.sampled_from([1, HEADS]))
     chosen = []
-    for end in (end for end in ends for _ in range(heads)):
+    for end in (end for end in ends(text).tolist() for _ in range(heads)):
         last = (end - 1) // block
         near = set(range(max(0, last - store.pages.tail + 1), last + 1)) | set(range(min(store.pages.sinks, last + 1)))
         far = [j for j in range(last + 1) if j not in near]
@@ -60,7 +78,7 @@ def assert_located(text: Text, data: st.DataObject, block: int, picked: int) -> 
     width = max(map(len, chosen)) + 1
     ids = torch.tensor([ids + [-1] * (width - len(ids)) for ids in chosen], dtype=torch.int32)
     ids = ids.view(rows, heads, 1, width)
-    pages = store.locate(ids, block)
+    pages = locate(text, ids, block)
     assert pages.shape == (rows, HEADS, 1, width)
     assert pages.dtype == torch.int32
     places = ids.expand_as(pages)
@@ -73,7 +91,7 @@ def assert_located(text: Text, data: st.DataObject, block: int, picked: int) -> 
 
 
 def assert_whole(text: Text) -> None:
-    for stored, lists in zip(map(decoded, text.store.whole()), (text.keys, text.values), strict=True):
+    for stored, lists in zip(map(decoded, whole(text)), (text.keys, text.values), strict=True):
         assert bool(stored.isfinite().all())
         for row, tokens in enumerate(lists):
             if tokens:
@@ -141,38 +159,6 @@ def test_representatives_are_those_of_a_store_on_the_device(
             text.pick(picked)
 
 
-@settings(deadline=None, max_examples=100)
-@given(data=st.data(), slots=st.integers(1, 5))
-def test_the_pool_is_a_least_recently_used_cache(data: st.DataObject, slots: int) -> None:
-    pool = Pool(2, 1, slots)
-    held: list[dict[int, int]] = [{}, {}]  # of each row, the block in each slot
-    used: list[dict[int, int]] = [{}, {}]  # of each row, the call that asked last for a block
-    hits = misses = 0
-    for call in range(data.draw(st.integers(1, 8))):
-        asked = [data.draw(st.lists(st.integers(0, 9), max_size=slots, unique=True)) for _ in held]
-        ids = torch.full((2, 1, slots + 2), -1)
-        for row, blocks in enumerate(asked):
-            twice = blocks + blocks[:1]
-            ids[row, 0, : len(twice)] = torch.tensor(twice)
-        places, missing = pool.claim(ids)
-        before = [set(slot.values()) for slot in held]
-        for row, block, slot in zip(missing.rows.tolist(), missing.ids.tolist(), missing.slots.tolist(), strict=True):
-            assert block in asked[row]
-            assert block not in before[row]
-            held[row][slot] = block
-        for row, blocks in enumerate(asked):
-            new = len(set(blocks) - before[row])
-            hits, misses = hits + len(blocks) - new, misses + new
-            used[row].update(dict.fromkeys(blocks, call))
-            after = set(held[row].values())
-            gone = before[row] - after
-            assert len(gone) == max(0, len(before[row]) + new - slots)
-            assert all(used[row][old] <= used[row][kept] for old in gone for kept in after)
-            assert [held[row][slot] for slot in places[row, 0, : len(blocks)].tolist()] == blocks
-        assert bool(((places >= 0) == (ids >= 0)).all())
-    assert (pool.hits, pool.misses) == (hits, misses)
-
-
 def fill(text: Text, calls: list[int]) -> None:
     for tokens in calls:
         step, k, v = text.draw(torch.ones(len(text.keys), tokens, dtype=torch.bool))
@@ -200,21 +186,21 @@ def test_blocks_come_from_the_host_once_while_they_fit() -> None:
     fill(text, [100])
     ids = torch.tensor([[[[0, 3, 5, 24]]]], dtype=torch.int32)
     for _ in range(3):
-        text.store.locate(ids, 4)
-    assert (text.store.hits, text.store.misses) == (2 * 2 * HEADS, 2 * HEADS)
-    text.store.locate(torch.tensor([[[[5, 6]]]], dtype=torch.int32), 4)
-    assert (text.store.hits, text.store.misses) == (5 * HEADS, 3 * HEADS)
+        locate(text, ids, 4)
+    assert text.store.pool.counts.tolist() == [2 * 2 * HEADS, 2 * HEADS]
+    locate(text, torch.tensor([[[[5, 6]]]], dtype=torch.int32), 4)
+    assert text.store.pool.counts.tolist() == [5 * HEADS, 3 * HEADS]
 
 
 def test_a_block_that_was_taken_back_is_not_read_from_the_pool() -> None:
     text = Text(policy(4, 0, 1, 2, None, HostLRU(2)), rows=1)
     fill(text, [100])
     ids = torch.tensor([[[[5, 6]]]], dtype=torch.int32)
-    text.store.locate(ids, 4)
+    locate(text, ids, 4)
     text.crop(78)
     fill(text, [78])
     for stored, lists in zip(text.store.memory, (text.keys, text.values), strict=True):
-        for page, block in zip(text.store.locate(ids, 4)[0, 0, 0].tolist(), (5, 6), strict=True):
+        for page, block in zip(locate(text, ids, 4)[0, 0, 0].tolist(), (5, 6), strict=True):
             expected = torch.stack(lists[0][block * 4 : block * 4 + 4], 1)
             assert torch.equal(stored[0, 0, page * 4 : page * 4 + 4], expected[0])
 
@@ -223,7 +209,7 @@ def test_more_blocks_than_fit_are_our_own_mistake() -> None:
     text = Text(policy(4, 0, 8, 2, None, HostLRU(0)), rows=1)
     fill(text, [100])
     with pytest.raises(AssertionError, match="more blocks at once"):
-        text.store.locate(torch.arange(8, dtype=torch.int32).view(1, 1, 1, 8), 4)
+        locate(text, torch.arange(8, dtype=torch.int32).view(1, 1, 1, 8), 4)
 
 
 def test_files_hold_the_same_and_go_away(tmp_path: Path) -> None:

@@ -13,18 +13,20 @@ from hf_longctx import memory
 from hf_longctx.cache.host import SEGMENT
 from hf_longctx.cache.kv_format import Int4KV, Int8KV
 from hf_longctx.cache.placement import HostLRU
-from hf_longctx.cache.rows import GROWTH, PAGE, parts
+from hf_longctx.cache.rows import GROWTH, PAGE
+from hf_longctx.kernels.types import parts
 from hf_longctx.models import inspect_model
 from hf_longctx.plan import Selector
 from hf_longctx.select.budgets import TopK
 from hf_longctx.select.scorers import RepresentativeDot, UpperBound
-from hf_longctx.select.summaries import MinMax, Representatives
+from hf_longctx.select.summaries import Means, MinMax, Representatives
 from hf_longctx.testing import tiny_llama
 
 FACTS = inspect_model(tiny_llama())
 CPU = torch.device("cpu")
 BOUNDS = Selector(UpperBound(MinMax(16, 4)), TopK(32), sink=4, local=20)
 MARKS = Selector(RepresentativeDot(Representatives(16, 2), 64), TopK(32), sink=4, local=20)
+RUNS = Selector(RepresentativeDot(Means(16, 4), 64), TopK(32), sink=4, local=20)
 KEEP, HERE = lc.KeepAll(), lc.Absolute()
 POLICIES = {
     "dense": lc.HeadPolicy(KEEP, HERE),
@@ -34,6 +36,7 @@ POLICIES = {
     "window-int8": lc.HeadPolicy(lc.SinkWindow(4, 100), HERE, kv=Int8KV()),
     "bounds": lc.HeadPolicy(KEEP, HERE, decode=BOUNDS),
     "marks": lc.HeadPolicy(KEEP, HERE, MARKS, MARKS),
+    "means": lc.HeadPolicy(KEEP, HERE, RUNS, RUNS),
     "host": lc.HeadPolicy(KEEP, HERE, decode=BOUNDS, placement=HostLRU(4)),
     "host-marks-int4": lc.HeadPolicy(KEEP, HERE, MARKS, MARKS, kv=Int4KV(), placement=HostLRU(4)),
 }

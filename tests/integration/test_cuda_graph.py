@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,10 @@ import torch
 import hf_longctx as lc
 from hf_longctx import graph, recording
 
-from ..methods.cases import LIMITS, LOSSY, SELECTING, Row, named
+from ..methods.cases import LIMITS, LOSSY, Row, named
 from .cases import BY_NAME
 from .test_generate import batch, generate, single
-from .test_graph import LSERVE, QUEST, assert_same
+from .test_graph import FILES, INF_LLM, LSERVE, PLACED, QUEST, assert_same
 from .tiny import Case
 
 pytestmark = [pytest.mark.cuda]
@@ -26,7 +27,7 @@ if not torch.cuda.is_available():
 
 LLAMA = BY_NAME["llama"]
 NAMES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_oss", "gpt_neox", "falcon_new", "smollm3", "opt")
-ROWS = (LIMITS[0], *LOSSY, QUEST, LSERVE)
+ROWS = (LIMITS[0], *LOSSY, QUEST, LSERVE, INF_LLM, *PLACED[3:5])
 PAIRS = [(row, BY_NAME[name]) for row in ROWS for name in NAMES if row.takes(BY_NAME[name])]
 
 
@@ -127,13 +128,13 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     """A wait for the device in the model's own code ends the recording; the tokens are the same."""
     model = LLAMA.make().cuda()
     expected = generate(lc.patch(model, "dense", cuda_graph=False), moved(batch(LLAMA))).sequences
-    norm = type(model.model.norm)
-    forward = norm.forward
+    mlp = type(model.model.layers[0].mlp)
+    forward = mlp.forward
 
     def waits(self: Any, x: torch.Tensor) -> torch.Tensor:
         return forward(self, x) if float(x.sum()) < torch.inf else x
 
-    monkeypatch.setattr(norm, "forward", waits)
+    monkeypatch.setattr(mlp, "forward", waits)
     lc.patch(model, "dense")
     assert torch.equal(generate(model, moved(batch(LLAMA))).sequences, expected)
     assert "could not be recorded" in (lc.report(model).eager or "")
@@ -144,10 +145,24 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     assert lc.report(model).graphs > 0
 
 
-def test_host_memory_is_not_recorded() -> None:
-    model = lc.patch(LLAMA.make().cuda(), SELECTING[3].method(LLAMA))
+def test_files_are_not_recorded() -> None:
+    model = lc.patch(LLAMA.make().cuda(), FILES.method(LLAMA))
     generate(model, moved(single(LLAMA)))
-    assert "host memory" in (lc.report(model).eager or "")
+    assert "blocks lie in files" in (lc.report(model).eager or "")
+
+
+@torch.no_grad()
+def test_a_copy_of_a_cache_has_host_memory_of_its_own() -> None:
+    """Both are read and written by the device, and go on to other texts."""
+    model, ids = lc.patch(LLAMA.make().cuda(), INF_LLM.method(LLAMA)), LLAMA.prompt(90, rows=2).cuda()
+    cache = model(ids[:, :40], use_cache=True).past_key_values
+    twin, out = copy.deepcopy(cache), []
+    for i in range(40, 90):
+        out.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+        model(ids[:, i - 40 : i - 39], past_key_values=twin)
+    again = model(ids[:, :40], use_cache=True).past_key_values
+    for i, expected in enumerate(out):
+        assert torch.equal(model(ids[:, 40 + i : 41 + i], past_key_values=again).logits, expected)
 
 
 def test_memory_that_moves_is_recorded_again() -> None:

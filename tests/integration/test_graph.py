@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tempfile
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ import torch
 
 import hf_longctx as lc
 from hf_longctx import recording
+from hf_longctx.cache import host
 from hf_longctx.cache.cache import LongContextCache
+from hf_longctx.methods import compose
+from hf_longctx.models import inspect_model
 
 from ..methods.cases import DECODERS, LIMITS, LOSSY, SELECTING, Row, named, pairs
 from .again import Again, recorders
@@ -20,13 +24,31 @@ from .test_generate import batch, generate, single
 from .tiny import Case
 
 LLAMA = BY_NAME["llama"]
-QUEST, _, LSERVE, INF_LLM = SELECTING
+QUEST, _, LSERVE, INF_LLM, BY_ATTENTION = SELECTING
 STORED = (
-    Row("quest_all", lambda case: lc.Quest(8, page=4, dense_layers=0, share="all")),
-    Row("quest_dense_below", lambda case: lc.Quest(8, page=4, dense_layers=0, dense_below=45)),
+    Row("quest_all", lambda case: lc.Quest(8, page=4, sink=0, dense_layers=0, share="all")),
+    Row("quest_dense_below", lambda case: lc.Quest(8, page=4, sink=0, dense_layers=0, dense_below=45)),
 )
-PAIRS = [*pairs((LIMITS[0], *LOSSY, LSERVE)), *pairs((QUEST, *STORED), tuple(BY_NAME[n] for n in ("llama", "gemma3")))]
+INF = {"init": 4, "local": 6, "block": 4, "topk": 1, "representatives": 2, "q_block": 8}
+FILES = Row("files", lambda case: lc.InfLLM(**INF, disk=tempfile.gettempdir()), in_cache=True)
+PLACED = (
+    INF_LLM,
+    BY_ATTENTION,
+    Row("inf_llm_int8", lambda case: lc.InfLLM(**INF, resident_blocks=0, kv="int8"), in_cache=True),
+    Row("inf_llm_on_device", lambda case: lc.InfLLM(**INF, offload=False), in_cache=True),
+    Row("quest_host", lambda case: _hosted(case, lc.Quest(8, page=4, sink=0, dense_layers=0))),
+    Row("quest_host_dense_first", lambda case: _hosted(case, lc.Quest(40, page=4, dense_layers=0))),
+)
+PAIRS = [
+    *pairs((LIMITS[0], *LOSSY, LSERVE)),
+    *pairs((QUEST, *STORED, *PLACED), tuple(BY_NAME[n] for n in ("llama", "gemma3"))),
+]
 CHANGING = [case for case in DECODERS if case.rope in ("dynamic", "longrope")]
+
+
+def _hosted(case: Case, method: Any) -> lc.Plan:
+    """A method that selects, with blocks in host memory."""
+    return compose(inspect_model(case.build()), decode=method, placement=lc.HostLRU(3))
 
 
 def both(row: Row, case: Case, inputs: Any, **options: Any) -> tuple[Any, Any]:
@@ -44,6 +66,7 @@ def assert_same(recorded: Any, plain: Any) -> None:
 @pytest.fixture(autouse=True)
 def _little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "ROOM", 8)  # so that a few steps run into the end of it
+    monkeypatch.setattr(host, "SEGMENT", 12)
 
 
 @pytest.mark.parametrize(("row", "case"), PAIRS, ids=named)
@@ -53,7 +76,7 @@ def test_padded_batch(row: Row, case: Case) -> None:
     assert again.replayed >= 6 if case not in CHANGING else again.replayed == 0
 
 
-@pytest.mark.parametrize("row", [LIMITS[0], *LOSSY, QUEST, LSERVE, *STORED], ids=named)
+@pytest.mark.parametrize("row", [LIMITS[0], *LOSSY, QUEST, LSERVE, *STORED, *PLACED], ids=named)
 @pytest.mark.parametrize(
     "options", [{"do_sample": True, "temperature": 0.7}, {"num_beams": 3}, {"max_new_tokens": 30}], ids=str
 )
@@ -88,7 +111,7 @@ def told(model: Any, ids: torch.Tensor, calls: list[int], mask: torch.Tensor | N
     return torch.cat(out, 1)
 
 
-@pytest.mark.parametrize("row", [LIMITS[0], *LOSSY, QUEST, LSERVE], ids=named)
+@pytest.mark.parametrize("row", [LIMITS[0], *LOSSY, QUEST, LSERVE, *PLACED], ids=named)
 @pytest.mark.parametrize("masked", [False, True])
 def test_calls_of_one_token_between_others(row: Row, masked: bool) -> None:
     """Prompts in between, padding in the middle of a row, and single tokens that are padding."""
@@ -103,7 +126,7 @@ def test_calls_of_one_token_between_others(row: Row, masked: bool) -> None:
     torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
-@pytest.mark.parametrize("row", [LIMITS[0], QUEST, LSERVE], ids=named)
+@pytest.mark.parametrize("row", [LIMITS[0], QUEST, LSERVE, *PLACED[-2:]], ids=named)
 def test_tokens_taken_back(row: Row) -> None:
     ids, calls = LLAMA.prompt(60), [17, *[1] * 7, 5, *[1] * 6, 4, *[1] * 9]
     models = (lc.patch(LLAMA.make(), row.method(LLAMA), cuda_graph=on) for on in (True, False))
@@ -172,13 +195,26 @@ def _hooked(model: Any) -> None:
 
 
 REASONS: dict[str, tuple[str, Any, dict[str, Any], str]] = {
-    "host memory": ("llama", INF_LLM, {}, "host memory"),
+    "files": ("llama", FILES, {}, "blocks lie in files"),
     "hook": ("llama", LIMITS[0], {"prepare": _hooked}, "has a hook"),
     "hidden states": ("llama", LIMITS[0], {"output_hidden_states": True}, "hidden states"),
     "gradients": ("llama", LIMITS[0], {"grad": True}, "gradients"),
     "frequencies": ("llama_dynamic", LIMITS[0], {}, "dynamic"),
     "positions": ("opt", LIMITS[0], {}, "position_ids"),
 }
+
+
+@torch.no_grad()
+def test_entries_of_a_longer_call_are_made_first() -> None:
+    model, ids = lc.patch(LLAMA.make(), INF_LLM.method(LLAMA)), LLAMA.prompt(40)
+    with recorders() as again:
+        cache, said = model(ids[:, :24]).past_key_values, []  # the last 8 tokens at once, two blocks
+        for i in range(24, 40):
+            model(ids[:, i : i + 1], past_key_values=cache)
+            said.append(lc.report(model).eager)
+    assert "made first" in (said[0] or "")
+    assert said[1:] == [None] * 15
+    assert again.replayed > 5
 
 
 @pytest.mark.parametrize("why", REASONS)
@@ -306,7 +342,7 @@ def test_a_choice_that_could_not_be_recorded_is_made(monkeypatch: pytest.MonkeyP
 
 def test_patched_gives_the_setting_back() -> None:
     model = lc.patch(LLAMA.make(), "dense", cuda_graph=False)
-    with lc.patched(model, "quest", token_budget=32):
+    with lc.patched(model, "quest", token_budget=48):
         pass
     with recorders() as again:
         generate(model, single(LLAMA))

@@ -1,4 +1,4 @@
-"""`generate()` with a prompt whose blocks of queries share a choice: the last token chooses for itself."""
+"""`generate()` with a prompt whose blocks of queries share a choice: its last tokens choose for themselves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INF = {"init": 4, "local": 8, "block": 4, "topk": 1, "representatives": 2, "q_bl
 
 
 @pytest.mark.parametrize(("chunk", "padded"), [(None, False), (16, False), (None, True)])
-def test_generate_reads_the_last_token_apart(chunk: int | None, padded: bool) -> None:
+def test_generate_reads_the_last_tokens_apart(chunk: int | None, padded: bool) -> None:
     model = BY_NAME["llama"].make()
     ids = BY_NAME["llama"].prompt(48, rows=2)
     mask = torch.ones_like(ids)
@@ -21,8 +21,10 @@ def test_generate_reads_the_last_token_apart(chunk: int | None, padded: bool) ->
         mask[0, :5] = 0
     lc.patch(model, "inf_llm", **INF)
     with torch.no_grad():
-        head = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
-        last = model(ids[:, -1:], attention_mask=mask, past_key_values=head.past_key_values).logits[:, -1]
+        cache = model(ids[:, :16], attention_mask=mask[:, :16], use_cache=True).past_key_values
+        for end in (24, 32, 40, 48):
+            said = model(ids[:, end - 8 : end], attention_mask=mask[:, :end], past_key_values=cache)
+        last = said.logits[:, -1]
         together = model(ids, attention_mask=mask).logits[:, -1]
     assert not torch.allclose(last, together)  # else this shows nothing
     out = model.generate(
@@ -43,7 +45,7 @@ def test_a_short_prompt_is_one_call_and_unpatch_leaves_nothing() -> None:
     model = BY_NAME["llama"].make()
     calls: list[int] = []
     model.model.register_forward_pre_hook(lambda *a: calls.append(a[2]["input_ids"].shape[1]), with_kwargs=True)
-    for method, knobs, wanted in (("inf_llm", INF, [9]), ("dense", {}, [30]), ("inf_llm", INF, [29, 1])):
+    for method, knobs, wanted in (("inf_llm", INF, [9]), ("dense", {}, [90]), ("inf_llm", INF, [58, 8, 8, 8, 8])):
         lc.patch(model, method, **knobs)
         calls.clear()
         size = sum(wanted)

@@ -80,10 +80,10 @@ LIMITS: tuple[Row, ...] = (
     Row("quest_budget", lambda case: lc.Quest(TOKENS, page=4, dense_layers=0)),
     Row("quest_budget_with_forced", lambda case: lc.Quest(TOKENS, page=4, dense_layers=0, sink=6, local=7)),
     Row("quest_budget_per_query_head", lambda case: lc.Quest(TOKENS, page=4, dense_layers=0, share="q_head")),
-    Row("quest_all_layers_dense", lambda case: lc.Quest(8, page=4, dense_layers=case.layers)),
+    Row("quest_all_layers_dense", lambda case: lc.Quest(8, page=4, sink=0, dense_layers=case.layers)),
     Row("xattention_tau_1", lambda case: lc.XAttention(stride=4, tau=1.0, block=8, dense_below=0)),
     Row("xattention_dense_below", lambda case: lc.XAttention(stride=4, tau=0.2, block=8, dense_below=TOKENS)),
-    Row("quest_dense_below", lambda case: lc.Quest(8, page=4, dense_layers=0, dense_below=TOKENS)),
+    Row("quest_dense_below", lambda case: lc.Quest(8, page=4, sink=0, dense_layers=0, dense_below=TOKENS)),
     Row("lserve_budget", _lserve(0.0, token_budget=TOKENS + 4, kv="native", stride=8, tau=1.0)),
     Row("lserve_wide_window", _lserve(0.5, token_budget=TOKENS + 4, kv="native", sinks=4, window=TOKENS - 4)),
     Row("inf_llm_local", _inf_limit, in_cache=True),
@@ -97,12 +97,17 @@ LOSSY: tuple[Row, ...] = (
 """Windows so small that a text of some tens of tokens is mostly dropped, and every ring goes round several times."""
 
 SELECTING: tuple[Row, ...] = (
-    Row("quest", lambda case: lc.Quest(8, page=4, dense_layers=0)),
+    Row("quest", lambda case: lc.Quest(8, page=4, sink=0, dense_layers=0)),
     Row("xattention", lambda case: lc.XAttention(stride=4, tau=0.2, block=8, dense_below=0)),
     Row("lserve", _lserve(0.5, token_budget=16, kv="int4", sinks=2, window=5, prefill_window=9)),
     Row(
         "inf_llm",
         lambda case: lc.InfLLM(init=4, local=6, block=4, topk=1, representatives=2, q_block=8, resident_blocks=2),
+        in_cache=True,
+    ),
+    Row(
+        "inf_llm_by_attention",
+        lambda case: lc.InfLLM(4, 6, 4, 1, 2, "attention", q_block=8, resident_blocks=2),
         in_cache=True,
     ),
 )

@@ -24,7 +24,7 @@ def test_all_axes_at_once() -> None:
     plan = compose(FACTS, lc.XAttention(tau=TAU), quest, lc.DuoHeads(GATES), "int4", lc.HostLRU(8))
     assert plan.method == "xattention + quest + duo_heads + int4 + host_lru"
     near = lc.HeadPolicy(lc.SinkWindow(128, 256), lc.Absolute(), kv=lc.Int4KV())
-    decode = lc.Selector(UpperBound(MinMax()), TopK(4080))
+    decode = lc.Selector(UpperBound(MinMax()), TopK(4064), sink=4)
 
     def far(*tau: float) -> lc.HeadPolicy:
         prefill = lc.Selector(Antidiagonal(), Mass(tau), sink=1, share="q_head", dense_below=4096)

@@ -22,7 +22,7 @@ START = 32
 
 SPARSE: dict[str, Callable[[int], Any]] = {
     "xattention": lambda below: lc.XAttention(stride=4, tau=0.2, block=8, dense_below=below),
-    "quest": lambda below: lc.Quest(8, page=4, dense_layers=0, dense_below=below),
+    "quest": lambda below: lc.Quest(8, page=4, sink=0, dense_layers=0, dense_below=below),
 }
 methods = pytest.mark.parametrize("name", SPARSE)
 

@@ -19,7 +19,7 @@ from hf_longctx.methods import METHODS
 from hf_longctx.models import ModelFacts, inspect_model
 from hf_longctx.select.budgets import Mass, TopK
 from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, UpperBound
-from hf_longctx.select.summaries import MinMax, Representatives
+from hf_longctx.select.summaries import Means, MinMax, Representatives
 from hf_longctx.tune.thresholds import Thresholds
 
 from ..integration.cases import BY_NAME, ORIGINAL
@@ -60,7 +60,7 @@ def test_plans_survive_json_and_keep_the_models_own_windows(row: Any, case: Any)
 
 def test_quest_is_dense_in_its_first_layers() -> None:
     plan = lc.Quest(token_budget=2048, dense_layers=1).plan(FACTS)
-    selector = lc.Selector(UpperBound(MinMax(16, 16)), TopK(2032))
+    selector = lc.Selector(UpperBound(MinMax(16, 16)), TopK(2016), sink=4)
     dense = lc.HeadPolicy(lc.KeepAll(), lc.Absolute())
     sparse = lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), decode=selector)
     assert policies(plan) == [[((0, 1), dense)], [((0, 1), sparse)]]
@@ -107,10 +107,12 @@ def test_lserve_splits_heads_and_hands_each_head_its_own_threshold() -> None:
 
 def test_inf_llm_uses_one_selector_for_both_phases() -> None:
     plan = lc.InfLLM(init=256, local=200, topk=3, kv="int8", host_ram="1GiB").plan(FACTS)
-    selector = lc.Selector(RepresentativeDot(Representatives(128, 4), 512), TopK(384), sink=256, local=200)
+    selector = lc.Selector(RepresentativeDot(Means(128, 16), 512), TopK(384), sink=256, local=200)
     place = lc.HostLRU(32, "1GiB")
     policy = lc.HeadPolicy(lc.KeepAll(), lc.Clamped(199), selector, selector, lc.Int8KV(), place)
     assert policies(plan) == [[((0, 1), policy)]] * 2
+    scorer = lc.InfLLM(representatives=4, by="attention").plan(FACTS).layers[0].groups[0].policy.decode.scorer
+    assert scorer == RepresentativeDot(Representatives(128, 4), 512)
     on_device = lc.InfLLM(local=200, offload=False).plan(FACTS)
     assert {group.policy.placement for layer in on_device.layers for group in layer.groups} == {None}
 
@@ -200,8 +202,8 @@ def test_limit_rows_have_room_for_the_text() -> None:
 # refusals -------------------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[Callable[[], Any], str]] = [
-    (lambda: lc.Quest(token_budget=100), "Quest: expected token_budget as whole pages of 16 tokens, at least 32"),
-    (lambda: lc.Quest(token_budget=16), "1 with the last tokens and one to choose; got 16. Give 32"),
+    (lambda: lc.Quest(token_budget=100), "Quest: expected token_budget as whole pages of 16 tokens, at least 48"),
+    (lambda: lc.Quest(token_budget=16), "1 with the last tokens and one to choose; got 16. Give 48"),
     (lambda: lc.Quest(token_budget=64, sink=17, local=2), "at least 80: 2 with sinks, 2 with the last tokens"),
     (lambda: lc.Quest(token_budget=2048.0), "got 2048.0"),  # type: ignore[arg-type]
     (lambda: lc.Quest(page=0), "MinMax: expected block as a whole number >= 1; got 0"),
@@ -230,7 +232,10 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: lc.InfLLM(topk=-1), "InfLLM: expected topk as a whole number >= 1; got -1"),
     (lambda: lc.InfLLM(offload=False, host_ram="8GiB"), "InfLLM: expected offload True beside host_ram"),
     (lambda: lc.InfLLM(local=0), "expected local"),
-    (lambda: lc.InfLLM(representatives=129), "expected a count between 1 and the block"),
+    (lambda: lc.InfLLM(representatives=129, by="attention"), "expected a count between 1 and the block"),
+    (lambda: lc.InfLLM(representatives=5), "InfLLM: expected representatives that divide the block of 128; got 5"),
+    (lambda: lc.InfLLM(representatives=0), "InfLLM: expected representatives as a whole number >= 1; got 0"),
+    (lambda: lc.InfLLM(by="mass"), "InfLLM: expected by as 'place' or 'attention'; got 'mass'"),  # type: ignore[arg-type]
     (lambda: lc.InfLLM(q_block=0), "expected q_block"),
     (lambda: lc.InfLLM(resident_blocks=-1), "expected resident_blocks"),
     (lambda: lc.InfLLM(host_ram="much"), "expected ram"),

@@ -17,11 +17,12 @@ from hf_longctx.plan import Selector
 from hf_longctx.plan.axes import PRIMITIVES
 from hf_longctx.select.budgets import Mass, TopK
 from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, UpperBound
-from hf_longctx.select.summaries import MinMax, Representatives
+from hf_longctx.select.summaries import Means, MinMax, Representatives
 
 from . import draws
 
 BOUND, DOT, TILES = UpperBound(MinMax(16, 4)), RepresentativeDot(Representatives(16, 2)), Antidiagonal(16, 4)
+RUNS = Selector(RepresentativeDot(Means(16, 4), 64), TopK(32))
 ABSOLUTE, CLAMPED, IN_CACHE, KEEP_ALL = lc.Absolute(), Clamped(8), lc.InCache(), lc.KeepAll()
 
 
@@ -51,6 +52,7 @@ def test_every_primitive_survives_json() -> None:
         ),
         lc.HeadPolicy(KEEP_ALL, CLAMPED, together, together, Int4KV(), HostLRU(2, ram="3GiB", disk="kv.bin")),
         lc.HeadPolicy(lc.SinkWindow(1, 2, 3), IN_CACHE, kv=Int4KV()),
+        lc.HeadPolicy(KEEP_ALL, ABSOLUTE, RUNS, RUNS),
     ]
     text = ""
     for policy in policies:

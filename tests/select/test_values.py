@@ -16,7 +16,7 @@ from hf_longctx.cache.positions import Clamped
 from hf_longctx.plan import Selector
 from hf_longctx.select.budgets import Mass, TopK
 from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, UpperBound
-from hf_longctx.select.summaries import MinMax, Representatives
+from hf_longctx.select.summaries import Means, MinMax, Representatives
 
 BOUND, DOT, TILES = UpperBound(MinMax(16, 4)), RepresentativeDot(Representatives(16, 2)), Antidiagonal(16, 4)
 ABSOLUTE, CLAMPED, KEEP_ALL = lc.Absolute(), Clamped(8), lc.KeepAll()
@@ -32,6 +32,9 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (MinMax, {"block": 16, "sub": 4.0}, "MinMax: expected sub as a whole number >= 1; got 4.0."),
     (MinMax, {"block": 16, "sub": 5}, "MinMax: expected a block of whole logical pages; got block=16, sub=5."),
     (MinMax, {"block": 8, "sub": 16}, "MinMax: expected a block of whole logical pages; got block=8, sub=16."),
+    (Means, {"sub": 0}, "Means: expected sub as a whole number >= 1; got 0."),
+    (Means, {"block": 128.0}, "Means: expected block as a whole number >= 1; got 128.0."),
+    (Means, {"block": 16, "sub": 5}, "Means: expected a block of whole runs of keys; got block=16, sub=5."),
     (Representatives, {"count": 0}, "Representatives: expected count as a whole number >= 1; got 0."),
     (Representatives, {"count": 4.0}, "Representatives: expected count as a whole number >= 1; got 4.0."),
     (Representatives, {"count": True}, "Representatives: expected count as a whole number >= 1; got True."),
@@ -81,6 +84,7 @@ DESCRIBED = [
     (MinMax(16, 16), "bounds of 16"),
     (MinMax(64, 16), "bounds of 64 in 16s"),
     (Representatives(128, 4), "4 representatives of 128"),
+    (Means(128, 16), "8 means of 128"),
     (BOUND, "upper bound (bounds of 16 in 4s)"),
     (DOT, "2 representatives of 16"),
     (TILES, "antidiagonals (16, stride 4)"),

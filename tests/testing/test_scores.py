@@ -11,7 +11,7 @@ import torch
 from hf_longctx.plan import Selector
 from hf_longctx.select.budgets import Mass, TopK
 from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, UpperBound
-from hf_longctx.select.summaries import MinMax, Representatives
+from hf_longctx.select.summaries import Means, MinMax, Representatives
 from hf_longctx.testing.scores import score
 from hf_longctx.testing.visible import Span
 
@@ -48,6 +48,15 @@ def test_representatives_are_the_keys_with_most_mass_and_of_equal_ones_the_first
     for count, mean in ((1, 2), (2, 1.5), (3, 2), (4, 2.75)):  # by mass: 2, then 1 before 3, then 5
         selector = Selector(RepresentativeDot(Representatives(4, count), 2), TopK(4))
         assert score(selector, at, 4, 5, mass).tolist() == [[2 * mean, -INF]]  # the mean query is (2, 0)
+
+
+def test_of_the_means_of_runs_the_largest_product_counts() -> None:
+    keys = [[1, 0], [5, 0], [2, 0], [3, 0], [0, 0], [0, 0]]
+    queries = [[0, 0]] * 4 + [[1, 0], [3, 0]]
+    at = scene([queries], [keys], [Span(0, 5, False)])
+    for sub, mean in ((1, 5), (2, 3), (4, 2.75)):
+        selector = Selector(RepresentativeDot(Means(4, sub), 2), TopK(4))
+        assert score(selector, at, 4, 5, NONE).tolist() == [[2 * mean, -INF]]
 
 
 def test_clamped_representatives_are_not_rotated_and_their_query_stands_at_the_edge() -> None:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from . import attend, library, select, store
+from . import attend, host, library, norm, prefill, rotary, select, store
 
-OPS = {**attend.OPS, **select.OPS, **store.OPS}
+OPS = {
+    **attend.OPS,
+    **prefill.OPS,
+    **select.OPS,
+    **store.OPS,
+    **host.OPS,
+    **norm.OPS,
+    **rotary.OPS,
+}
 
 
 def missing() -> str | None:

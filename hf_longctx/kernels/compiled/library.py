@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..types import Packed
 
-ABI = 1
+ABI = 2
 FEW = 8
 """Queries, or fresh tokens, of a row that an operation takes."""
 
@@ -62,6 +62,27 @@ class HflAttend(ctypes.Structure):
     )
 
 
+class HflPrefill(ctypes.Structure):
+    """`hfl_prefill`."""
+
+    __slots__ = ()
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("batch", "q_heads", "kv_heads", "tokens", "stored", "dim", "dtype")),
+        *(
+            (f"{name}{axis}", ctypes.c_int64 if axis else ctypes.c_void_p)
+            for name in ("q", "k", "v", "out")
+            for axis in ("", "_b", "_h", "_t")
+        ),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, ctypes.c_void_p) for name in ("sink_logits", "slopes", "q_pos")),
+        *((name, ctypes.c_int64) for name in ("q_pos_b", "sink", "window")),
+        *((name, ctypes.c_void_p) for name in ("ids", "pages")),
+        *((name, ctypes.c_int64) for name in ("ids_b", "ids_h", "ids_n")),
+        *((name, ctypes.c_int32) for name in ("select_heads", "chosen", "block", "q_block")),
+        ("stream", ctypes.c_void_p),
+    )
+
+
 def path() -> Path:
     """Where the library is looked for: `$HF_LONGCTX_LIB`, or beside the package."""
     return Path(os.environ.get("HF_LONGCTX_LIB") or Path(__file__).parents[2] / "_C.so")
@@ -78,7 +99,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         abi = library.hfl_abi()
         if abi != ABI:
             return None, f"its library has interface {abi}, this package {ABI}: install the package again"
-        for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op in _OPS for kind in ("cpu", "cuda"))):
+        for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op, kinds in _OPS.items() for kind in kinds)):
             getattr(library, name).restype = ctypes.c_char_p
         for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch"):
             getattr(library, name).restype = ctypes.c_int64
@@ -87,7 +108,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-_OPS = ("attend", "score", "pick", "append")
+_OPS = {
+    **dict.fromkeys(("attend", "score", "pick", "append"), ("cpu", "cuda")),
+    **dict.fromkeys(("prefill", "bring", "copy", "norm", "turn"), ("cuda",)),
+}
 
 
 def reason(device: torch.device) -> str | None:
@@ -169,6 +193,11 @@ def run(op: str, block: ctypes.Structure, device: torch.device) -> None:
 def aligned(x: Tensor) -> bool:
     """True if the first element and every row are at a multiple of 16 bytes."""
     return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
+
+
+def reason_on_cuda(x: Tensor) -> str | None:
+    """`reason` for an operation that has code for CUDA alone: what it saves there, launches, a CPU does not have."""
+    return reason(x.device) or (None if x.is_cuda else "is for CUDA: there it is one launch in place of many")
 
 
 def laid_out(x: Tensor) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from ..dispatch import Implementation
 from .append import append, append_pages
 from .attend import attend_blocks, attend_pages
+from .host import bring_blocks, copy_blocks
 from .kv import decode_kv, encode_kv
+from .norm import rms_norm
 from .pick import pick_blocks
-from .rotate import rotate
+from .rotate import rotate, rotate_heads
 from .score import score_antidiagonal, score_pages
 from .selected import attend_mass
 
@@ -19,8 +21,12 @@ OPS = {
     "score_antidiagonal": Implementation(score_antidiagonal),
     "pick_blocks": Implementation(pick_blocks),
     "rotate": Implementation(rotate),
+    "rotate_heads": Implementation(rotate_heads),
+    "rms_norm": Implementation(rms_norm),
     "append": Implementation(append),
     "append_pages": Implementation(append_pages),
+    "bring_blocks": Implementation(bring_blocks),
+    "copy_blocks": Implementation(copy_blocks),
     "encode_kv": Implementation(encode_kv),
     "decode_kv": Implementation(decode_kv),
 }

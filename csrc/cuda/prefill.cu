@@ -1,0 +1,88 @@
+// ops.attend_blocks: attention of many queries over all keys before them, sinks and a window, or chosen blocks.
+//
+// Paper: FlashAttention 2, arXiv:2307.08691; lists of blocks as in XAttention, arXiv:2503.16428.
+// Shapes: q [B, Hq, T, D], k and v [B, Hkv, S, D], D 64, 96, 128 or 256; positions below 2^31.
+// Work: a block of threads has 128 queries (64 for D = 256) of one head. It goes through the tiles of 64 keys that one
+//   of them may see and reads no other: of the list of its head and block of queries, or else the sinks and the band of
+//   the window. Only tiles that some query does not see as a whole are masked. Products are mma.m16n8k16; a warp has 32
+//   queries (16), whose results stay in registers. While keys are multiplied the values of the tile are on their way,
+//   and while those are, the keys of the next.
+// Grid: (B * Hq * tiles of queries), in the order of QueryTile; 128 threads.
+// Shared memory: 32 KiB (D = 64), 48, 64 or 96 KiB (D = 256), of which two blocks share a multiprocessor that has room.
+// Bound by: tensor cores as mma.sync drives them: 350 TFLOP/s on an H100 (D = 128, 128K, a tenth of the
+//   blocks); a large matrix product reaches 750 there.
+#include <initializer_list>
+
+#include "prefill_mma.cuh"
+
+namespace hfl {
+namespace {
+
+struct Kernel {
+  const void* function;
+  int rows, threads, bytes;
+};
+
+template <int D>
+Kernel kernel_of(bool bf16) {
+  using R = PrefillRoom<D>;
+  const void* function = bf16 ? reinterpret_cast<const void*>(&prefill_mma_kernel<D, true>)
+                              : reinterpret_cast<const void*>(&prefill_mma_kernel<D, false>);
+  return {function, R::ROWS, R::THREADS, R::BYTES};
+}
+
+Kernel kernel_of(const hfl_prefill& a) {
+  const bool bf16 = a.dtype == HFL_BF16;
+  if (a.dim == 64) return kernel_of<64>(bf16);
+  if (a.dim == 96) return kernel_of<96>(bf16);
+  return a.dim == 128 ? kernel_of<128>(bf16) : kernel_of<256>(bf16);
+}
+
+bool aligned(const void* p, std::initializer_list<int64_t> strides) {
+  bool all = reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  for (int64_t stride : strides) all = all && stride % 8 == 0;
+  return all;
+}
+
+const char* check(const hfl_prefill& a) {
+  if (a.dtype != HFL_F16 && a.dtype != HFL_BF16) return "attend_blocks: expected float16 or bfloat16";
+  if (a.dim != 64 && a.dim != 96 && a.dim != 128 && a.dim != 256) {
+    return "attend_blocks: expected keys and values of 64, 96, 128 or 256 channels";
+  }
+  if (a.batch < 1 || a.kv_heads < 1 || a.tokens < 1 || a.stored < 1) return "attend_blocks: expected no empty axis";
+  if (a.q_heads < 1 || a.q_heads % a.kv_heads) return "attend_blocks: expected q_heads as a multiple of kv_heads";
+  if (!a.q_pos && a.stored < a.tokens) return "attend_blocks: expected no more queries than keys";
+  if (!aligned(a.q, {a.q_b, a.q_h, a.q_t}) || !aligned(a.k, {a.k_b, a.k_h, a.k_t}) ||
+      !aligned(a.v, {a.v_b, a.v_h, a.v_t}) || !aligned(a.out, {a.out_b, a.out_h, a.out_t})) {
+    return "attend_blocks: expected rows that begin at multiples of 16 bytes";
+  }
+  if (!(a.scale > 0.0f)) return "attend_blocks: expected a scale above zero";
+  if (a.sink < 0) return "attend_blocks: expected no negative sink";
+  if (a.ids) {
+    if (a.chosen < 1) return "attend_blocks: expected lists of at least one block";
+    if (a.block < 64 || a.block % 64) return "attend_blocks: expected blocks of a multiple of 64 keys";
+    if (a.q_block < 128 || a.q_block % 128) return "attend_blocks: expected blocks of a multiple of 128 queries";
+    if (a.select_heads != 1 && a.select_heads != a.kv_heads && a.select_heads != a.q_heads) {
+      return "attend_blocks: expected a selection for all heads, each KV head or each query head";
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace hfl
+
+extern "C" const char* hfl_prefill_cuda(const hfl_prefill* a) {
+  const char* message = hfl::check(*a);
+  if (message) return message;
+  const hfl::Kernel kernel = hfl::kernel_of(*a);
+  hfl::PrefillTask p = {*a, a->q_heads / a->kv_heads, (a->tokens + kernel.rows - 1) / kernel.rows};
+  const int64_t blocks = static_cast<int64_t>(a->batch) * a->q_heads * p.tiles;
+  if (blocks > INT_MAX) return "attend_blocks: expected fewer than 2^31 tiles of queries";
+  cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  void* arguments[] = {&p};
+  error = cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(blocks)), dim3(kernel.threads), arguments,
+                           static_cast<size_t>(kernel.bytes), static_cast<cudaStream_t>(a->stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}

@@ -1,0 +1,62 @@
+"""`ops.rms_norm` in the compiled library."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Implementation
+from . import library
+
+MOST_CHANNELS = 16384
+
+
+class HflNorm(ctypes.Structure):
+    """`hfl_norm`."""
+
+    __slots__ = ()
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("outer", "middle", "inner", "dim", "dtype", "weight_dtype", "early")),
+        *((name, ctypes.c_float) for name in ("eps", "offset")),
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("x_o", "x_m", "x_i")),
+        *((name, ctypes.c_void_p) for name in ("weight", "out", "stream")),
+    )
+
+
+def reject(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> str | None:
+    """Why the library does not take these arguments, or None."""
+    reason = library.reason_on_cuda(x)
+    if reason is not None:
+        return reason
+    if not 1 <= x.ndim <= 4 or not x.numel():
+        return "takes 1 to 4 axes, none of them empty"
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return "computes no gradients"
+    if weight.device != x.device:
+        return "needs rows and weight on one device"
+    dtypes = {x.dtype, weight.dtype}
+    if not dtypes <= library.DTYPES.keys() or (len(dtypes) > 1 and torch.float32 not in dtypes):
+        return "needs rows and weight in one dtype, float32, float16 or bfloat16, or one of them in float32"
+    if x.shape[-1] % 8 or x.shape[-1] > MOST_CHANNELS:
+        return f"takes a multiple of 8 channels, at most {MOST_CHANNELS}"
+    if not library.aligned(x) or not library.aligned(weight) or {x.stride(-1), weight.stride(-1)} != {1}:
+        return "needs channels that lie side by side, and rows that begin at multiples of 16 bytes"
+    return None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tensor:
+    """`ops.rms_norm`."""
+    rows = x[(None,) * (4 - x.ndim)]
+    dtype = torch.promote_types(x.dtype, weight.dtype) if early else x.dtype
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    block = HflNorm(*rows.shape, library.DTYPES[x.dtype], library.DTYPES[weight.dtype], early, eps, offset)
+    block.x, (block.x_o, block.x_m, block.x_i) = x.data_ptr(), rows.stride()[:3]
+    block.weight, block.out = weight.data_ptr(), out.data_ptr()
+    library.run("norm", block, x.device)
+    return out
+
+
+OPS = {"rms_norm": Implementation(rms_norm, reject)}

@@ -1,0 +1,16 @@
+"""The norm of a row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tensor:
+    """The definition of `ops.rms_norm`."""
+    rows = x.float()
+    unit = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps)
+    scale = weight.float() + offset
+    if not early:
+        return (unit * scale).to(x.dtype)
+    return (unit.to(x.dtype).float() * scale).to(torch.promote_types(x.dtype, weight.dtype))
