@@ -124,8 +124,7 @@ template <int D, Format F>
 struct Room {
   using S = Slab<D, F>;
   static constexpr int WARPS = D == 256 ? 2 : 4;
-  static constexpr int BLOCKS = 3;  // of a multiprocessor
-  static constexpr int WANTED = 65536 / (WARPS * 2 * S::BYTES), MOST = BLOCKS == 4 ? 3 : 4;
+  static constexpr int WANTED = 65536 / (WARPS * 2 * S::BYTES), MOST = F == Format::int4 ? 3 : 4;
   static constexpr int STAGES = WANTED < 2 ? 2 : WANTED > MOST ? MOST : WANTED;
   static constexpr int SIDE = S::PACKED ? 8 * S::KEYS : 0;  // scales and zeros of keys and of their values
   static constexpr int NOTES = S::KEYS * 4 + 16;            // positions of keys; whether all queries see all of them

@@ -26,8 +26,7 @@ __device__ void prepare_queries(const AttendTask& p, const Unit& unit, unsigned 
 }
 
 template <int D, Format F>
-__global__ __launch_bounds__(Room<D, F>::WARPS * 32, Room<D, F>::BLOCKS) void attend_kernel(
-    const __grid_constant__ AttendTask p) {
+__global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const __grid_constant__ AttendTask p) {
   using R = Room<D, F>;
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -37,7 +36,6 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, Room<D, F>::BLOCKS) void at
   Keys<Slab<D, F>::KEYS> keys(p, unit);
   wait_for_previous(unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
 
-  Queries<D, F>::copy(p, unit, shared);
   const int place = unit.position(p, lane % ROWS);
   int each = 0;  // slabs of a block
   {
@@ -51,7 +49,8 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, Room<D, F>::BLOCKS) void at
 #pragma unroll
       for (int i = 0; i < R::STAGES; ++i) found[i] = mine.find(first + i * R::WARPS, end);
     };
-    if (keys.listed()) share_out();  // while the positions are on their way
+    if (keys.listed()) share_out();
+    Queries<D, F>::copy(p, unit, shared);  // while positions, and what tells where keys lie, are on their way
     const int high = __reduce_max_sync(0xffffffffu, place);
     const int low = __reduce_min_sync(0xffffffffu, place < 0 ? INT_MAX : place);
     keys.bound(p.a, high < 0 ? 0 : low, high);

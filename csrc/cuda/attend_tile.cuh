@@ -60,15 +60,18 @@ struct Slab {
     return PACKED ? (i / UNIT_V * 8 + row) * UNIT_V + i % UNIT_V : i * 8 + row;
   }
 
-  // One lane's part of copying a slab; `column` of the first KEYS lanes is where each key lies, -1: zeros.
-  template <bool OF_KEYS>
-  __device__ static void copy(unsigned char* to, const unsigned char* rows, uint32_t stride, int column, int lane) {
+  // One lane's part of copying a slab's keys, its values or both; `column` of the first KEYS lanes is where each key
+  // lies, -1: zeros.
+  template <bool OF_KEYS, bool OF_VALUES>
+  __device__ static void copy(unsigned char* keys, const unsigned char* k, uint32_t k_stride, unsigned char* values,
+                              const unsigned char* v, uint32_t v_stride, int column, int lane) {
 #pragma unroll 4
     for (int i = 0; i < KEYS * CHUNKS / 32; ++i) {
       const int at = i * 32 + lane, row = at / CHUNKS, chunk = at % CHUNKS;
       const int from = __shfl_sync(0xffffffffu, column, row);
-      const int place = OF_KEYS ? key_chunk(row, chunk) : value_chunk(row, chunk);
-      copy_async(to + place * 16, rows + static_cast<uint64_t>(from < 0 ? 0 : from) * stride + chunk * 16, from >= 0);
+      const uint64_t safe = static_cast<uint64_t>(from < 0 ? 0 : from);
+      if (OF_KEYS) copy_async(keys + key_chunk(row, chunk) * 16, k + safe * k_stride + chunk * 16, from >= 0);
+      if (OF_VALUES) copy_async(values + value_chunk(row, chunk) * 16, v + safe * v_stride + chunk * 16, from >= 0);
     }
   }
 

@@ -13,15 +13,17 @@ struct Warp {
   static constexpr float LIFT = F == Format::bf16 ? 0.0f : 10.0f;
   // Binary places by which a logit may exceed `top` before all that was summed up is scaled down.
   static constexpr float SLACK = F == Format::bf16 ? 8.0f : 4.0f;
+  static constexpr int WIDTH = S::PACKED ? 1 : 2;  // bytes of what strides of rows count
 
   const AttendTask& p;
   const Unit& unit;
   const Keys<S::KEYS>& keys;
   unsigned char* ring;
   Logits<D, F> logits;
+  const unsigned char *k, *v;        // rows of the head
   Found next;                        // of the slab after those in the ring
   int lane;
-  int eights;                        // packed: columns that 8 keys, those of group lane % 4, lie at begin here
+  int eights = -1;                   // packed: columns that 8 keys, those of group lane % 4, lie at begin here
   float out[D / 16][4];              // channels g of eights 2i and 2i + 1, queries 2c and 2c + 1
   float top[2], total[2], shift[2];  // a logit near the largest; sums of weights and, packed, of weights * zeros
   int level = 0;                     // packed: out and shift are divided by 2^(level - 127), the largest scale so far
@@ -30,6 +32,7 @@ struct Warp {
                   int lane_)
       : p(p_), unit(unit_), keys(keys_), ring(shared + warp * R::WARP), logits{p_, keys_, shared, ring, lane_},
         lane(lane_) {
+    k = rows_of(p.a.k), v = rows_of(p.a.v);
 #pragma unroll
     for (int j = 0; j < 2; ++j) top[j] = NOTHING, total[j] = shift[j] = 0.0f;
 #pragma unroll
@@ -44,8 +47,7 @@ struct Warp {
   __device__ void begin(int slab, int end, const Found (&found)[R::STAGES]) {
 #pragma unroll
     for (int i = 0; i < R::STAGES; ++i) {
-      const int column = copy_keys(i, slab + i * R::WARPS, end, found[i]);
-      copy_values(i, slab + i * R::WARPS, end, column);
+      copy<true, true>(i, slab + i * R::WARPS, end, found[i], -1);
     }
     next = find(slab + R::STAGES * R::WARPS, end);
   }
@@ -59,7 +61,7 @@ struct Warp {
       const bool all = logits.compute(x, stage);
       __syncwarp();  // all lanes have read the keys: others may take their place
       const int ahead = slab + R::STAGES * R::WARPS;
-      const int column = copy_keys(stage, ahead, end, next);
+      const int column = copy<true, false>(stage, ahead, end, next, -1);
       next = find(ahead + R::WARPS, end);
       weigh(x);
       copy_wait<2 * R::STAGES - 1>();
@@ -71,7 +73,7 @@ struct Warp {
         S::add_values(out, weights[2 * i], weights[2 * i + 1], ring + R::VALUES + stage * S::BYTES, i * 16, lane);
       }
       __syncwarp();
-      copy_values(stage, ahead, end, column);
+      copy<false, true>(stage, ahead, end, next, column);
     }
     copy_wait<0>();
     const float up = __uint_as_float(static_cast<uint32_t>(level) << 23);
@@ -110,52 +112,53 @@ struct Warp {
   }
 
  private:
+  __device__ const unsigned char* rows_of(const hfl_rows& rows) const {
+    return static_cast<const unsigned char*>(rows.data) + (unit.batch * rows.b + unit.kv_head * rows.h) * WIDTH;
+  }
+  __device__ const __half* sides_of(const hfl_rows& rows) const {
+    return static_cast<const __half*>(lane & 4 ? rows.zero : rows.scale) + unit.batch * rows.scale_b +
+           unit.kv_head * rows.scale_h;
+  }
   __device__ static float over_keys(float x) {
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
   }
 
-  // Begin to copy a slab's keys, or nothing beyond the end; always one group. Returns the column of key l % KEYS.
-  __device__ int copy_keys(int stage, int slab, int end, const Found& found) {
-    int column = -1;
+  // Begin to copy a slab's keys, its values or both, or nothing beyond the end; one group for each. Returns the column
+  // of key l % KEYS, which those who copy values only give.
+  template <bool OF_KEYS, bool OF_VALUES>
+  __device__ int copy(int stage, int slab, int end, const Found& found, int column) {
     if (slab < end) {
-      const int2 place = keys.place(p, slab, found, lane);
-      column = place.x;
-      int* notes = reinterpret_cast<int*>(ring + R::NOTED + stage * R::NOTES);
-      const int all = __all_sync(0xffffffffu, keys.seen_by_all(place.y));
-      if (lane < S::KEYS) notes[lane] = place.y;
-      if (lane == 0) notes[S::KEYS] = all;
-      copy<true>(p.a.k, stage, column);
+      if (OF_KEYS) column = note(stage, slab, found);
+      S::template copy<OF_KEYS, OF_VALUES>(ring + R::KEYS + stage * S::BYTES, k, stride(p.a.k),
+                                           ring + R::VALUES + stage * S::BYTES, v, stride(p.a.v), column, lane);
+      if constexpr (S::PACKED) {
+        unsigned char* sides = ring + R::SIDES + stage * R::SIDE + lane * 16;
+        if (OF_KEYS && lane < 8) copy_async(sides, sides_of(p.a.k) + max(eights, 0), eights >= 0);
+        if (OF_VALUES && lane < 8) copy_async(sides + R::SIDE / 2, sides_of(p.a.v) + max(eights, 0), eights >= 0);
+      }
     }
-    copy_commit();
+    if (OF_KEYS) copy_commit();
+    if (OF_VALUES) copy_commit();
     return column;
   }
-  __device__ void copy_values(int stage, int slab, int end, int column) {
-    if (slab < end) copy<false>(p.a.v, stage, column);
-    copy_commit();
-  }
-  template <bool OF_KEYS>
-  __device__ void copy(const hfl_rows& rows, int stage, int column) {
-    constexpr int width = S::PACKED ? 1 : 2;  // bytes of what strides count
-    const unsigned char* data =
-        static_cast<const unsigned char*>(rows.data) + (unit.batch * rows.b + unit.kv_head * rows.h) * width;
-    unsigned char* to = ring + (OF_KEYS ? R::KEYS : R::VALUES) + stage * S::BYTES;
-    S::template copy<OF_KEYS>(to, data, static_cast<uint32_t>(rows.t) * width, column, lane);
-    if constexpr (S::PACKED) {  // of 8 keys 16 bytes: lanes 0 to 3 scales, 4 to 7 zeros
-      if (OF_KEYS) {  // any key that is there tells where its eight begin
-        const unsigned there = __ballot_sync(0xffffffffu, column >= 0) >> (lane & 3) * 8 & 0xffu;
-        const int which = there ? __ffs(static_cast<int>(there)) - 1 : 0;
-        const int one = __shfl_sync(0xffffffffu, column, (lane & 3) * 8 + which);
-        eights = one < 0 ? -1 : one & ~7;
-      }
-      if (lane < 8) {
-        const __half* sides = static_cast<const __half*>(lane & 4 ? rows.zero : rows.scale) +
-                              unit.batch * rows.scale_b + unit.kv_head * rows.scale_h;
-        copy_async(ring + R::SIDES + stage * R::SIDE + (OF_KEYS ? 0 : R::SIDE / 2) + lane * 16, sides + max(eights, 0),
-                   eights >= 0);
-      }
+  __device__ static uint32_t stride(const hfl_rows& rows) { return static_cast<uint32_t>(rows.t) * WIDTH; }
+
+  // Write down the positions of a slab's keys; returns their columns.
+  __device__ int note(int stage, int slab, const Found& found) {
+    const int2 place = keys.place(p, slab, found, lane);
+    int* notes = reinterpret_cast<int*>(ring + R::NOTED + stage * R::NOTES);
+    const int all = __all_sync(0xffffffffu, keys.seen_by_all(place.y));
+    if (lane < S::KEYS) notes[lane] = place.y;
+    if (lane == 0) notes[S::KEYS] = all;
+    if constexpr (S::PACKED) {  // any key that is there tells where its eight begin
+      const unsigned there = __ballot_sync(0xffffffffu, place.x >= 0) >> (lane & 3) * 8 & 0xffu;
+      const int which = there ? __ffs(static_cast<int>(there)) - 1 : 0;
+      const int one = __shfl_sync(0xffffffffu, place.x, (lane & 3) * 8 + which);
+      eights = one < 0 ? -1 : one & ~7;
     }
+    return place.x;
   }
 
   // From logits to weights of at most 2^(LIFT + SLACK), scaling down what is there where a much larger one has come.

@@ -51,15 +51,16 @@ __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 5 : 4) score_kernel(con
     const T* mine = summary + static_cast<int64_t>(warp) * TILE * length;
     for (int start = 0; start < rows; start += R::ROWS) {
       Factors<T, GROUPS> queries;
-      queries.load(p, b, kv_head, start, warp, lane);  // before the entries, so that they need not wait for those
       if constexpr (R::COPIED) {
         uint4* entries = reinterpret_cast<uint4*>(room) + warp * TILE * length / 8;
         if (start == 0) copy_entries(entries, mine, there - warp * TILE, p.chunks, lane);
+        queries.load(p, b, kv_head, start, warp, lane);
         queries.store(a, factors, warp, lane);
         copy_wait<0>();
         __syncthreads();
         tile<T, GROUPS>(entries, length / 8, factors, products + warp * TILE, lane);
       } else {
+        queries.load(p, b, kv_head, start, warp, lane);
         queries.store(a, factors, warp, lane);
         __syncthreads();
         multiply_floats(mine, there - warp * TILE, length, factors, products + warp * TILE, lane);
