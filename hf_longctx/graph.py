@@ -177,6 +177,7 @@ class Recorder:
         """The graph of a call, recorded now if there is none or what it uses has moved."""
         if take.graph is None or not take.fits(cache.buffers()):
             take.graph = None
+            held.let_go()
             cache.prepare(replace(step, room=held.room))
             take.used = [weakref.ref(x) for x in cache.buffers()]
             take.graph = RECORDERS[step.device.type](run, step.device, held.pool)

@@ -124,6 +124,11 @@ class Recording:
         self.takes[key].load(inputs, step)
         return self.takes[key]
 
+    def let_go(self) -> None:
+        """Share nothing with graphs to come where none is left: torch takes no memory again that no graph holds."""
+        if all(take.graph is None for take in self.takes.values()):
+            self.pool.clear()
+
     def passed(self, step: Step, due: tuple[bool, ...]) -> None:
         """Keep count on the host of a call that ran on the device."""
         for (kept, _), chose in zip(self.chosen, due, strict=True):

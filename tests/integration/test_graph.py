@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import tempfile
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -338,6 +338,29 @@ def test_a_choice_that_could_not_be_recorded_is_made(monkeypatch: pytest.MonkeyP
         assert_same(*(generate(m, single(LLAMA), max_new_tokens=40, output_logits=True) for m in (recorded, plain)))
     assert Late.failed == 1
     assert "failed late" in (lc.report(recorded).eager or "")
+
+
+class Shares(Again):
+    """Notes how many graphs of the cache it shares memory with."""
+
+    with_others: ClassVar[list[int]] = []
+
+    def __init__(self, run: Any, device: torch.device, pool: list[Any]) -> None:
+        super().__init__(run, device, pool)
+        Shares.with_others.append(len(pool))
+        pool.append(self)
+
+
+@torch.no_grad()
+def test_memory_of_graphs_that_are_all_gone_is_not_recorded_into() -> None:
+    model, ids = lc.patch(LLAMA.make(), "dense"), LLAMA.prompt(40)
+    with recorders(Shares):
+        cache = model(ids[:, :30], use_cache=True).past_key_values
+        for i in range(30, 36):
+            if i == 34:
+                cache.reorder_cache(torch.tensor([0]))  # to memory of its own
+            model(ids[:, i : i + 1], past_key_values=cache)
+    assert Shares.with_others == [0, 0]
 
 
 def test_patched_gives_the_setting_back() -> None:
