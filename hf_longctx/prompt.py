@@ -1,4 +1,4 @@
-"""How `generate()` reads a prompt whose blocks of queries share a choice of what they read."""
+"""How `generate()` reads a prompt: a long one in pieces, and its last tokens apart where queries share a choice."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ if TYPE_CHECKING:
 
 _OF_TEXT = frozenset({"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
 
+PIECE = 16384
+"""Tokens of all rows that one call reads: what a layer computes for them is held, so memory does not grow with a prompt.
+"""
+
 TAIL = 32
 """Last tokens of a prompt that choose for themselves: a question, and what a chat template puts after it."""
 
 
 @dataclass(eq=False)
 class Prefill:
-    """In place of the model's `_prefill`: each of the last tokens of a prompt chooses what it reads, as those after it.
+    """In place of the model's `_prefill`: a long prompt is read in pieces, unless the caller has set how.
 
-    They ask the question: among the hundreds of queries that share a choice, they would hardly count.
+    Each of the last tokens chooses what it reads, as those after it do: they ask the question, and among the hundreds
+    of queries that share a choice they would hardly count.
     Paper: InfLLM (arXiv:2402.04617). Differs: its code reads the very last token apart.
     """
 
@@ -36,7 +41,7 @@ class Prefill:
     def __call__(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Read all but the last tokens first, where that makes a difference, then those a few at a time."""
+        """Read the pieces in their order."""
         stock: Any = type(self.model)
         ends = self._ends(input_ids, generation_config, model_kwargs)
         for number, end in enumerate((*ends, input_ids.shape[1])):
@@ -55,25 +60,28 @@ class Prefill:
 
     def _ends(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> list[int]:
         """Where the calls before the last one end."""
-        if not self._shares(input_ids, generation_config, model_kwargs):
+        if not self._divides(input_ids, generation_config, model_kwargs):
             return []
-        length, known = input_ids.shape[1], model_kwargs["past_key_values"].ledger.columns
-        tail = max(known, length - TAIL)
-        return [end for end in range(tail, length, FEW) if end > known]
+        (rows, length), known = input_ids.shape, model_kwargs["past_key_values"].ledger.columns
+        tail = max(known, length - TAIL) if self._shares(length, known) else length
+        each = max(1, PIECE // rows) if generation_config.prefill_chunk_size is None else length
+        return [end for end in (*range(known + each, tail, each), *range(tail, length, FEW)) if end > known]
 
-    def _shares(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
-        """True if the last tokens would share a choice, and the call is one of text alone."""
+    def _shares(self, length: int, known: int) -> bool:
+        """True if the last tokens would share a choice."""
+        policies = (group.policy for layer in self.state.plan.layers for group in layer.groups)
+        selectors = {p.prefill for p in policies if p.prefill is not None}
+        return length - known > FEW + 1 and any(length > reads_all_to(selector) for selector in selectors)
+
+    def _divides(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
+        """True if the call is one of text alone, which can be read in pieces."""
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         known = {name for name, value in model_kwargs.items() if value is not None}
         constant = self.state.facts.longest_in_cache  # beyond it, rotary frequencies follow the length of a call
         columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-        policies = (group.policy for layer in self.state.plan.layers for group in layer.groups)
-        selectors, length = {p.prefill for p in policies if p.prefill is not None}, input_ids.shape[1]
         return (
-            any(length > reads_all_to(selector) for selector in selectors)
-            and isinstance(cache, LongContextCache)
-            and columns == length  # the whole text, whatever the cache has of it
+            isinstance(cache, LongContextCache)
+            and columns == input_ids.shape[1]  # the whole text, whatever the cache has of it
             and (constant is None or columns <= constant)
             and known <= _OF_TEXT
-            and length - cache.ledger.columns > FEW + 1
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import hf_longctx as lc
+from hf_longctx import prompt
 
 from .cases import BY_NAME
 
@@ -39,6 +42,40 @@ def test_generate_reads_the_last_tokens_apart(chunk: int | None, padded: bool) -
     )
     torch.testing.assert_close(out.logits[0], last.float(), rtol=1e-4, atol=1e-5)
     assert out.past_key_values.get_seq_length() == 49
+
+
+@pytest.mark.parametrize("method", ["dense", "streaming_llm", "xattention", "inf_llm"])
+def test_a_long_prompt_is_read_in_pieces(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = BY_NAME["llama"].make(), BY_NAME["llama"].prompt(75, rows=2)
+    mask = torch.ones_like(ids)
+    mask[0, :26] = 0  # all of the first piece, and more
+    lc.patch(model, method, **(INF if method == "inf_llm" else {}))
+    calls: list[int] = []
+    model.model.register_forward_pre_hook(lambda *a: calls.append(a[2]["input_ids"].shape[1]), with_kwargs=True)
+    expected = said(model, ids, mask)
+    whole = calls[: calls.index(1)]
+    monkeypatch.setattr(prompt, "PIECE", 48)
+    calls.clear()
+    torch.testing.assert_close(said(model, ids, mask), expected, rtol=1e-4, atol=1e-5)
+    assert calls[: calls.index(1)] == [24, *([19, *whole[1:]] if method == "inf_llm" else [24, 24, 3])]
+    calls.clear()
+    torch.testing.assert_close(said(model, ids, mask, prefill_chunk_size=75), expected, rtol=1e-4, atol=1e-5)
+    assert calls[: calls.index(1)] == whole
+
+
+def said(model: Any, ids: torch.Tensor, mask: torch.Tensor, **knobs: Any) -> torch.Tensor:
+    """Logits of two new tokens."""
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=2,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **knobs,
+    )
+    return torch.stack(out.logits)
 
 
 def test_a_short_prompt_is_one_call_and_unpatch_leaves_nothing() -> None:
