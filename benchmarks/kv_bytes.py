@@ -1,4 +1,4 @@
-"""What a text's keys and values take under every method: as `report` says, and as the cache's live tensors say, as JSON.
+"""Bytes of a text's keys and values under every method: as `report` says, and as live tensors say, as JSON.
 
 python benchmarks/kv_bytes.py --out benchmarks/results/kv-bytes-smollm2.json
 """

@@ -1,6 +1,6 @@
-"""Prefill at the speed of tensor cores: attention over blocks, and dense attention to compare it with, as JSON.
+"""Prefill at the speed of tensor cores: attention over blocks, and the time to the first token, as JSON.
 
-python benchmarks/prefill.py --out benchmarks/results/prefill-h200.json
+python benchmarks/prefill.py attention generate --out benchmarks/results/prefill-h200.json
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from decode import meta
+from prefill_generate import generate_rows
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -121,7 +122,8 @@ def kept_flops(case: Case, selection: ops.Selection | None) -> float:
     return 4 * DIM * pairs
 
 
-def rows() -> Iterator[dict[str, Any]]:
+@torch.no_grad()
+def attention_rows() -> Iterator[dict[str, Any]]:
     """A row for each line."""
     rate = matmul_rate()
     dense: dict[int, dict[str, float]] = {}
@@ -157,11 +159,13 @@ def rows() -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Measure, and write it down line by line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="+", choices=["attention", "generate"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128 * K], help="of prompts to generate() from")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
     written: dict[str, Any] = {"meta": meta(), "rows": []}
-    with torch.no_grad():
-        for row in rows():
+    for what in chosen.what:
+        for row in attention_rows() if what == "attention" else generate_rows(chosen.tokens):
             print(json.dumps(row), flush=True)
             written["rows"].append(row)
             chosen.out.write_text(json.dumps(written, indent=1) + "\n")

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 _OF_TEXT = frozenset({"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
 
 PIECE = 16384
-"""Tokens of all rows that one call reads: what a layer computes for them is held, so memory does not grow with a prompt.
-"""
+"""Tokens of all rows that one call reads: what a layer computes for them is held, and must not grow with a prompt."""
 
 TAIL = 32
 """Last tokens of a prompt that choose for themselves: a question, and what a chat template puts after it."""

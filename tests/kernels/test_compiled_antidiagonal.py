@@ -130,9 +130,7 @@ def test_a_query_that_is_no_number_spoils_the_scores_of_its_block(odd: float) ->
 def test_parts_of_a_long_call_are_those_of_short_ones() -> None:
     """So many queries that their sums, of 256 MiB, are made in parts: one for every 12,800 of them."""
     need("cuda")
-    q, k, q_pos, *rest = on_cuda(
-        tiles(Tiled(heads=(2, 4), spans=((0, 40960),), block=(16, 4), dim=64, rows=1, more=0))
-    )
+    q, k, q_pos, *rest = on_cuda(tiles(Tiled(heads=(2, 4), spans=((0, 40960),), block=(16, 4), dim=64, rows=1, more=0)))
     got = antidiagonal.score_antidiagonal(q, k, q_pos, *rest)
     for start in (0, 12784, 12800, 40944):
         part = slice(start, start + 16)
