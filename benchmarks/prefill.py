@@ -1,21 +1,24 @@
 """Prefill at the speed of tensor cores: attention over blocks, and the time to the first token, as JSON.
 
-python benchmarks/prefill.py attention generate --out benchmarks/results/prefill-h200.json
+python benchmarks/prefill.py attention layers generate --out benchmarks/results/prefill-h200.json
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from decode import meta
 from prefill_generate import generate_rows
+from prefill_layers import layer_rows
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -81,8 +84,9 @@ def text(tokens: int) -> list[Tensor]:
     return [torch.randn(1, tokens, n, DIM, dtype=DTYPE, device=DEVICE).transpose(1, 2) for n in heads]
 
 
-def dense_of_others(tokens: int) -> dict[str, float]:
-    """Milliseconds of torch's causal attention by backend."""
+@cache
+def dense_of_others(tokens: int, fa3: bool) -> dict[str, float]:
+    """Milliseconds of causal attention over so many tokens, by who computes it."""
     q, k, v = text(tokens)
     found = {}
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
@@ -90,6 +94,10 @@ def dense_of_others(tokens: int) -> dict[str, float]:
             found[backend.name] = time_of(
                 lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 3
             )
+    if fa3:
+        moved = [x.transpose(1, 2) for x in (q, k, v)]
+        found["FA3"] = time_of(lambda: torch.ops.flash_attn_3.fwd(*moved, softmax_scale=DIM**-0.5, is_causal=True), 3)
+    print(tokens, found, flush=True)
     return found
 
 
@@ -123,15 +131,12 @@ def kept_flops(case: Case, selection: ops.Selection | None) -> float:
 
 
 @torch.no_grad()
-def attention_rows() -> Iterator[dict[str, Any]]:
+def attention_rows(fa3: bool) -> Iterator[dict[str, Any]]:
     """A row for each line."""
     rate = matmul_rate()
-    dense: dict[int, dict[str, float]] = {}
+    print(f"matmul {rate:.0f} TFLOP/s", flush=True)
     for case in CASES:
-        if case.tokens not in dense:
-            dense[case.tokens] = dense_of_others(case.tokens)
-            print(case.tokens, dense[case.tokens], f"matmul {rate:.0f} TFLOP/s", flush=True)
-        others = dense[case.tokens]
+        others = dense_of_others(case.tokens, fa3)
         best = min(others, key=lambda name: others[name])
         q, k, v = text(case.tokens)
         selection = None if case.density is None else lists(case.tokens, case.density)
@@ -159,13 +164,23 @@ def attention_rows() -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Measure, and write it down line by line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="+", choices=["attention", "generate"])
+    parser.add_argument("what", nargs="+", choices=["attention", "layers", "generate"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128 * K], help="of prompts to generate() from")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--fa3", type=Path, nargs=2, help="libcudart.so.12 and FlashAttention 3's library, a baseline")
     chosen = parser.parse_args()
+    if chosen.fa3:
+        ctypes.CDLL(str(chosen.fa3[0]), mode=ctypes.RTLD_GLOBAL)
+        torch.ops.load_library(str(chosen.fa3[1]))
+    fa3 = bool(chosen.fa3)
+    rows = {
+        "attention": lambda: attention_rows(fa3),
+        "layers": lambda: layer_rows(time_of, partial(dense_of_others, fa3=fa3)),
+        "generate": lambda: generate_rows(chosen.tokens),
+    }
     written: dict[str, Any] = {"meta": meta(), "rows": []}
     for what in chosen.what:
-        for row in attention_rows() if what == "attention" else generate_rows(chosen.tokens):
+        for row in rows[what]():
             print(json.dumps(row), flush=True)
             written["rows"].append(row)
             chosen.out.write_text(json.dumps(written, indent=1) + "\n")

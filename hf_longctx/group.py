@@ -22,7 +22,7 @@ from .plan import HeadGroup, HeadPolicy, Retention, Selector
 from .select.choose import choose, forced, forced_ahead, most_far
 from .select.scorers import Look
 
-QUERIES = 2048
+QUERIES = 16384
 """Queries of a prompt for which blocks are chosen at a time: bounds the memory of scores and lists."""
 
 
