@@ -37,6 +37,7 @@ _HOME = {
     "Quest": "methods",
     "Report": "report",
     "RepresentativeDot": "select.scorers",
+    "RepresentativeShare": "select.scorers",
     "Representatives": "select.summaries",
     "Selector": "plan",
     "SinkWindow": "cache.retention",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from .select.budgets import TopK as TopK
     from .select.scorers import Antidiagonal as Antidiagonal
     from .select.scorers import RepresentativeDot as RepresentativeDot
+    from .select.scorers import RepresentativeShare as RepresentativeShare
     from .select.scorers import UpperBound as UpperBound
     from .select.summaries import Means as Means
     from .select.summaries import MinMax as MinMax

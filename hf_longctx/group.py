@@ -127,8 +127,8 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
         last = min(blocks.number, first + each)
         pos = blocks.pos[:, first * blocks.size : last * blocks.size]
         asked = blocks.take(q, first, last)
-        look = _look(call, selector, asked, pos, blocks.size, keys, turns)
         near, visible = _near(selector, step, pos, blocks.size, q.shape[0], first)
+        look = _look(call, selector, asked, pos, blocks.size, keys, turns, near[0])
         ids = choose(selector, look, near)
         pages = store.locate(ids, selector.block, step) if store is not None and step.decodes else None
         read = ops.Selection(ids, selector.block, blocks.size, pages)
@@ -153,6 +153,8 @@ def _read_in_turn(call: Call, selector: Selector, step: Step, q: Tensor, k: Tens
         ids = _renew(call, selector, piece, asked, turns, near)
         far = most_far(selector, piece.tokens) if reaches else None
         pages = store.locate(ids, selector.block, piece)
+        if pages is not None:
+            ids = ids.expand_as(pages)  # every head has places of its own
         read = ops.Selection(ids, selector.block, piece.tokens, pages, far)
         _note(call, selector, piece.pos, read, near[1], visible)
         keys, values = store.memory
@@ -182,7 +184,7 @@ def _renew(
         return kept.ids
     if again:
         near = piece.once(("ahead", selector), lambda: forced_ahead(selector, piece.pos, piece.lengths))
-    look = _look(call, selector, q, piece.pos, piece.tokens, call.store.memory[0], turns)
+    look = _look(call, selector, q, piece.pos, piece.tokens, call.store.memory[0], turns, near[0])
     ids = choose(selector, look, near)
     if again:
         kept.put(ids, piece.columns)
@@ -197,9 +199,10 @@ def _look(
     size: int,
     keys: Tensor | ops.Packed,
     turns: ops.Turns | None,
+    low: Tensor,
 ) -> Look:
     summary = None if selector.scorer.summary is None else call.store.summaries
-    return Look(q, pos, keys, summary, size, call.logits.scale, selector.share, turns)
+    return Look(q, pos, keys, summary, size, call.logits.scale, selector.share, turns, low)
 
 
 def _some(x: Tensor, tokens: Tensor | slice) -> Tensor:

@@ -12,7 +12,7 @@ from ..errors import UnsupportedError
 from ..models import ModelFacts
 from ..plan import HeadPolicy, KVFormat, Plan, Selector, require_whole
 from ..select.budgets import TopK
-from ..select.scorers import RepresentativeDot
+from ..select.scorers import RepresentativeDot, RepresentativeShare
 from ..select.summaries import Means, Representatives
 from .kv import kv_format
 from .layouts import require_full_attention, require_small_positions, uniform
@@ -24,9 +24,10 @@ _LOCAL = 4096
 class InfLLM:
     """A query reads sinks, a local window and the best blocks between, all that is far at the window's edge.
 
-    Paper: InfLLM (arXiv:2402.04617) §3. Differs: blocks are chosen per KV head, and by the means of short runs of keys,
-    which find a passage that the keys with most attention miss; `by="attention"` and 4 representatives are the paper's,
-    by softmax weight as in the authors' code. Dense where local >= length.
+    Paper: InfLLM (arXiv:2402.04617) §3. Differs: blocks are chosen by the attention that the means of short runs of
+    keys would get, which finds passages that products with the keys of most attention miss; `by="attention"` with 4
+    representatives chooses as the paper does. All heads of a layer share a choice, as in the authors' code. Dense where
+    local >= length.
 
     Args:
         init: first tokens that are always read; whole blocks.
@@ -36,6 +37,7 @@ class InfLLM:
         representatives: vectors that stand for a block.
         by: what they are: `place`, each the mean of as many keys in a row; `attention`, together the mean of those keys
             that got most attention from the queries near them.
+        share: which heads share a choice: `all` of a layer, or those of a `kv_head`.
         q_block: queries of a prompt that share a choice.
         resident_blocks: blocks that stay on the device, as in `HostLRU`.
         host_ram: most host memory, in bytes or as "32GiB"; None: no cap.
@@ -48,8 +50,9 @@ class InfLLM:
     local: int | None = None
     block: int = 128
     topk: int = 16
-    representatives: int = 8
+    representatives: int = 16
     by: Literal["place", "attention"] = "place"
+    share: Literal["all", "kv_head"] = "all"
     q_block: int = 512
     resident_blocks: int = 32
     host_ram: int | str | None = None
@@ -63,7 +66,9 @@ class InfLLM:
             raise ValueError(f"InfLLM: expected by as 'place' or 'attention'; got {self.by!r}. 'place' finds more.")
         if self.block % self.representatives and self.by == "place":
             said = f"representatives that divide the block of {self.block}; got {self.representatives}"
-            raise ValueError(f"InfLLM: expected {said}. 8 of 128 stand for 16 keys each.")
+            raise ValueError(f"InfLLM: expected {said}. 16 of 128 stand for 8 keys each.")
+        if self.share not in ("all", "kv_head"):
+            raise ValueError(f"InfLLM: expected share as 'all' or 'kv_head'; got {self.share!r}. 'all' finds more.")
         self._policy(_LOCAL if self.local is None else self.local)
         for name, holds, wanted in (
             ("init", self.init % self.block == 0, f"in whole blocks of {self.block}"),
@@ -73,14 +78,13 @@ class InfLLM:
                 raise ValueError(f"InfLLM: expected {name} {wanted}; got {getattr(self, name)!r}. Change one of them.")
 
     @property
-    def _summary(self) -> Means | Representatives:
+    def _scorer(self) -> RepresentativeShare | RepresentativeDot:
         if self.by == "attention":
-            return Representatives(self.block, self.representatives)
-        return Means(self.block, self.block // self.representatives)
+            return RepresentativeDot(Representatives(self.block, self.representatives), self.q_block)
+        return RepresentativeShare(Means(self.block, self.block // self.representatives), self.q_block)
 
     def _policy(self, local: int) -> HeadPolicy:
-        scorer = RepresentativeDot(self._summary, self.q_block)
-        reads = Selector(scorer, TopK(self.topk * self.block), self.init, local)
+        reads = Selector(self._scorer, TopK(self.topk * self.block), self.init, local, self.share)
         place = HostLRU(self.resident_blocks, self.host_ram, self.disk) if self.offload else None
         return HeadPolicy(KeepAll(), Clamped(max(local - 1, 1)), reads, reads, kv_format(self.kv, "InfLLM"), place)
 

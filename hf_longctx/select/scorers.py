@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..kernels import ops
 from ..plan import primitive, require_whole
@@ -25,6 +26,7 @@ class Look:
         scale: factor of the products.
         share: as in `Selector`.
         turns: how queries are turned to keys, where positions are small.
+        low: `[B or 1, N]`, int64, first block of keys that is near a block of queries: those before it compete.
     """
 
     q: Tensor
@@ -35,6 +37,18 @@ class Look:
     scale: float
     share: str
     turns: ops.Turns | None
+    low: Tensor
+
+    def mean_query(self) -> Tensor:
+        """`[B, Hq, N, D]`, float32 or better, of each block; at the edge of the window where positions are clamped."""
+        q = self.q.to(torch.promote_types(self.q.dtype, torch.float32))
+        turns = self.turns
+        if turns is not None and turns.clamp is not None and turns.inv_freq is not None:
+            here = self.q_pos - turns.lap * turns.laps(self.q_pos)
+            q = ops.rotate(q, turns.clamp - here, turns.inv_freq, turns.interleaved)
+        real = (self.q_pos >= 0).view(self.q_pos.shape[0], 1, -1, self.q_block, 1)
+        blocks = torch.unflatten(q, 2, (-1, self.q_block)) * real
+        return blocks.sum(3) / real.sum(3).clamp(min=1)
 
 
 @primitive
@@ -132,16 +146,70 @@ class RepresentativeDot:
     def score(self, look: Look) -> Tensor:
         """Score every block: `[B, Hs, N, M]`, float32 or better."""
         assert look.summary is not None
-        q = look.q.to(torch.promote_types(look.q.dtype, torch.float32))
-        turns = look.turns
-        if turns is not None and turns.clamp is not None and turns.inv_freq is not None:
-            here = look.q_pos - turns.lap * turns.laps(look.q_pos)
-            q = ops.rotate(q, turns.clamp - here, turns.inv_freq, turns.interleaved)
-        rows, heads, _, dim = q.shape
-        real = (look.q_pos >= 0).view(look.q_pos.shape[0], 1, -1, look.q_block, 1)
-        blocks = q.view(rows, heads, -1, look.q_block, dim) * real
-        mean = blocks.sum(3) / real.sum(3).clamp(min=1)
-        return ops.score_pages(mean, look.summary, self.summary.block // self.summary.sub, look.share)
+        return ops.score_pages(look.mean_query(), look.summary, self.summary.block // self.summary.sub, look.share)
+
+
+@primitive
+@dataclass(frozen=True)
+class RepresentativeShare:
+    """The share of far attention that a block's representatives would get from the mean of the block of queries.
+
+    Each query head has a softmax over the representatives of all blocks that are not near; of the heads that share, the
+    mean counts: a head that looks for one passage outvotes many that look for none.
+
+    Differs from InfLLM (arXiv:2402.04617) §3.2, which adds up products.
+
+    Args:
+        summary: how representatives are found.
+        q_block: queries of a prefill call that share a selection.
+
+    Raises:
+        ValueError: a `q_block` that is no whole number from one on.
+    """
+
+    summary: Representatives | Means = field(default_factory=Means)
+    q_block: int = 512
+
+    def __post_init__(self) -> None:
+        require_whole("RepresentativeShare", q_block=self.q_block)
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block of keys."""
+        return self.summary.block
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Representatives are found in prefill, and used in both."""
+        return ("prefill", "decode")
+
+    @property
+    def is_mass(self) -> bool:
+        """Near blocks have no share."""
+        return False
+
+    @property
+    def clamped(self) -> bool:
+        """Representatives are kept without rotation where positions are clamped."""
+        return True
+
+    def describe(self) -> str:
+        """One phrase for a table."""
+        return f"shares of {self.summary.describe()}"
+
+    def score(self, look: Look) -> Tensor:
+        """Score every block: `[B, Hs, N, M]`, float32 or better; -inf from `look.low` on."""
+        assert look.summary is not None
+        subs = self.summary.block // self.summary.sub
+        x = ops.score_pages(look.mean_query(), look.summary, 1, "q_head") * look.scale
+        x = torch.unflatten(pad(x, (0, -x.shape[-1] % subs)), -1, (-1, subs))  # [B, Hq, N, M, subs]
+        near = (torch.arange(x.shape[3], device=x.device) >= look.low[..., None])[:, None]
+        weights = x.masked_fill(near[..., None], float("-inf")).flatten(3).softmax(-1)
+        shares = weights.view_as(x).sum(-1)
+        if look.share != "q_head":
+            heads = 1 if look.share == "all" else look.k.shape[1]
+            shares = torch.unflatten(shares, 1, (heads, -1)).mean(2)
+        return shares.masked_fill(near, float("-inf"))
 
 
 @primitive

@@ -36,7 +36,12 @@ def score(selector: Selector, scene: Scene, first: int, last: int, mass: Tensor)
             assert first == last
             out[:, j] = upper_bound(scene, first, j, scorer.summary.block, scorer.summary.sub)
         else:
-            out[:, j] = representative_dot(scene, first, last, j, scorer.summary, mass)
+            out[:, j] = representative_dots(scene, first, last, j, scorer.summary, mass).amax(1)
+    if kind == "RepresentativeShare" and far:
+        dots = [representative_dots(scene, first, last, j, scorer.summary, mass) for j in far]  # of each [Hq, n]
+        shares = torch.cat(dots, 1).mul(scene.logits.scale).softmax(1)
+        for j in far:
+            out[:, j] = shares[:, j * dots[j].shape[1] : (j + 1) * dots[j].shape[1]].sum(1)
     return out
 
 
@@ -51,8 +56,8 @@ def upper_bound(scene: Scene, query: int, j: int, block: int, sub: int) -> Tenso
     return torch.stack(bounds).amax(0)
 
 
-def representative_dot(scene: Scene, first: int, last: int, j: int, summary: Any, mass: Tensor) -> Tensor:
-    """`[Hq]`: mean product of queries `first` to `last` with a mean of keys of block j, the largest of several."""
+def representative_dots(scene: Scene, first: int, last: int, j: int, summary: Any, mass: Tensor) -> Tensor:
+    """`[Hq, n]`: mean product of queries `first` to `last` with each of n means of keys of block j."""
     q, k = scene.q_in_text[:, first : last + 1], scene.k_in_text
     if scene.far is not None:
         k = scene.k
@@ -66,7 +71,7 @@ def representative_dot(scene: Scene, first: int, last: int, j: int, summary: Any
             runs = [of_block[i : i + summary.sub] for i in range(0, summary.block, summary.sub)]
         else:
             runs = [sorted(of_block, key=lambda y: -float(mass[kv, y]))[: summary.count]]
-        products.append(torch.stack([(q[head] @ k[kv, list(run)].mean(0)).mean() for run in runs]).amax())
+        products.append(torch.stack([(q[head] @ k[kv, list(run)].mean(0)).mean() for run in runs]))
     return torch.stack(products)
 
 

@@ -18,7 +18,7 @@ from hf_longctx.evals.results import save_json
 from hf_longctx.methods import METHODS
 from hf_longctx.models import ModelFacts, inspect_model
 from hf_longctx.select.budgets import Mass, TopK
-from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, UpperBound
+from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, RepresentativeShare, UpperBound
 from hf_longctx.select.summaries import Means, MinMax, Representatives
 from hf_longctx.tune.thresholds import Thresholds
 
@@ -107,12 +107,13 @@ def test_lserve_splits_heads_and_hands_each_head_its_own_threshold() -> None:
 
 def test_inf_llm_uses_one_selector_for_both_phases() -> None:
     plan = lc.InfLLM(init=256, local=200, topk=3, kv="int8", host_ram="1GiB").plan(FACTS)
-    selector = lc.Selector(RepresentativeDot(Means(128, 16), 512), TopK(384), sink=256, local=200)
+    scorer = RepresentativeShare(Means(128, 8), 512)
+    selector = lc.Selector(scorer, TopK(384), sink=256, local=200, share="all")
     place = lc.HostLRU(32, "1GiB")
     policy = lc.HeadPolicy(lc.KeepAll(), lc.Clamped(199), selector, selector, lc.Int8KV(), place)
     assert policies(plan) == [[((0, 1), policy)]] * 2
-    scorer = lc.InfLLM(representatives=4, by="attention").plan(FACTS).layers[0].groups[0].policy.decode.scorer
-    assert scorer == RepresentativeDot(Representatives(128, 4), 512)
+    paper = lc.InfLLM(representatives=4, by="attention", share="kv_head").plan(FACTS).layers[0].groups[0].policy.decode
+    assert (paper.scorer, paper.share) == (RepresentativeDot(Representatives(128, 4), 512), "kv_head")
     on_device = lc.InfLLM(local=200, offload=False).plan(FACTS)
     assert {group.policy.placement for layer in on_device.layers for group in layer.groups} == {None}
 

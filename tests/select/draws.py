@@ -15,7 +15,7 @@ from hf_longctx.cache.placement import HostLRU
 from hf_longctx.cache.positions import Clamped
 from hf_longctx.plan import Selector
 from hf_longctx.select.budgets import Mass, TopK
-from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, UpperBound
+from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, RepresentativeShare, UpperBound
 from hf_longctx.select.summaries import Means, MinMax, Representatives
 from hf_longctx.testing import tiny_llama
 
@@ -106,7 +106,8 @@ def representatives(draw: st.DrawFn) -> Selector:
     most = st.builds(Representatives, st.just(block), st.integers(1, min(4, block)))
     runs = st.builds(Means, st.just(block), st.sampled_from([n for n in (1, 2, 4, block) if block % n == 0]))
     summary = draw(most | runs)
-    scorer = RepresentativeDot(summary, draw(st.sampled_from([4, 6, 8])))
+    kind = draw(st.sampled_from([RepresentativeDot, RepresentativeShare]))
+    scorer = kind(summary, draw(st.sampled_from([4, 6, 8])))
     sink, local, share = draw(st.integers(0, 9)), draw(st.integers(1, 12)), draw(st.sampled_from(["kv_head", "all"]))
     return Selector(scorer, draw(top_k(block)), sink, local, share, draw(st.sampled_from([1, 1, 3])))
 

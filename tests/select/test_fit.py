@@ -16,13 +16,13 @@ from hf_longctx.cache.positions import Clamped
 from hf_longctx.plan import Selector
 from hf_longctx.plan.axes import PRIMITIVES
 from hf_longctx.select.budgets import Mass, TopK
-from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, UpperBound
+from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, RepresentativeShare, UpperBound
 from hf_longctx.select.summaries import Means, MinMax, Representatives
 
 from . import draws
 
 BOUND, DOT, TILES = UpperBound(MinMax(16, 4)), RepresentativeDot(Representatives(16, 2)), Antidiagonal(16, 4)
-RUNS = Selector(RepresentativeDot(Means(16, 4), 64), TopK(32))
+RUNS = Selector(RepresentativeShare(Means(16, 4), 64), TopK(32))
 ABSOLUTE, CLAMPED, IN_CACHE, KEEP_ALL = lc.Absolute(), Clamped(8), lc.InCache(), lc.KeepAll()
 
 

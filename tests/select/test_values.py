@@ -15,7 +15,7 @@ from hf_longctx.cache.placement import HostLRU
 from hf_longctx.cache.positions import Clamped
 from hf_longctx.plan import Selector
 from hf_longctx.select.budgets import Mass, TopK
-from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, UpperBound
+from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, RepresentativeShare, UpperBound
 from hf_longctx.select.summaries import Means, MinMax, Representatives
 
 BOUND, DOT, TILES = UpperBound(MinMax(16, 4)), RepresentativeDot(Representatives(16, 2)), Antidiagonal(16, 4)
@@ -43,6 +43,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (RepresentativeDot, {"q_block": 0}, "RepresentativeDot: expected q_block as a whole number >= 1; got 0."),
     (RepresentativeDot, {"q_block": 8.0}, "RepresentativeDot: expected q_block as a whole number >= 1; got 8.0."),
     (RepresentativeDot, {"q_block": True}, "RepresentativeDot: expected q_block as a whole number >= 1; got True."),
+    (RepresentativeShare, {"q_block": 0}, "RepresentativeShare: expected q_block as a whole number >= 1; got 0."),
     (Antidiagonal, {"block": 0}, "Antidiagonal: expected block as a whole number >= 1; got 0."),
     (Antidiagonal, {"block": 128.0}, "Antidiagonal: expected block as a whole number >= 1; got 128.0."),
     (Antidiagonal, {"block": 16, "stride": 0}, "Antidiagonal: expected stride as a whole number >= 1; got 0."),

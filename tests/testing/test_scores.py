@@ -10,7 +10,7 @@ import torch
 
 from hf_longctx.plan import Selector
 from hf_longctx.select.budgets import Mass, TopK
-from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, UpperBound
+from hf_longctx.select.scorers import Antidiagonal, RepresentativeDot, RepresentativeShare, UpperBound
 from hf_longctx.select.summaries import Means, MinMax, Representatives
 from hf_longctx.testing.scores import score
 from hf_longctx.testing.visible import Span
@@ -57,6 +57,16 @@ def test_of_the_means_of_runs_the_largest_product_counts() -> None:
     for sub, mean in ((1, 5), (2, 3), (4, 2.75)):
         selector = Selector(RepresentativeDot(Means(4, sub), 2), TopK(4))
         assert score(selector, at, 4, 5, NONE).tolist() == [[2 * mean, -INF]]
+
+
+def test_shares_of_means_add_up_over_a_block_and_to_one_over_all_that_are_far() -> None:
+    keys = [[1, 0], [5, 0], [2, 0], [3, 0], [9, 0], [9, 0]]
+    queries = [[0, 0]] * 4 + [[1, 0], [3, 0]]
+    at = scene([queries], [keys], [Span(0, 5, False)])
+    selector = Selector(RepresentativeShare(Means(2, 1), 2), TopK(2))
+    near, wide = score(selector, at, 4, 5, NONE)[0].tolist(), [math.exp(2 * x) for x in (1, 5, 2, 3)]
+    assert near[:2] == pytest.approx([sum(wide[:2]) / sum(wide), sum(wide[2:]) / sum(wide)])
+    assert near[2] == -INF
 
 
 def test_clamped_representatives_are_not_rotated_and_their_query_stands_at_the_edge() -> None:
