@@ -112,7 +112,7 @@ def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     tap = call.forward.tap
     if tap is None:
         return out
-    assert isinstance(view.k, Tensor) and isinstance(view.v, Tensor)  # noqa: PT018
+    assert isinstance(view.k, Tensor) and isinstance(view.v, Tensor)
     return tap(Read(call.layer, call.group, step, q, view.k, view.v, call.logits, see, out))
 
 

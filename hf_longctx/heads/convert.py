@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Literal
 
 from .pattern import HeadPattern, message
 from .scores import HeadScores
 
-Reduce = Literal["max", "mean"]
-
 _REDUCE: Mapping[str, Callable[[Sequence[float]], float]] = {"max": max, "mean": fmean}
 
 
-def to_pattern(scores: HeadScores, kv_heads: int, reduce: Reduce = "max") -> HeadPattern:
+def to_pattern(scores: HeadScores, kv_heads: int, reduce: str = "max") -> HeadPattern:
     """Gates of KV heads: each has the largest mean score of the query heads that read it.
 
     Args:
@@ -61,7 +58,10 @@ def to_scores(pattern: HeadPattern, q_heads: int) -> HeadScores:
     found = {}
     for layer, row in enumerate(pattern.gates):
         if q_heads < len(row) or q_heads % len(row):
-            where, advice = f"{pattern.source or pattern.name}, layer {layer}", "Pass the query heads of this very model"
+            where, advice = (
+                f"{pattern.source or pattern.name}, layer {layer}",
+                "Pass the query heads of this very model",
+            )
             raise ValueError(message(where, f"a multiple of {len(row)} query heads", f"{q_heads}", advice))
         found.update({(layer, head): (row[head * len(row) // q_heads],) for head in range(q_heads)})
     return HeadScores(found, pattern.name, pattern.source or pattern.name)

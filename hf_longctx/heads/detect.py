@@ -260,9 +260,7 @@ def _batches(trials: list[Trial], size: int) -> Iterator[list[Trial]]:
         yield from (mine[start : start + size] for start in range(0, len(mine), size))
 
 
-def _journal(
-    model: Any, settings: Settings, out: Path | None, about: dict[str, Any], resume: bool
-) -> Journal | None:
+def _journal(model: Any, settings: Settings, out: Path | None, about: dict[str, Any], resume: bool) -> Journal | None:
     """The file of rows, if there is to be one. The grid may grow from run to run; what a trial is may not change."""
     if out is None:
         return None

@@ -96,7 +96,14 @@ def _needle(line: str, where: str) -> Needle:
 
 
 def hide(
-    tokenizer: Any, hay: Haystack, needle: Needle, length: int, depth: float, chat: bool, seed: int, where: str = "needle"
+    tokenizer: Any,
+    hay: Haystack,
+    needle: Needle,
+    length: int,
+    depth: float,
+    chat: bool,
+    seed: int,
+    where: str = "needle",
 ) -> Hidden:
     """A prompt of at most `length` tokens with the needle at a depth of the book, and where its answer stands.
 
@@ -138,15 +145,15 @@ def hide(
 def render(tokenizer: Any, context: str, needle: Needle, chat: bool) -> str:
     """The prompt as text."""
     if not chat:
-        text = _PLAIN.format(context=context, question=needle.question)
-        return f"{text} {needle.start}" if needle.start else text
+        plain = _PLAIN.format(context=context, question=needle.question)
+        return f"{plain} {needle.start}" if needle.start else plain
     said = [{"role": "user", "content": _CHAT.format(context=context, question=needle.question)}]
-    text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    text: str = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     return text + needle.start
 
 
 def prompt_ids(tokenizer: Any, text: str, chat: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids, and which characters each comes from; a template has written what opens a sequence, if anything does."""
+    """Token ids, and which characters each comes from; a template itself writes what opens a sequence."""
     read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     opening = [] if chat else opening_ids(tokenizer)
     return opening + read["input_ids"], [(0, 0)] * len(opening) + read["offset_mapping"]

@@ -95,7 +95,7 @@ def save_pattern(pattern: HeadPattern, folder: str | os.PathLike[str]) -> None:
         "deploy_recent_size": None,
     }
     gates = "".join("\t".join(f"{gate:.18e}" for gate in row) + "\n" for row in pattern.gates)
-    replace_together(target, {GATES_FILE: gates, CONFIG_FILE: json.dumps(config, indent=2) + "\n"})
+    _replace_together(target, {GATES_FILE: gates, CONFIG_FILE: json.dumps(config, indent=2) + "\n"})
 
 
 def _load_named(source: str) -> HeadPattern:
@@ -222,7 +222,7 @@ def _size(facts: dict[str, object], key: str, override: str, default: int, least
     return check_size(default if value is None else value, least, f"{CONFIG_FILE} beside {where}, {chosen}")
 
 
-def replace_together(folder: Path, texts: dict[str, str]) -> None:
+def _replace_together(folder: Path, texts: dict[str, str]) -> None:
     """Write all files beside their targets, then rename them into place."""
     waiting = {folder / name: folder / f".{name}.{os.getpid()}.part" for name in texts}
     try:

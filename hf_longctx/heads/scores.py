@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..evals.results import replacing
 from ..files import number, read_json
 from .pattern import message
-from .pattern_io import replace_together
 
 Head = tuple[int, int]
 """Layer and query head."""
@@ -35,14 +35,14 @@ class Share:
 
     Attributes:
         mean: of its scores; a retrieval head has at least 0.1.
-        low: end of the 95 % interval of the mean, 1.96 standard errors below; NaN with a single trial.
-        high: 1.96 above.
+        low: end of the 95 % interval of the mean, 1.96 standard errors below; None with a single trial.
+        high: 1.96 above, likewise.
         active: share of the trials in which it copied at all.
     """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     active: float
 
 
@@ -106,8 +106,12 @@ class HeadScores:
         found = {}
         for head, mean in self.means.items():
             scores = np.array(self.trials[head])
-            error = _NORMAL * scores.std(ddof=1) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
-            found[head] = Share(mean, float(mean - error), float(mean + error), float((scores > 0).mean()))
+            active = float((scores > 0).mean())
+            if len(scores) == 1:
+                found[head] = Share(mean, None, None, active)
+                continue
+            error = _NORMAL * float(scores.std(ddof=1)) / math.sqrt(len(scores))
+            found[head] = Share(mean, mean - error, mean + error, active)
         return found
 
     def halves(self) -> tuple[HeadScores, HeadScores]:
@@ -170,7 +174,5 @@ def load_scores(path: str | os.PathLike[str]) -> HeadScores:
 
 def save_scores(scores: HeadScores, path: str | os.PathLike[str]) -> None:
     """Write the published format, in one step; a failure leaves the old file. Read back, it is the same bit for bit."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({f"{layer}-{head}": list(each) for (layer, head), each in scores.trials.items()})
-    replace_together(target.parent, {target.name: text})
+    with replacing(Path(path)) as scratch, open(scratch, "w", encoding="utf-8") as stream:
+        json.dump({f"{layer}-{head}": list(each) for (layer, head), each in scores.trials.items()}, stream)

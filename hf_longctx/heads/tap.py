@@ -14,6 +14,7 @@ from ..context import Read
 from ..kernels.types import Logits
 from ..patch import state_of
 from .pattern import message
+from .scores import Head
 
 CHUNK = 1 << 14
 """Keys that are looked at at a time: what is held beside the best so far does not grow with the text."""
@@ -21,7 +22,7 @@ CHUNK = 1 << 14
 
 @contextmanager
 def tapped(model: PreTrainedModel, tap: Callable[[Read], Tensor]) -> Iterator[None]:
-    """Put a function between the heads and the model for as long as the block runs; of several, the last put in is last.
+    """Put a function between the heads and the model while the block runs; inside another, it comes after that.
 
     Args:
         model: patched with a method that reads everything, such as `dense`; steps are not recorded meanwhile.
@@ -61,14 +62,14 @@ class Gaze:
         self._calls[-1][group] = strongest(read, self.queries, self.top)
         return read.out
 
-    def last(self, calls: int) -> dict[tuple[int, int], list[Tensor]]:
+    def last(self, calls: int) -> dict[Head, list[Tensor]]:
         """By layer and query head, over the last calls.
 
         Returns:
             `[B, calls * queries]` int64, the place in the row's text of the key with most attention; and float32, the
             share of the attention that the `top` strongest keys have. On the CPU.
         """
-        found = {}
+        found: dict[Head, list[Tensor]] = {}
         for layer, heads in self._calls[-1]:
             both = (torch.cat([call[layer, heads][i] for call in self._calls[-calls:]], 2).cpu() for i in range(2))
             found |= {(layer, head): each for head, *each in zip(heads, *(x.unbind(1) for x in both), strict=True)}

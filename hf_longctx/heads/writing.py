@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def following(
     cuts = [*range(0, ids.shape[1] - last, chunk), ids.shape[1] - last, ids.shape[1]]
     cache = None
     with tapped(model, gaze), torch.no_grad():
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             out = model(
                 input_ids=ids[:, start:stop],
                 attention_mask=mask[:, :stop],
