@@ -79,7 +79,8 @@ def detect(
         settings = replace(settings, chat=bool(getattr(tokenizer, "chat_template", None)))
     layers = inspect_model(loaded).layers
     asked = room.prompts(tokenizer, content, sought, settings)
-    about = {"needles": needles.name if needles else "shipped", **texts.about(text, content)}
+    about = {"needles": needles.name if needles else "shipped", "needles_sha256": texts.digest(repr(sought))}
+    about |= texts.about(text, content)
     rows = room.run(loaded, tokenizer, asked, settings, out, about, resume, console)
     scores = room.score(rows, [layer.q_heads for layer in layers], mode, assets.display_name(model))
     found = show.summary(rows, scores, mode, [layer.kv_heads for layer in layers], about)

@@ -14,6 +14,7 @@ from hf_longctx.heads import tap as room
 from hf_longctx.heads.tap import Gaze, tapped
 from hf_longctx.testing import tiny_llama
 
+from ..integration.again import recorders
 from ..integration.cases import BY_NAME
 from ..integration.snapshot import differences, snapshot
 
@@ -122,6 +123,26 @@ def test_a_plan_that_leaves_keys_out_is_refused_and_nothing_runs() -> None:
     with tapped(model, Gaze()), pytest.raises(lc.UnsupportedError, match="Patch with 'dense'"):
         model(ids)
     model(ids)
+
+
+def test_a_tap_sees_every_step_though_steps_are_recorded() -> None:
+    model = lc.patch(tiny_llama(), "dense")
+    ids = torch.randint(64, (1, 12), generator=torch.Generator().manual_seed(0))
+    heard: list[int] = []
+
+    def note(read: Read) -> Tensor:
+        heard.append(read.layer)
+        return read.out
+
+    knobs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with recorders() as again:
+        with tapped(model, note):
+            model.generate(ids, **knobs)
+        assert again.replayed == 0
+        assert heard == [0, 1] * 8
+        model.generate(ids, **knobs)
+        assert again.replayed > 0
+    assert len(heard) == 16
 
 
 def test_an_unpatched_model_is_refused() -> None:
