@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from ..evals.grammar import Choice
 from ..evals.haystack import Haystack
@@ -22,6 +22,7 @@ from ..evals.runner import Exam, Trial, answers, bar, chunk_for, model_name
 from ..machine import device_name
 from .ablate import PHASES, ablated, mean_outputs
 from .compare import layer_matched
+from .pattern import message
 from .plot import bars
 from .scores import Head, HeadScores
 
@@ -61,6 +62,11 @@ class How:
     out: Path | None = None
     resume: bool = False
     about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch", self.batch), ("chunk", 1 if self.chunk is None else self.chunk)):
+            if value < 1:
+                raise ValueError(message(f"heads ablate, {name}", "at least 1", f"{value}", "Ask for more"))
 
 
 @dataclass(frozen=True)
@@ -122,16 +128,13 @@ def run(
     trials = {exam.name: list(exam.trials) for exam in exams}
     chunk = how.chunk or _chunk(model, trials, how)
     done: dict[tuple[object, ...], Row] = {}
-    with patched(model, "dense"), ExitStack() as stack:
-        means = None
-        if how.mode == "mean":
-            means = mean_outputs(model, torch.tensor(Haystack(tokenizer, text).ids[:_MEAN_OVER]))
+    with patched(model, "dense"), bar(console) as shown:
+        means = _means(model, tokenizer, text) if how.mode == "mean" else None
         for each in asked:  # what cannot be is refused before anything runs
             with ablated(model, each.heads, how.mode, how.phases, how.window, means):
                 pass
         journal = _journal(model, exams, asked, how, chunk)
         done |= {_key(row.condition, row): row for row in (Row(**row) for row in (journal.rows if journal else []))}
-        shown = stack.enter_context(bar(console))
         task = shown.add_task("", total=len(asked) * sum(map(len, trials.values())), said="")
         for each in asked:
             with ablated(model, each.heads, how.mode, how.phases, how.window, means):
@@ -144,6 +147,11 @@ def run(
                             journal.append([asdict(row) for row in rows])
                         shown.update(task, advance=len(rows), said=exam.name)
     return [done[_key(each.name, t)] for each in asked for exam in exams for t in trials[exam.name]]
+
+
+def _means(model: Any, tokenizer: Any, text: str) -> dict[Head, Tensor]:
+    """Mean outputs over the first tokens of a text."""
+    return mean_outputs(model, torch.tensor(Haystack(tokenizer, text).ids[:_MEAN_OVER]))
 
 
 def _run(

@@ -62,33 +62,24 @@ def detect(
     from ..evals import assets, needle
     from ..evals import text as texts
     from ..evals.grammar import lengths as read_lengths
-    from ..evals.results import save_json
     from ..models import inspect_model
     from . import detect as room
     from . import show
+    from .needles import about as about_needles
     from .needles import load_needles
-    from .scores import save_scores
 
-    if mode not in room.MODES:
-        raise ValueError(f"--mode: expected one of {', '.join(room.MODES)}; got '{mode}'.")
     sought, content = load_needles(needles), texts.read(text)
     sizes, places = read_lengths(lengths), needle.spread(depths)
-    settings = room.Settings(sizes, places, trials, forced, bool(chat), new_tokens, batch=batch, chunk=chunk, seed=seed)
+    settings = room.Settings(sizes, places, trials, forced, bool(chat), mode, new_tokens, 4, batch, chunk, seed)
     loaded, tokenizer = assets.load(model, dtype, device, on_step=console.print)
     if chat is None:
         settings = replace(settings, chat=bool(getattr(tokenizer, "chat_template", None)))
     layers = inspect_model(loaded).layers
     asked = room.prompts(tokenizer, content, sought, settings)
-    about = {"needles": needles.name if needles else "shipped", "needles_sha256": texts.digest(repr(sought))}
-    about |= texts.about(text, content)
+    about = {**about_needles(needles, sought), **texts.about(text, content)}
     rows = room.run(loaded, tokenizer, asked, settings, out, about, resume, console)
     scores = room.score(rows, [layer.q_heads for layer in layers], mode, assets.display_name(model))
-    found = show.summary(rows, scores, mode, [layer.kv_heads for layer in layers], about)
-    save_json(out.with_name(f"{out.stem}_summary.json"), found)
-    save_scores(scores, out)
-    console.print(show.top_heads(scores, 10))
-    console.print(show.stability(found))
-    console.print(f"Scores: {out}", soft_wrap=True)
+    show.publish(rows, scores, mode, [layer.kv_heads for layer in layers], about, out, console)
 
 
 @app.command()

@@ -44,6 +44,7 @@ class Settings:
         trials: prompts for each length and depth, each with another needle and another place in the book.
         forced: read the needle's answer in one call in place of writing one.
         chat: through the tokenizer's chat template.
+        mode: of the scores, `paper` or `code`; the rows have both.
         new_tokens: to write at most.
         top: strongest keys whose share of the attention is noted.
         batch: prompts that run together.
@@ -56,6 +57,7 @@ class Settings:
     trials: int = 1
     forced: bool = False
     chat: bool = False
+    mode: str = "paper"
     new_tokens: int = 50
     top: int = 4
     batch: int = 1
@@ -70,6 +72,9 @@ class Settings:
                 raise ValueError(message(f"heads detect, {name}", "at least 1", f"{value}", "Ask for more"))
         if not all(0 <= depth <= 1 for depth in self.depths):
             raise ValueError(message("heads detect", "depths from 0 to 1", f"{self.depths}", "0.5 is the middle"))
+        if self.mode not in MODES:
+            advice = "paper is the definition"
+            raise ValueError(message("heads detect", f"a mode among {', '.join(MODES)}", repr(self.mode), advice))
 
 
 @dataclass(frozen=True)
@@ -198,10 +203,8 @@ def score(rows: Sequence[Row], heads: Sequence[int], mode: str, name: str) -> He
         name: the model's name.
 
     Raises:
-        ValueError: no such mode, or no answer was right.
+        ValueError: no answer was right.
     """
-    if mode not in MODES:
-        raise ValueError(message("mode", f"one of {', '.join(MODES)}", repr(mode), "paper is the definition"))
     kept = [row for row in rows if row.kept]
     if not kept:
         advice = "Nothing can be said of the heads: ask for shorter prompts, or other needles"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..evals.haystack import Haystack
-from ..evals.text import opening_ids, token_ids
+from ..evals.text import digest, opening_ids, token_ids
 from .pattern import message
 
 _CHAT = "{context}\n\nBased on the text above: {question}"
@@ -81,6 +81,11 @@ def load_needles(path: str | os.PathLike[str] | None = None) -> list[Needle]:
     if not found:
         raise ValueError(message(source.name, "at least one needle", "an empty file", "Write a line for each"))
     return found
+
+
+def about(path: str | os.PathLike[str] | None, needles: list[Needle]) -> dict[str, str]:
+    """Name and content of a file of needles, for a result file: no path of any machine."""
+    return {"needles": Path(path).name if path else "shipped", "needles_sha256": digest(repr(needles))}
 
 
 def _needle(line: str, where: str) -> Needle:

@@ -61,7 +61,7 @@ def exams(
         seed: of all draws.
 
     Raises:
-        ValueError: an unknown task, or one that comes twice.
+        ValueError: an unknown task, one that comes twice, or fewer than one trial.
     """
     content = texts.read(text)
     about = texts.about(text, content)
@@ -73,6 +73,8 @@ def exams(
     for task in tasks:
         if task not in made or tasks.count(task) > 1:
             raise ValueError(message("tasks", f"each of {', '.join(TASKS)} once at most", repr(task), "Change them"))
+    if trials < 1:
+        raise ValueError(message("trials", "at least 1", f"{trials}", "Ask for more"))
     if not tasks:
         raise ValueError(message("tasks", f"some of {', '.join(TASKS)}", "none", "Name one"))
     return [made[task]() for task in tasks]

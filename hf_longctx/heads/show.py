@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -13,13 +14,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..evals.results import save_json
 from ..files import read_json
 from .compare import overlap, spearman
 from .convert import to_pattern
 from .detect import Row
 from .pattern import HeadPattern, message
 from .pattern_io import available_patterns, load_pattern, shipped_name
-from .scores import Head, HeadScores, load_scores
+from .scores import Head, HeadScores, load_scores, save_scores
 
 RETRIEVAL, STRONG = 0.1, 0.5
 """Mean scores from which the paper speaks of retrieval heads, and of strong ones."""
@@ -108,20 +110,49 @@ def summary(
     for cell in cells:
         counts = (sum((row.length, row.depth) == cell for row in some) for some in (kept, rows))
         right.append(dict(zip(("length", "depth", "kept", "trials"), (*cell, *counts), strict=True)))
-    halves = spearman(*(half.means for half in scores.halves())) if scores.count > 1 else None
+    halves = spearman(*(half.means for half in scores.halves())) if scores.count > 1 else math.nan
     heads = [
         {"head": f"{n}-{h}", **asdict(share), "top_share": fmean(row.share[f"{n}-{h}"] for row in kept)}
         for (n, h), share in scores.shares().items()
     ]
-    whole = {"model": scores.name, "mode": mode, "kept": len(kept), "trials": len(rows), "halves_spearman": halves}
+    whole = {
+        "model": scores.name,
+        "mode": mode,
+        "kept": len(kept),
+        "trials": len(rows),
+        "halves_spearman": None if math.isnan(halves) else halves,
+    }
     return {**whole, "settings": dict(about), "kv_heads": list(kv_heads), "cells": right, "heads": heads}
 
 
-def stability(found: Mapping[str, Any]) -> str:
-    """How many trials were kept, and whether two halves of them say the same; of a `summary`."""
-    kept = f"{found['kept']} of {found['trials']} trials kept"
+def publish(
+    rows: Sequence[Row],
+    scores: HeadScores,
+    mode: str,
+    kv_heads: Sequence[int],
+    about: Mapping[str, Any],
+    out: Path,
+    console: Console,
+) -> None:
+    """Store scores and `summary`, and show the top heads, how many trials were kept, and whether halves of them agree.
+
+    Args:
+        rows: as in `summary`, like the next four.
+        scores: likewise.
+        mode: likewise.
+        kv_heads: likewise.
+        about: likewise.
+        out: the JSON file of scores; the summary goes to `<its name>_summary.json`.
+        console: where tables go.
+    """
+    found = summary(rows, scores, mode, kv_heads, about)
+    save_json(out.with_name(f"{out.stem}_summary.json"), found)
+    save_scores(scores, out)
+    console.print(top_heads(scores, 10))
     halves = found["halves_spearman"]
-    return kept if halves is None else f"{kept}; Spearman of two halves {halves:.3f} over {len(found['heads'])} heads"
+    agree = "" if halves is None else f"; Spearman of two halves {halves:.3f} over {len(found['heads'])} heads"
+    console.print(f"{found['kept']} of {found['trials']} trials kept{agree}")
+    console.print(f"Scores: {out}", soft_wrap=True)
 
 
 def draw(found: Sequence[HeadScores | HeadPattern], path: Path, console: Console) -> None:

@@ -148,5 +148,9 @@ def test_tasks_that_are_none_and_lengths_without_room_are_refused(tiny: tuple[An
             readouts.exams(tiny[1], tasks, None, [300], 1, 1, 0)
     with pytest.raises(ValueError, match="tasks: expected some"):
         readouts.exams(tiny[1], [], None, [300], 1, 1, 0)
+    with pytest.raises(ValueError, match="trials: expected at least 1; got 0"):
+        readouts.exams(tiny[1], ["qa"], None, [300], 1, 0, 0)
+    with pytest.raises(ValueError, match="heads ablate, batch: expected at least 1; got 0"):
+        How(batch=0)
     with pytest.raises(ValueError, match="cot: expected a length of at least"):
         list(readouts.sums(tiny[1], text.shipped(), {}, [50], 1, 0).trials)

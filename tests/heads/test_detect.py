@@ -203,8 +203,6 @@ def test_only_right_answers_count() -> None:
     assert code.trials == {(0, 0): (0.0, 0.0), (0, 1): (1.5, 0.0), (1, 0): (0.0, 1.0)}
     with pytest.raises(ValueError, match="heads detect: expected a right answer; got none in 1 trials"):
         score(rows[1:2], [2, 1], "paper", "m")
-    with pytest.raises(ValueError, match="mode: expected one of paper, code"):
-        score(rows, [2, 1], "other", "m")
 
 
 @pytest.mark.parametrize("changes", [{"trials": 0}, {"batch": 0}, {"chunk": 0}, {"new_tokens": 0}, {"lengths": []}])
@@ -214,3 +212,5 @@ def test_what_cannot_be_asked_is_refused(changes: dict[str, Any]) -> None:
         Settings(**knobs)
     with pytest.raises(ValueError, match="expected depths from 0 to 1"):
         Settings([300], [1.5])
+    with pytest.raises(ValueError, match="expected a mode among paper, code; got 'other'"):
+        Settings([300], [0.5], mode="other")
