@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from random import Random
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .pattern import message
-from .scores import Head
+from .scores import Head, HeadScores
 
 
 def spearman(first: Mapping[Head, float], second: Mapping[Head, float]) -> float:
@@ -23,6 +25,14 @@ def spearman(first: Mapping[Head, float], second: Mapping[Head, float]) -> float
     a, b = a - a.mean(), b - b.mean()
     norm = float(np.sqrt((a * a).sum() * (b * b).sum()))
     return float((a * b).sum()) / norm if norm else float("nan")
+
+
+def stability(scores: HeadScores, splits: int = 20) -> float | None:
+    """Mean of `spearman` between two halves of the trials, over random splits; None where nothing can be ranked."""
+    if scores.count < 2:
+        return None
+    found = [spearman(*(half.means for half in scores.halves(seed))) for seed in range(splits)]
+    return None if any(map(math.isnan, found)) else fmean(found)
 
 
 def overlap(first: Mapping[Head, float], second: Mapping[Head, float], top: int) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,13 +115,15 @@ class HeadScores:
             found[head] = Share(mean, mean - error, mean + error, active)
         return found
 
-    def halves(self) -> tuple[HeadScores, HeadScores]:
-        """The trials in two disjoint halves, every other one.
+    def halves(self, seed: int = 0) -> tuple[HeadScores, HeadScores]:
+        """The trials in two disjoint halves, drawn at random: neighbours are alike in length, depth and needle.
 
         Raises:
             ValueError: there is one trial.
         """
-        both = ({head: scores[start::2] for head, scores in self.trials.items()} for start in (0, 1))
+        order = Random(seed).sample(range(self.count), self.count)
+        parts = order[: self.count // 2], order[self.count // 2 :]
+        both = ({head: tuple(s[i] for i in part) for head, s in self.trials.items()} for part in parts)
         first, second = (HeadScores(half, self.name, f"half of {self.source}") for half in both)
         return first, second
 

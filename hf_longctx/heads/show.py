@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from ..evals.results import save_json
 from ..files import read_json
-from .compare import overlap, spearman
+from .compare import overlap, spearman, stability
 from .convert import to_pattern
 from .detect import Row
 from .pattern import HeadPattern, message
@@ -110,7 +109,7 @@ def summary(
     for cell in cells:
         counts = (sum((row.length, row.depth) == cell for row in some) for some in (kept, rows))
         right.append(dict(zip(("length", "depth", "kept", "trials"), (*cell, *counts), strict=True)))
-    halves = spearman(*(half.means for half in scores.halves())) if scores.count > 1 else math.nan
+    halves = stability(scores)
     heads = [
         {"head": f"{n}-{h}", **asdict(share), "top_share": fmean(row.share[f"{n}-{h}"] for row in kept)}
         for (n, h), share in scores.shares().items()
@@ -120,7 +119,7 @@ def summary(
         "mode": mode,
         "kept": len(kept),
         "trials": len(rows),
-        "halves_spearman": None if math.isnan(halves) else halves,
+        "halves_spearman": halves,
     }
     return {**whole, "settings": dict(about), "kv_heads": list(kv_heads), "cells": right, "heads": heads}
 
@@ -150,7 +149,7 @@ def publish(
     save_scores(scores, out)
     console.print(top_heads(scores, 10))
     halves = found["halves_spearman"]
-    agree = "" if halves is None else f"; Spearman of two halves {halves:.3f} over {len(found['heads'])} heads"
+    agree = "" if halves is None else f"; Spearman of halves {halves:.3f} over {len(found['heads'])} heads"
     console.print(f"{found['kept']} of {found['trials']} trials kept{agree}")
     console.print(f"Scores: {out}", soft_wrap=True)
 

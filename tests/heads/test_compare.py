@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from hf_longctx.heads.compare import layer_matched, overlap, spearman
+from hf_longctx.heads.compare import layer_matched, overlap, spearman, stability
+from hf_longctx.heads.scores import HeadScores
 
 
 def table(*values: float) -> dict[tuple[int, int], float]:
@@ -19,6 +20,13 @@ def test_spearman_is_the_correlation_of_ranks_with_ties_in_the_middle() -> None:
     # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
     assert spearman(table(1, 2, 2, 3), table(1, 2, 3, 4)) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
     assert spearman(table(1, 2), table(1, 1)) != spearman(table(1, 2), table(1, 1))  # nothing to rank
+
+
+def test_stability_is_1_where_every_trial_says_the_same_and_none_where_nothing_can_be_ranked() -> None:
+    assert stability(HeadScores({(0, h): (float(h),) * 6 for h in range(4)})) == pytest.approx(1)
+    assert stability(HeadScores({(0, h): (float(h), 3.0 - h) for h in range(4)})) == pytest.approx(-1)
+    assert stability(HeadScores({(0, h): (float(h),) for h in range(4)})) is None
+    assert stability(HeadScores({(0, h): (1.0, float(h)) for h in range(4)})) is None
 
 
 def test_overlap_counts_common_heads_at_the_top() -> None:

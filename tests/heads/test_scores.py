@@ -46,9 +46,14 @@ def test_means_intervals_and_activity_are_those_of_the_trials() -> None:
 
 
 def test_halves_are_disjoint_and_together_the_whole() -> None:
-    first, second = HeadScores(TRIALS).halves()
-    assert first.trials[0, 1] == (0.25, 0.7)
-    assert second.trials[0, 1] == (1.0,)
+    for seed in range(5):
+        first, second = HeadScores(TRIALS).halves(seed)
+        assert (first.count, second.count) == (1, 2)
+        for head, scores in TRIALS.items():
+            assert sorted(first.trials[head] + second.trials[head]) == sorted(scores)
+        which = TRIALS[0, 1].index(first.trials[0, 1][0])
+        assert first.trials[1, 1] == (TRIALS[1, 1][which],)
+    assert len({HeadScores(TRIALS).halves(seed)[0].trials[0, 1] for seed in range(20)}) == 3
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_a_detection_is_told_with_what_its_halves_say(tmp_path: Path) -> None:
     show.publish(rows, score(rows, [3], "paper", "model"), "paper", [1], {"text": "x"}, tmp_path / "s.json", console)
     said = " ".join(console.export_text().split())
     assert "model: 3 query heads, 3 trials, 2 at 0.1 or more and 1 at 0.5 or more" in said
-    assert "3 of 4 trials kept; Spearman of two halves 1.000 over 3 heads" in said
+    assert "3 of 4 trials kept; Spearman of halves 1.000 over 3 heads" in said
     assert load_scores(tmp_path / "s.json").trials[0, 1] == (0.5, 1.0, 1.0)
     told = json.loads((tmp_path / "s_summary.json").read_text())
     assert told["cells"] == [{"length": 100, "depth": 0.5, "kept": 3, "trials": 4}]
