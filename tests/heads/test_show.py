@@ -22,7 +22,7 @@ def row(trial: int, recall: float, **paper: int) -> Row:
 
 
 def test_a_detection_is_told_with_what_its_halves_say(tmp_path: Path) -> None:
-    rows = [row(0, 1, h0=1, h1=2), row(1, 1, h0=2, h1=4), row(2, 1, h1=4), row(3, 0.2, h2=4)]
+    rows = [row(0, 1, h0=1, h1=2), row(1, 1, h0=2, h1=4), row(2, 1, h0=1, h1=4), row(3, 0.2, h2=4)]
     console = Console(record=True, width=120, file=io.StringIO())
     show.publish(rows, score(rows, [3], "paper", "model"), "paper", [1], {"text": "x"}, tmp_path / "s.json", console)
     said = " ".join(console.export_text().split())
@@ -33,10 +33,10 @@ def test_a_detection_is_told_with_what_its_halves_say(tmp_path: Path) -> None:
     assert told["cells"] == [{"length": 100, "depth": 0.5, "kept": 3, "trials": 4}]
     assert told["heads"][0] == {
         "head": "0-0",
-        "mean": 0.25,
-        "low": pytest.approx(0.25 - 1.96 * 0.25 / 3**0.5),
-        "high": pytest.approx(0.25 + 1.96 * 0.25 / 3**0.5),
-        "active": pytest.approx(2 / 3),
+        "mean": pytest.approx(1 / 3),
+        "low": pytest.approx(1 / 3 - 1.96 * 0.25 / 3),
+        "high": pytest.approx(1 / 3 + 1.96 * 0.25 / 3),
+        "active": 1.0,
         "top_share": 0.25,
     }
 
