@@ -7,11 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import hf_longctx as lc
+from hf_longctx import Absolute, HeadGroup, HeadPolicy, KeepAll
+from hf_longctx.cache.step import Step
 from hf_longctx.context import Read
 from hf_longctx.heads import tap as room
-from hf_longctx.heads.tap import Gaze, tapped
+from hf_longctx.heads.tap import Gaze, strongest, tapped
+from hf_longctx.kernels import ops
 from hf_longctx.testing import tiny_llama
 
 from ..integration.again import recorders
@@ -148,3 +153,31 @@ def test_a_tap_sees_every_step_though_steps_are_recorded() -> None:
 def test_an_unpatched_model_is_refused() -> None:
     with pytest.raises(ValueError, match="tapped: expected a patched model"), tapped(tiny_llama(), Gaze()):
         pass
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements that any fresh tensor has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, Tensor)}
+        fresh = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in known]
+        self.elements = max([self.elements, *(x.untyped_storage().nbytes() // x.element_size() for x in fresh)])
+        return out
+
+
+@pytest.mark.parametrize("stored", [1024, 8192])
+def test_what_is_held_does_not_grow_with_the_text(stored: int) -> None:
+    made = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 4, 3, 8, generator=made), torch.randn(1, 2, stored, 8, generator=made)
+    step = Step.of(stored - 3, 3, q.device, None, None)
+    group = HeadGroup((0, 1), HeadPolicy(KeepAll(), Absolute()))
+    read = Read(0, group, step, q, k, k, ops.Logits(0.5), ops.Visibility(), q)
+    with _Largest() as largest:
+        places, _ = strongest(read, 3, 4, 64)
+    assert largest.elements <= max(stored, 2 * 4 * 3 * 68)  # the numbers of the places, and two chunks
+    keys = k.repeat_interleave(2, 1)
+    logits = (q @ keys.mT).masked_fill(torch.arange(stored) > torch.arange(stored - 3, stored)[:, None], -torch.inf)
+    assert places.equal(logits.argmax(-1))
