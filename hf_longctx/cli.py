@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .evals.cli import app as evals
+from .heads.cli import app as heads
 from .options import Device, Dtype, Model, Text, names, quiet
 from .tune.cli import app as tune
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(evals, name="eval")
 app.add_typer(tune, name="tune")
+app.add_typer(heads, name="heads")
 
 
 def _version(asked: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .cache.cache import LongContextCache
 from .cache.step import Step
-from .kernels.types import Selection
+from .kernels.types import Logits, Selection, Visibility
 from .models import ModelFacts
 from .plan import HeadGroup, Plan, Selector
 
@@ -33,6 +33,39 @@ class Rotary:
     interleaved: bool = False
 
 
+@dataclass(frozen=True)
+class Read:
+    """What one group of heads read in one call, each row's real tokens first, and what came of it.
+
+    Args:
+        layer: number of the layer.
+        group: which KV heads of it.
+        step: where the call's tokens stand.
+        q: `[B, Hq', T, D]`.
+        k: `[B, Hkv', S, D]`, fresh and stored.
+        v: `[B, Hkv', S, Dv]`, likewise.
+        logits: from products to logits.
+        see: which keys each query sees.
+        out: `[B, Hq', T, Dv]`.
+    """
+
+    layer: int
+    group: HeadGroup
+    step: Step
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    logits: Logits
+    see: Visibility
+    out: Tensor
+
+    @property
+    def q_heads(self) -> list[int]:
+        """The group's query heads, by their numbers in the layer."""
+        per_kv = self.q.shape[1] // self.k.shape[1]
+        return [head * per_kv + i for head in self.group.kv_heads for i in range(per_kv)]
+
+
 @dataclass(eq=False)
 class Forward:
     """One call of a patched decoder, handed to its attention layers; opaque to everyone else.
@@ -46,6 +79,7 @@ class Forward:
         probe: if given, layers put their queries and keys in here and attend to nothing.
         watch: if given, called with layer, group, selector, positions of the queries and what they read, wherever
             blocks are chosen.
+        tap: if given, called with what each group of heads read; what it returns stands for the group's output.
         reads: in a decode call, what each layer chose, as for `Ledger.count`.
         recorded: the decoder replays this call, or records it.
     """
@@ -57,6 +91,7 @@ class Forward:
     rotary: tuple[Rotary, ...] = ()
     probe: dict[int, tuple[Tensor, Tensor]] | None = None
     watch: Callable[[int, HeadGroup, Selector, Tensor, Selection], None] | None = None
+    tap: Callable[[Read], Tensor] | None = None
     recorded: bool = False
     reads: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from .cache.positions import sink_position
 from .cache.rows import View
 from .cache.step import FEW, Step
 from .cache.store import Store
-from .context import Forward
+from .context import Forward, Read
 from .gradient import Stored
 from .kernels import ops
 from .limits import reads_all_to, straight_to
@@ -108,7 +108,12 @@ def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor
         see = _above(see, floor, view, step)
     turns = _turns(call, step, floor)
     few = step.tokens == 1 and step.columns > 0
-    return (ops.attend_pages if few else ops.attend_blocks)(q, view.k, view.v, call.logits, see, turns)
+    out = (ops.attend_pages if few else ops.attend_blocks)(q, view.k, view.v, call.logits, see, turns)
+    tap = call.forward.tap
+    if tap is None:
+        return out
+    assert isinstance(view.k, Tensor) and isinstance(view.v, Tensor)
+    return tap(Read(call.layer, call.group, step, q, view.k, view.v, call.logits, see, out))
 
 
 def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

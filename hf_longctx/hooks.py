@@ -39,6 +39,7 @@ class Patch:
         ledger: of the last cache handed out.
         recorder: of calls of one token; stands in place of the decoder's `forward`.
         watch: told of every choice of blocks, as `Forward.watch`.
+        tap: told of what each group of heads read, as `Forward.tap`.
     """
 
     facts: ModelFacts
@@ -53,6 +54,7 @@ class Patch:
     hooks: list[Any] = field(default_factory=list)
     cache: ReferenceType[LongContextCache] | None = None
     watch: Any = None
+    tap: Any = None
 
     def follow(self) -> None:
         """Carry over what the user has set on one of the two configurations, all but the attention implementation."""
@@ -78,7 +80,7 @@ class Patch:
         return cache
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cache": None, "watch": None}
+        return {**self.__dict__, "cache": None, "watch": None, "tap": None}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
@@ -153,6 +155,11 @@ class BeforeForward:
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             return (), kwargs  # the model says it best
+        if state.tap is not None and (state.plan.looks or state.plan.bounded):
+            raise UnsupportedError(
+                "hf_longctx: expected a plan that reads all keys as the model makes them, while heads are looked at or "
+                f"ablated; got '{state.plan.method}'. Patch with 'dense'."
+            )
         state.follow()
         state.find_rotary(state.plan)
         mask = _padding(state, kwargs)
@@ -169,10 +176,10 @@ class BeforeForward:
                     "keys and values carry no gradient. Pass the text in one call, or call model.eval()."
                 )
             check_room(state.facts, state.plan, cache, rows, columns, decoder.dtype, tokens.device)
-            recorded = state.recorder.takes(state.plan, cache, kwargs, tokens, state.watch is not None)
+            recorded = state.recorder.takes(state.plan, cache, kwargs, tokens, (state.watch or state.tap) is not None)
             step = cache.begin(columns, rows, tokens.device, mask, look=not recorded)
             kwargs["past_key_values"] = cache
-        forward = Forward(state.facts, state.plan, step, cache, state.rotary, watch=state.watch, recorded=recorded)
+        forward = Forward(state.facts, state.plan, step, cache, state.rotary, None, state.watch, state.tap, recorded)
         _place(state, decoder, kwargs, forward, rows, columns)
         kwargs["hf_longctx"] = forward
         enter(forward)

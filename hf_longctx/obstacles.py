@@ -87,7 +87,7 @@ def of_call(decoder: Any, kwargs: Mapping[str, Any], watched: bool) -> str | Non
     if torch.is_grad_enabled() or decoder.training:
         return "gradients are on, or the model trains: call it under torch.no_grad(), after model.eval()"
     if watched:
-        return "a trace looks at every choice of blocks"
+        return "somebody looks at what heads choose or read"
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
         return "torch.compile or autocast is at work"
     if device == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -42,12 +44,19 @@ def meta(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
 
 def save_json(path: Path, value: Any) -> None:
     """Write a JSON file in one step; a failure leaves the old one."""
+    with replacing(path) as scratch, open(scratch, "w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=1)
+        stream.write("\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[str]:
+    """A file to write, which takes the place of `path` when the block has ended well; a failure leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=1)
-            stream.write("\n")
+        yield scratch
         os.chmod(scratch, 0o644)
         os.replace(scratch, path)
     except BaseException:
