@@ -68,6 +68,9 @@ CASES = [
     Case((2, 2, 2, 300, 700, 128), sink=4, window=200, ends=(699, 150)),
     Case((2, 2, 2, 300, 700, 64), sink=4, window=200, ends=(-1, 310)),
     Case((2, 2, 2, 200, 400, 128), ends=(399, 20), sink_logits=True),
+    *(Case((1, 4, 8, 1500, 1700, d), t, sink=sink, window=300) for d, t, sink in ((128, BF16, 0), (64, F16, 140))),
+    *(replace(LISTS, sizes=(2, 4, 4, 1300, 2000, d), ends=(1999, 700), share="kv_head") for d in (64, 128)),
+    replace(LISTS, sizes=(3, 4, 4, 1000, 1100, 128), ends=(1099, -1, 999), lists=(256, 256, "some"), pages=True),
     Case((2, 2, 2, 200, 400, 128), F16, ends=(399, 20), slopes=True, softcap=2.0),
 ]
 
