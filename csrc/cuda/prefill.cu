@@ -85,7 +85,7 @@ bool map_rows(CUtensorMap& map, const hfl_prefill& a, const void* data, int head
       a.dtype == HFL_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const cuuint64_t sizes[4] = {cuuint64_t(a.dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(a.batch)};
   const cuuint64_t strides[3] = {cuuint64_t(row_stride) * 2, cuuint64_t(head_stride) * 2, cuuint64_t(batch_stride) * 2};
-  const cuuint32_t box[4] = {64, 128, 1, 1}, steps[4] = {1, 1, 1, 1};
+  const cuuint32_t box[4] = {64, 64, 1, 1}, steps[4] = {1, 1, 1, 1};
   return encode && encode(&map, type, 4, const_cast<void*>(data), sizes, strides, box, steps,
                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
@@ -101,9 +101,7 @@ Kernel wgmma_kernel_of(bool bf16) {
 
 // The kernel of sm_90a, where it takes the task and the device has it.
 bool wgmma_takes(const hfl_prefill& a, Kernel& kernel, PrefillMaps& maps) {
-  if ((a.dim != 128 && a.dim != 64) || a.softcap != 0.0f || a.slopes || !a.counter || (a.ids && a.block % 128)) {
-    return false;
-  }
+  if ((a.dim != 128 && a.dim != 64) || a.softcap != 0.0f || a.slopes || !a.counter) return false;
   kernel = a.dim == 128 ? wgmma_kernel_of<128>(a.dtype == HFL_BF16) : wgmma_kernel_of<64>(a.dtype == HFL_BF16);
   cudaFuncAttributes found;
   if (cudaFuncGetAttributes(&found, kernel.function) != cudaSuccess || !found.sharedSizeBytes) return false;

@@ -22,46 +22,52 @@
 namespace hfl {
 
 struct PrefillMaps {
-  CUtensorMap q, k, v;  // of 64 channels of 128 rows
+  CUtensorMap q, k, v;  // of 64 channels of 64 rows
 };
 
-// Shared memory: a tile of queries, STAGES of keys and of values; 64 channels of the 128 rows after the other.
+// Shared memory: two tiles of queries, STAGES of keys and of values; 64 channels of 128 rows after the other.
 template <int D>
 struct PrefillStages {
   static constexpr int ROWS = 128, KEYS = 128, THREADS = 384, FEEDERS = 128, STAGES = HFL_STAGES;
-  static constexpr int PART = 128 * 128, TILE = D / 64 * PART;  // bytes
-  static constexpr int KEYS_AT = TILE, VALUES_AT = KEYS_AT + STAGES * TILE;
+  static constexpr int HALF = 64 * 128, TILE = D / 64 * 2 * HALF;  // bytes; of 64 rows
+  static constexpr int KEYS_AT = 2 * TILE, VALUES_AT = KEYS_AT + STAGES * TILE;
   static constexpr int BYTES = VALUES_AT + STAGES * TILE + 1024;  // so that it can begin at a multiple of 1024
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A place that is filled and emptied in turns: by whom is up to it.
+// A place that some fill and others empty, in turns.
 struct Slot {
   uint64_t full, empty;
-  __device__ void init(int emptying) { barrier_init(full, 1), barrier_init(empty, emptying); }
+  __device__ void init(int filling, int emptying) { barrier_init(full, filling), barrier_init(empty, emptying); }
+};
+
+// Half a tile of keys; `column` where it is not there: behind the last, which reads as zeros.
+struct KeyHalf : KeyTile {
+  bool seen;   // by every query, as a whole
+  bool stale;  // rows from `limit` on hold what is no key
 };
 
 // What the groups tell each other.
 template <int D>
 struct PrefillBoard {
   using S = PrefillStages<D>;
-  static constexpr int WARPS = (S::THREADS - S::FEEDERS) / 32;
+  static constexpr int WARPS = (S::THREADS - S::FEEDERS) / 32, FEEDING = 2;
 
   // A tile of queries; two, so that the next is prepared meanwhile.
   struct Work {
     Slot slot;
-    int index;
-    Walk<S::ROWS, S::KEYS> keys;
+    int index, tiles;
+    Walk<S::ROWS, S::KEYS / 2> keys;
   };
   Work works[2];
-  Slot queries, keys[S::STAGES], values[S::STAGES];
-  KeyTile tiles[S::STAGES];  // of the keys; `column` says whether every query sees all of them
+  Slot queries[2], keys[S::STAGES], values[S::STAGES];
+  KeyHalf halves[2 * S::STAGES][2];  // twice as many: they are read until after their keys are gone
 
   __device__ void init() {
-    for (Work& work : works) work.slot.init(WARPS);
-    queries.init(WARPS);
-    for (int s = 0; s < S::STAGES; ++s) keys[s].init(WARPS), values[s].init(WARPS);
+    for (Work& work : works) work.slot.init(1, WARPS);
+    for (Slot& slot : queries) slot.init(FEEDING, WARPS);
+    for (int s = 0; s < S::STAGES; ++s) keys[s].init(FEEDING, WARPS), values[s].init(FEEDING, WARPS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 };
@@ -70,29 +76,31 @@ struct PrefillBoard {
 template <int D>
 struct PrefillFeeder {
   using S = PrefillStages<D>;
+  using Keys = Walk<S::ROWS, S::KEYS / 2>;
   const PrefillTask& p;
   const PrefillMaps& maps;
   PrefillBoard<D>& board;
   uint32_t base;
+  int thread;
 
   __device__ void run(int all) {
-    int next = static_cast<int>(blockIdx.x), tile = 0, filled = 0;  // of thread 0
+    int next = static_cast<int>(blockIdx.x), tile = 0, filled = 0;
     for (int n = 0;; ++n) {
       auto& work = board.works[n % 2];
       barrier_wait(work.slot.empty, n / 2 % 2 ^ 1);
-      if (threadIdx.x == 0) work.index = next;
+      if (thread == 0) work.index = next;
       meet(1, S::FEEDERS);
-      if (work.index >= all) {
-        if (threadIdx.x == 0) barrier_arrive(work.slot.full);
-        break;
-      }
+      const bool more = work.index < all;
       const QueryTile queries(p, S::ROWS, work.index);
-      work.keys.template prepare<S::FEEDERS>(p, queries, [] { meet(1, S::FEEDERS); });
-      if (threadIdx.x == 0) {
+      if (more) work.keys.template prepare<S::FEEDERS>(p, queries, [] { meet(1, S::FEEDERS); });
+      if (thread == 0) {
+        work.tiles = more ? (work.keys.count + 1) / 2 : 0;
         barrier_arrive(work.slot.full);
-        next = take(all);
-        if (work.keys.count) feed(queries, work.keys, filled++, tile);
+        if (more) next = take(all);
       }
+      if (!more) break;
+      __syncwarp();
+      if (thread < PrefillBoard<D>::FEEDING && work.keys.count) feed(queries, work.keys, filled++, tile);
       __syncwarp();
     }
   }
@@ -105,25 +113,50 @@ struct PrefillFeeder {
     return static_cast<int>(gridDim.x) + taken;
   }
 
+  // This thread's half of a tile that begins there.
   __device__ void copy(uint32_t to, const CUtensorMap& map, uint64_t& bar, int row, int head, int batch) {
-    barrier_expect(bar, S::TILE);
+    barrier_expect(bar, S::TILE / 2);
 #pragma unroll
-    for (int part = 0; part < D / 64; ++part) copy_box(to + part * S::PART, &map, bar, 64 * part, row, head, batch);
+    for (int part = 0; part < D / 64; ++part) {
+      copy_box(to + (2 * part + thread) * S::HALF, &map, bar, 64 * part, row, head, batch);
+    }
   }
 
-  __device__ void feed(const QueryTile& queries, const Walk<S::ROWS, S::KEYS>& keys, int filled, int& tile) {
-    barrier_wait(board.queries.empty, filled % 2 ^ 1);
-    copy(base, maps.q, board.queries.full, queries.first, queries.head, queries.batch);
-    for (int i = 0; i < keys.count; ++i, ++tile) {
-      KeyTile one = keys.tile(i);
-      const int stage = tile % S::STAGES, before = tile / S::STAGES % 2 ^ 1, row = one.column;
-      one.column = keys.all_see(one);
-      barrier_wait(board.keys[stage].empty, before);
-      board.tiles[stage] = one;
-      copy(base + S::KEYS_AT + stage * S::TILE, maps.k, board.keys[stage].full, row, queries.kv_head, queries.batch);
-      barrier_wait(board.values[stage].empty, before);
-      copy(base + S::VALUES_AT + stage * S::TILE, maps.v, board.values[stage].full, row, queries.kv_head,
-           queries.batch);
+  __device__ KeyHalf look(const Keys& keys, int i) const {
+    KeyHalf half = {};
+    const int index = 2 * i + thread;
+    if (index < keys.count) static_cast<KeyTile&>(half) = keys.tile(index);
+    if (half.limit <= 0) half.limit = 0, half.column = keys.stored;
+    half.seen = keys.all_see(half);
+    half.stale = half.limit < S::KEYS / 2 && half.column + half.limit < keys.stored;
+    return half;
+  }
+
+  __device__ void put_keys(const QueryTile& queries, const KeyHalf& half, int tile) {
+    const int stage = tile % S::STAGES;
+    barrier_wait(board.keys[stage].empty, tile / S::STAGES % 2 ^ 1);
+    board.halves[tile % (2 * S::STAGES)][thread] = half;
+    copy(base + S::KEYS_AT + stage * S::TILE, maps.k, board.keys[stage].full, half.column, queries.kv_head,
+         queries.batch);
+  }
+
+  __device__ void put_values(const QueryTile& queries, int row, int tile) {
+    const int stage = tile % S::STAGES;
+    barrier_wait(board.values[stage].empty, tile / S::STAGES % 2 ^ 1);
+    copy(base + S::VALUES_AT + stage * S::TILE, maps.v, board.values[stage].full, row, queries.kv_head,
+         queries.batch);
+  }
+
+  __device__ void feed(const QueryTile& queries, const Keys& keys, int filled, int& tile) {
+    KeyHalf half = look(keys, 0);
+    Slot& slot = board.queries[filled % 2];
+    barrier_wait(slot.empty, filled / 2 % 2 ^ 1);
+    copy(base + filled % 2 * S::TILE, maps.q, slot.full, queries.first + 64 * thread, queries.head, queries.batch);
+    put_keys(queries, half, tile);
+    for (int last = tile + (keys.count + 1) / 2 - 1, i = 1; tile <= last; ++i) {
+      const int row = half.column;
+      if (tile < last) half = look(keys, i), put_keys(queries, half, tile + 1);
+      put_values(queries, row, tile++);
     }
   }
 };
@@ -132,7 +165,7 @@ struct PrefillFeeder {
 template <int D, bool BF16>
 struct PrefillGroup {
   using S = PrefillStages<D>;
-  using Keys = Walk<S::ROWS, S::KEYS>;
+  using Keys = Walk<S::ROWS, S::KEYS / 2>;
   const PrefillTask& p;
   PrefillBoard<D>& board;
   uint32_t base;
@@ -157,10 +190,9 @@ struct PrefillGroup {
       top[0] = top[1] = NOTHING, total[0] = total[1] = 0.0f;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) out[i] = 0.0f;
-      if (work.keys.count) {
-        barrier_wait(board.queries.full, filled++ % 2);
-        attend(work.keys, tile);
-        tile += work.keys.count;
+      if (work.tiles) {
+        attend(work.keys, tile, work.tiles, filled);
+        tile += work.tiles, ++filled;
       }
       leave(work.keys, QueryTile(p, S::ROWS, index));
       release(work.slot);
@@ -176,42 +208,51 @@ struct PrefillGroup {
     if (thread % 32 == 0) barrier_arrive(slot.empty);
   }
 
-  __device__ __forceinline__ void multiply(float (&x)[64], int stage) {
-    const uint64_t q = matrix(base + group * 64 * 128), k = matrix(base + S::KEYS_AT + stage * S::TILE);
+  __device__ __forceinline__ void multiply(float (&x)[64], int filled, int stage) {
+    const uint64_t q = matrix(base + filled % 2 * S::TILE + group * S::HALF);
+    const uint64_t k = matrix(base + S::KEYS_AT + stage * S::TILE);
 #pragma unroll
     for (int s = 0; s < D / 16; ++s) {
-      const int along = (s / 4 * S::PART + s % 4 * 32) / 16;
+      const int along = (s / 4 * 2 * S::HALF + s % 4 * 32) / 16;
       product<BF16>(x, q + along, k + along, s);
     }
   }
   __device__ __forceinline__ void add(int stage) {
-    const uint64_t v = matrix(base + S::VALUES_AT + stage * S::TILE, S::PART);
+    const uint64_t v = matrix(base + S::VALUES_AT + stage * S::TILE, 2 * S::HALF);
 #pragma unroll
     for (int s = 0; s < S::KEYS / 16; ++s) gather<BF16>(out, weights + 4 * s, v + s * 16 * 128 / 16);
   }
 
   // Values that are not there may be anything, and no weight takes a NaN away.
-  __device__ __forceinline__ void clear(int stage, int limit) {
-    if (limit >= S::KEYS) return;
-    const uint32_t v = base + S::VALUES_AT + stage * S::TILE + thread % 8 * 16;
-    for (int r = max(limit, 0) + thread / 8; r < S::KEYS; r += 16) {
+  __device__ __forceinline__ void clear(int tile) {
+    const KeyHalf(&halves)[2] = board.halves[tile % (2 * S::STAGES)];
+    if (!halves[0].stale && !halves[1].stale) return;
+    const uint32_t v = base + S::VALUES_AT + tile % S::STAGES * S::TILE + thread % 8 * 16;
+    for (int r = thread / 8; r < S::KEYS; r += 16) {
+      if (!halves[r / 64].stale || r % 64 < halves[r / 64].limit) continue;
 #pragma unroll
       for (int part = 0; part < D / 64; ++part) {
-        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v + part * S::PART + r * 128), "r"(0) : "memory");
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v + part * 2 * S::HALF + r * 128), "r"(0)
+                     : "memory");
       }
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     meet(4 + group, 128);
   }
 
-  __device__ __forceinline__ void mask(float (&x)[64], const Keys& keys, const KeyTile& tile) const {
-    if (tile.column) return;
+  __device__ __forceinline__ void mask(float (&x)[64], const Keys& keys, int tile) const {
+    const KeyHalf(&halves)[2] = board.halves[tile % (2 * S::STAGES)];
+    if (halves[0].seen && halves[1].seen) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const typename Keys::Seen seen = keys.seen(tile, keys.position[row + 8 * h], thread % 4 * 2);
+      const int from = keys.position[row + 8 * h];
 #pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        if (!seen(i / 2 * 8 + i % 2)) x[i / 2 * 4 + 2 * h + i % 2] = NOTHING;
+      for (int half = 0; half < 2; ++half) {
+        const typename Keys::Seen seen = keys.seen(halves[half], from, thread % 4 * 2);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          if (!seen(i / 2 * 8 + i % 2)) x[half * 32 + i / 2 * 4 + 2 * h + i % 2] = NOTHING;
+        }
       }
     }
   }
@@ -254,39 +295,37 @@ struct PrefillGroup {
     return BF16 ? pack_bf16(low, high) : pack_f16(low, high);
   }
 
-  // All tiles of a work, which are counted from `first` on.
-  __device__ __forceinline__ void attend(const Keys& keys, int first) {
+  __device__ __forceinline__ void await(Slot (&slots)[S::STAGES], int tile) {
+    barrier_wait(slots[tile % S::STAGES].full, tile / S::STAGES % 2);
+  }
+
+  // All tiles of a work, counted from `tile` on.
+  __device__ __forceinline__ void attend(const Keys& keys, int tile, int count, int filled) {
     float x[64];
-    int stage = first % S::STAGES, phase = first / S::STAGES % 2;
-    barrier_wait(board.keys[stage].full, phase);
-    KeyTile tile = board.tiles[stage];
+    barrier_wait(board.queries[filled % 2].full, filled / 2 % 2);
+    await(board.keys, tile);
     begin_turn();
     wgmma_fence();
-    multiply(x, stage);
+    multiply(x, filled, tile % S::STAGES);
     wgmma_commit();
     end_turn();
     wgmma_wait<0>();
     in_flight(x);
-    release(board.keys[stage]);
+    release(board.keys[tile % S::STAGES]);
     mask(x, keys, tile);
     weigh(x);
     pack_weights(x);
+    const int last = tile + count - 1;
+    if (tile < last) await(board.keys, tile + 1);
 #pragma unroll 1
-    for (int i = 1; i < keys.count; ++i) {
-      const int before = stage, limit = tile.limit;
-      const int phase_before = phase;
-      stage = (first + i) % S::STAGES, phase = (first + i) / S::STAGES % 2;
-#if EARLY
-      if (i == 1)
-#endif
-      barrier_wait(board.keys[stage].full, phase);
-      tile = board.tiles[stage];
-      barrier_wait(board.values[before].full, phase_before);
-      clear(before, limit);
+    for (; tile < last; ++tile) {
+      await(board.values, tile);
+      clear(tile);
+      const int stage = (tile + 1) % S::STAGES, before = tile % S::STAGES;
       begin_turn();
       in_flight(x), in_flight(out);
       wgmma_fence();
-      multiply(x, stage);
+      multiply(x, filled, stage);
       wgmma_commit();
       add(before);
       wgmma_commit();
@@ -294,29 +333,26 @@ struct PrefillGroup {
       wgmma_wait<1>();
       in_flight(x);
       release(board.keys[stage]);
-      mask(x, keys, tile);
+      mask(x, keys, tile + 1);
       const float2 down = weigh(x);
       in_flight(x);
-#if EARLY
-      // Comes here so that the weights are made before the wait for products.
-      if (i + 1 < keys.count) barrier_wait(board.keys[(first + i + 1) % S::STAGES].full, (first + i + 1) / S::STAGES % 2);
-#endif
+      if (tile + 1 < last) await(board.keys, tile + 2);  // here, or the compiler weighs after the next wait
       wgmma_wait<0>();
       in_flight(out);
       release(board.values[before]);
       if (!SKIP || __any_sync(0xffffffffu, down.x != 1.0f || down.y != 1.0f)) scale(down);
       pack_weights(x);
     }
-    release(board.queries);
-    barrier_wait(board.values[stage].full, phase);
-    clear(stage, tile.limit);
+    release(board.queries[filled % 2]);
+    await(board.values, tile);
+    clear(tile);
     in_flight(out);
     wgmma_fence();
-    add(stage);
+    add(tile % S::STAGES);
     wgmma_commit();
     wgmma_wait<0>();
     in_flight(out);
-    release(board.values[stage]);
+    release(board.values[tile % S::STAGES]);
   }
 
   // Of four threads each has two channels in four times eight; it gets all eight of its own.
@@ -371,7 +407,7 @@ __global__ __launch_bounds__(PrefillStages<D>::THREADS, 1) void prefill_wgmma_ke
   __syncthreads();
   if (threadIdx.x < PrefillStages<D>::FEEDERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    PrefillFeeder<D>{p, maps, board, base}.run(all);
+    PrefillFeeder<D>{p, maps, board, base, static_cast<int>(threadIdx.x)}.run(all);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     PrefillGroup<D, BF16>(p, board, base).run(all);
