@@ -54,26 +54,25 @@ struct Walk {
   int block, each, last_id, last_page;  // each: tiles of a block
   int filled;                           // blocks of the list that are not after the last query
 
-  // The first THREADS threads of the block, which `meet` waits for.
+  // By THREADS threads, of which this is one; `meet` waits for all of them.
   template <int THREADS, typename Meet>
-  __device__ void prepare(const PrefillTask& p, const QueryTile& queries, Meet meet) {
+  __device__ void prepare(const PrefillTask& p, const QueryTile& queries, int thread, Meet meet) {
     const hfl_prefill& a = p.a;
-    const int thread = threadIdx.x;
     if (thread == 0) low = INT_MAX, high = -1, filled = 0;
     meet();
-    if (thread < ROWS) {
-      const int t = queries.first + thread;
+    for (int i = thread; i < ROWS; i += THREADS) {
+      const int t = queries.first + i;
       int place = -1;
       if (t < a.tokens) {
         place = a.q_pos ? static_cast<int>(a.q_pos[queries.batch * a.q_pos_b + t]) : a.stored - a.tokens + t;
       }
-      position[thread] = place;
+      position[i] = place;
       const int most = __reduce_max_sync(0xffffffffu, place);
       const int least = __reduce_min_sync(0xffffffffu, place < 0 ? INT_MAX : place);
       if (thread % 32 == 0) atomicMax(&high, most), atomicMin(&low, least);
     }
     meet();
-    if (a.ids) count_list<THREADS>(a, queries), meet();
+    if (a.ids) count_list<THREADS>(a, queries, thread), meet();
     if (thread == 0) {
       k = static_cast<const uint16_t*>(a.k) + queries.batch * a.k_b + queries.kv_head * a.k_h;
       v = static_cast<const uint16_t*>(a.v) + queries.batch * a.v_b + queries.kv_head * a.v_h;
@@ -130,13 +129,13 @@ struct Walk {
   }
 
   template <int THREADS>
-  __device__ void count_list(const hfl_prefill& a, const QueryTile& queries) {
+  __device__ void count_list(const hfl_prefill& a, const QueryTile& queries, int thread) {
     const int32_t* list = a.ids + offset(a, queries);
     const int last = high < 0 ? -1 : high / a.block;
     int mine = 0;
-    for (int i = threadIdx.x; i < a.chosen; i += THREADS) mine += list[i] >= 0 && list[i] <= last;
+    for (int i = thread; i < a.chosen; i += THREADS) mine += list[i] >= 0 && list[i] <= last;
     mine = __reduce_add_sync(0xffffffffu, mine);
-    if (threadIdx.x % 32 == 0 && mine) atomicAdd(&filled, mine);
+    if (thread % 32 == 0 && mine) atomicAdd(&filled, mine);
   }
 
   __device__ void walk_list(const hfl_prefill& a, const QueryTile& queries) {

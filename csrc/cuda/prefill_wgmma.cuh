@@ -65,42 +65,39 @@ struct PrefillBoard {
   KeyHalf halves[2 * S::STAGES][2];  // twice as many: they are read until after their keys are gone
 
   __device__ void init() {
-    for (Work& work : works) work.slot.init(1, WARPS);
+    for (Work& work : works) work.slot.init(1, WARPS + 1);
     for (Slot& slot : queries) slot.init(FEEDING, WARPS);
     for (int s = 0; s < S::STAGES; ++s) keys[s].init(FEEDING, WARPS), values[s].init(FEEDING, WARPS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 };
 
-// The group that copies.
+// Three warps that find out what is to be read.
 template <int D>
-struct PrefillFeeder {
+struct PrefillScouts {
   using S = PrefillStages<D>;
-  using Keys = Walk<S::ROWS, S::KEYS / 2>;
+  static constexpr int THREADS = S::FEEDERS - 32;
   const PrefillTask& p;
-  const PrefillMaps& maps;
   PrefillBoard<D>& board;
-  uint32_t base;
   int thread;
 
   __device__ void run(int all) {
-    int next = static_cast<int>(blockIdx.x), tile = 0, filled = 0;
+    int index = static_cast<int>(blockIdx.x);  // thread 0 knows
     for (int n = 0;; ++n) {
       auto& work = board.works[n % 2];
       barrier_wait(work.slot.empty, n / 2 % 2 ^ 1);
-      if (thread == 0) work.index = next;
-      meet(1, S::FEEDERS);
+      if (thread == 0) work.index = index;
+      meet(1, THREADS);
       const bool more = work.index < all;
-      const QueryTile queries(p, S::ROWS, work.index);
-      if (more) work.keys.template prepare<S::FEEDERS>(p, queries, [] { meet(1, S::FEEDERS); });
+      if (more) {
+        work.keys.template prepare<THREADS>(p, QueryTile(p, S::ROWS, work.index), thread, [] { meet(1, THREADS); });
+      }
       if (thread == 0) {
-        work.tiles = more ? (work.keys.count + 1) / 2 : 0;
+        work.tiles = more ? max((work.keys.count + 1) / 2, 1) : 0;  // or one that nobody sees
         barrier_arrive(work.slot.full);
-        if (more) next = take(all);
+        if (more) index = take(all);
       }
       if (!more) break;
-      __syncwarp();
-      if (thread < PrefillBoard<D>::FEEDING && work.keys.count) feed(queries, work.keys, filled++, tile);
       __syncwarp();
     }
   }
@@ -112,7 +109,32 @@ struct PrefillFeeder {
     if (taken == all - 1) *p.a.counter = 0;
     return static_cast<int>(gridDim.x) + taken;
   }
+};
 
+// A warp that copies: of its first two threads each has half of every tile.
+template <int D>
+struct PrefillFeeder {
+  using S = PrefillStages<D>;
+  using Work = typename PrefillBoard<D>::Work;
+  using Keys = Walk<S::ROWS, S::KEYS / 2>;
+  const PrefillTask& p;
+  const PrefillMaps& maps;
+  PrefillBoard<D>& board;
+  uint32_t base;
+  int thread;
+
+  __device__ void run(int all) {
+    for (int n = 0, tile = 0;; ++n) {
+      Work& work = board.works[n % 2];
+      barrier_wait(work.slot.full, n / 2 % 2);
+      if (work.index >= all) break;
+      if (thread < PrefillBoard<D>::FEEDING) feed(QueryTile(p, S::ROWS, work.index), work, n, tile);
+      __syncwarp();
+      if (thread == 0) barrier_arrive(work.slot.empty);
+    }
+  }
+
+ private:
   // This thread's half of a tile that begins there.
   __device__ void copy(uint32_t to, const CUtensorMap& map, uint64_t& bar, int row, int head, int batch) {
     barrier_expect(bar, S::TILE / 2);
@@ -147,15 +169,16 @@ struct PrefillFeeder {
          queries.batch);
   }
 
-  __device__ void feed(const QueryTile& queries, const Keys& keys, int filled, int& tile) {
-    KeyHalf half = look(keys, 0);
-    Slot& slot = board.queries[filled % 2];
-    barrier_wait(slot.empty, filled / 2 % 2 ^ 1);
-    copy(base + filled % 2 * S::TILE, maps.q, slot.full, queries.first + 64 * thread, queries.head, queries.batch);
+  // All tiles of work n, counted from `tile` on. Keys are a tile ahead of values.
+  __device__ void feed(const QueryTile& queries, const Work& work, int n, int& tile) {
+    KeyHalf half = look(work.keys, 0);
+    Slot& slot = board.queries[n % 2];
+    barrier_wait(slot.empty, n / 2 % 2 ^ 1);
+    copy(base + n % 2 * S::TILE, maps.q, slot.full, queries.first + 64 * thread, queries.head, queries.batch);
     put_keys(queries, half, tile);
-    for (int last = tile + (keys.count + 1) / 2 - 1, i = 1; tile <= last; ++i) {
+    for (int i = 1; i <= work.tiles; ++i) {
       const int row = half.column;
-      if (tile < last) half = look(keys, i), put_keys(queries, half, tile + 1);
+      if (i < work.tiles) half = look(work.keys, i), put_keys(queries, half, tile + 1);
       put_values(queries, row, tile++);
     }
   }
@@ -165,12 +188,19 @@ struct PrefillFeeder {
 template <int D, bool BF16>
 struct PrefillGroup {
   using S = PrefillStages<D>;
+  using Work = typename PrefillBoard<D>::Work;
   using Keys = Walk<S::ROWS, S::KEYS / 2>;
   const PrefillTask& p;
   PrefillBoard<D>& board;
   uint32_t base;
+  // Of a query: the largest logit so far, in units of log 2, and the sum of this thread's weights.
+  struct Row {
+    float top, total;
+  };
+
   int group, thread, row;  // row: of this thread's first sums; 8 further on are those of the second
-  float top[2], total[2], out[D / 2];
+  Row rows[2];
+  float out[D / 2];
   uint32_t weights[S::KEYS / 4];
 
   __device__ PrefillGroup(const PrefillTask& p_, PrefillBoard<D>& board_, uint32_t base_)
@@ -180,23 +210,57 @@ struct PrefillGroup {
   }
 
   __device__ void run(int all) {
-    int tile = 0, filled = 0;
+    float x[64];
     if (group == 1) end_turn();  // the first turn is of group 0
-    for (int n = 0;; ++n) {
-      auto& work = board.works[n % 2];
-      barrier_wait(work.slot.full, n / 2 % 2);
-      const int index = work.index;
-      if (index >= all) break;
-      top[0] = top[1] = NOTHING, total[0] = total[1] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) out[i] = 0.0f;
-      if (work.tiles) {
-        attend(work.keys, tile, work.tiles, filled);
-        tile += work.tiles, ++filled;
+    start(x);
+    Work* work = &board.works[0];
+    int n = 0, tile = 0, left = work->tiles;  // left: of this work, from `tile` on, whose weights are ready
+    for (;; ++tile) {
+      const bool last = left == 1;
+      Work* next = last ? &board.works[(n + 1) % 2] : work;
+      if (last) {
+        barrier_wait(next->slot.full, (n + 1) / 2 % 2);
+        if (next->index < all) barrier_wait(board.queries[(n + 1) % 2].full, (n + 1) / 2 % 2), await(board.keys, tile + 1);
       }
-      leave(work.keys, QueryTile(p, S::ROWS, index));
-      release(work.slot);
+      await(board.values, tile);
+      clear(tile);
+      begin_turn();
+      in_flight(x), in_flight(out);
+      wgmma_fence();
+      if (next->index >= all) break;
+      multiply(x, n + last, (tile + 1) % S::STAGES);
+      wgmma_commit();
+      add(tile % S::STAGES);
+      wgmma_commit();
+      end_turn();
+      wgmma_wait<1>();
+      in_flight(x);
+      release(board.keys[(tile + 1) % S::STAGES]);
+      left = last ? next->tiles : left - 1;
+      if (left == 1) release(board.queries[(n + last) % 2]);
+      const Row before[2] = {rows[0], rows[1]};
+      if (last) rows[0] = rows[1] = {NOTHING, 0.0f};
+      mask(x, next->keys, tile + 1);
+      const float2 down = weigh(x);
+      in_flight(x);
+      if (left > 1) await(board.keys, tile + 2);  // here, or the compiler weighs after the next wait
+      wgmma_wait<0>();
+      in_flight(out);
+      release(board.values[tile % S::STAGES]);
+      if (last) {
+        leave(*work, before);
+        work = next, ++n;
+      } else {
+        scale(down);
+      }
+      pack_weights(x);
     }
+    add(tile % S::STAGES);
+    wgmma_commit();
+    end_turn();
+    wgmma_wait<0>();
+    in_flight(out);
+    leave(*work, rows);
     if (group == 0) begin_turn();  // nobody leaves a barrier half full
   }
 
@@ -261,6 +325,9 @@ struct PrefillGroup {
   __device__ __forceinline__ float2 weigh(float (&x)[64]) {
     const float factor = p.a.scale * LOG2E;  // what makes them logits in units of log 2
     float down[2];
+#ifdef NOEXP
+    rows[0].total = rows[1].total = 1.0f; return make_float2(1.0f, 1.0f);
+#endif
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float most = NOTHING;
@@ -268,15 +335,15 @@ struct PrefillGroup {
       for (int n = 0; n < 16; ++n) most = fmaxf(most, fmaxf(x[4 * n + 2 * h], x[4 * n + 2 * h + 1]));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      const float higher = fmaxf(top[h], most * factor), lowest = higher == NOTHING ? 0.0f : higher;
-      down[h] = power_of_two(top[h] - lowest);
+      const float higher = fmaxf(rows[h].top, most * factor), lowest = higher == NOTHING ? 0.0f : higher;
+      down[h] = power_of_two(rows[h].top - lowest);
       float sum = 0.0f;
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
         sum += x[4 * n + 2 * h] = power_of_two(x[4 * n + 2 * h] * factor - lowest);
         sum += x[4 * n + 2 * h + 1] = power_of_two(x[4 * n + 2 * h + 1] * factor - lowest);
       }
-      top[h] = higher, total[h] = total[h] * down[h] + sum;
+      rows[h] = {higher, rows[h].total * down[h] + sum};
     }
     return make_float2(down[0], down[1]);
   }
@@ -299,60 +366,31 @@ struct PrefillGroup {
     barrier_wait(slots[tile % S::STAGES].full, tile / S::STAGES % 2);
   }
 
-  // All tiles of a work, counted from `tile` on.
-  __device__ __forceinline__ void attend(const Keys& keys, int tile, int count, int filled) {
-    float x[64];
-    barrier_wait(board.queries[filled % 2].full, filled / 2 % 2);
-    await(board.keys, tile);
+  // The weights of the first tile.
+  __device__ __forceinline__ void start(float (&x)[64]) {
+    Work& work = board.works[0];
+    rows[0] = rows[1] = {NOTHING, 0.0f};
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) out[i] = 0.0f;
+    barrier_wait(work.slot.full, 0);
+    barrier_wait(board.queries[0].full, 0);
+    await(board.keys, 0);
     begin_turn();
     wgmma_fence();
-    multiply(x, filled, tile % S::STAGES);
+    multiply(x, 0, 0);
     wgmma_commit();
     end_turn();
     wgmma_wait<0>();
     in_flight(x);
-    release(board.keys[tile % S::STAGES]);
-    mask(x, keys, tile);
+    release(board.keys[0]);
+    if (work.tiles == 1) {
+      release(board.queries[0]);
+    } else {
+      await(board.keys, 1);
+    }
+    mask(x, work.keys, 0);
     weigh(x);
     pack_weights(x);
-    const int last = tile + count - 1;
-    if (tile < last) await(board.keys, tile + 1);
-#pragma unroll 1
-    for (; tile < last; ++tile) {
-      await(board.values, tile);
-      clear(tile);
-      const int stage = (tile + 1) % S::STAGES, before = tile % S::STAGES;
-      begin_turn();
-      in_flight(x), in_flight(out);
-      wgmma_fence();
-      multiply(x, filled, stage);
-      wgmma_commit();
-      add(before);
-      wgmma_commit();
-      end_turn();
-      wgmma_wait<1>();
-      in_flight(x);
-      release(board.keys[stage]);
-      mask(x, keys, tile + 1);
-      const float2 down = weigh(x);
-      in_flight(x);
-      if (tile + 1 < last) await(board.keys, tile + 2);  // here, or the compiler weighs after the next wait
-      wgmma_wait<0>();
-      in_flight(out);
-      release(board.values[before]);
-      if (!SKIP || __any_sync(0xffffffffu, down.x != 1.0f || down.y != 1.0f)) scale(down);
-      pack_weights(x);
-    }
-    release(board.queries[filled % 2]);
-    await(board.values, tile);
-    clear(tile);
-    in_flight(out);
-    wgmma_fence();
-    add(tile % S::STAGES);
-    wgmma_commit();
-    wgmma_wait<0>();
-    in_flight(out);
-    release(board.values[tile % S::STAGES]);
   }
 
   // Of four threads each has two channels in four times eight; it gets all eight of its own.
@@ -367,14 +405,16 @@ struct PrefillGroup {
     return far ? make_uint4(x, y, mine.x, mine.y) : make_uint4(mine.x, mine.y, x, y);
   }
 
-  __device__ __forceinline__ void leave(const Keys& keys, const QueryTile& queries) {
+  // Write the results of a work, whose rows are these, and begin anew.
+  __device__ __forceinline__ void leave(Work& work, const Row (&done)[2]) {
+    const QueryTile queries(p, S::ROWS, work.index);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float sum = total[h];
+      float sum = done[h].total;
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const int t = queries.first + row + 8 * h;
-      const float share = share_of(p.a, queries.head, top[h], sum, keys.position[row + 8 * h]);
+      const float share = share_of(p.a, queries.head, done[h].top, sum, work.keys.position[row + 8 * h]);
       uint16_t* to = static_cast<uint16_t*>(p.a.out) + queries.batch * p.a.out_b + queries.head * p.a.out_h +
                      t * p.a.out_t + thread % 4 * 8;
 #pragma unroll
@@ -389,6 +429,9 @@ struct PrefillGroup {
         if (t < p.a.tokens) *reinterpret_cast<uint4*>(to + n * 8) = eight;
       }
     }
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) out[i] = 0.0f;
+    release(work.slot);
   }
 };
 
@@ -406,10 +449,15 @@ __global__ __launch_bounds__(PrefillStages<D>::THREADS, 1) void prefill_wgmma_ke
   if (threadIdx.x == 0) board.init();
   __syncthreads();
   if (threadIdx.x < PrefillStages<D>::FEEDERS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    PrefillFeeder<D>{p, maps, board, base, static_cast<int>(threadIdx.x)}.run(all);
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < 32) {
+      PrefillFeeder<D>{p, maps, board, base, thread}.run(all);
+    } else {
+      PrefillScouts<D>{p, board, thread - 32}.run(all);
+    }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     PrefillGroup<D, BF16>(p, board, base).run(all);
   }
 #endif
