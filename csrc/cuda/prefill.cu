@@ -4,11 +4,13 @@
 // Shapes: q [B, Hq, T, D], k and v [B, Hkv, S, D], D 64, 96, 128 or 256; positions below 2^31.
 // Work: a block of threads has 128 queries (64 for D = 256) of one head. It goes through the tiles of 64 keys that one
 //   of them may see and reads no other: of the list of its head and block of queries, or else the sinks and the band of
-//   the window. Only tiles that some query does not see as a whole are masked. Products are mma.m16n8k16; a warp has 32
-//   queries (16), whose results stay in registers. While keys are multiplied the values of the tile are on their way,
-//   and while those are, the keys of the next.
-// Grid: (B * Hq * tiles of queries), in the order of QueryTile; 128 threads.
-// Shared memory: 32 KiB (D = 64), 48, 64 or 96 KiB (D = 256), of which two blocks share a multiprocessor that has room.
+//   the window. Only tiles that some query does not see as a whole are masked.
+// On sm_90a, for D = 64 and 128 and logits without cap and slopes: products are wgmma, tiles are copied by tensor maps,
+//   and as many blocks as multiprocessors take one tile of queries after the other; prefill_wgmma.cuh says more.
+// Elsewhere: products are mma.m16n8k16; a warp has 32 queries (16), whose results stay in registers. While keys are
+//   multiplied the values of the tile are on their way, and while those are, the keys of the next.
+//   Grid: (B * Hq * tiles of queries), in the order of QueryTile; 128 threads.
+//   Shared memory: 32 KiB (D = 64), 48, 64 or 96 KiB (D = 256), of which two blocks share a multiprocessor that has room.
 // Bound by: tensor cores as mma.sync drives them: 350 TFLOP/s on an H100 (D = 128, 128K, a tenth of the
 //   blocks); a large matrix product reaches 750 there.
 #include <algorithm>

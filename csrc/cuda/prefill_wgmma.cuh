@@ -50,6 +50,7 @@ struct PrefillGroup {
         more = next->index < all;
         if (more) barrier_wait(board.queries[(n + 1) % 2].full, (n + 1) / 2 % 2), await(board.keys, tile + 1);
       }
+      if (!EARLY && !last) await(board.keys, tile + 1);
       await(board.values, tile);
       clear(tile);
       if (!more) break;
@@ -69,16 +70,17 @@ struct PrefillGroup {
       const Row before[2] = {rows[0], rows[1]};
       if (last) rows[0] = rows[1] = {NOTHING, 0.0f};
       mask(x, next->keys, tile + 1);
-      const float2 down = weigh(x);
+      float down[2];
+      const bool changed = weigh(x, down);
       in_flight(x);
-      if (left > 1) await(board.keys, tile + 2);  // here, or the compiler weighs after the next wait
+      if (EARLY && left > 1) await(board.keys, tile + 2);  // here, or the compiler weighs after the next wait
       wgmma_wait<0>();
       in_flight(out);
       release(board.values[tile % S::STAGES]);
       if (last) {
         leave(*work, before);
         work = next, ++n;
-      } else {
+      } else if (changed) {
         scale(down);
       }
       pack_weights(x);
@@ -150,38 +152,55 @@ struct PrefillGroup {
     }
   }
 
-  // Logits to weights; returns what the sums so far are to be multiplied with.
-  __device__ __forceinline__ float2 weigh(float (&x)[64]) {
+  // Logits to weights. These may exceed one: the logit that stands for one changes only where others would be more than
+  // 2^8 times as much. Returns whether it did for some row of the warp, and in `down` what earlier sums are then worth.
+  __device__ __forceinline__ bool weigh(float (&x)[64], float (&down)[2]) {
     const float factor = p.a.scale * LOG2E;  // what makes them logits in units of log 2
-    float down[2];
 #ifdef NOEXP
-    rows[0].total = rows[1].total = 1.0f; return make_float2(1.0f, 1.0f);
+    rows[0].total = rows[1].total = 1.0f; return false;
 #endif
+    float most[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float most = NOTHING;
+      float four[4];
 #pragma unroll
-      for (int n = 0; n < 16; ++n) most = fmaxf(most, fmaxf(x[4 * n + 2 * h], x[4 * n + 2 * h + 1]));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      const float higher = fmaxf(rows[h].top, most * factor), lowest = higher == NOTHING ? 0.0f : higher;
-      down[h] = power_of_two(rows[h].top - lowest);
-      float sum = 0.0f;
+      for (int i = 0; i < 4; ++i) {
+        four[i] = fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]);
+#pragma unroll
+        for (int n = i + 4; n < NMAX; n += 4) four[i] = fmaxf(four[i], fmaxf(x[4 * n + 2 * h], x[4 * n + 2 * h + 1]));
+      }
+      most[h] = fmaxf(fmaxf(four[0], four[1]), fmaxf(four[2], four[3])) * factor;
+    }
+    down[0] = down[1] = 1.0f;
+    const bool higher = most[0] > rows[0].top + LAZY || most[1] > rows[1].top + LAZY;
+    const bool any = __any_sync(0xffffffffu, higher);
+    if (any) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 1));
+        most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 2));
+        most[h] = fmaxf(most[h], rows[h].top);
+        down[h] = power_of_two(rows[h].top - (most[h] == NOTHING ? 0.0f : most[h]));
+        rows[h].top = most[h], rows[h].total *= down[h];
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float one = rows[h].top == NOTHING ? 0.0f : rows[h].top;
+      float sums[2] = {rows[h].total, 0.0f};
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
-        sum += x[4 * n + 2 * h] = power_of_two(x[4 * n + 2 * h] * factor - lowest);
-        sum += x[4 * n + 2 * h + 1] = power_of_two(x[4 * n + 2 * h + 1] * factor - lowest);
+        sums[0] += x[4 * n + 2 * h] = power_of_two(x[4 * n + 2 * h] * factor - one);
+        sums[1] += x[4 * n + 2 * h + 1] = power_of_two(x[4 * n + 2 * h + 1] * factor - one);
       }
-      rows[h] = {higher, rows[h].total * down[h] + sum};
+      rows[h].total = sums[0] + sums[1];
     }
-    return make_float2(down[0], down[1]);
+    return any;
   }
 
-  __device__ __forceinline__ void scale(float2 down) {
+  __device__ __forceinline__ void scale(const float (&down)[2]) {
 #pragma unroll
-    for (int i = 0; i < D / 2; i += 4) {
-      out[i] *= down.x, out[i + 1] *= down.x, out[i + 2] *= down.y, out[i + 3] *= down.y;
-    }
+    for (int i = 0; i < D / 2; ++i) out[i] *= down[i / 2 % 2];
   }
   __device__ __forceinline__ void pack_weights(const float (&x)[64]) {
 #pragma unroll
@@ -218,7 +237,8 @@ struct PrefillGroup {
       await(board.keys, 1);
     }
     mask(x, work.keys, 0);
-    weigh(x);
+    float down[2];
+    weigh(x, down);
     pack_weights(x);
   }
 
