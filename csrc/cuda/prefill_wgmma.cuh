@@ -41,6 +41,7 @@ struct PrefillGroup {
     start(x);
     Work* work = &board.works[0];
     bool more = true;
+    const uint32_t nought = static_cast<uint32_t>(p.group) >> 31;
     int n = 0, tile = 0, left = work->tiles;  // left: of this work, from `tile` on, whose weights are ready
     for (;; ++tile) {
       const bool last = left == 1;
@@ -68,11 +69,12 @@ struct PrefillGroup {
       left = last ? next->tiles : left - 1;
       if (left == 1) release(board.queries[(n + last) % 2]);
       const Row before[2] = {rows[0], rows[1]};
-      if (last) rows[0] = rows[1] = {NOTHING, 0.0f};
+      if (last) begin_rows(next->keys);
       mask(x, next->keys, tile + 1);
       float down[2];
-      const bool changed = weigh(x, down);
-      in_flight(x);
+      uint32_t fresh[S::KEYS / 4];
+      const bool changed = weigh(x, fresh, down);
+      in_flight(fresh);
       if (EARLY && left > 1) await(board.keys, tile + 2);  // here, or the compiler weighs after the next wait
       wgmma_wait<0>();
       in_flight(out);
@@ -83,7 +85,8 @@ struct PrefillGroup {
       } else if (changed) {
         scale(down);
       }
-      pack_weights(x);
+#pragma unroll
+      for (int i = 0; i < S::KEYS / 4; ++i) weights[i] = fresh[i] | nought;
     }
     in_flight(out);
     wgmma_fence();
@@ -101,6 +104,12 @@ struct PrefillGroup {
   __device__ __forceinline__ void release(Slot& slot) {
     __syncwarp();
     if (thread % 32 == 0) barrier_arrive(slot.empty);
+  }
+
+  // Nothing has to stand for one where there is no query.
+  __device__ __forceinline__ void begin_rows(const Keys& keys) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) rows[h] = {keys.position[row + 8 * h] < 0 ? 0.0f : NOTHING, 0.0f};
   }
 
   __device__ __forceinline__ void multiply(float (&x)[64], int filled, int stage) {
@@ -152,59 +161,57 @@ struct PrefillGroup {
     }
   }
 
-  // Logits to weights. These may exceed one: the logit that stands for one changes only where others would be more than
-  // 2^8 times as much. Returns whether it did for some row of the warp, and in `down` what earlier sums are then worth.
-  __device__ __forceinline__ bool weigh(float (&x)[64], float (&down)[2]) {
+  // Weights, relative to the logit that stands for one in each row. Returns how much they are in each, of this thread.
+  __device__ __forceinline__ float2 weights_of(const float (&x)[64], uint32_t (&fresh)[S::KEYS / 4]) const {
     const float factor = p.a.scale * LOG2E;  // what makes them logits in units of log 2
-#ifdef NOEXP
-    rows[0].total = rows[1].total = 1.0f; return false;
-#endif
-    float most[2];
+    const float one[2] = {rows[0].top == NOTHING ? 0.0f : rows[0].top, rows[1].top == NOTHING ? 0.0f : rows[1].top};
+    float sums[4] = {};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float four[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        four[i] = fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]);
-#pragma unroll
-        for (int n = i + 4; n < NMAX; n += 4) four[i] = fmaxf(four[i], fmaxf(x[4 * n + 2 * h], x[4 * n + 2 * h + 1]));
-      }
-      most[h] = fmaxf(fmaxf(four[0], four[1]), fmaxf(four[2], four[3])) * factor;
+    for (int i = 0; i < S::KEYS / 4; ++i) {
+      const float low = power_of_two(x[2 * i] * factor - one[i % 2]);
+      const float high = power_of_two(x[2 * i + 1] * factor - one[i % 2]);
+      sums[i % 2] += low, sums[2 + i % 2] += high;
+      fresh[i] = pack(low, high);
     }
+    return make_float2(sums[0] + sums[2], sums[1] + sums[3]);
+  }
+
+  // Logits to weights. What stands for one is the largest logit of the first tile that a row sees something of, and
+  // changes only where weights get so large that it must. Returns whether it did for some row of the warp, and in
+  // `down` what earlier sums are then worth.
+  __device__ __forceinline__ bool weigh(const float (&x)[64], uint32_t (&fresh)[S::KEYS / 4], float (&down)[2]) {
+    constexpr float MOST = 16384.0f;
+    float2 sums = weights_of(x, fresh);
+    const bool fit = sums.x < MOST && sums.y < MOST && rows[0].top != NOTHING && rows[1].top != NOTHING;
+    const bool change = __any_sync(0xffffffffu, !fit);
     down[0] = down[1] = 1.0f;
-    const bool higher = most[0] > rows[0].top + LAZY || most[1] > rows[1].top + LAZY;
-    const bool any = __any_sync(0xffffffffu, higher);
-    if (any) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 1));
-        most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 2));
-        most[h] = fmaxf(most[h], rows[h].top);
-        down[h] = power_of_two(rows[h].top - (most[h] == NOTHING ? 0.0f : most[h]));
-        rows[h].top = most[h], rows[h].total *= down[h];
-      }
+    if (change) {
+      raise(x, down);
+      sums = weights_of(x, fresh);
     }
+    rows[0].total = rows[0].total * down[0] + sums.x, rows[1].total = rows[1].total * down[1] + sums.y;
+    return change;
+  }
+
+  // The largest logit of each row becomes what stands for one.
+  __device__ __forceinline__ void raise(const float (&x)[64], float (&down)[2]) {
+    const float factor = p.a.scale * LOG2E;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float one = rows[h].top == NOTHING ? 0.0f : rows[h].top;
-      float sums[2] = {rows[h].total, 0.0f};
+      float most = NOTHING;
 #pragma unroll
-      for (int n = 0; n < 16; ++n) {
-        sums[0] += x[4 * n + 2 * h] = power_of_two(x[4 * n + 2 * h] * factor - one);
-        sums[1] += x[4 * n + 2 * h + 1] = power_of_two(x[4 * n + 2 * h + 1] * factor - one);
-      }
-      rows[h].total = sums[0] + sums[1];
+      for (int n = 0; n < 16; ++n) most = fmaxf(most, fmaxf(x[4 * n + 2 * h], x[4 * n + 2 * h + 1]));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+      most = fmaxf(rows[h].top, most * factor);
+      down[h] = power_of_two(rows[h].top - (most == NOTHING ? 0.0f : most));
+      rows[h].top = most;
     }
-    return any;
   }
 
   __device__ __forceinline__ void scale(const float (&down)[2]) {
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) out[i] *= down[i / 2 % 2];
-  }
-  __device__ __forceinline__ void pack_weights(const float (&x)[64]) {
-#pragma unroll
-    for (int i = 0; i < S::KEYS / 4; ++i) weights[i] = pack(x[2 * i], x[2 * i + 1]);
   }
   __device__ __forceinline__ static uint32_t pack(float low, float high) {
     return BF16 ? pack_bf16(low, high) : pack_f16(low, high);
@@ -217,10 +224,10 @@ struct PrefillGroup {
   // The weights of the first tile.
   __device__ __forceinline__ void start(float (&x)[64]) {
     Work& work = board.works[0];
-    rows[0] = rows[1] = {NOTHING, 0.0f};
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) out[i] = 0.0f;
     barrier_wait(work.slot.full, 0);
+    begin_rows(work.keys);
     barrier_wait(board.queries[0].full, 0);
     await(board.keys, 0);
     begin_turn();
@@ -238,8 +245,7 @@ struct PrefillGroup {
     }
     mask(x, work.keys, 0);
     float down[2];
-    weigh(x, down);
-    pack_weights(x);
+    weigh(x, weights, down);
   }
 
   // Of four threads each has two channels in four times eight; it gets all eight of its own.
