@@ -68,8 +68,8 @@ struct PrefillGroup {
       release(board.keys[(tile + 1) % S::STAGES]);
       left = last ? next->tiles : left - 1;
       if (left == 1) release(board.queries[(n + last) % 2]);
-      const Row before[2] = {rows[0], rows[1]};
-      if (last) begin_rows(next->keys);
+      float share[2];
+      if (last) find_shares(*work, share), begin_rows(next->keys);
       mask(x, next->keys, tile + 1);
       float down[2];
       uint32_t fresh[S::KEYS / 4];
@@ -80,7 +80,7 @@ struct PrefillGroup {
       in_flight(out);
       release(board.values[tile % S::STAGES]);
       if (last) {
-        leave(*work, before);
+        leave(*work, share);
         work = next, ++n;
       } else if (changed) {
         scale(down);
@@ -94,7 +94,9 @@ struct PrefillGroup {
     wgmma_commit();
     wgmma_wait<0>();
     in_flight(out);
-    leave(*work, rows);
+    float share[2];
+    find_shares(*work, share);
+    leave(*work, share);
     if (group == 0) begin_turn();  // nobody leaves a barrier half full
   }
 
@@ -260,16 +262,23 @@ struct PrefillGroup {
     return far ? make_uint4(x, y, mine.x, mine.y) : make_uint4(mine.x, mine.y, x, y);
   }
 
-  // Write the results of a work, whose rows are these, and begin anew.
-  __device__ __forceinline__ void leave(Work& work, const Row (&done)[2]) {
+  __device__ __forceinline__ void find_shares(const Work& work, float (&share)[2]) const {
+    const int head = QueryTile(p, S::ROWS, work.index).head;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = rows[h].total;
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      share[h] = share_of(p.a, head, rows[h].top, sum, work.keys.position[row + 8 * h]);
+    }
+  }
+
+  // Write the results of a work, and begin anew.
+  __device__ __forceinline__ void leave(Work& work, const float (&share)[2]) {
     const QueryTile queries(p, S::ROWS, work.index);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float sum = done[h].total;
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const int t = queries.first + row + 8 * h;
-      const float share = share_of(p.a, queries.head, done[h].top, sum, work.keys.position[row + 8 * h]);
       uint16_t* to = static_cast<uint16_t*>(p.a.out) + queries.batch * p.a.out_b + queries.head * p.a.out_h +
                      t * p.a.out_t + thread % 4 * 8;
 #pragma unroll
@@ -278,7 +287,7 @@ struct PrefillGroup {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float *x = out + 4 * (n + i) + 2 * h;
-          two[i] = share == 0.0f ? 0u : pack(x[0] * share, x[1] * share);
+          two[i] = share[h] == 0.0f ? 0u : pack(x[0] * share[h], x[1] * share[h]);
         }
         const uint4 eight = together(two);
         if (t < p.a.tokens) *reinterpret_cast<uint4*>(to + n * 8) = eight;
