@@ -6,6 +6,9 @@
 #ifndef HFL_STAGES
 #define HFL_STAGES 2
 #endif
+#ifndef HFL_KSTAGES
+#define HFL_KSTAGES 2
+#endif
 #ifndef EARLY
 #define EARLY 1
 #endif
@@ -28,9 +31,9 @@ struct PrefillMaps {
 // Shared memory: two tiles of queries, STAGES of keys and of values; 64 channels of 128 rows after the other.
 template <int D>
 struct PrefillStages {
-  static constexpr int ROWS = 128, KEYS = 128, THREADS = 384, FEEDERS = 128, STAGES = HFL_STAGES;
+  static constexpr int ROWS = 128, KEYS = 128, THREADS = 384, FEEDERS = 128, STAGES = HFL_STAGES, KEY_STAGES = HFL_KSTAGES;
   static constexpr int HALF = 64 * 128, TILE = D / 64 * 2 * HALF;  // bytes; of 64 rows
-  static constexpr int KEYS_AT = 2 * TILE, VALUES_AT = KEYS_AT + STAGES * TILE;
+  static constexpr int KEYS_AT = 2 * TILE, VALUES_AT = KEYS_AT + KEY_STAGES * TILE;
   static constexpr int BYTES = VALUES_AT + STAGES * TILE + 1024;  // so that it can begin at a multiple of 1024
 };
 
@@ -61,13 +64,14 @@ struct PrefillBoard {
     Walk<S::ROWS, S::KEYS / 2> keys;
   };
   Work works[2];
-  Slot queries[2], keys[S::STAGES], values[S::STAGES];
+  Slot queries[2], keys[S::KEY_STAGES], values[S::STAGES];
   KeyHalf halves[2 * S::STAGES][2];  // twice as many: they are read until after their keys are gone
 
   __device__ void init() {
     for (Work& work : works) work.slot.init(1, WARPS + 1);
     for (Slot& slot : queries) slot.init(FEEDING, WARPS);
-    for (int s = 0; s < S::STAGES; ++s) keys[s].init(FEEDING, WARPS), values[s].init(FEEDING, WARPS);
+    for (Slot& slot : keys) slot.init(FEEDING, WARPS);
+    for (Slot& slot : values) slot.init(FEEDING, WARPS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 };
@@ -155,8 +159,8 @@ struct PrefillFeeder {
   }
 
   __device__ void put_keys(const QueryTile& queries, const KeyHalf& half, int tile) {
-    const int stage = tile % S::STAGES;
-    barrier_wait(board.keys[stage].empty, tile / S::STAGES % 2 ^ 1);
+    const int stage = tile % S::KEY_STAGES;
+    barrier_wait(board.keys[stage].empty, tile / S::KEY_STAGES % 2 ^ 1);
     board.halves[tile % (2 * S::STAGES)][thread] = half;
     copy(base + S::KEYS_AT + stage * S::TILE, maps.k, board.keys[stage].full, half.column, queries.kv_head,
          queries.batch);

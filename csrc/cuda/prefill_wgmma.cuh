@@ -58,14 +58,14 @@ struct PrefillGroup {
       begin_turn();
       in_flight(x), in_flight(out);
       wgmma_fence();
-      multiply(x, n + last, (tile + 1) % S::STAGES);
+      multiply(x, n + last, (tile + 1) % S::KEY_STAGES);
       wgmma_commit();
       add(tile % S::STAGES);
       wgmma_commit();
       end_turn();
       wgmma_wait<1>();
       in_flight(x);
-      release(board.keys[(tile + 1) % S::STAGES]);
+      release(board.keys[(tile + 1) % S::KEY_STAGES]);
       left = last ? next->tiles : left - 1;
       if (left == 1) release(board.queries[(n + last) % 2]);
       float share[2];
@@ -219,8 +219,9 @@ struct PrefillGroup {
     return BF16 ? pack_bf16(low, high) : pack_f16(low, high);
   }
 
-  __device__ __forceinline__ void await(Slot (&slots)[S::STAGES], int tile) {
-    barrier_wait(slots[tile % S::STAGES].full, tile / S::STAGES % 2);
+  template <int STAGES>
+  __device__ __forceinline__ void await(Slot (&slots)[STAGES], int tile) {
+    barrier_wait(slots[tile % STAGES].full, tile / STAGES % 2);
   }
 
   // The weights of the first tile.
