@@ -3,25 +3,6 @@
 #include "prefill.cuh"
 #include "wgmma.cuh"
 
-#ifndef HFL_STAGES
-#define HFL_STAGES 2
-#endif
-#ifndef HFL_KSTAGES
-#define HFL_KSTAGES 2
-#endif
-#ifndef EARLY
-#define EARLY 1
-#endif
-#ifndef NMAX
-#define NMAX 16
-#endif
-#ifndef LAZY
-#define LAZY 8.0f
-#endif
-#ifndef TURNS
-#define TURNS 1
-#endif
-
 namespace hfl {
 
 struct PrefillMaps {
@@ -31,9 +12,9 @@ struct PrefillMaps {
 // Shared memory: two tiles of queries, STAGES of keys and of values; 64 channels of 128 rows after the other.
 template <int D>
 struct PrefillStages {
-  static constexpr int ROWS = 128, KEYS = 128, THREADS = 384, FEEDERS = 128, STAGES = HFL_STAGES, KEY_STAGES = HFL_KSTAGES;
+  static constexpr int ROWS = 128, KEYS = 128, THREADS = 384, FEEDERS = 128, STAGES = 2;
   static constexpr int HALF = 64 * 128, TILE = D / 64 * 2 * HALF;  // bytes; of 64 rows
-  static constexpr int KEYS_AT = 2 * TILE, VALUES_AT = KEYS_AT + KEY_STAGES * TILE;
+  static constexpr int KEYS_AT = 2 * TILE, VALUES_AT = KEYS_AT + STAGES * TILE;
   static constexpr int BYTES = VALUES_AT + STAGES * TILE + 1024;  // so that it can begin at a multiple of 1024
 };
 
@@ -64,44 +45,46 @@ struct PrefillBoard {
     Walk<S::ROWS, S::KEYS / 2> keys;
   };
   Work works[2];
-  Slot queries[2], keys[S::KEY_STAGES], values[S::STAGES];
+  Slot queries[2], keys[S::STAGES], values[S::STAGES];
   KeyHalf halves[2 * S::STAGES][2];  // twice as many: they are read until after their keys are gone
 
   __device__ void init() {
-    for (Work& work : works) work.slot.init(1, WARPS + 1);
+    for (Work& work : works) work.slot.init(1, WARPS);
     for (Slot& slot : queries) slot.init(FEEDING, WARPS);
-    for (Slot& slot : keys) slot.init(FEEDING, WARPS);
-    for (Slot& slot : values) slot.init(FEEDING, WARPS);
+    for (int s = 0; s < S::STAGES; ++s) keys[s].init(FEEDING, WARPS), values[s].init(FEEDING, WARPS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 };
 
-// Three warps that find out what is to be read.
+// The group that copies: of its first two threads each has half of every tile.
 template <int D>
-struct PrefillScouts {
+struct PrefillFeeder {
   using S = PrefillStages<D>;
-  static constexpr int THREADS = S::FEEDERS - 32;
+  using Keys = Walk<S::ROWS, S::KEYS / 2>;
   const PrefillTask& p;
+  const PrefillMaps& maps;
   PrefillBoard<D>& board;
+  uint32_t base;
   int thread;
 
   __device__ void run(int all) {
-    int index = static_cast<int>(blockIdx.x);  // thread 0 knows
+    int next = static_cast<int>(blockIdx.x), tile = 0, filled = 0;
     for (int n = 0;; ++n) {
       auto& work = board.works[n % 2];
       barrier_wait(work.slot.empty, n / 2 % 2 ^ 1);
-      if (thread == 0) work.index = index;
-      meet(1, THREADS);
+      if (thread == 0) work.index = next;
+      meet(1, S::FEEDERS);
       const bool more = work.index < all;
-      if (more) {
-        work.keys.template prepare<THREADS>(p, QueryTile(p, S::ROWS, work.index), thread, [] { meet(1, THREADS); });
-      }
+      const QueryTile queries(p, S::ROWS, work.index);
+      if (more) work.keys.template prepare<S::FEEDERS>(p, queries, thread, [] { meet(1, S::FEEDERS); });
       if (thread == 0) {
-        work.tiles = more ? max((work.keys.count + 1) / 2, 1) : 0;  // or one that nobody sees
+        work.tiles = more ? (work.keys.count + 1) / 2 : 0;
         barrier_arrive(work.slot.full);
-        if (more) index = take(all);
+        if (more) next = take(all);
       }
       if (!more) break;
+      __syncwarp();
+      if (thread < PrefillBoard<D>::FEEDING && work.keys.count) feed(queries, work.keys, filled++, tile);
       __syncwarp();
     }
   }
@@ -113,32 +96,7 @@ struct PrefillScouts {
     if (taken == all - 1) *p.a.counter = 0;
     return static_cast<int>(gridDim.x) + taken;
   }
-};
 
-// A warp that copies: of its first two threads each has half of every tile.
-template <int D>
-struct PrefillFeeder {
-  using S = PrefillStages<D>;
-  using Work = typename PrefillBoard<D>::Work;
-  using Keys = Walk<S::ROWS, S::KEYS / 2>;
-  const PrefillTask& p;
-  const PrefillMaps& maps;
-  PrefillBoard<D>& board;
-  uint32_t base;
-  int thread;
-
-  __device__ void run(int all) {
-    for (int n = 0, tile = 0;; ++n) {
-      Work& work = board.works[n % 2];
-      barrier_wait(work.slot.full, n / 2 % 2);
-      if (work.index >= all) break;
-      if (thread < PrefillBoard<D>::FEEDING) feed(QueryTile(p, S::ROWS, work.index), work, n, tile);
-      __syncwarp();
-      if (thread == 0) barrier_arrive(work.slot.empty);
-    }
-  }
-
- private:
   // This thread's half of a tile that begins there.
   __device__ void copy(uint32_t to, const CUtensorMap& map, uint64_t& bar, int row, int head, int batch) {
     barrier_expect(bar, S::TILE / 2);
@@ -159,8 +117,8 @@ struct PrefillFeeder {
   }
 
   __device__ void put_keys(const QueryTile& queries, const KeyHalf& half, int tile) {
-    const int stage = tile % S::KEY_STAGES;
-    barrier_wait(board.keys[stage].empty, tile / S::KEY_STAGES % 2 ^ 1);
+    const int stage = tile % S::STAGES;
+    barrier_wait(board.keys[stage].empty, tile / S::STAGES % 2 ^ 1);
     board.halves[tile % (2 * S::STAGES)][thread] = half;
     copy(base + S::KEYS_AT + stage * S::TILE, maps.k, board.keys[stage].full, half.column, queries.kv_head,
          queries.batch);
@@ -173,16 +131,16 @@ struct PrefillFeeder {
          queries.batch);
   }
 
-  // All tiles of work n, counted from `tile` on. Keys are a tile ahead of values.
-  __device__ void feed(const QueryTile& queries, const Work& work, int n, int& tile) {
-    KeyHalf half = look(work.keys, 0);
-    Slot& slot = board.queries[n % 2];
-    barrier_wait(slot.empty, n / 2 % 2 ^ 1);
-    copy(base + n % 2 * S::TILE, maps.q, slot.full, queries.first + 64 * thread, queries.head, queries.batch);
+  // All tiles of a work, counted from `tile` on. Keys are one ahead of values.
+  __device__ void feed(const QueryTile& queries, const Keys& keys, int filled, int& tile) {
+    KeyHalf half = look(keys, 0);
+    Slot& slot = board.queries[filled % 2];
+    barrier_wait(slot.empty, filled / 2 % 2 ^ 1);
+    copy(base + filled % 2 * S::TILE, maps.q, slot.full, queries.first + 64 * thread, queries.head, queries.batch);
     put_keys(queries, half, tile);
-    for (int i = 1; i <= work.tiles; ++i) {
+    for (int last = tile + (keys.count + 1) / 2 - 1, i = 1; tile <= last; ++i) {
       const int row = half.column;
-      if (i < work.tiles) half = look(work.keys, i), put_keys(queries, half, tile + 1);
+      if (tile < last) half = look(keys, i), put_keys(queries, half, tile + 1);
       put_values(queries, row, tile++);
     }
   }

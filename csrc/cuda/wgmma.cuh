@@ -30,12 +30,6 @@ __device__ __forceinline__ void in_flight(float (&x)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-template <int N>
-__device__ __forceinline__ void in_flight(uint32_t (&x)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
-}
-
 #define HFL_8(i)                                                                                              \
   "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), \
       "+f"(x[i + 7])
@@ -121,7 +115,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t& bar, int parity) {
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint64_t& bar, int channel, int row,
                                          int head, int batch) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
-               "%6}], [%2];" ::"r"(to), "l"(map), "r"(shared_address(&bar)), "r"(channel), "r"(row), "r"(head), "r"(batch)
+               "%6}], [%2];" ::"r"(to), "l"(map), "r"(shared_address(&bar)), "r"(channel), "r"(row), "r"(head),
+               "r"(batch)
                : "memory");
 }
 
