@@ -221,6 +221,7 @@ typedef struct {
   const int32_t* pages;  // the same strides: where the blocks lie, in blocks; NULL: at their ids
   int64_t ids_b, ids_h, ids_n;
   int32_t select_heads, chosen, block, q_block;  // Hs: 1, Hkv or Hq; K; multiples of 64 and of 128 tokens
+  int32_t* counter;  // 0 before and after every call
   void* stream;
 } hfl_prefill;
 

@@ -4,16 +4,21 @@
 // Shapes: q [B, Hq, T, D], k and v [B, Hkv, S, D], D 64, 96, 128 or 256; positions below 2^31.
 // Work: a block of threads has 128 queries (64 for D = 256) of one head. It goes through the tiles of 64 keys that one
 //   of them may see and reads no other: of the list of its head and block of queries, or else the sinks and the band of
-//   the window. Only tiles that some query does not see as a whole are masked. Products are mma.m16n8k16; a warp has 32
-//   queries (16), whose results stay in registers. While keys are multiplied the values of the tile are on their way,
-//   and while those are, the keys of the next.
-// Grid: (B * Hq * tiles of queries), in the order of QueryTile; 128 threads.
-// Shared memory: 32 KiB (D = 64), 48, 64 or 96 KiB (D = 256), of which two blocks share a multiprocessor that has room.
-// Bound by: tensor cores as mma.sync drives them: 350 TFLOP/s on an H100 (D = 128, 128K, a tenth of the
-//   blocks); a large matrix product reaches 750 there.
+//   the window. Only tiles that some query does not see as a whole are masked.
+// On sm_90a, for D = 64 and 128 and logits without cap and slopes: products are wgmma, tiles are copied by tensor maps,
+//   and as many blocks as multiprocessors take one tile of queries after the other; prefill_wgmma.cuh says more.
+// Elsewhere: products are mma.m16n8k16; a warp has 32 queries (16), whose results stay in registers. While keys are
+//   multiplied the values of the tile are on their way, and while those are, the keys of the next.
+//   Grid: (B * Hq * tiles of queries), in the order of QueryTile; 128 threads.
+//   Shared memory: 32 KiB (D = 64), 48, 64 or 96 KiB (D = 256), of which two blocks share a multiprocessor that has
+//   room.
+// Bound by: tensor cores. D = 128, 128K tokens on an H100: 596 TFLOP/s with all blocks and 557 with a tenth of them,
+//   where the same without exponentials reaches 745 and 703; mma.sync drives them at 350.
+#include <algorithm>
 #include <initializer_list>
 
 #include "prefill_mma.cuh"
+#include "prefill_wgmma.cuh"
 
 namespace hfl {
 namespace {
@@ -69,19 +74,67 @@ const char* check(const hfl_prefill& a) {
   return nullptr;
 }
 
+// A tensor map of [B, H, T, D]; rows from T on are zeros. False where the driver does not make one.
+bool map_rows(CUtensorMap& map, const hfl_prefill& a, const void* data, int heads, int rows, int64_t batch_stride,
+              int64_t head_stride, int64_t row_stride) {
+  static const auto encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult how;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &how);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(error == cudaSuccess ? found : nullptr);
+  }();
+  const CUtensorMapDataType type =
+      a.dtype == HFL_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const cuuint64_t sizes[4] = {cuuint64_t(a.dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(a.batch)};
+  const cuuint64_t strides[3] = {cuuint64_t(row_stride) * 2, cuuint64_t(head_stride) * 2, cuuint64_t(batch_stride) * 2};
+  const cuuint32_t box[4] = {64, 64, 1, 1}, steps[4] = {1, 1, 1, 1};
+  return encode && encode(&map, type, 4, const_cast<void*>(data), sizes, strides, box, steps,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <int D>
+Kernel wgmma_kernel_of(bool bf16) {
+  using S = PrefillStages<D>;
+  const void* function = bf16 ? reinterpret_cast<const void*>(&prefill_wgmma_kernel<D, true>)
+                              : reinterpret_cast<const void*>(&prefill_wgmma_kernel<D, false>);
+  return {function, S::ROWS, S::THREADS, S::BYTES};
+}
+
+// The kernel of sm_90a, where it takes the task, this library has code for it, and the device runs that.
+bool wgmma_takes(const hfl_prefill& a, Kernel& kernel, PrefillMaps& maps) {
+  if ((a.dim != 128 && a.dim != 64) || a.softcap != 0.0f || a.slopes || !a.counter) return false;
+  kernel = a.dim == 128 ? wgmma_kernel_of<128>(a.dtype == HFL_BF16) : wgmma_kernel_of<64>(a.dtype == HFL_BF16);
+  cudaFuncAttributes found;
+  if (cudaFuncGetAttributes(&found, kernel.function) != cudaSuccess || !found.sharedSizeBytes) return false;
+  return map_rows(maps.q, a, a.q, a.q_heads, a.tokens, a.q_b, a.q_h, a.q_t) &&
+         map_rows(maps.k, a, a.k, a.kv_heads, a.stored, a.k_b, a.k_h, a.k_t) &&
+         map_rows(maps.v, a, a.v, a.kv_heads, a.stored, a.v_b, a.v_h, a.v_t);
+}
+
 }  // namespace
 }  // namespace hfl
 
 extern "C" const char* hfl_prefill_cuda(const hfl_prefill* a) {
   const char* message = hfl::check(*a);
   if (message) return message;
-  const hfl::Kernel kernel = hfl::kernel_of(*a);
+  hfl::Kernel kernel;
+  hfl::PrefillMaps maps;
+  const bool persistent = hfl::wgmma_takes(*a, kernel, maps);
+  if (!persistent) kernel = hfl::kernel_of(*a);
   hfl::PrefillTask p = {*a, a->q_heads / a->kv_heads, (a->tokens + kernel.rows - 1) / kernel.rows};
-  const int64_t blocks = static_cast<int64_t>(a->batch) * a->q_heads * p.tiles;
+  int64_t blocks = static_cast<int64_t>(a->batch) * a->q_heads * p.tiles;
   if (blocks > INT_MAX) return "attend_blocks: expected fewer than 2^31 tiles of queries";
   cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes);
+  if (error == cudaSuccess && persistent) {
+    int device = 0, processors = 0;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    blocks = std::min<int64_t>(blocks, processors);
+  }
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  void* arguments[] = {&p};
+  void* arguments[] = {&p, &maps};  // kernels that need no maps have one parameter
   error = cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(blocks)), dim3(kernel.threads), arguments,
                            static_cast<size_t>(kernel.bytes), static_cast<cudaStream_t>(a->stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

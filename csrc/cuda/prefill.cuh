@@ -18,8 +18,7 @@ struct PrefillTask {
 struct QueryTile {
   int batch, kv_head, head, first;
 
-  __device__ QueryTile(const PrefillTask& p, int rows) {
-    int index = blockIdx.x;
+  __device__ QueryTile(const PrefillTask& p, int rows, int index = static_cast<int>(blockIdx.x)) {
     head = index % p.group, index /= p.group;
     first = (p.tiles - 1 - index % p.tiles) * rows, index /= p.tiles;
     kv_head = index % p.a.kv_heads, batch = index / p.a.kv_heads;
@@ -55,32 +54,32 @@ struct Walk {
   int block, each, last_id, last_page;  // each: tiles of a block
   int filled;                           // blocks of the list that are not after the last query
 
-  // All threads of the block.
-  __device__ void prepare(const PrefillTask& p, const QueryTile& queries) {
+  // By THREADS threads, of which this is one; `meet` waits for all of them.
+  template <int THREADS, typename Meet>
+  __device__ void prepare(const PrefillTask& p, const QueryTile& queries, int thread, Meet meet) {
     const hfl_prefill& a = p.a;
-    const int thread = threadIdx.x;
     if (thread == 0) low = INT_MAX, high = -1, filled = 0;
-    __syncthreads();
-    if (thread < ROWS) {
-      const int t = queries.first + thread;
+    meet();
+    for (int i = thread; i < ROWS; i += THREADS) {
+      const int t = queries.first + i;
       int place = -1;
       if (t < a.tokens) {
         place = a.q_pos ? static_cast<int>(a.q_pos[queries.batch * a.q_pos_b + t]) : a.stored - a.tokens + t;
       }
-      position[thread] = place;
+      position[i] = place;
       const int most = __reduce_max_sync(0xffffffffu, place);
       const int least = __reduce_min_sync(0xffffffffu, place < 0 ? INT_MAX : place);
       if (thread % 32 == 0) atomicMax(&high, most), atomicMin(&low, least);
     }
-    __syncthreads();
-    if (a.ids) count_list(a, queries);
+    meet();
+    if (a.ids) count_list<THREADS>(a, queries, thread), meet();
     if (thread == 0) {
       k = static_cast<const uint16_t*>(a.k) + queries.batch * a.k_b + queries.kv_head * a.k_h;
       v = static_cast<const uint16_t*>(a.v) + queries.batch * a.v_b + queries.kv_head * a.v_h;
       low = high < 0 ? 0 : low, stored = a.stored, before = INT_MAX, jump = 0;
       a.ids ? walk_list(a, queries) : walk_all(a);
     }
-    __syncthreads();
+    meet();
   }
 
   __device__ KeyTile tile(int i) const {
@@ -129,14 +128,14 @@ struct Walk {
     return queries.batch * a.ids_b + list * a.ids_h + queries.first / a.q_block * a.ids_n;
   }
 
-  __device__ void count_list(const hfl_prefill& a, const QueryTile& queries) {
+  template <int THREADS>
+  __device__ void count_list(const hfl_prefill& a, const QueryTile& queries, int thread) {
     const int32_t* list = a.ids + offset(a, queries);
     const int last = high < 0 ? -1 : high / a.block;
     int mine = 0;
-    for (int i = threadIdx.x; i < a.chosen; i += blockDim.x) mine += list[i] >= 0 && list[i] <= last;
+    for (int i = thread; i < a.chosen; i += THREADS) mine += list[i] >= 0 && list[i] <= last;
     mine = __reduce_add_sync(0xffffffffu, mine);
-    if (threadIdx.x % 32 == 0 && mine) atomicAdd(&filled, mine);
-    __syncthreads();
+    if (thread % 32 == 0 && mine) atomicAdd(&filled, mine);
   }
 
   __device__ void walk_list(const hfl_prefill& a, const QueryTile& queries) {

@@ -256,7 +256,7 @@ __global__ __launch_bounds__(PrefillRoom<D>::THREADS, 2) void prefill_mma_kernel
   const hfl_prefill& a = p.a;
   const uint32_t base = shared_address(shared);
   const QueryTile queries(p, R::ROWS);
-  keys.prepare(p, queries);
+  keys.template prepare<R::THREADS>(p, queries, threadIdx.x, [] { __syncthreads(); });
   PrefillWarp<D, BF16> warp(p, keys, shared);
   if (keys.count) {
     KeyTile tile = keys.tile(0);

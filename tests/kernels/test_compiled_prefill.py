@@ -28,6 +28,7 @@ class Case:
             or `own`, the last that a query can see.
         share: who shares a selection.
         pages: blocks lie in any order.
+        loud: logits are so many times as large.
     """
 
     sizes: tuple[int, int, int, int, int, int] = (1, 2, 2, 300, 300, 128)
@@ -41,6 +42,7 @@ class Case:
     lists: tuple[int, int, str] | None = None
     share: str = "q_head"
     pages: bool = False
+    loud: float = 1.0
     seed: int = 0
 
 
@@ -68,6 +70,10 @@ CASES = [
     Case((2, 2, 2, 300, 700, 128), sink=4, window=200, ends=(699, 150)),
     Case((2, 2, 2, 300, 700, 64), sink=4, window=200, ends=(-1, 310)),
     Case((2, 2, 2, 200, 400, 128), ends=(399, 20), sink_logits=True),
+    *(Case((1, 4, 8, 1500, 1700, d), t, sink=sink, window=300) for d, t, sink in ((128, BF16, 0), (64, F16, 140))),
+    *(replace(LISTS, sizes=(2, 4, 4, 1300, 2000, d), ends=(1999, 700), share="kv_head") for d in (64, 128)),
+    *(replace(LISTS, loud=12.0, dtype=t, sizes=(1, 2, 4, 400, 3000, d)) for d in (64, 128, 256) for t in (BF16, F16)),
+    replace(LISTS, sizes=(3, 4, 4, 1000, 1100, 128), ends=(1099, -1, 999), lists=(256, 256, "some"), pages=True),
     Case((2, 2, 2, 200, 400, 128), F16, ends=(399, 20), slopes=True, softcap=2.0),
 ]
 
@@ -88,7 +94,7 @@ def made(case: Case, device: str) -> tuple[Any, ...]:
             k[:, :, max(case.ends) + 1 :] = torch.nan
             v[:, :, max(case.ends) + 1 :] = torch.nan
     logits = Logits(
-        dim**-0.5,
+        case.loud * dim**-0.5,
         case.softcap,
         torch.randn(kv_heads * group, generator=generator).to(case.dtype) if case.sink_logits else None,
         torch.rand(kv_heads * group, generator=generator) / 8 if case.slopes else None,

@@ -79,7 +79,7 @@ class HflPrefill(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("ids", "pages")),
         *((name, ctypes.c_int64) for name in ("ids_b", "ids_h", "ids_n")),
         *((name, ctypes.c_int32) for name in ("select_heads", "chosen", "block", "q_block")),
-        ("stream", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("counter", "stream")),
     )
 
 

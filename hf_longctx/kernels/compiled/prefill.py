@@ -111,6 +111,7 @@ def attend_blocks(
     q_pos = None if see.q_pos is None else see.q_pos.to(q.device).contiguous()
     block.q_pos, block.q_pos_b = pointer(q_pos), 0 if q_pos is None or len(q_pos) == 1 else q_pos.shape[1]
     lists = _select(block, selection)
+    block.counter = library.counters(q.device, 1).data_ptr()
     library.run("prefill", block, q.device)
     del floats, lists  # until here the tensors that the block points to had to live
     return out

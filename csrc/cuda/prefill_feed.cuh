@@ -1,0 +1,151 @@
+// Prefill attention for sm_90a: which tiles are read, and their copies. prefill_wgmma.cuh says who does what.
+#pragma once
+#include "prefill.cuh"
+#include "wgmma.cuh"
+
+namespace hfl {
+
+struct PrefillMaps {
+  CUtensorMap q, k, v;  // of 64 channels of 64 rows
+};
+
+// Shared memory: two tiles of queries, STAGES of keys and of values; 64 channels of 128 rows after the other.
+template <int D>
+struct PrefillStages {
+  static constexpr int ROWS = 128, KEYS = 128, THREADS = 384, FEEDERS = 128, STAGES = 2;
+  static constexpr int HALF = 64 * 128, TILE = D / 64 * 2 * HALF;  // bytes; of 64 rows
+  static constexpr int KEYS_AT = 2 * TILE, VALUES_AT = KEYS_AT + STAGES * TILE;
+  static constexpr int BYTES = VALUES_AT + STAGES * TILE + 1024;  // so that it can begin at a multiple of 1024
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// A place that some fill and others empty, in turns.
+struct Slot {
+  uint64_t full, empty;
+  __device__ void init(int filling, int emptying) { barrier_init(full, filling), barrier_init(empty, emptying); }
+};
+
+// Half a tile of keys; `column` where it is not there: behind the last, which reads as zeros.
+struct KeyHalf : KeyTile {
+  bool seen;   // by every query, as a whole
+  bool stale;  // rows from `limit` on hold what is no key
+};
+
+// What the groups tell each other.
+template <int D>
+struct PrefillBoard {
+  using S = PrefillStages<D>;
+  static constexpr int WARPS = (S::THREADS - S::FEEDERS) / 32, FEEDING = 2;
+
+  // A tile of queries; two, so that the next is prepared meanwhile.
+  struct Work {
+    Slot slot;
+    int index, tiles;
+    Walk<S::ROWS, S::KEYS / 2> keys;
+  };
+  Work works[2];
+  Slot queries[2], keys[S::STAGES], values[S::STAGES];
+  KeyHalf halves[2 * S::STAGES][2];  // twice as many: they are read until after their keys are gone
+
+  __device__ void init() {
+    for (Work& work : works) work.slot.init(1, WARPS);
+    for (Slot& slot : queries) slot.init(FEEDING, WARPS);
+    for (int s = 0; s < S::STAGES; ++s) keys[s].init(FEEDING, WARPS), values[s].init(FEEDING, WARPS);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+};
+
+// The group that copies: of its first two threads each has half of every tile.
+template <int D>
+struct PrefillFeeder {
+  using S = PrefillStages<D>;
+  using Keys = Walk<S::ROWS, S::KEYS / 2>;
+  const PrefillTask& p;
+  const PrefillMaps& maps;
+  PrefillBoard<D>& board;
+  uint32_t base;
+  int thread;
+
+  __device__ void run(int all) {
+    int next = static_cast<int>(blockIdx.x), tile = 0, filled = 0;
+    for (int n = 0;; ++n) {
+      auto& work = board.works[n % 2];
+      barrier_wait(work.slot.empty, n / 2 % 2 ^ 1);
+      if (thread == 0) work.index = next;
+      meet(1, S::FEEDERS);
+      const bool more = work.index < all;
+      const QueryTile queries(p, S::ROWS, work.index);
+      if (more) work.keys.template prepare<S::FEEDERS>(p, queries, thread, [] { meet(1, S::FEEDERS); });
+      if (thread == 0) {
+        work.tiles = more ? (work.keys.count + 1) / 2 : 0;
+        barrier_arrive(work.slot.full);
+        if (more) next = take(all);
+      }
+      if (!more) break;
+      __syncwarp();
+      if (thread < PrefillBoard<D>::FEEDING && work.keys.count) feed(queries, work.keys, filled++, tile);
+      __syncwarp();
+    }
+  }
+
+ private:
+  // The next work that nobody has; who asks last sets the counter back.
+  __device__ int take(int all) {
+    const int taken = atomicAdd(p.a.counter, 1);
+    if (taken == all - 1) *p.a.counter = 0;
+    return static_cast<int>(gridDim.x) + taken;
+  }
+
+  // This thread's half of a tile that begins there.
+  __device__ void copy(uint32_t to, const CUtensorMap& map, uint64_t& bar, int row, int head, int batch) {
+    barrier_expect(bar, S::TILE / 2);
+#pragma unroll
+    for (int part = 0; part < D / 64; ++part) {
+      copy_box(to + (2 * part + thread) * S::HALF, &map, bar, 64 * part, row, head, batch);
+    }
+  }
+
+  __device__ KeyHalf look(const Keys& keys, int i) const {
+    KeyHalf half = {};
+    const int index = 2 * i + thread;
+    if (index < keys.count) static_cast<KeyTile&>(half) = keys.tile(index);
+    if (half.limit <= 0) half.limit = 0, half.column = keys.stored;
+    half.seen = keys.all_see(half);
+    half.stale = half.limit < S::KEYS / 2 && half.column + half.limit < keys.stored;
+    return half;
+  }
+
+  __device__ void put_keys(const QueryTile& queries, const KeyHalf& half, int tile) {
+    const int stage = tile % S::STAGES;
+    barrier_wait(board.keys[stage].empty, tile / S::STAGES % 2 ^ 1);
+    board.halves[tile % (2 * S::STAGES)][thread] = half;
+    copy(base + S::KEYS_AT + stage * S::TILE, maps.k, board.keys[stage].full, half.column, queries.kv_head,
+         queries.batch);
+  }
+
+  __device__ void put_values(const QueryTile& queries, int row, int tile) {
+    const int stage = tile % S::STAGES;
+    barrier_wait(board.values[stage].empty, tile / S::STAGES % 2 ^ 1);
+    copy(base + S::VALUES_AT + stage * S::TILE, maps.v, board.values[stage].full, row, queries.kv_head,
+         queries.batch);
+  }
+
+  // All tiles of a work, counted from `tile` on. Keys are one ahead of values.
+  __device__ void feed(const QueryTile& queries, const Keys& keys, int filled, int& tile) {
+    KeyHalf half = look(keys, 0);
+    Slot& slot = board.queries[filled % 2];
+    barrier_wait(slot.empty, filled / 2 % 2 ^ 1);
+    copy(base + filled % 2 * S::TILE, maps.q, slot.full, queries.first + 64 * thread, queries.head, queries.batch);
+    put_keys(queries, half, tile);
+    for (int last = tile + (keys.count + 1) / 2 - 1, i = 1; tile <= last; ++i) {
+      const int row = half.column;
+      if (tile < last) half = look(keys, i), put_keys(queries, half, tile + 1);
+      put_values(queries, row, tile++);
+    }
+  }
+};
+
+#endif
+
+}  // namespace hfl
