@@ -13,7 +13,7 @@
 //   blocks); a large matrix product reaches 750 there.
 #include <initializer_list>
 
-#include "prefill_mma.cuh"
+#include "prefill_any.cuh"
 
 namespace hfl {
 namespace {
@@ -23,26 +23,32 @@ struct Kernel {
   int rows, threads, bytes;
 };
 
-template <int D>
-Kernel kernel_of(bool bf16) {
-  using R = PrefillRoom<D>;
-  const void* function = bf16 ? reinterpret_cast<const void*>(&prefill_mma_kernel<D, true>)
-                              : reinterpret_cast<const void*>(&prefill_mma_kernel<D, false>);
-  return {function, R::ROWS, R::THREADS, R::BYTES};
-}
+// Columns are positions, where keys are as they are multiplied.
+bool plain(const hfl_prefill& a) { return !a.k_pos && !a.lap && !a.k.bits; }
 
+template <int D, bool BF16>
 Kernel kernel_of(const hfl_prefill& a) {
-  const bool bf16 = a.dtype == HFL_BF16;
-  if (a.dim == 64) return kernel_of<64>(bf16);
-  if (a.dim == 96) return kernel_of<96>(bf16);
-  return a.dim == 128 ? kernel_of<128>(bf16) : kernel_of<256>(bf16);
+  using R = PrefillRoom<D>;
+  using Any = AnyRoom<D>;
+  if (plain(a)) return {reinterpret_cast<const void*>(&prefill_mma_kernel<D, BF16>), R::ROWS, R::THREADS, R::BYTES};
+  const void* function = reinterpret_cast<const void*>(&prefill_any_kernel<D, BF16>);
+  return {function, Any::ROWS, Any::THREADS, Any::bytes(a.k.bits)};
 }
 
-bool aligned(const void* p, std::initializer_list<int64_t> strides) {
+template <bool BF16>
+Kernel kernel_of(const hfl_prefill& a) {
+  if (a.dim == 64) return kernel_of<64, BF16>(a);
+  if (a.dim == 96) return kernel_of<96, BF16>(a);
+  return a.dim == 128 ? kernel_of<128, BF16>(a) : kernel_of<256, BF16>(a);
+}
+
+bool aligned(const void* p, std::initializer_list<int64_t> strides, int each = 8) {
   bool all = reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  for (int64_t stride : strides) all = all && stride % 8 == 0;
+  for (int64_t stride : strides) all = all && stride % each == 0;
   return all;
 }
+
+bool aligned(const hfl_rows& rows) { return aligned(rows.data, {rows.b, rows.h, rows.t}, rows.bits ? 16 : 8); }
 
 const char* check(const hfl_prefill& a) {
   if (a.dtype != HFL_F16 && a.dtype != HFL_BF16) return "attend_blocks: expected float16 or bfloat16";
@@ -52,12 +58,22 @@ const char* check(const hfl_prefill& a) {
   if (a.batch < 1 || a.kv_heads < 1 || a.tokens < 1 || a.stored < 1) return "attend_blocks: expected no empty axis";
   if (a.q_heads < 1 || a.q_heads % a.kv_heads) return "attend_blocks: expected q_heads as a multiple of kv_heads";
   if (!a.q_pos && a.stored < a.tokens) return "attend_blocks: expected no more queries than keys";
-  if (!aligned(a.q, {a.q_b, a.q_h, a.q_t}) || !aligned(a.k, {a.k_b, a.k_h, a.k_t}) ||
-      !aligned(a.v, {a.v_b, a.v_h, a.v_t}) || !aligned(a.out, {a.out_b, a.out_h, a.out_t})) {
+  if (!aligned(a.q, {a.q_b, a.q_h, a.q_t}) || !aligned(a.k) || !aligned(a.v) || !aligned(a.out, {a.out_b, a.out_h, a.out_t})) {
     return "attend_blocks: expected rows that begin at multiples of 16 bytes";
   }
   if (!(a.scale > 0.0f)) return "attend_blocks: expected a scale above zero";
   if (a.sink < 0) return "attend_blocks: expected no negative sink";
+  if (a.k.bits != a.v.bits || (a.k.bits != 0 && a.k.bits != 4 && a.k.bits != 8)) {
+    return "attend_blocks: expected keys and values in one format";
+  }
+  if (a.lap < 0 || a.lap > INT_MAX || a.offset < 0 || a.offset > INT_MAX || a.clamp < 0 || a.clamp > INT_MAX) {
+    return "attend_blocks: expected a lap, an offset and a distance below 2^31";
+  }
+  if (a.lap) {
+    if (a.pairs % 8 || a.pairs < 0 || 2 * a.pairs > a.dim) return "attend_blocks: expected pairs in multiples of 8";
+    if (!a.ids && a.sink && !a.clamp && !a.sink_pos) return "attend_blocks: expected positions that sinks are seen from";
+  }
+  if (a.k_pos && (a.ids || a.stored < a.tokens)) return "attend_blocks: expected the queries' own columns among the keys";
   if (a.ids) {
     if (a.chosen < 1) return "attend_blocks: expected lists of at least one block";
     if (a.block < 64 || a.block % 64) return "attend_blocks: expected blocks of a multiple of 64 keys";
@@ -75,7 +91,7 @@ const char* check(const hfl_prefill& a) {
 extern "C" const char* hfl_prefill_cuda(const hfl_prefill* a) {
   const char* message = hfl::check(*a);
   if (message) return message;
-  const hfl::Kernel kernel = hfl::kernel_of(*a);
+  const hfl::Kernel kernel = a->dtype == HFL_BF16 ? hfl::kernel_of<true>(*a) : hfl::kernel_of<false>(*a);
   hfl::PrefillTask p = {*a, a->q_heads / a->kv_heads, (a->tokens + kernel.rows - 1) / kernel.rows};
   const int64_t blocks = static_cast<int64_t>(a->batch) * a->q_heads * p.tiles;
   if (blocks > INT_MAX) return "attend_blocks: expected fewer than 2^31 tiles of queries";

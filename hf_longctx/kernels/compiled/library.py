@@ -68,14 +68,20 @@ class HflPrefill(ctypes.Structure):
     __slots__ = ()
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("batch", "q_heads", "kv_heads", "tokens", "stored", "dim", "dtype")),
-        *(
-            (f"{name}{axis}", ctypes.c_int64 if axis else ctypes.c_void_p)
-            for name in ("q", "k", "v", "out")
-            for axis in ("", "_b", "_h", "_t")
-        ),
+        ("q", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("q_b", "q_h", "q_t")),
+        *((name, HflRows) for name in ("k", "v")),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("out_b", "out_h", "out_t")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         *((name, ctypes.c_void_p) for name in ("sink_logits", "slopes", "q_pos")),
-        *((name, ctypes.c_int64) for name in ("q_pos_b", "sink", "window")),
+        ("q_pos_b", ctypes.c_int64),
+        ("k_pos", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("k_pos_b", "sink", "window", "lap", "offset", "clamp")),
+        ("sink_pos", ctypes.c_void_p),
+        ("sink_pos_b", ctypes.c_int64),
+        ("inv_freq", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("pairs", "interleaved")),
         *((name, ctypes.c_void_p) for name in ("ids", "pages")),
         *((name, ctypes.c_int64) for name in ("ids_b", "ids_h", "ids_n")),
         *((name, ctypes.c_int32) for name in ("select_heads", "chosen", "block", "q_block")),
