@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_longctx.kernels import dispatch, ops
 from hf_longctx.kernels.compiled import library, prefill
 from hf_longctx.kernels.dispatch import use_backend
-from hf_longctx.kernels.ops import Logits, Selection, Turns, Visibility
+from hf_longctx.kernels.ops import Logits, Packed, Selection, Turns, Visibility
 
 from .built import need
 
@@ -28,6 +28,12 @@ class Case:
             or `own`, the last that a query can see.
         share: who shares a selection.
         pages: blocks lie in any order.
+        bits: keys and values are packed; 0: as they are.
+        lap: keys stand at lap positions; 0: at their own.
+        clamp: the largest distance.
+        rotated: channels that are turned; 0: none, and slopes alone go by distance.
+        ring: tokens stored before, and of the call, in each row, as a store with a window hands them out; else columns
+            are positions.
     """
 
     sizes: tuple[int, int, int, int, int, int] = (1, 2, 2, 300, 300, 128)
@@ -41,6 +47,12 @@ class Case:
     lists: tuple[int, int, str] | None = None
     share: str = "q_head"
     pages: bool = False
+    bits: int = 0
+    lap: int = 0
+    clamp: int | None = None
+    rotated: int = 64
+    interleaved: bool = False
+    ring: tuple[tuple[int, int], ...] | None = None
     seed: int = 0
 
 
@@ -69,6 +81,32 @@ CASES = [
     Case((2, 2, 2, 300, 700, 64), sink=4, window=200, ends=(-1, 310)),
     Case((2, 2, 2, 200, 400, 128), ends=(399, 20), sink_logits=True),
     Case((2, 2, 2, 200, 400, 128), F16, ends=(399, 20), slopes=True, softcap=2.0),
+    *(Case((2, 2, 1, 200, 333, d), t, bits=b) for d in (64, 96, 128, 256) for t, b in ((BF16, 8), (F16, 4))),
+    *(replace(LISTS, sizes=(1, 2, 4, 300, 900, d), bits=b, pages=True) for d in (64, 128) for b in (4, 8)),
+    Case((2, 2, 2, 300, 300, 128), bits=4, window=100, ends=(299, 150), sink=4),
+    *(Case((1, 1, g, 300, 300, 128), sink=4, window=100, lap=100, seed=g) for g in (1, 4, 7)),
+    *(Case((1, 2, 1, 300, 700, d), F16, sink=70, window=90, lap=130, rotated=32) for d in (64, 96, 128, 256)),
+    Case((1, 2, 1, 300, 700, 128), sink=4, window=300, lap=300, rotated=128, interleaved=True),
+    Case((1, 2, 1, 300, 700, 128), window=200, lap=200, bits=8),
+    Case((1, 2, 1, 300, 700, 64), sink=100, window=200, lap=250, rotated=0, slopes=True),
+    Case((1, 2, 1, 300, 700, 64), sink=100, window=200, lap=250, slopes=True, softcap=3.0),
+    Case((2, 1, 2, 300, 700, 128), lap=120, clamp=100, ends=(699, 400)),
+    Case((1, 1, 2, 300, 700, 128), lap=120, clamp=100, rotated=0, slopes=True),
+    *(
+        replace(LISTS, sizes=(2, 1, 2, 640, 2000, d), lap=390, clamp=300, pages=True, bits=b, share="all")
+        for d in (64, 128, 256)
+        for b in (0, 8)
+    ),
+    replace(LISTS, sizes=(1, 1, 4, 300, 2000, 128), lists=(128, 300, "some"), lap=513, clamp=512, interleaved=True),
+    replace(LISTS, sizes=(2, 1, 4, 256, 1500, 128), ends=(-1, 1100), lap=2000, bits=4, sink_logits=True),
+    *(
+        Case((3, 2, g, 200, 0, d), t, sink=4, window=150, ring=((0, 200), (700, 99), (90, 0)), **more)
+        for g, d, t in ((1, 128, BF16), (4, 64, F16), (7, 96, BF16), (1, 256, BF16))
+        for more in ({}, {"lap": 160}, {"lap": 160, "bits": 8}, {"bits": 4})
+    ),
+    Case((1, 1, 2, 130, 0, 128), sink=128, window=256, ring=((1000, 130),), lap=256),
+    Case((2, 1, 2, 130, 0, 128), sink=0, window=64, ring=((3000, 130), (2, 64)), lap=64, slopes=True),
+    Case((2, 1, 2, 130, 0, 64), window=700, ring=((3000, 130), (2, 64)), lap=101, clamp=100, slopes=True),
 ]
 
 
@@ -76,17 +114,16 @@ def made(case: Case, device: str) -> tuple[Any, ...]:
     """Arguments: columns after the last query of every row hold NaN."""
     rows, kv_heads, group, tokens, stored, dim = case.sizes
     generator = torch.Generator().manual_seed(case.seed)
-    q, k, v = (
+    q_pos, k_pos = _places(case)
+    stored = stored if k_pos is None else k_pos.shape[1]
+    q, *both = (
         torch.randn(rows, n, heads, dim, generator=generator).to(case.dtype).transpose(1, 2)
         for heads, n in ((kv_heads * group, tokens), (kv_heads, stored), (kv_heads, stored))
     )
-    q_pos = None
-    if case.ends is not None:
-        last = torch.tensor(case.ends)[:, None]
-        q_pos = (last - torch.arange(tokens - 1, -1, -1)).clamp(min=-1)
-        if not case.pages:
-            k[:, :, max(case.ends) + 1 :] = torch.nan
-            v[:, :, max(case.ends) + 1 :] = torch.nan
+    k, v = (ops.encode_kv(x, case.bits) if case.bits else x for x in both)
+    if case.ends is not None and not case.pages:
+        for x in (k, v):
+            (x if isinstance(x, Tensor) else x.scale)[:, :, max(case.ends) + 1 :] = torch.nan
     logits = Logits(
         dim**-0.5,
         case.softcap,
@@ -94,9 +131,40 @@ def made(case: Case, device: str) -> tuple[Any, ...]:
         torch.rand(kv_heads * group, generator=generator) / 8 if case.slopes else None,
     )
     selection = None if case.lists is None else _selection(case, q_pos, generator, device)
-    logits = replace(logits, **{n: x.to(device) for n, x in vars(logits).items() if isinstance(x, Tensor)})
-    see = Visibility(case.sink, case.window, None if q_pos is None else q_pos.to(device))
-    return *(x.to(device) for x in (q, k, v)), logits, see, None, selection
+    logits, k, v = (_moved(x, device) for x in (logits, k, v))
+    see = _moved(Visibility(case.sink, case.window, q_pos, k_pos), device)
+    return q.to(device), k, v, logits, see, _turns(case, generator, device), selection
+
+
+def _moved(x: Any, device: str) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(device)
+    return replace(x, **{name: y.to(device) for name, y in vars(x).items() if isinstance(y, Tensor)})
+
+
+def _places(case: Case) -> tuple[Tensor | None, Tensor | None]:
+    """Positions of queries, and of columns: sinks, then what is left of the window, then the call's own."""
+    tokens = torch.arange(case.sizes[3])
+    if case.ring is None:
+        ends = None if case.ends is None else torch.tensor(case.ends)[:, None]
+        return None if ends is None else (ends - tokens.flip(0)).clamp(min=-1), None
+    assert case.window is not None
+    before, count = torch.tensor(case.ring).T[..., None]
+    own = torch.where(tokens < count, before + tokens, -1)
+    sinks = torch.arange(case.sink).expand(len(before), -1)
+    beyond = torch.cat((before - case.window + torch.arange(case.window), own), 1)
+    beyond = beyond.where(beyond >= case.sink, -1)
+    return own, torch.cat((sinks.where(sinks < before + count, -1), beyond), 1)
+
+
+def _turns(case: Case, generator: torch.Generator, device: str) -> Turns | None:
+    """Frequencies as models have them; offsets that no tile begins at."""
+    if not case.lap:
+        return None
+    sinks = torch.randint(0, case.sink + (case.window or 1), (case.sizes[0], case.sizes[3]), generator=generator)
+    pairs = case.rotated // 2
+    inv_freq = None if not pairs else (10000.0 ** -(torch.arange(pairs) / pairs)).to(device)
+    return Turns(sinks.to(device), case.lap, case.sink + 3, inv_freq, case.interleaved, case.clamp)
 
 
 def _selection(case: Case, q_pos: Tensor | None, generator: torch.Generator, device: str) -> Selection:
@@ -131,6 +199,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...]) -> Ten
     return out
 
 
+def _finite(x: Tensor | Packed) -> Tensor | Packed:
+    return x.nan_to_num() if isinstance(x, Tensor) else replace(x, scale=x.scale.nan_to_num())
+
+
+def _exactly(x: Tensor | Packed) -> Tensor | Packed:
+    return x.double() if isinstance(x, Tensor) else replace(x, dtype=torch.float64)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_definition(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,9 +216,9 @@ def test_definition(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     need("cuda")
     arguments = made(case, "cuda")
-    q, k, v = arguments[0], *(x.nan_to_num() for x in arguments[1:3])
+    q, k, v = arguments[0], *map(_finite, arguments[1:3])
     with use_backend("reference"):
-        exact = ops.attend_pages(q.double(), k.double(), v.double(), *arguments[3:])
+        exact = ops.attend_pages(*map(_exactly, (q, k, v)), *arguments[3:])
         same = ops.attend_pages(q, k, v, *arguments[3:])
     got = compiled(monkeypatch, arguments)
     assert got.dtype == case.dtype
@@ -187,30 +263,35 @@ REJECTED: list[tuple[dict[str, Any], str]] = [
     ({"lists": (64, 64, "some")}, "takes blocks of a multiple of 128 queries"),
     ({"lists": None}, "leaves plain causal attention to torch"),
     ({"lists": None, "window": 300}, "leaves plain causal attention to torch"),
+    ({"lists": None, "bits": 8}, "leaves plain causal attention to torch"),
+    ({"lap": 300, "rotated": 24}, "turns pairs of channels in multiples of 8"),
+]
+TAKEN: list[dict[str, Any]] = [
+    {},
+    {"bits": 4},
+    {"lap": 300},
+    {"lap": 300, "rotated": 0},
+    {"lists": None, "window": 100},
+    {"lists": None, "lap": 300, "clamp": 100, "bits": 8},
+    {"lists": None, "window": 100, "ring": ((900, 300),)},
+    {"sizes": (1, 1, 1, 300, 300, 128), "lists": (64, 300, "some")},
 ]
 
 
-@pytest.mark.parametrize(("options", "reason"), REJECTED)
-def test_what_it_does_not_take(options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("options", "reason"), [*REJECTED, *((options, None) for options in TAKEN)])
+def test_what_it_does_not_take(options: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "reason", lambda device: None)
     q, *rest = made(replace(LISTS, **options), "cpu")
     assert prefill.reject(q, *rest) == "has many queries a row on CUDA only"
     assert prefill.reject(q.as_subclass(OnCuda), *rest) == reason
 
 
-def test_turned_packed_and_other_columns_are_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_and_values_in_two_formats_and_gradients_are_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "reason", lambda device: None)
-    q, k, v, logits, see, _, selection = made(LISTS, "cpu")
+    q, k, v, *rest = made(LISTS, "cpu")
     q = q.as_subclass(OnCuda)
-    assert prefill.reject(q, k, v, logits, see, None, selection) is None
-    assert prefill.reject(q, k, v, logits, Visibility(0, 100), None) is None
-    turns = Turns(torch.zeros(1, 1, dtype=torch.int64), 100, 0, torch.ones(4))
-    assert prefill.reject(q, k, v, logits, see, turns, selection) == "cannot turn many queries to keys at lap positions"
-    packed = ops.encode_kv(k, 8)
-    reason = "takes no packed keys and values of many queries"
-    assert prefill.reject(q, packed, packed, logits, see, None, selection) == reason
-    elsewhere = Visibility(k_pos=torch.arange(300)[None])
-    assert prefill.reject(q, k, v, logits, elsewhere, None) == "needs columns that are positions"
-    assert prefill.reject(q.requires_grad_(), k, v, logits, see, None, selection) == "computes no gradients"
+    assert prefill.reject(q, ops.encode_kv(k, 8), v, *rest) == "needs keys and values in one format"
+    assert prefill.reject(q, ops.encode_kv(k, 8), ops.encode_kv(v, 4), *rest) == "needs keys and values in one format"
+    assert prefill.reject(q.requires_grad_(), k, v, *rest) == "computes no gradients"
     with torch.no_grad():
-        assert prefill.reject(q, k, v, logits, see, None, selection) is None
+        assert prefill.reject(q, k, v, *rest) is None

@@ -218,6 +218,11 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def bits(x: Tensor | Packed) -> int:
+    """Of a packed channel; 0 where none is packed."""
+    return 0 if isinstance(x, Tensor) else x.bits
+
+
 def rows(x: Tensor | Packed) -> HflRows:
     """Keys or values `[B, H, S, D]`."""
     if isinstance(x, Tensor):
