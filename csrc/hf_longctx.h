@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define HFL_ABI 2
+#define HFL_ABI 3
 
 #pragma GCC visibility push(default)  // all else is hidden
 #ifdef __cplusplus
@@ -199,15 +199,12 @@ typedef struct {
   void* stream;
 } hfl_turn;
 
-// ops.attend_blocks: many queries a row; keys and values are plain, and columns are positions. *_cuda only.
+// ops.attend_blocks: many queries a row, in one format for keys and values. *_cuda only.
 typedef struct {
   int32_t batch, q_heads, kv_heads, tokens, stored, dim, dtype;
   const void* q;          // [B, Hq, T, D]
   int64_t q_b, q_h, q_t;
-  const void* k;          // [B, Hkv, S, D]
-  int64_t k_b, k_h, k_t;
-  const void* v;          // [B, Hkv, S, D]
-  int64_t v_b, v_h, v_t;
+  hfl_rows k, v;          // [B, Hkv, S, D]
   void* out;              // [B, Hq, T, D]
   int64_t out_b, out_h, out_t;
   float scale, softcap;      // scale > 0; softcap 0: none
@@ -215,8 +212,16 @@ typedef struct {
   const float* slopes;       // [Hq] or NULL
   const int64_t* q_pos;      // [B or 1, T], -1: no query, its output is zero; NULL: query t stands at stored - T + t
   int64_t q_pos_b;           // 0 where all rows are alike
+  const int64_t* k_pos;      // [B or 1, S], ascending, -1: no key, and the last T are the queries' own; NULL: columns are
+  int64_t k_pos_b;           //   positions
   int64_t sink, window;      // as in hfl_attend
-  // Selection; ids NULL: all columns. With it sink and window are not used.
+  // Keys at lap positions; lap 0: products are right as they are. sink_pos and inv_freq as in ops.Turns.
+  int64_t lap, offset, clamp;  // clamp 0: distances are as they are
+  const int64_t* sink_pos;     // [B or 1, T]; read if there are sinks and distances are as they are
+  int64_t sink_pos_b;
+  const float* inv_freq;        // [pairs]
+  int32_t pairs, interleaved;   // pairs: a multiple of 8, up to D / 2
+  // Selection; ids NULL: all columns. With it k_pos is NULL, and sink and window are not used.
   const int32_t* ids;    // [B, Hs, N, K], ascending, then -1
   const int32_t* pages;  // the same strides: where the blocks lie, in blocks; NULL: at their ids
   int64_t ids_b, ids_h, ids_n;

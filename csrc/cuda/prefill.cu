@@ -12,12 +12,16 @@
 //   Grid: (B * Hq * tiles of queries), in the order of QueryTile; 128 threads.
 //   Shared memory: 32 KiB (D = 64), 48, 64 or 96 KiB (D = 256), of which two blocks share a multiprocessor that has
 //   room.
+// Keys at lap positions, packed ones, and columns that are not positions have a kernel of their own (prefill_any.cuh):
+//   tiles are unpacked and turned in shared memory; sinks, or keys beyond the clamped distance, are a pass before the
+//   others, with queries turned to them. 64 KiB for D = 256, whose tiles are of 32 keys, and up to 16 KiB more where
+//   keys are packed.
 // Bound by: tensor cores. D = 128, 128K tokens on an H100: 596 TFLOP/s with all blocks and 557 with a tenth of them,
 //   where the same without exponentials reaches 745 and 703; mma.sync drives them at 350.
 #include <algorithm>
 #include <initializer_list>
 
-#include "prefill_mma.cuh"
+#include "prefill_any.cuh"
 #include "prefill_wgmma.cuh"
 
 namespace hfl {
@@ -28,25 +32,34 @@ struct Kernel {
   int rows, threads, bytes;
 };
 
-template <int D>
-Kernel kernel_of(bool bf16) {
-  using R = PrefillRoom<D>;
-  const void* function = bf16 ? reinterpret_cast<const void*>(&prefill_mma_kernel<D, true>)
-                              : reinterpret_cast<const void*>(&prefill_mma_kernel<D, false>);
-  return {function, R::ROWS, R::THREADS, R::BYTES};
-}
+// Columns are positions, where keys are as they are multiplied.
+bool plain(const hfl_prefill& a) { return !a.k_pos && !a.lap && !a.k.bits; }
 
+template <int D, bool BF16>
 Kernel kernel_of(const hfl_prefill& a) {
-  const bool bf16 = a.dtype == HFL_BF16;
-  if (a.dim == 64) return kernel_of<64>(bf16);
-  if (a.dim == 96) return kernel_of<96>(bf16);
-  return a.dim == 128 ? kernel_of<128>(bf16) : kernel_of<256>(bf16);
+  using R = PrefillRoom<D>;
+  using Any = AnyRoom<D>;
+  if (plain(a)) return {reinterpret_cast<const void*>(&prefill_mma_kernel<D, BF16>), R::ROWS, R::THREADS, R::BYTES};
+  const void* function = reinterpret_cast<const void*>(&prefill_any_kernel<D, BF16>);
+  return {function, Any::ROWS, Any::THREADS, Any::bytes(a.k.bits)};
 }
 
-bool aligned(const void* p, std::initializer_list<int64_t> strides) {
+template <bool BF16>
+Kernel kernel_of(const hfl_prefill& a) {
+  if (a.dim == 64) return kernel_of<64, BF16>(a);
+  if (a.dim == 96) return kernel_of<96, BF16>(a);
+  return a.dim == 128 ? kernel_of<128, BF16>(a) : kernel_of<256, BF16>(a);
+}
+
+bool aligned(const void* p, std::initializer_list<int64_t> strides, int each = 8) {
   bool all = reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  for (int64_t stride : strides) all = all && stride % 8 == 0;
+  for (int64_t stride : strides) all = all && stride % each == 0;
   return all;
+}
+
+bool aligned(const hfl_rows& rows) {
+  const bool sides = aligned(rows.scale, {rows.scale_b, rows.scale_h}) && aligned(rows.zero, {});
+  return aligned(rows.data, {rows.b, rows.h, rows.t}, rows.bits ? 16 : 8) && sides;
 }
 
 const char* check(const hfl_prefill& a) {
@@ -57,12 +70,22 @@ const char* check(const hfl_prefill& a) {
   if (a.batch < 1 || a.kv_heads < 1 || a.tokens < 1 || a.stored < 1) return "attend_blocks: expected no empty axis";
   if (a.q_heads < 1 || a.q_heads % a.kv_heads) return "attend_blocks: expected q_heads as a multiple of kv_heads";
   if (!a.q_pos && a.stored < a.tokens) return "attend_blocks: expected no more queries than keys";
-  if (!aligned(a.q, {a.q_b, a.q_h, a.q_t}) || !aligned(a.k, {a.k_b, a.k_h, a.k_t}) ||
-      !aligned(a.v, {a.v_b, a.v_h, a.v_t}) || !aligned(a.out, {a.out_b, a.out_h, a.out_t})) {
+  if (!aligned(a.q, {a.q_b, a.q_h, a.q_t}) || !aligned(a.k) || !aligned(a.v) || !aligned(a.out, {a.out_b, a.out_h, a.out_t})) {
     return "attend_blocks: expected rows that begin at multiples of 16 bytes";
   }
   if (!(a.scale > 0.0f)) return "attend_blocks: expected a scale above zero";
   if (a.sink < 0) return "attend_blocks: expected no negative sink";
+  if (a.k.bits != a.v.bits || (a.k.bits != 0 && a.k.bits != 4 && a.k.bits != 8)) {
+    return "attend_blocks: expected keys and values in one format";
+  }
+  if (a.lap < 0 || a.lap > INT_MAX || a.offset < 0 || a.offset > INT_MAX || a.clamp < 0 || a.clamp > INT_MAX) {
+    return "attend_blocks: expected a lap, an offset and a distance below 2^31";
+  }
+  if (a.lap) {
+    if (a.pairs % 8 || a.pairs < 0 || 2 * a.pairs > a.dim) return "attend_blocks: expected pairs in multiples of 8";
+    if (!a.ids && a.sink && !a.clamp && !a.sink_pos) return "attend_blocks: expected positions that sinks are seen from";
+  }
+  if (a.k_pos && (a.ids || a.stored < a.tokens)) return "attend_blocks: expected the queries' own columns among the keys";
   if (a.ids) {
     if (a.chosen < 1) return "attend_blocks: expected lists of at least one block";
     if (a.block < 64 || a.block % 64) return "attend_blocks: expected blocks of a multiple of 64 keys";
@@ -104,13 +127,13 @@ Kernel wgmma_kernel_of(bool bf16) {
 
 // The kernel of sm_90a, where it takes the task, this library has code for it, and the device runs that.
 bool wgmma_takes(const hfl_prefill& a, Kernel& kernel, PrefillMaps& maps) {
-  if ((a.dim != 128 && a.dim != 64) || a.softcap != 0.0f || a.slopes || !a.counter) return false;
+  if (!plain(a) || (a.dim != 128 && a.dim != 64) || a.softcap != 0.0f || a.slopes || !a.counter) return false;
   kernel = a.dim == 128 ? wgmma_kernel_of<128>(a.dtype == HFL_BF16) : wgmma_kernel_of<64>(a.dtype == HFL_BF16);
   cudaFuncAttributes found;
   if (cudaFuncGetAttributes(&found, kernel.function) != cudaSuccess || !found.sharedSizeBytes) return false;
   return map_rows(maps.q, a, a.q, a.q_heads, a.tokens, a.q_b, a.q_h, a.q_t) &&
-         map_rows(maps.k, a, a.k, a.kv_heads, a.stored, a.k_b, a.k_h, a.k_t) &&
-         map_rows(maps.v, a, a.v, a.kv_heads, a.stored, a.v_b, a.v_h, a.v_t);
+         map_rows(maps.k, a, a.k.data, a.kv_heads, a.stored, a.k.b, a.k.h, a.k.t) &&
+         map_rows(maps.v, a, a.v.data, a.kv_heads, a.stored, a.v.b, a.v.h, a.v.t);
 }
 
 }  // namespace
@@ -122,7 +145,7 @@ extern "C" const char* hfl_prefill_cuda(const hfl_prefill* a) {
   hfl::Kernel kernel;
   hfl::PrefillMaps maps;
   const bool persistent = hfl::wgmma_takes(*a, kernel, maps);
-  if (!persistent) kernel = hfl::kernel_of(*a);
+  if (!persistent) kernel = a->dtype == HFL_BF16 ? hfl::kernel_of<true>(*a) : hfl::kernel_of<false>(*a);
   hfl::PrefillTask p = {*a, a->q_heads / a->kv_heads, (a->tokens + kernel.rows - 1) / kernel.rows};
   int64_t blocks = static_cast<int64_t>(a->batch) * a->q_heads * p.tiles;
   if (blocks > INT_MAX) return "attend_blocks: expected fewer than 2^31 tiles of queries";

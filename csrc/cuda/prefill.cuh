@@ -45,9 +45,10 @@ struct Walk {
     __device__ __forceinline__ bool operator()(int i) const { return (i < end) & ((i < sink) | (i >= start)); }
   };
 
-  const uint16_t *k, *v;  // of the KV head
+  const uint16_t *k, *v;  // of the KV head, where they are not packed
   int position[ROWS];     // of the queries, -1: none
   int low, high;       // least and largest; high -1: there is no query
+  int last;            // where the last key stands that is read; columns and not positions, where those differ
   int sink, window, stored;
   int count, before, jump;  // tiles; without a list, tile i lies at i, or from `before` on at i + jump
   const int32_t *ids, *pages;
@@ -74,10 +75,10 @@ struct Walk {
     meet();
     if (a.ids) count_list<THREADS>(a, queries, thread), meet();
     if (thread == 0) {
-      k = static_cast<const uint16_t*>(a.k) + queries.batch * a.k_b + queries.kv_head * a.k_h;
-      v = static_cast<const uint16_t*>(a.v) + queries.batch * a.v_b + queries.kv_head * a.v_h;
-      low = high < 0 ? 0 : low, stored = a.stored, before = INT_MAX, jump = 0;
-      a.ids ? walk_list(a, queries) : walk_all(a);
+      k = static_cast<const uint16_t*>(a.k.data) + queries.batch * a.k.b + queries.kv_head * a.k.h;
+      v = static_cast<const uint16_t*>(a.v.data) + queries.batch * a.v.b + queries.kv_head * a.v.h;
+      low = high < 0 ? 0 : low, last = high, stored = a.stored, before = INT_MAX, jump = 0;
+      a.ids ? walk_list(a, queries) : walk_all(a, queries);
     }
     meet();
   }
@@ -94,7 +95,7 @@ struct Walk {
     KeyTile tile = {0, 0, 0};
     if (there) {
       tile.position = at * block + within, tile.column = page * block + within;
-      tile.limit = min(min(stored - tile.column, high - tile.position + 1), KEYS);
+      tile.limit = min(min(stored - tile.column, last - tile.position + 1), KEYS);
     }
     if (tile.limit <= 0) tile.column = 0;
     return tile;
@@ -113,13 +114,15 @@ struct Walk {
   }
 
  private:
-  __device__ void walk_all(const hfl_prefill& a) {
+  __device__ void walk_all(const hfl_prefill& a, const QueryTile& queries) {
     window = a.window < 0 || a.window > FOREVER ? FOREVER : static_cast<int>(a.window);
     sink = static_cast<int>(a.sink < INT_MAX ? a.sink : INT_MAX);
     ids = pages = nullptr, block = KEYS, each = 1;
-    const int end = min(high + 1, stored);
+    int own = low;  // column of the first query
+    if (a.k_pos && high >= 0) own = stored - a.tokens + queries.first, last = min(own + ROWS, stored) - 1;
+    const int end = min(last + 1, stored);
     count = (end + KEYS - 1) / KEYS;
-    const int sinks = (min(sink, end) + KEYS - 1) / KEYS, from = min(max(low - window + 1, 0) / KEYS, count);
+    const int sinks = (min(sink, end) + KEYS - 1) / KEYS, from = min(max(own - window + 1, 0) / KEYS, count);
     if (from > sinks) before = sinks, jump = from - sinks, count -= jump;
   }
 

@@ -12,10 +12,10 @@ constexpr bool FEWER_KEYS = false;
 
 // Shared memory: a tile of queries, later of results; one of keys and one of values. Rows of D numbers, whose chunks of
 // 16 bytes change places within groups of 8 (of 4 for D = 96), so that a column of eight rows touches every bank.
-template <int D>
+template <int D, int FEWER = 1>
 struct PrefillRoom {
   static constexpr int WARPS = 4, THREADS = 32 * WARPS, OWN = D == 256 ? 16 : 32;  // OWN: rows of a warp
-  static constexpr int ROWS = WARPS * OWN, KEYS = D == 128 && FEWER_KEYS ? 32 : 64, CHUNKS = D / 8;
+  static constexpr int ROWS = WARPS * OWN, KEYS = D == 128 && FEWER_KEYS ? 32 : 64 / FEWER, CHUNKS = D / 8;
   static constexpr int QUERIES = 0, KEYS_AT = ROWS * D * 2, VALUES_AT = KEYS_AT + KEYS * D * 2;
   static constexpr int SLAB = 16 * D * 2;  // 16 rows
   static constexpr int BYTES = VALUES_AT + KEYS * D * 2;
@@ -55,9 +55,9 @@ __device__ __forceinline__ uint32_t unknown(uint32_t x) {
   return x;
 }
 
-template <int D, bool BF16>
+template <int D, bool BF16, int FEWER = 1>
 struct PrefillWarp {
-  using R = PrefillRoom<D>;
+  using R = PrefillRoom<D, FEWER>;
   using Keys = Walk<R::ROWS, R::KEYS>;
   static constexpr int MT = R::OWN / 16, NT = R::KEYS / 8, DT = D / 8;
 
@@ -234,7 +234,7 @@ struct PrefillWarp {
     }
   }
 
- private:
+ protected:
   __device__ __forceinline__ static void multiply(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
     if constexpr (BF16) {
       mma_bf16(c, a, b0, b1);
@@ -262,13 +262,13 @@ __global__ __launch_bounds__(PrefillRoom<D>::THREADS, 2) void prefill_mma_kernel
     KeyTile tile = keys.tile(0);
     const uint16_t* q = static_cast<const uint16_t*>(a.q) + queries.batch * a.q_b + queries.head * a.q_h;
     R::template copy<R::ROWS>(base + R::QUERIES, q + queries.first * a.q_t, a.q_t, a.tokens - queries.first);
-    R::template copy<R::KEYS>(base + R::KEYS_AT, keys.k + tile.column * a.k_t, a.k_t, tile.limit);
+    R::template copy<R::KEYS>(base + R::KEYS_AT, keys.k + tile.column * a.k.t, a.k.t, tile.limit);
     copy_commit();
 #pragma unroll 1
     for (int i = 1; i <= keys.count; ++i) {
       copy_wait<0>();
       __syncthreads();  // keys are here, and values of the tile before have been read
-      R::template copy<R::KEYS>(base + R::VALUES_AT, keys.v + tile.column * a.v_t, a.v_t, tile.limit);
+      R::template copy<R::KEYS>(base + R::VALUES_AT, keys.v + tile.column * a.v.t, a.v.t, tile.limit);
       copy_commit();
       float x[PrefillWarp<D, BF16>::MT][PrefillWarp<D, BF16>::NT][4];
       warp.products(x);
@@ -279,7 +279,7 @@ __global__ __launch_bounds__(PrefillRoom<D>::THREADS, 2) void prefill_mma_kernel
       warp.weigh(x);  // before the copy, for want of registers
       if (i < keys.count) {
         tile = keys.tile(i);
-        R::template copy<R::KEYS>(base + R::KEYS_AT, keys.k + tile.column * a.k_t, a.k_t, tile.limit);
+        R::template copy<R::KEYS>(base + R::KEYS_AT, keys.k + tile.column * a.k.t, a.k.t, tile.limit);
       }
       copy_commit();
       warp.gather(x);

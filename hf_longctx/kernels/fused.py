@@ -32,14 +32,15 @@ def reject(
 
 def attend_blocks(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
     logits: Logits,
     see: Visibility,
     turns: Turns | None,
     selection: Selection | None = None,
 ) -> Tensor:
     """`ops.attend_blocks`; causal attention in one call, a window in blocks of queries."""
+    k, v = values_of(k), values_of(v)
     stored, tokens = k.shape[2], q.shape[2]
     unbounded = see.window is None or see.window >= stored
     if see.aligned and unbounded and stored == tokens:

@@ -53,7 +53,7 @@ def attend_blocks(
 
     Args:
         q: `[B, Hq, T, D]`; with `turns`, rotated at the query's lap position.
-        k: `[B, Hkv, S, D]`, Hq a multiple of Hkv, S >= T. Packed only with a selection.
+        k: `[B, Hkv, S, D]`, Hq a multiple of Hkv, S >= T.
         v: `[B, Hkv, S, Dv]`, likewise.
         logits: from products to logits.
         see: which keys each query sees. With a selection only `q_pos` is read (-1: a place without a query, whose
@@ -83,7 +83,7 @@ def attend_pages(
 ) -> Tensor:
     """Attention of a few queries (decode); keys in any order, so `see.k_pos` speaks for each column.
 
-    Arguments, result and errors as `attend_blocks`; keys and values may be packed without a selection, too.
+    Arguments, result and errors as `attend_blocks`.
     """
     out: Tensor = dispatch.call("attend_pages", q, k, v, logits, see, turns, selection)
     return out

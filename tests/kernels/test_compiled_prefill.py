@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,39 +12,10 @@ from torch import Tensor
 from hf_longctx.kernels import dispatch, ops
 from hf_longctx.kernels.compiled import library, prefill
 from hf_longctx.kernels.dispatch import use_backend
-from hf_longctx.kernels.ops import Logits, Selection, Turns, Visibility
+from hf_longctx.kernels.ops import Logits, Packed, Visibility
 
 from .built import need
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a call is like; everything else is drawn from `seed`.
-
-    Args:
-        sizes: rows, KV heads, query heads of each, queries of a row, stored tokens, channels.
-        ends: position of each row's last query, -1 for a row without one; None: the last column.
-        lists: tokens of a block of keys, of a block of queries, and how many blocks are chosen: `some`, `all`, `one`
-            or `own`, the last that a query can see.
-        share: who shares a selection.
-        pages: blocks lie in any order.
-        loud: logits are so many times as large.
-    """
-
-    sizes: tuple[int, int, int, int, int, int] = (1, 2, 2, 300, 300, 128)
-    dtype: torch.dtype = torch.bfloat16
-    ends: tuple[int, ...] | None = None
-    sink: int = 0
-    window: int | None = None
-    softcap: float | None = None
-    sink_logits: bool = False
-    slopes: bool = False
-    lists: tuple[int, int, str] | None = None
-    share: str = "q_head"
-    pages: bool = False
-    loud: float = 1.0
-    seed: int = 0
-
+from .prefills import Case, made
 
 BF16, F16 = torch.bfloat16, torch.float16
 LISTS = Case(lists=(128, 128, "some"))
@@ -75,53 +46,33 @@ CASES = [
     *(replace(LISTS, loud=12.0, dtype=t, sizes=(1, 2, 4, 400, 3000, d)) for d in (64, 128, 256) for t in (BF16, F16)),
     replace(LISTS, sizes=(3, 4, 4, 1000, 1100, 128), ends=(1099, -1, 999), lists=(256, 256, "some"), pages=True),
     Case((2, 2, 2, 200, 400, 128), F16, ends=(399, 20), slopes=True, softcap=2.0),
+    *(Case((2, 2, 1, 200, 333, d), t, bits=b) for d in (64, 96, 128, 256) for t, b in ((BF16, 8), (F16, 4))),
+    *(replace(LISTS, sizes=(1, 2, 4, 300, 900, d), bits=b, pages=True) for d in (64, 128) for b in (4, 8)),
+    Case((2, 2, 2, 300, 300, 128), bits=4, window=100, ends=(299, 150), sink=4),
+    *(Case((1, 1, g, 300, 300, 128), sink=4, window=100, lap=100, seed=g) for g in (1, 4, 7)),
+    *(Case((1, 2, 1, 300, 700, d), F16, sink=70, window=90, lap=130, rotated=32) for d in (64, 96, 128, 256)),
+    Case((1, 2, 1, 300, 700, 128), sink=4, window=300, lap=300, rotated=128, interleaved=True),
+    Case((1, 2, 1, 300, 700, 128), window=200, lap=200, bits=8),
+    Case((1, 2, 1, 300, 700, 64), sink=100, window=200, lap=250, rotated=0),
+    Case((1, 2, 1, 300, 700, 64), sink=100, window=200, lap=250, softcap=3.0),
+    Case((2, 1, 2, 300, 700, 128), lap=120, clamp=100, ends=(699, 400)),
+    Case((1, 1, 2, 300, 700, 128), lap=120, clamp=100, rotated=0),
+    *(
+        replace(LISTS, sizes=(2, 1, 2, 640, 2000, d), lap=390, clamp=300, pages=True, bits=b, share="all")
+        for d in (64, 128, 256)
+        for b in (0, 8)
+    ),
+    replace(LISTS, sizes=(1, 1, 4, 300, 2000, 128), lists=(128, 300, "some"), lap=513, clamp=512, interleaved=True),
+    replace(LISTS, sizes=(2, 1, 4, 256, 1500, 128), ends=(-1, 1100), lap=2000, bits=4, sink_logits=True),
+    *(
+        Case((3, 2, g, 200, 0, d), t, sink=4, window=150, ring=((0, 200), (700, 99), (90, 0)), **more)
+        for g, d, t in ((1, 128, BF16), (4, 64, F16), (7, 96, BF16), (1, 256, BF16))
+        for more in ({}, {"lap": 160}, {"lap": 160, "bits": 8}, {"bits": 4})
+    ),
+    Case((1, 1, 2, 130, 0, 128), sink=128, window=256, ring=((1000, 130),), lap=256),
+    Case((2, 1, 2, 130, 0, 128), sink=0, window=64, ring=((3000, 130), (2, 64)), lap=64),
+    Case((2, 1, 2, 130, 0, 64), window=700, ring=((3000, 130), (2, 64)), lap=101, clamp=100),
 ]
-
-
-def made(case: Case, device: str) -> tuple[Any, ...]:
-    """Arguments: columns after the last query of every row hold NaN."""
-    rows, kv_heads, group, tokens, stored, dim = case.sizes
-    generator = torch.Generator().manual_seed(case.seed)
-    q, k, v = (
-        torch.randn(rows, n, heads, dim, generator=generator).to(case.dtype).transpose(1, 2)
-        for heads, n in ((kv_heads * group, tokens), (kv_heads, stored), (kv_heads, stored))
-    )
-    q_pos = None
-    if case.ends is not None:
-        last = torch.tensor(case.ends)[:, None]
-        q_pos = (last - torch.arange(tokens - 1, -1, -1)).clamp(min=-1)
-        if not case.pages:
-            k[:, :, max(case.ends) + 1 :] = torch.nan
-            v[:, :, max(case.ends) + 1 :] = torch.nan
-    logits = Logits(
-        case.loud * dim**-0.5,
-        case.softcap,
-        torch.randn(kv_heads * group, generator=generator).to(case.dtype) if case.sink_logits else None,
-        torch.rand(kv_heads * group, generator=generator) / 8 if case.slopes else None,
-    )
-    selection = None if case.lists is None else _selection(case, q_pos, generator, device)
-    logits = replace(logits, **{n: x.to(device) for n, x in vars(logits).items() if isinstance(x, Tensor)})
-    see = Visibility(case.sink, case.window, None if q_pos is None else q_pos.to(device))
-    return *(x.to(device) for x in (q, k, v)), logits, see, None, selection
-
-
-def _selection(case: Case, q_pos: Tensor | None, generator: torch.Generator, device: str) -> Selection:
-    """Lists that reach beyond the queries, some of them empty; a block that is chosen need not be seen."""
-    rows, kv_heads, group, tokens, stored, _ = case.sizes
-    assert case.lists is not None
-    block, q_block, kind = case.lists
-    heads = {"all": 1, "kv_head": kv_heads, "q_head": kv_heads * group}[case.share]
-    count, blocks = -(-tokens // q_block), -(-stored // block)
-    places = torch.arange(stored - tokens, stored) if q_pos is None else q_pos.amax(0)
-    ids = torch.full((rows, heads, count, blocks), -1, dtype=torch.int32)
-    pages = ids.clone()
-    for at in torch.cartesian_prod(*(torch.arange(n) for n in (rows, heads, count))).reshape(-1, 3).tolist():
-        own = int(places[: (at[2] + 1) * q_block].max()) // block
-        filled = {"some": int(torch.randint(0, blocks + 1, (), generator=generator)), "all": blocks}.get(kind, 1)
-        chosen = torch.randperm(blocks, generator=generator)[:filled].sort().values
-        ids[(*at, slice(filled))] = torch.tensor([own]) if kind == "own" else chosen.int()
-        pages[(*at, slice(filled))] = torch.randperm(blocks, generator=generator)[:filled].int()
-    return Selection(ids.to(device), block, q_block, pages.to(device) if case.pages else None)
 
 
 def compiled(monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...]) -> Tensor:
@@ -137,6 +88,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...]) -> Ten
     return out
 
 
+def _finite(x: Tensor | Packed) -> Tensor | Packed:
+    return x.nan_to_num() if isinstance(x, Tensor) else replace(x, scale=x.scale.nan_to_num())
+
+
+def _exactly(x: Tensor | Packed) -> Tensor | Packed:
+    return x.double() if isinstance(x, Tensor) else replace(x, dtype=torch.float64)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_definition(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,9 +105,9 @@ def test_definition(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     need("cuda")
     arguments = made(case, "cuda")
-    q, k, v = arguments[0], *(x.nan_to_num() for x in arguments[1:3])
+    q, k, v = arguments[0], *map(_finite, arguments[1:3])
     with use_backend("reference"):
-        exact = ops.attend_pages(q.double(), k.double(), v.double(), *arguments[3:])
+        exact = ops.attend_pages(*map(_exactly, (q, k, v)), *arguments[3:])
         same = ops.attend_pages(q, k, v, *arguments[3:])
     got = compiled(monkeypatch, arguments)
     assert got.dtype == case.dtype
@@ -193,30 +152,36 @@ REJECTED: list[tuple[dict[str, Any], str]] = [
     ({"lists": (64, 64, "some")}, "takes blocks of a multiple of 128 queries"),
     ({"lists": None}, "leaves plain causal attention to torch"),
     ({"lists": None, "window": 300}, "leaves plain causal attention to torch"),
+    ({"lists": None, "bits": 8}, "leaves plain causal attention to torch"),
+    ({"lap": 300, "rotated": 24}, "turns pairs of channels in multiples of 8"),
+    ({"lap": 300, "slopes": True}, "has no ALiBi at lap positions"),
+]
+TAKEN: list[dict[str, Any]] = [
+    {},
+    {"bits": 4},
+    {"lap": 300},
+    {"lap": 300, "rotated": 0},
+    {"lists": None, "window": 100},
+    {"lists": None, "lap": 300, "clamp": 100, "bits": 8},
+    {"lists": None, "window": 100, "ring": ((900, 300),)},
+    {"sizes": (1, 1, 1, 300, 300, 128), "lists": (64, 300, "some")},
 ]
 
 
-@pytest.mark.parametrize(("options", "reason"), REJECTED)
-def test_what_it_does_not_take(options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("options", "reason"), [*REJECTED, *((options, None) for options in TAKEN)])
+def test_what_it_does_not_take(options: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "reason", lambda device: None)
     q, *rest = made(replace(LISTS, **options), "cpu")
     assert prefill.reject(q, *rest) == "has many queries a row on CUDA only"
     assert prefill.reject(q.as_subclass(OnCuda), *rest) == reason
 
 
-def test_turned_packed_and_other_columns_are_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_and_values_in_two_formats_and_gradients_are_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "reason", lambda device: None)
-    q, k, v, logits, see, _, selection = made(LISTS, "cpu")
+    q, k, v, *rest = made(LISTS, "cpu")
     q = q.as_subclass(OnCuda)
-    assert prefill.reject(q, k, v, logits, see, None, selection) is None
-    assert prefill.reject(q, k, v, logits, Visibility(0, 100), None) is None
-    turns = Turns(torch.zeros(1, 1, dtype=torch.int64), 100, 0, torch.ones(4))
-    assert prefill.reject(q, k, v, logits, see, turns, selection) == "cannot turn many queries to keys at lap positions"
-    packed = ops.encode_kv(k, 8)
-    reason = "takes no packed keys and values of many queries"
-    assert prefill.reject(q, packed, packed, logits, see, None, selection) == reason
-    elsewhere = Visibility(k_pos=torch.arange(300)[None])
-    assert prefill.reject(q, k, v, logits, elsewhere, None) == "needs columns that are positions"
-    assert prefill.reject(q.requires_grad_(), k, v, logits, see, None, selection) == "computes no gradients"
+    assert prefill.reject(q, ops.encode_kv(k, 8), v, *rest) == "needs keys and values in one format"
+    assert prefill.reject(q, ops.encode_kv(k, 8), ops.encode_kv(v, 4), *rest) == "needs keys and values in one format"
+    assert prefill.reject(q.requires_grad_(), k, v, *rest) == "computes no gradients"
     with torch.no_grad():
-        assert prefill.reject(q, k, v, logits, see, None, selection) is None
+        assert prefill.reject(q, k, v, *rest) is None

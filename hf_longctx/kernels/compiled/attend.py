@@ -69,7 +69,7 @@ def _reject_on_cuda(q: Tensor, k: Tensor | Packed, v: Tensor | Packed, selection
         return "has no float32 on CUDA"
     if q.shape[3] not in CUDA_DIMS or v.shape[3] != q.shape[3]:
         return f"takes {', '.join(map(str, CUDA_DIMS))} channels, of keys and of values, on CUDA"
-    if _bits(k) != _bits(v):
+    if library.bits(k) != library.bits(v):
         return "needs keys and values in one format"
     if q.shape[0] * k.shape[1] > 65535:
         return "takes at most 65535 rows * KV heads"
@@ -80,10 +80,6 @@ def _reject_on_cuda(q: Tensor, k: Tensor | Packed, v: Tensor | Packed, selection
     if scales and selection is not None and selection.block % 8:
         return "needs blocks of a multiple of 8 tokens where keys are packed"
     return None
-
-
-def _bits(x: Tensor | Packed) -> int:
-    return 0 if isinstance(x, Tensor) else x.bits
 
 
 def attend_pages(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..types import Packed
 
-ABI = 2
+ABI = 3
 FEW = 8
 """Queries, or fresh tokens, of a row that an operation takes."""
 
@@ -68,14 +68,20 @@ class HflPrefill(ctypes.Structure):
     __slots__ = ()
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("batch", "q_heads", "kv_heads", "tokens", "stored", "dim", "dtype")),
-        *(
-            (f"{name}{axis}", ctypes.c_int64 if axis else ctypes.c_void_p)
-            for name in ("q", "k", "v", "out")
-            for axis in ("", "_b", "_h", "_t")
-        ),
+        ("q", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("q_b", "q_h", "q_t")),
+        *((name, HflRows) for name in ("k", "v")),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("out_b", "out_h", "out_t")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         *((name, ctypes.c_void_p) for name in ("sink_logits", "slopes", "q_pos")),
-        *((name, ctypes.c_int64) for name in ("q_pos_b", "sink", "window")),
+        ("q_pos_b", ctypes.c_int64),
+        ("k_pos", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("k_pos_b", "sink", "window", "lap", "offset", "clamp")),
+        ("sink_pos", ctypes.c_void_p),
+        ("sink_pos_b", ctypes.c_int64),
+        ("inv_freq", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("pairs", "interleaved")),
         *((name, ctypes.c_void_p) for name in ("ids", "pages")),
         *((name, ctypes.c_int64) for name in ("ids_b", "ids_h", "ids_n")),
         *((name, ctypes.c_int32) for name in ("select_heads", "chosen", "block", "q_block")),
@@ -210,6 +216,11 @@ def laid_out(x: Tensor) -> Tensor:
 def pointer(x: Tensor | None) -> int | None:
     """Address of the first element."""
     return None if x is None else x.data_ptr()
+
+
+def bits(x: Tensor | Packed) -> int:
+    """Of a packed channel; 0 where none is packed."""
+    return 0 if isinstance(x, Tensor) else x.bits
 
 
 def rows(x: Tensor | Packed) -> HflRows:

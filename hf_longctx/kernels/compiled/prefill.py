@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..dispatch import Implementation
 from ..reference.weigh import empty_out
-from ..types import Logits, Packed, Selection, Turns, Visibility
+from ..types import Logits, Packed, Selection, Turns, Visibility, parts
 from . import library
 from .library import HflPrefill, pointer
 
@@ -16,6 +16,8 @@ KEYS = 64
 """A block of a selection holds whole tiles of so many keys."""
 QUERIES = 128
 """A block of queries holds whole tiles of so many."""
+PAIRS = 8
+"""So many pairs of channels are turned at a time."""
 
 
 def reject(
@@ -33,36 +35,37 @@ def reject(
         return reason
     if 0 in (q.numel(), k.shape[2]):
         return "takes no empty tensors"
-    if not isinstance(k, Tensor) or not isinstance(v, Tensor):
-        return "takes no packed keys and values of many queries"
-    inputs = [x for x in (q, k, v, logits.sink_logits, logits.slopes) if x is not None]
+    inputs = [x for x in (q, k, v, logits.sink_logits, logits.slopes) if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return "computes no gradients"
     return (
         _reject_tensors(q, k, v)
-        or _reject_places(logits, see, turns, selection)
+        or _reject_turns(logits, turns)
         or _reject_selection(selection)
-        or _reject_dense(q, k, logits, see, selection)
+        or _reject_dense(q, k, logits, see, turns, selection)
     )
 
 
-def _reject_tensors(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def _reject_tensors(q: Tensor, k: Tensor | Packed, v: Tensor | Packed) -> str | None:
     if {k.device, v.device} != {q.device}:
         return "needs queries, keys and values on one device"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16):
         return "needs queries, keys and values in one dtype, float16 or bfloat16"
     if q.shape[3] not in DIMS or v.shape[3] != q.shape[3]:
         return f"takes {', '.join(map(str, DIMS))} channels, of keys and of values"
-    if not all(x.stride(-1) == 1 and library.aligned(x) for x in (k, v)):
+    if library.bits(k) != library.bits(v):
+        return "needs keys and values in one format"
+    tensors = [y.squeeze(-1) for x in (k, v) for y in parts(x)]
+    if not all(x.stride(-1) == 1 and library.aligned(x) for x in tensors):
         return "needs rows that begin at multiples of 16 bytes"
     return None
 
 
-def _reject_places(logits: Logits, see: Visibility, turns: Turns | None, selection: Selection | None) -> str | None:
-    if turns is not None and (turns.inv_freq is not None or logits.slopes is not None):
-        return "cannot turn many queries to keys at lap positions"
-    if selection is None and see.k_pos is not None:
-        return "needs columns that are positions"
+def _reject_turns(logits: Logits, turns: Turns | None) -> str | None:
+    if turns is not None and turns.inv_freq is not None and len(turns.inv_freq) % PAIRS:
+        return f"turns pairs of channels in multiples of {PAIRS}"
+    if turns is not None and logits.slopes is not None:
+        return "has no ALiBi at lap positions"
     return None if logits.scale > 0 else "needs a scale above zero"
 
 
@@ -71,22 +74,30 @@ def _reject_selection(selection: Selection | None) -> str | None:
         return None
     if selection.block % KEYS:
         return f"takes blocks of a multiple of {KEYS} keys"
-    if selection.q_block % QUERIES:
+    if selection.q_block % QUERIES and selection.ids.shape[2] > 1:
         return f"takes blocks of a multiple of {QUERIES} queries"
     return None if selection.ids.numel() else "takes no empty lists"
 
 
-def _reject_dense(q: Tensor, k: Tensor, logits: Logits, see: Visibility, selection: Selection | None) -> str | None:
+def _reject_dense(
+    q: Tensor,
+    k: Tensor | Packed,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None,
+) -> str | None:
     """Causal attention of a whole text is what torch's kernels are fastest at."""
     stored = k.shape[2]
     whole = see.aligned and q.shape[2] == stored and (see.window is None or see.window >= stored)
-    return "leaves plain causal attention to torch" if selection is None and whole and logits.plain else None
+    dense = selection is None and turns is None and whole and logits.plain
+    return "leaves plain causal attention to torch" if dense else None
 
 
 def attend_blocks(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
     logits: Logits,
     see: Visibility,
     turns: Turns | None,
@@ -96,11 +107,9 @@ def attend_blocks(
     q = library.laid_out(q)
     out = empty_out(q, v.shape[3])
     block = HflPrefill(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
-    block.dtype = library.DTYPES[q.dtype]
-    for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
-        setattr(block, name, x.data_ptr())
-        for axis, stride in zip("bht", x.stride(), strict=False):
-            setattr(block, f"{name}_{axis}", stride)
+    block.dtype, block.k, block.v = library.DTYPES[q.dtype], library.rows(k), library.rows(v)
+    block.q, (block.q_b, block.q_h, block.q_t) = q.data_ptr(), q.stride()[:3]
+    block.out, (block.out_b, block.out_h, block.out_t) = out.data_ptr(), out.stride()[:3]
     block.scale, block.softcap = logits.scale, logits.softcap or 0.0
     block.sink, block.window = see.sink, -1 if see.window is None else see.window
     floats = [
@@ -108,13 +117,36 @@ def attend_blocks(
         for x in (logits.sink_logits, logits.slopes)
     ]
     block.sink_logits, block.slopes = map(pointer, floats)
-    q_pos = None if see.q_pos is None else see.q_pos.to(q.device).contiguous()
-    block.q_pos, block.q_pos_b = pointer(q_pos), 0 if q_pos is None or len(q_pos) == 1 else q_pos.shape[1]
+    places = [_place(block, "q_pos", see.q_pos, q), _place(block, "k_pos", None if selection else see.k_pos, q)]
     lists = _select(block, selection)
     block.counter = library.counters(q.device, 1).data_ptr()
+    turned = _turn(block, q, see, turns, selection)
     library.run("prefill", block, q.device)
-    del floats, lists  # until here the tensors that the block points to had to live
+    del floats, places, lists, turned  # until here the tensors that the block points to had to live
     return out
+
+
+def _place(block: HflPrefill, name: str, pos: Tensor | None, q: Tensor) -> Tensor | None:
+    """Fill in positions `[B or 1, ?]`; returns what must live as long as the block."""
+    if pos is None:
+        return None
+    pos = pos.to(q.device).contiguous()
+    setattr(block, name, pos.data_ptr())
+    setattr(block, f"{name}_b", 0 if len(pos) == 1 else pos.shape[1])
+    return pos
+
+
+def _turn(
+    block: HflPrefill, q: Tensor, see: Visibility, turns: Turns | None, selection: Selection | None
+) -> list[Tensor | None]:
+    """Fill in how queries are turned; returns what must live as long as the block."""
+    if turns is None or turns.inv_freq is None:
+        return []
+    block.lap, block.offset, block.clamp = turns.lap, turns.offset, turns.clamp or 0
+    frequencies = turns.inv_freq.to(q.device, torch.float32).contiguous()
+    block.inv_freq, block.pairs, block.interleaved = pointer(frequencies), len(frequencies), turns.interleaved
+    elsewhere = selection is None and turns.clamp is None and see.sink > 0
+    return [frequencies, _place(block, "sink_pos", turns.sink_pos if elsewhere else None, q)]
 
 
 def _select(block: HflPrefill, selection: Selection | None) -> tuple[Tensor | None, Tensor | None]:
@@ -127,7 +159,7 @@ def _select(block: HflPrefill, selection: Selection | None) -> tuple[Tensor | No
     block.ids, block.pages = ids.data_ptr(), pointer(pages)
     block.ids_b, block.ids_h, block.ids_n = ids.stride()[:3]
     block.select_heads, block.chosen = ids.shape[1], ids.shape[3]
-    block.block, block.q_block = selection.block, selection.q_block
+    block.block, block.q_block = selection.block, -(-selection.q_block // QUERIES) * QUERIES  # only one may be cut
     return ids, pages
 
 

@@ -30,8 +30,7 @@ def attend_blocks(
     """The definition of `ops.attend_blocks`."""
     if selection is not None:
         return attend_selected(q, k, v, logits, see, turns, selection)
-    assert not isinstance(k, Packed)
-    assert not isinstance(v, Packed)
+    k, v = values_of(k), values_of(v)
     parts = (
         (rows, _attend(q[:, :, rows], take_columns(k, cols), take_columns(v, cols), logits, part, part_turns, False))
         for rows, cols, part, part_turns in blocks(q, k, see, turns)
