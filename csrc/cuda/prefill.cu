@@ -70,7 +70,8 @@ const char* check(const hfl_prefill& a) {
   if (a.batch < 1 || a.kv_heads < 1 || a.tokens < 1 || a.stored < 1) return "attend_blocks: expected no empty axis";
   if (a.q_heads < 1 || a.q_heads % a.kv_heads) return "attend_blocks: expected q_heads as a multiple of kv_heads";
   if (!a.q_pos && a.stored < a.tokens) return "attend_blocks: expected no more queries than keys";
-  if (!aligned(a.q, {a.q_b, a.q_h, a.q_t}) || !aligned(a.k) || !aligned(a.v) || !aligned(a.out, {a.out_b, a.out_h, a.out_t})) {
+  if (!aligned(a.q, {a.q_b, a.q_h, a.q_t}) || !aligned(a.k) || !aligned(a.v) ||
+      !aligned(a.out, {a.out_b, a.out_h, a.out_t})) {
     return "attend_blocks: expected rows that begin at multiples of 16 bytes";
   }
   if (!(a.scale > 0.0f)) return "attend_blocks: expected a scale above zero";
@@ -83,9 +84,13 @@ const char* check(const hfl_prefill& a) {
   }
   if (a.lap) {
     if (a.pairs % 8 || a.pairs < 0 || 2 * a.pairs > a.dim) return "attend_blocks: expected pairs in multiples of 8";
-    if (!a.ids && a.sink && !a.clamp && !a.sink_pos) return "attend_blocks: expected positions that sinks are seen from";
+    if (!a.ids && a.sink && !a.clamp && !a.sink_pos) {
+      return "attend_blocks: expected positions that sinks are seen from";
+    }
   }
-  if (a.k_pos && (a.ids || a.stored < a.tokens)) return "attend_blocks: expected the queries' own columns among the keys";
+  if (a.k_pos && (a.ids || a.stored < a.tokens)) {
+    return "attend_blocks: expected the queries' own columns among the keys";
+  }
   if (a.ids) {
     if (a.chosen < 1) return "attend_blocks: expected lists of at least one block";
     if (a.block < 64 || a.block % 64) return "attend_blocks: expected blocks of a multiple of 64 keys";
