@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _OF_TEXT = frozenset({"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
 
 PIECE = 16384
-"""Tokens of all rows that one call reads: what a layer computes for them is held, and must not grow with a prompt."""
+"""Tokens that one call reads of a prompt: what a layer computes for them is held, and must not grow with the prompt. Of
+several rows as many together, but a quarter of each at least: shorter pieces take longer."""
 
 TAIL = 32
 """Last tokens of a prompt that choose for themselves: a question, and what a chat template puts after it."""
@@ -63,7 +64,7 @@ class Prefill:
             return []
         (rows, length), known = input_ids.shape, model_kwargs["past_key_values"].ledger.columns
         tail = max(known, length - TAIL) if self._shares(length, known) else length
-        each = max(1, PIECE // rows) if generation_config.prefill_chunk_size is None else length
+        each = PIECE // min(rows, 4) if generation_config.prefill_chunk_size is None else length
         return [end for end in (*range(known + each, tail, each), *range(tail, length, FEW)) if end > known]
 
     def _shares(self, length: int, known: int) -> bool:
