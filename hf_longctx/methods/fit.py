@@ -63,7 +63,7 @@ def check_trainable(plan: Plan) -> None:
                 raise UnsupportedError(
                     f"patch: expected a method with a gradient for train=True; got '{plan.method}', which {reason} "
                     f"(layer {i}). Train with 'dense', 'streaming_llm', 'duo_attention' or 'xattention' and native "
-                    f"keys and values, and patch with '{plan.method}' afterwards."
+                    "keys and values, and patch again to generate."
                 )
 
 
