@@ -205,7 +205,10 @@ THREE_LAYERS = BY_NAME["llama_multi_query"]  # the first two of Quest are dense
 WITHOUT: dict[str, tuple[dict[str, Any], str]] = {
     "quest": ({"method": "quest"}, "'quest', which chooses what decode steps read"),
     "auto": ({}, "'auto: quest', which chooses what decode steps read"),
-    "lserve": ({"method": lc.LServe(gates(THREE_LAYERS), kv="native")}, "'lserve', which chooses what decode steps read"),
+    "lserve": (
+        {"method": lc.LServe(gates(THREE_LAYERS), kv="native")},
+        "'lserve', which chooses what decode steps read",
+    ),
     "inf_llm": ({"method": "inf_llm"}, "'inf_llm', which reads its keys and values back from memory"),
     "int8": ({"method": lc.Dense("int8")}, "'dense', which rounds keys and values to 8 bits"),
     "int4": ({"method": "streaming_llm", "kv": "int4"}, "which rounds keys and values to 4 bits"),
