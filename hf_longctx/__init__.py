@@ -48,6 +48,7 @@ _HOME = {
     "UnsupportedError": "errors",
     "UpperBound": "select.scorers",
     "XAttention": "methods",
+    "add_sink_token": "sinks",
     "evict": "patch",
     "load_session": "session",
     "patch": "patch",
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
     from .select.summaries import Representatives as Representatives
     from .session import load_session as load_session
     from .session import save_session as save_session
+    from .sinks import add_sink_token as add_sink_token
     from .trace import Trace as Trace
     from .trace import trace as trace
 else:

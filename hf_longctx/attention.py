@@ -91,22 +91,36 @@ def attention(
             f"attention: expected {plan.kv_heads} KV heads in layer {layer} of plan '{forward.plan.method}'; got "
             f"{key.shape[1]}. Make the plan for this model."
         )
+    if not forward.texts:
+        return _attend(forward, layer, query, key, value, logits), None
+    rows: list[list[Tensor]] = [[] for _ in query]
+    for text in forward.texts:
+        q, k, v = (x[text.row : text.row + 1, :, text.columns] for x in (query, key, value))
+        rows[text.row].append(_attend(text.forward, layer, q, k, v, logits))
+    return torch.cat([torch.cat(parts, 1) for parts in rows]), None
+
+
+def _attend(forward: Forward, layer: int, query: Tensor, key: Tensor, value: Tensor, logits: ops.Logits) -> Tensor:
+    """Group of heads by group of heads: `[B, T, Hq, D]`."""
+    plan = forward.plan.layers[layer]
     stores = [None] * len(plan.groups) if forward.cache is None else forward.cache.stacks[layer].stores
     if len(plan.groups) == 1:
         out = attend_group(forward, layer, plan.groups[0], stores[0], query, key, value, logits)
-        return out.transpose(1, 2).contiguous(), None
+        return out.transpose(1, 2).contiguous()
     order = _order(tuple(group.kv_heads for group in plan.groups), query.shape[1] // key.shape[1], query.device)
     q, k, v = order.split(query), order.split(key), order.split(value)
     parts = [
         attend_group(forward, layer, group, stores[i], q[i], k[i], v[i], logits.heads(order.q[i])).transpose(1, 2)
         for i, group in enumerate(plan.groups)
     ]
-    return torch.cat(parts, 2).index_select(2, order.back), None
+    return torch.cat(parts, 2).index_select(2, order.back)
 
 
 def text_positions(forward: Forward) -> Tensor:
     """`[B or 1, T]`, int64: the lap positions at which the model shall rotate this call's tokens."""
     assert forward.plan.lap is not None
+    if forward.texts:
+        return torch.cat([text_positions(text.forward) for text in forward.texts], 1).view(-1, forward.step.tokens)
     return lap_position(forward.step.pos_in_text, forward.plan.sink, forward.plan.lap)
 
 
@@ -175,7 +189,15 @@ def _logits(
         if name not in expected or value != expected[name]:
             raise _unknown(module, layer, name, value, "unpatch the model for this input")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return ops.Logits(float(scale), kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("slopes"))
+    sinks = _zeros(forward, query) if forward.plan.zero_sink else kwargs.get("s_aux")
+    return ops.Logits(float(scale), kwargs.get("softcap"), sinks, kwargs.get("slopes"))
+
+
+def _zeros(forward: Forward, query: Tensor) -> Tensor:
+    """`[Hq]`, float32: logits that add exp(0) = 1 to each denominator, the same for all layers of as many heads."""
+    heads, device = query.shape[1], query.device
+    zeros: Tensor = forward.once(("zero_sink", heads, device), lambda: torch.zeros(heads, device=device))
+    return zeros
 
 
 def _unknown(module: nn.Module, layer: int, name: str, value: Any, remedy: str) -> UnsupportedError:

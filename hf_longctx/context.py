@@ -82,6 +82,7 @@ class Forward:
         tap: if given, called with what each group of heads read; what it returns stands for the group's output.
         reads: in a decode call, what each layer chose, as for `Ledger.count`.
         recorded: the decoder replays this call, or records it.
+        texts: where rows hold several packed texts: each of them, in the order of rows and columns.
     """
 
     facts: ModelFacts
@@ -93,6 +94,7 @@ class Forward:
     watch: Callable[[int, HeadGroup, Selector, Tensor, Selection], None] | None = None
     tap: Callable[[Read], Tensor] | None = None
     recorded: bool = False
+    texts: tuple[Text, ...] = ()
     reads: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
 
@@ -108,6 +110,21 @@ class Forward:
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
+
+
+@dataclass(frozen=True)
+class Text:
+    """One of several texts that are packed into a row, as a call of its own.
+
+    Args:
+        row: of the batch.
+        columns: of the row.
+        forward: the call that the text would be by itself.
+    """
+
+    row: int
+    columns: slice
+    forward: Forward
 
 
 _LOCAL = threading.local()

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from .attention import register, text_positions
+from .attention import register
 from .cache.cache import LongContextCache
 from .cache.ledger import Ledger
 from .cache.step import Step, check_cached
@@ -20,7 +20,8 @@ from .context import NAME, Forward, Rotary, current, enter
 from .errors import UnsupportedError
 from .graph import Recorder
 from .memory import check_room
-from .models import ModelFacts, takes_positions
+from .models import ModelFacts
+from .places import find_texts, place
 from .plan import Plan
 from .rotary import find_rotary
 
@@ -37,6 +38,7 @@ class Patch:
         rotary: how each layer rotates, when the plan needs it.
         rotary_dtype: the model's type when that was found; to cast a model rounds its frequencies.
         ledger: of the last cache handed out.
+        train: the plan has a gradient; calls in training mode get no cache.
         recorder: of calls of one token; stands in place of the decoder's `forward`.
         watch: told of every choice of blocks, as `Forward.watch`.
         tap: told of what each group of heads read, as `Forward.tap`.
@@ -47,6 +49,7 @@ class Patch:
     stock: Any
     plan: Plan
     recorder: Recorder
+    train: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     rotary: tuple[Rotary, ...] = ()
     rotary_dtype: torch.dtype | None = None
@@ -163,9 +166,11 @@ class BeforeForward:
         state.follow()
         state.find_rotary(state.plan)
         mask = _padding(state, kwargs)
+        if state.train and decoder.training and kwargs.get("past_key_values") is None:
+            kwargs["use_cache"] = False  # nothing reads it again
         cache = _cache(state, decoder, kwargs)
         rows, columns = tokens.shape[:2]
-        _check_places(state, kwargs, cache, columns)
+        texts = find_texts(state.plan, kwargs, cache is not None, rows, columns, state.train)
         recorded = False
         if cache is None:
             step = Step.of(0, columns, tokens.device, None, mask)
@@ -180,7 +185,7 @@ class BeforeForward:
             step = cache.begin(columns, rows, tokens.device, mask, look=not recorded)
             kwargs["past_key_values"] = cache
         forward = Forward(state.facts, state.plan, step, cache, state.rotary, None, state.watch, state.tap, recorded)
-        _place(state, decoder, kwargs, forward, rows, columns)
+        place(forward, decoder, kwargs, rows, texts)
         kwargs["hf_longctx"] = forward
         enter(forward)
         return (), kwargs
@@ -250,39 +255,3 @@ def _cache(state: Patch, decoder: Any, kwargs: dict[str, Any]) -> LongContextCac
 def _replaceable(cache: Any) -> bool:
     """True for a stock cache that nobody has filled and that asks for nothing special."""
     return type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
-
-
-def _check_places(state: Patch, kwargs: dict[str, Any], cache: LongContextCache | None, columns: int) -> None:
-    """Refuse positions that would be lost: of packed texts, and of images where positions are counted in the cache."""
-    given, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if not isinstance(given, Tensor) or columns == 1:
-        return
-    if given.ndim == 2 and (state.plan.bounded or (mask is None and cache is None)):
-        jumps = given[:, 1:] - given[:, :-1] != 1
-        if mask is not None and mask.shape[1] >= columns:
-            real = mask[:, -columns:].bool()
-            jumps = jumps & real[:, 1:] & real[:, :-1]
-        if bool(jumps.any()):
-            raise UnsupportedError(
-                "hf_longctx: expected position_ids that count up by one; got packed sequences. Pass one text per row."
-            )
-    if given.ndim == 3 and state.plan.bounded and bool((given[-3:] != given[-3:-2]).any()):
-        raise UnsupportedError(
-            f"{state.plan.method}: expected text, whose position is one number; got position_ids {list(given.shape)} "
-            "of images or video. Unpatch the model for them."
-        )
-
-
-def _place(state: Patch, decoder: Any, kwargs: dict[str, Any], forward: Forward, rows: int, columns: int) -> None:
-    """Give the model the positions at which it shall rotate, where they matter and are not those of the columns.
-
-    They matter where the plan keeps them small, and where it looks at keys as they are rotated (scores, quantized
-    keys): a padded row must be what it is alone.
-    """
-    plan, given = state.plan, kwargs.get("position_ids")
-    if not takes_positions(decoder) or not (plan.bounded or (plan.looks and forward.step.ragged and given is None)):
-        return
-    pos = (text_positions(forward) if plan.bounded else forward.step.pos_in_text).expand(rows, -1)
-    kwargs["position_ids"] = pos if not isinstance(given, Tensor) or given.ndim == 2 else pos.expand_as(given)
-    if forward.cache is None and kwargs.get("attention_mask") is None:
-        kwargs["attention_mask"] = torch.ones(rows, columns, dtype=torch.bool, device=pos.device)

@@ -45,6 +45,7 @@ class ModelFacts:
         not_in_cache: why positions cannot be counted in the cache, or None.
         device: name of the device that the model begins on.
         dtype: of the weights, such as `bfloat16`.
+        has_sinks: its softmax has learned sinks already.
     """
 
     family: str
@@ -55,6 +56,7 @@ class ModelFacts:
     not_in_cache: str | None
     device: str
     dtype: str
+    has_sinks: bool
 
 
 def inspect_model(model: PreTrainedModel) -> ModelFacts:
@@ -73,7 +75,8 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
             "Use the model as it is."
         )
     layers = tuple(_layer(config, i, window) for i, window in enumerate(_windows(config)))
-    found = sorted(int(m.layer_idx) for m in attention_modules(decoder))  # type: ignore[arg-type]
+    modules = attention_modules(decoder)
+    found = sorted(int(m.layer_idx) for m in modules)  # type: ignore[arg-type]
     if found != list(range(len(layers))):
         raise UnsupportedError(
             f"hf_longctx: expected one attention module for each of the {len(layers)} layers of '{family}'; got layers "
@@ -82,7 +85,8 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
     longest, reason = _in_cache_limits(config, family)
     name = str(getattr(model.config, "_name_or_path", "") or "")
     dtype = str(decoder.dtype).removeprefix("torch.")
-    return ModelFacts(family, name, config, layers, longest, reason, device_name(decoder.device), dtype)
+    has_sinks = any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in modules)
+    return ModelFacts(family, name, config, layers, longest, reason, device_name(decoder.device), dtype, has_sinks)
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -17,7 +18,7 @@ from .cache.ledger import Ledger
 from .context import NAME
 from .graph import Recorder
 from .hooks import AfterForward, BeforeForward, Patch, PrepareCache, PrepareSettings
-from .methods import Auto, DuoHeads, Method, check_plan, compose, make
+from .methods import Auto, DuoHeads, Method, check_plan, check_trainable, compose, make
 from .models import ADAPTED, NO_CACHE_BY_DEFAULT, ModelFacts, attention_modules, decoder_of, inspect_model
 from .plan import KVFormat, Placement, Plan
 from .prompt import Prefill
@@ -46,6 +47,8 @@ def patch(
     kv: str | KVFormat | None = None,
     placement: Placement | None = None,
     cuda_graph: bool = True,
+    zero_sink: bool = False,
+    train: bool = False,
     **knobs: Any,
 ) -> M:
     """Run a loaded model with another way to hold and read its KV cache.
@@ -63,6 +66,10 @@ def patch(
         kv: how keys and values are stored: `"native"`, `"int8"` or `"int4"`; None: as the method says.
         placement: where blocks are stored that a step may leave out; None: as the method says.
         cuda_graph: on a GPU, record the step of one token as a CUDA graph and replay it; `report` says if it could not.
+        zero_sink: add 1 to the denominator of every softmax, so that a head may attend to nothing (StreamingLLM,
+            arXiv:2309.17453, §3.3): for a model that is trained so, and patched so ever after.
+        train: refuse what has no gradient; a call in training mode then gets no cache. Prompts are read as the plan
+            says, with the exact gradient of that attention; packed texts (`position_ids` that start again) apart.
         **knobs: the method's knobs, if it is given by name.
 
     Returns:
@@ -76,15 +83,18 @@ def patch(
     decoder, base = decoder_of(model)
     facts = inspect_model(model)
     plan = plan_for(facts, made, prefill, decode, heads, kv, placement)
+    plan = replace(plan, zero_sink=plan.zero_sink or zero_sink)
     check_plan(plan, facts)
+    if train:
+        check_trainable(plan)
     state: Patch | None = base.__dict__.get(_KEY)
     if state is not None:
         state.find_rotary(plan)
         shortcuts.install(decoder)  # the model may have come to a GPU
-        state.plan, state.cache, state.ledger = plan, None, Ledger()
+        state.plan, state.train, state.cache, state.ledger = plan, train, None, Ledger()
         state.recorder.renew(cuda_graph)
         return model
-    state = Patch(facts, decoder, decoder.config, plan, Recorder(decoder, cuda_graph))
+    state = Patch(facts, decoder, decoder.config, plan, Recorder(decoder, cuda_graph), train)
     try:
         _install(state)
         state.find_rotary(plan)
@@ -133,7 +143,7 @@ def unpatch(model: M) -> M:
 def patched(model: M, method: str | Method | Plan | None = None, **knobs: Any) -> Iterator[M]:
     """`patch` inside a block, with its arguments; afterwards the model is as it was, its former plan in force."""
     state = state_of(model)
-    before = None if state is None else (state.plan, state.recorder.on)
+    before = None if state is None else (state.plan, state.recorder.on, state.train)
     patch(model, method, **knobs)
     try:
         yield model
@@ -141,8 +151,8 @@ def patched(model: M, method: str | Method | Plan | None = None, **knobs: Any) -
         if before is None:
             unpatch(model)
         else:
-            plan, recorded = before
-            patch(model, plan, cuda_graph=recorded)
+            plan, recorded, train = before
+            patch(model, plan, cuda_graph=recorded, train=train)
 
 
 def evict(target: PreTrainedModel | LongContextCache, room: int) -> None:

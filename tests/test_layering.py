@@ -36,6 +36,8 @@ ROOMS = {
     "graph": {"cache", "context", "models", "obstacles", "plan", "recording"},
     "shortcuts": {"cache", "context", "kernels"},
     "memory": {"cache", "models", "plan"},
+    "places": {"attention", "cache", "context", "errors", "models", "plan"},
+    "sinks": {"context", "errors", "models"},
     "testing": {"plan", "testing"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""

@@ -12,7 +12,7 @@ from .compose import compose
 from .dense import Dense
 from .duo_attention import DuoAttention
 from .duo_heads import DuoHeads
-from .fit import check_plan
+from .fit import check_plan, check_trainable
 from .inf_llm import InfLLM
 from .lserve import LServe
 from .method import Method
@@ -33,6 +33,7 @@ __all__ = [
     "StreamingLLM",
     "XAttention",
     "check_plan",
+    "check_trainable",
     "compose",
     "make",
 ]

@@ -35,6 +35,8 @@ def compose(
         placement: where heads that select in decode steps are stored, in place of what the methods say; those then
             select from the first step on.
 
+    A zero sink of one plan holds for the whole: a model has one softmax.
+
     Raises:
         ValueError: nothing to compose, or values that do not fit; names them.
         UnsupportedError: this model cannot do that, and why.
@@ -53,7 +55,9 @@ def compose(
     plan = _merged(name, facts, *both)
     if heads is not None:
         plan = _split(plan, facts, heads)
-    return plan if placement is None else _placed(plan, placement)
+    if placement is not None:
+        plan = _placed(plan, placement)
+    return replace(plan, zero_sink=any(given.zero_sink for given in (first, last) if given is not None))
 
 
 def _plan(method: Method | Plan, facts: ModelFacts) -> Plan:

@@ -1,9 +1,10 @@
-"""Whether a plan is one for a model."""
+"""Whether a plan is one for a model, and one to train with."""
 
 from __future__ import annotations
 
+from ..errors import UnsupportedError
 from ..models import ModelFacts
-from ..plan import HeadGroup, Plan
+from ..plan import HeadGroup, HeadPolicy, Plan
 
 _CHOOSING = {"q_head": "query heads", "kv_head": "KV heads"}
 
@@ -13,7 +14,13 @@ def check_plan(plan: Plan, facts: ModelFacts, where: str = "patch") -> None:
 
     Raises:
         ValueError: names the first layer that differs.
+        UnsupportedError: a zero sink, for a model with learned ones.
     """
+    if plan.zero_sink and facts.has_sinks:
+        raise UnsupportedError(
+            f"{where}: expected a model without sinks in its softmax for zero_sink; got '{facts.family}', which has "
+            "learned one for each head. Leave zero_sink out."
+        )
     expected = [layer.kv_heads for layer in facts.layers]
     got = [layer.kv_heads for layer in plan.layers]
     if expected != got:
@@ -41,3 +48,31 @@ def _check_shares(group: HeadGroup, per_kv: int, where: str) -> None:
             raise ValueError(
                 f"{where}, {phase}: expected one tau{each}; got {got}. Tune thresholds for this model and this sharing."
             )
+
+
+def check_trainable(plan: Plan) -> None:
+    """Refuse a plan that has no gradient, or whose choice a training call would never make.
+
+    Raises:
+        UnsupportedError: names the first layer with such heads, why, and what to train with.
+    """
+    for i, layer in enumerate(plan.layers):
+        for group in layer.groups:
+            reason = _untrainable(group.policy)
+            if reason is not None:
+                raise UnsupportedError(
+                    f"patch: expected a method with a gradient for train=True; got '{plan.method}', which {reason} "
+                    f"(layer {i}). Train with 'dense', 'streaming_llm', 'duo_attention' or 'xattention' and native "
+                    "keys and values, and patch again to generate."
+                )
+
+
+def _untrainable(policy: HeadPolicy) -> str | None:
+    """Why a policy cannot be trained with, as the end of a sentence, or None."""
+    if policy.prefill is not None and policy.prefill.scorer.summary is not None:
+        return "reads its keys and values back from memory, cut off from their gradient"
+    if policy.decode is not None:
+        return "chooses what decode steps read, of which training has none"
+    if policy.kv is not None:
+        return f"rounds keys and values to {policy.kv.bits} bits, which has no gradient"
+    return None

@@ -92,6 +92,8 @@ class Plan:
         method: its name, for tables and messages.
         layers: one for each attention layer.
         why: how it was chosen, if nobody asked for just this.
+        zero_sink: every softmax has 1 added to its denominator, as if there were one more key with logit 0 and value 0
+            (StreamingLLM, arXiv:2309.17453, §3.3).
 
     Raises:
         ValueError: no layers, or in-cache positions together with heads that keep everything or read sinks elsewhere.
@@ -100,6 +102,7 @@ class Plan:
     method: str
     layers: tuple[LayerPlan, ...]
     why: str = ""
+    zero_sink: bool = False
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -140,6 +143,7 @@ class Plan:
         """A short text: one line per run of equal layers and head group."""
         lines = [f"{self.method}: {len(self.layers)} attention layers"]
         lines += [f"  {self.why}"] if self.why else []
+        lines += ["  1 added to the denominator of every softmax"] if self.zero_sink else []
         for layer, run in groupby(enumerate(self.layers), key=lambda pair: pair[1]):
             ids = [i for i, _ in run]
             for group in layer.groups:
@@ -149,7 +153,7 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives back an equal plan."""
         layers = [[pack(group) for group in layer.groups] for layer in self.layers]
-        return json.dumps({"method": self.method, "why": self.why, "layers": layers})
+        return json.dumps({"method": self.method, "why": self.why, "zero_sink": self.zero_sink, "layers": layers})
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -161,7 +165,7 @@ class Plan:
         try:
             raw = json.loads(text)
             layers = tuple(LayerPlan(tuple(map(_unpack_group, groups))) for groups in raw["layers"])
-            return Plan(str(raw["method"]), layers, str(raw.get("why", "")))
+            return Plan(str(raw["method"]), layers, str(raw.get("why", "")), bool(raw.get("zero_sink")))
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"Plan.from_json: expected the text of Plan.to_json; got {error!r} while reading it. "

@@ -6,7 +6,7 @@ stored in few bits is quantized and read back token by token. It is slow, and fo
 """
 
 from .models import feed, rounding, tiny_llama
-from .oracle import Widened, oracle_logits, oracle_reads
+from .oracle import Widened, oracle_gradients, oracle_logits, oracle_reads
 from .visible import key_positions, masks
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "feed",
     "key_positions",
     "masks",
+    "oracle_gradients",
     "oracle_logits",
     "oracle_reads",
     "rounding",

@@ -70,7 +70,8 @@ def oracle_logits(
     Returns:
         `[B, C, V]`, dtype as asked; of no meaning at padding.
     """
-    return _run(model, plan, input_ids, attention_mask, dtype, calls, rooms)[0]
+    with torch.no_grad():
+        return _run(model, plan, input_ids, attention_mask, dtype, calls, rooms)[1]
 
 
 def oracle_reads(
@@ -84,10 +85,34 @@ def oracle_reads(
     rooms: Mapping[int, int] | None = None,
 ) -> list[Tensor]:
     """Which keys each query of each query head reads: per layer `[B, Hq, C, C]`, bool; arguments as `oracle_logits`."""
-    return _run(model, plan, input_ids, attention_mask, dtype, calls, rooms)[1]
+    with torch.no_grad():
+        return _run(model, plan, input_ids, attention_mask, dtype, calls, rooms)[2]
 
 
-@torch.no_grad()
+def oracle_gradients(
+    model: PreTrainedModel,
+    plan: Plan,
+    input_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """Gradient of the mean cross entropy of the next tokens, by parameter; arguments as `oracle_logits`.
+
+    Args:
+        model: its parameters that ask for no gradient get none.
+        plan: what each head does.
+        input_ids: `[B, C]`.
+        labels: `[B, C]`, what stands there; -100 where it does not count.
+        attention_mask: `[B, C]`.
+        dtype: of all computation.
+    """
+    wide, logits, _ = _run(model, plan, input_ids, attention_mask, dtype, None, None)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: weight.grad for name, weight in wide.named_parameters() if weight.grad is not None}
+
+
 def _run(
     model: PreTrainedModel,
     plan: Plan,
@@ -96,8 +121,8 @@ def _run(
     dtype: torch.dtype,
     calls: Sequence[int] | None,
     rooms: Mapping[int, int] | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and per layer what was read."""
+) -> tuple[PreTrainedModel, Tensor, list[Tensor]]:
+    """The copy that ran, logits, and per layer what was read."""
     if model.get_decoder().config._attn_implementation == "hf_longctx":  # type: ignore[no-untyped-call]
         raise ValueError("oracle: expected an unpatched model; got a patched one. Pass a copy from before.")
     calls = [input_ids.shape[1]] if calls is None else calls
@@ -105,7 +130,7 @@ def _run(
     policies = {group.policy for layer in plan.layers for group in layer.groups}
     rows = [_Row.of(policies, calls, real, rooms) for real in reals]
     wide: Any = copy.deepcopy(model)
-    wide.to(dtype)
+    wide.to(dtype).zero_grad()
     decoder = wide.get_decoder()
     decoder.config._attn_implementation_internal = _NAME
     decoder.config._experts_implementation_internal = "eager"  # other ways to mix experts do not take float64
@@ -116,7 +141,7 @@ def _run(
             out = wide(input_ids=input_ids, position_ids=torch.zeros_like(input_ids), use_cache=False)
     finally:
         ALL_ATTENTION_FUNCTIONS.pop(_NAME)
-    return out.logits, [reads[layer] for layer in range(len(plan.layers))]
+    return wide, out.logits, [reads[layer] for layer in range(len(plan.layers))]
 
 
 @dataclass(frozen=True)
@@ -160,6 +185,8 @@ def _attend(
         kv_heads = torch.tensor(group.kv_heads)
         q_heads = (kv_heads[:, None] * per_kv + torch.arange(per_kv)).flatten()
         logits = Logits(scale, softcap, None if s_aux is None else s_aux[q_heads])
+        if plan.zero_sink:
+            logits = Logits(scale, softcap, q.new_zeros(len(q_heads)))
         parts = [x[i, heads][:, row.columns] for x, heads in ((q, q_heads), (k, kv_heads), (v, kv_heads))]
         got, seen = attend(_scene(plan, group, row, turn, logits, *parts), group.policy)
         out[i, row.columns[:, None], q_heads] = got.transpose(0, 1)

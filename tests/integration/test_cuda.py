@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hf_longctx as lc
-from hf_longctx.testing import Widened
+from hf_longctx.testing import Widened, oracle_gradients
 
 from ..methods.cases import LIMITS, LOSSY, SELECTING, TOKENS, Row, changes_with_length, named, pairs
 from .tiny import Case
@@ -83,6 +83,20 @@ def test_the_same_blocks_as_on_the_cpu(pair: tuple[Row, Case]) -> None:
     here, there = run("cpu"), run("cuda")
     real = mask.bool()
     torch.testing.assert_close(there[real], here[real], rtol=1e-5, atol=1e-6 * float(here[real].abs().max()))
+
+
+@pytest.mark.parametrize("zero_sink", [False, True])
+@pytest.mark.parametrize("row", [LIMITS[0], *LOSSY, SELECTING[1]], ids=named)
+def test_gradients_are_those_of_the_oracle(row: Row, zero_sink: bool) -> None:
+    case = next(case for _, case in pairs(LIMITS) if case.name == "llama")
+    model, ids = case.make(0), case.prompt(TOKENS, 2)
+    plan = lc.report(lc.patch(model, row.method(case), zero_sink=zero_sink)).plan
+    expected = oracle_gradients(lc.unpatch(model), plan, ids, ids)
+    lc.patch(model.cuda().train(), plan, train=True)
+    model(ids.cuda(), labels=ids.cuda()).loss.backward()
+    for name, weight in model.named_parameters():
+        got = weight.grad.double().cpu()
+        torch.testing.assert_close(got, expected[name], rtol=0, atol=1e-3 * float(expected[name].abs().max()), msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -53,6 +53,13 @@ def no_wait() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("row", [LIMITS[0], *LOSSY, QUEST, LSERVE], ids=named)
+def test_the_same_tokens_with_a_zero_sink(row: Row) -> None:
+    models = (lc.patch(LLAMA.make().cuda(), row.method(LLAMA), zero_sink=True, cuda_graph=on) for on in (True, False))
+    recorded, plain = (generate(model, moved(batch(LLAMA)), output_logits=True, max_new_tokens=40) for model in models)
+    assert_same(recorded, plain)
+
+
 @pytest.mark.parametrize(("row", "case"), PAIRS, ids=named)
 def test_the_same_tokens(row: Row, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "ROOM", 16)  # so that a few steps run into the end of it

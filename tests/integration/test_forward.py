@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 import hf_longctx as lc
 
-from ..methods.cases import LIMITS, LOSSY, Row, gates, named
+from ..methods.cases import LIMITS, LOSSY, SELECTING, Row, gates, named, pairs
 from ..methods.test_limits import TOLERANCE, error
 from .cases import BY_NAME, WINDOW
 from .tiny import Case
@@ -128,7 +128,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"expected attention_mask as \[B, T\].* got a dict",
     ),
     "weights": ({"output_attentions": True}, lc.UnsupportedError, "expected output_attentions=False"),
-    "packed": ({"position_ids": PACKED, "use_cache": False}, lc.UnsupportedError, "got packed sequences"),
     "wide mask": ({"attention_mask": torch.ones(1, 12)}, ValueError, r"expected \[B, 10\] \(0 cached \+ 10 new"),
     "narrow mask": ({"attention_mask": torch.ones(1, 9)}, ValueError, r"expected \[B, 10\] \(0 cached \+ 10 new"),
     "unknown": ({"temperature_map": torch.ones(3)}, lc.UnsupportedError, r"got temperature_map=Tensor \[3\]"),
@@ -166,8 +165,29 @@ def test_what_is_refused_at_the_door_leaves_the_cache_usable(what: str) -> None:
     assert error(model(ids[:, 10:], past_key_values=cache).logits, model(ids).logits[:, 10:]) < TOLERANCE
 
 
+SEVERAL = tuple(BY_NAME[name] for name in ("llama", "mistral_sliding", "gemma2", "gpt_oss", "gpt2", "smollm3"))
+PACKING = (LIMITS[0], *LOSSY, SELECTING[1])
+
+
+@pytest.mark.parametrize(("row", "case"), pairs(PACKING, SEVERAL), ids=named)
+def test_packed_texts_are_read_each_by_itself(row: Row, case: Case) -> None:
+    """As transformers packs them: positions that start again, no mask, no cache."""
+    model, ids = lc.patch(case.make(), row.method(case)), case.prompt(60, rows=2)
+    sizes = ([20, 1, 39], [33, 27])
+    at = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in sizes])
+    got = model(ids, position_ids=at, use_cache=False).logits
+    for i, lengths in enumerate(sizes):
+        alone = [model(text[None], use_cache=False).logits for text in ids[i].split(lengths)]
+        assert error(got[i : i + 1], torch.cat(alone, 1)) < TOLERANCE
+
+
+def test_packed_texts_are_read_as_by_the_unpatched_model() -> None:
+    ids, at = LLAMA.prompt(10, rows=2), {"position_ids": PACKED, "use_cache": False}
+    assert error(lc.patch(LLAMA.make(), "dense")(ids, **at).logits, LLAMA.make()(ids, **at).logits) < TOLERANCE
+
+
 @rows
-def test_packed_positions_are_refused_with_a_cache_too(row: Row) -> None:
+def test_packed_positions_beside_a_mask_or_a_cache(row: Row) -> None:
     """Positions of the text are the caller's own; positions in the cache leave no room for others."""
     model = lc.patch(LLAMA.make(), row.method(LLAMA))
     ids = LLAMA.prompt(10)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers as hf
 
 import hf_longctx as lc
+from hf_longctx.testing import oracle_gradients
 
-from ..methods.cases import LIMITS, LOSSY, Row, named, pairs
+from ..methods.cases import LIMITS, LOSSY, SELECTING, Row, gates, named, pairs
 from ..methods.test_limits import TOLERANCE, error
 from .cases import BY_NAME
 from .snapshot import differences, hooks, snapshot
@@ -160,6 +163,181 @@ def test_what_stands_behind_attention_can_be_trained_on_a_filled_cache() -> None
     model.zero_grad()
     model(ids).logits[:, 12:].sum().backward()
     assert error(got, model.lm_head.weight.grad) < TOLERANCE
+
+
+# training on purpose --------------------------------------------------------------------------------------------------
+
+TRAINABLE = (LIMITS[0], *LOSSY, SELECTING[1])
+ROTARY = tuple(BY_NAME[name] for name in ("llama", "gemma2", "gpt_oss", "smollm3"))
+
+
+@pytest.mark.parametrize(("row", "case"), pairs(TRAINABLE, ROTARY), ids=named)
+def test_gradients_are_those_of_the_oracle(row: Row, case: Case) -> None:
+    """A padded batch, of which some labels do not count; the oracle is dense attention under the plan's mask."""
+    model, ids = case.make(), case.prompt(40, rows=2)
+    mask = (torch.arange(40) >= torch.tensor([0, 11])[:, None]).long()
+    labels = ids.masked_fill((mask == 0) | (torch.arange(40) % 5 == 0), -100)
+    lc.patch(model, row.method(case), train=True).train()
+    model(ids, attention_mask=mask, labels=labels).loss.backward()
+    plan, got = lc.report(model).plan, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    expected = oracle_gradients(lc.unpatch(model).eval(), plan, ids, labels, mask)
+    assert_same({name: grad.double() for name, grad in got.items()}, expected)
+    if row.name != "dense":
+        dense = oracle_gradients(model, lc.report(lc.patch(case.make(), "dense")).plan, ids, labels, mask)
+        assert any(error(expected[name], dense[name]) > 0.1 for name in dense)
+
+
+@pytest.mark.parametrize("row", TRAINABLE, ids=named)
+def test_packed_texts_have_the_gradients_of_each_by_itself(row: Row) -> None:
+    model, ids = lc.patch(LLAMA.make(), row.method(LLAMA), train=True).train(), LLAMA.prompt(60)
+    at = torch.cat([torch.arange(23), torch.arange(37)])[None]
+    model(ids, position_ids=at).logits.square().sum().backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for text in ids.split([23, 37], 1):
+        model(text).logits.square().sum().backward()
+    assert_same(got, {name: p.grad for name, p in model.named_parameters()})
+    with pytest.raises(lc.UnsupportedError, match="got packed sequences"):
+        model(ids, position_ids=at, attention_mask=torch.ones(1, 60))
+
+
+THREE_LAYERS = BY_NAME["llama_multi_query"]  # the first two of Quest are dense
+WITHOUT: dict[str, tuple[dict[str, Any], str]] = {
+    "quest": ({"method": "quest"}, "'quest', which chooses what decode steps read"),
+    "auto": ({}, "'auto: quest', which chooses what decode steps read"),
+    "lserve": (
+        {"method": lc.LServe(gates(THREE_LAYERS), kv="native")},
+        "'lserve', which chooses what decode steps read",
+    ),
+    "inf_llm": ({"method": "inf_llm"}, "'inf_llm', which reads its keys and values back from memory"),
+    "int8": ({"method": lc.Dense("int8")}, "'dense', which rounds keys and values to 8 bits"),
+    "int4": ({"method": "streaming_llm", "kv": "int4"}, "which rounds keys and values to 4 bits"),
+    "parts": ({"prefill": lc.XAttention(), "decode": lc.Quest()}, r"'xattention \+ quest', which chooses"),
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT)
+def test_a_method_without_a_gradient_is_refused_by_name(what: str) -> None:
+    arguments, words = WITHOUT[what]
+    model = THREE_LAYERS.make()
+    before = snapshot(model)
+    with pytest.raises(lc.UnsupportedError, match=words) as refused:
+        lc.patch(model, **arguments, train=True)
+    assert "Train with 'dense', 'streaming_llm', 'duo_attention' or 'xattention'" in str(refused.value)
+    assert differences(before, snapshot(model)) == []
+    lc.patch(model, "dense", train=True)
+    with pytest.raises(lc.UnsupportedError, match=words):
+        lc.patch(model, **arguments, train=True)
+    assert lc.report(model).method == "dense"
+
+
+def test_a_training_call_has_no_cache_and_generation_has_one() -> None:
+    model, ids = lc.patch(LLAMA.make(), LOSSY[0].method(LLAMA), train=True).train(), LLAMA.prompt(20)
+    assert model(ids).past_key_values is None
+    with lc.patched(model, "quest"):
+        assert isinstance(model(ids).past_key_values, lc.LongContextCache)
+    assert model(ids).past_key_values is None
+    assert isinstance(model.eval()(ids).past_key_values, lc.LongContextCache)
+
+
+@pytest.mark.parametrize("row", TRAINABLE, ids=named)
+def test_bf16_gradients_point_the_same_way(row: Row) -> None:
+    exact = gradients(lc.patch(LLAMA.make().train(), row.method(LLAMA), train=True), LLAMA)
+    rough = gradients(lc.patch(LLAMA.make().bfloat16().train(), row.method(LLAMA), train=True), LLAMA)
+    for name, grad in rough.items():
+        assert grad.dtype == torch.bfloat16
+        assert torch.cosine_similarity(grad.float().flatten(), exact[name].flatten(), 0) > 0.95, name
+
+
+# Trainer --------------------------------------------------------------------------------------------------------------
+
+
+def texts(number: int = 32, tokens: int = 48) -> list[dict[str, list[int]]]:
+    """Texts that count up by three, so that there is something to learn; the first labels do not count."""
+    found = []
+    for first in range(number):
+        ids = [8 + (first * 7 + 3 * i) % 100 for i in range(tokens - first % 4 * 8)]
+        found.append({"input_ids": ids, "labels": [-100] * 8 + ids[8:]})
+    return found
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """A batch padded on the right."""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def table(name: str, fill: int) -> torch.Tensor:
+        return torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])
+
+    ids = table("input_ids", 0)
+    return {"input_ids": ids, "labels": table("labels", -100), "attention_mask": (ids != 0).long()}
+
+
+def fit(model: Any, folder: Any, collator: Any = collate, steps: int = 24, **options: Any) -> list[float]:
+    """Losses of a `Trainer` run, step by step."""
+    settings = hf.TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_steps=steps,
+        report_to="none",
+        use_cpu=True,
+        seed=0,
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = hf.Trainer(model, settings, train_dataset=texts(), data_collator=collator)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def fresh(method: Any = None) -> Any:
+    """A model with untrained adapters, patched to train unless no method is given."""
+    torch.manual_seed(0)
+    base = LLAMA.make()
+    settings = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(base if method is None else lc.patch(base, method, train=True), settings)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "bf16": {"bf16": True},
+    "packed": {"collator": hf.DataCollatorWithFlattening()},
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_trainer_run_with_everything_kept_has_the_losses_of_the_unpatched_one(run: str, tmp_path: Path) -> None:
+    expected = fit(fresh(), tmp_path / "stock", **RUNS[run])
+    got = fit(fresh("dense"), tmp_path / "patched", **RUNS[run])
+    tolerance = 0.02 if run == "bf16" else 1e-3  # sums of bf16 are rounded in another order
+    assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) < tolerance
+    assert sum(got[-4:]) < 0.8 * sum(got[:4])
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("row", TRAINABLE[1:], ids=named)
+def test_a_sparse_trainer_run_learns_and_its_adapter_is_an_ordinary_one(row: Row, run: str, tmp_path: Path) -> None:
+    model = fresh(row.method(LLAMA))
+    losses = fit(model, tmp_path, **RUNS[run])
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    saved = next(tmp_path.glob("checkpoint-*"))
+    assert (saved / "adapter_model.safetensors").exists()
+    assert all(b"hf_longctx" not in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    loaded = peft.PeftModel.from_pretrained(LLAMA.make(), saved).eval()
+    trained = model.get_base_model().eval()  # Trainer leaves its autocast on the model outside
+    assert torch.equal(logits(lc.patch(loaded, row.method(LLAMA))), logits(trained))
+    assert torch.equal(logits(lc.unpatch(loaded)), logits(lc.unpatch(trained)))
+
+
+def test_a_patched_model_is_saved_as_an_unpatched_one(tmp_path: Path) -> None:
+    for name, model in (("stock", LLAMA.make()), ("ours", lc.patch(LLAMA.make(), LOSSY[0].method(LLAMA), train=True))):
+        model.save_pretrained(tmp_path / name)
+    stock, ours = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("stock", "ours"))
+    assert ours == stock
 
 
 # PEFT -----------------------------------------------------------------------------------------------------------------
