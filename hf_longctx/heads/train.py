@@ -123,7 +123,7 @@ def run(
     from .. import patched
 
     widths, trained = _check_fit(model, lessons, settings)
-    accelerator = Accelerator(device_placement=False, mixed_precision="no")
+    accelerator = _processes()
     asked = _asked(model, lessons, settings, accelerator, about or {})
     gates = Gates(trained).to(model.device)
     state = State(gates, AdamW(gates.parameters(), lr=settings.rate, weight_decay=0.0))
@@ -256,9 +256,16 @@ def _published(task: Task, settings: Settings) -> dict[str, object]:
     }
 
 
+def _processes() -> Accelerator:
+    """This process among those that `accelerate launch` started; the model is in place, with numbers of its own."""
+    return Accelerator(device_placement=False, mixed_precision="no")
+
+
 def place(device: str) -> str:
     """Where to load the model: `auto` in one of several processes is that process's own device."""
-    here = PartialState()
+    if device == "cpu":
+        PartialState(cpu=True)  # before what follows looks for a GPU
+    here = _processes()
     return str(here.device) if device == "auto" and here.num_processes > 1 else device
 
 
