@@ -96,7 +96,7 @@ def train(
     mode: Annotated[
         str, typer.Option(help="paper: compare in the pass keys of the answers; code: everywhere after the book.")
     ] = "paper",
-    shortest: Annotated[str, typer.Option(help="Tokens of the shortest lesson; 1k is 1024.")] = "2000",
+    shortest: Annotated[str, typer.Option(help="Tokens of the shortest lesson; 1k is 1024.")] = "3000",
     longest: Annotated[
         str | None, typer.Option(help="Of the longest.", show_default="32000, or as the model was made for")
     ] = None,

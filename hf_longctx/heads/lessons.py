@@ -50,7 +50,7 @@ class Task:
     """
 
     mode: str = "paper"
-    shortest: int = 2000
+    shortest: int = 3000
     longest: int = 32000
     keys: int = len(_ORDINALS)
     words: int = 32

@@ -123,6 +123,20 @@ def test_families_at_both_ends_of_the_gates(name: str, device: torch.device) -> 
     torch.testing.assert_close(apart, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_bfloat16_has_the_gradient_of_float32_but_for_rounding(device: torch.device) -> None:
+    sizes = {"hidden_size": 128, "head_dim": 64, "max_position_embeddings": 1024}
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_llama(**sizes).to(device, dtype)
+        alphas = some_gates([2, 2], device, torch.float32)
+        with lc.patched(model, "dense"), frozen(model):
+            distance(model, alphas, lesson(400), SINK, WINDOW).backward()
+        found.append(torch.cat([each.grad for each in alphas if each.grad is not None]))
+    assert found[1].dtype == torch.float32
+    assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.99
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 0.1
+
+
 def states(model: Any, given: Lesson) -> Tensor:
     decoder = model.get_decoder()
     found: Tensor = decoder(input_ids=given.ids[None].to(decoder.device), use_cache=False).last_hidden_state
