@@ -138,7 +138,7 @@ def run(
             steps.take()
             if writes and (state.step % settings.save_every == 0 or state.step == settings.steps):
                 save_state(state, path, asked)
-            said = f"loss {state.losses[-1]:.4f}, {gates.sparsity:.0%} of the gates below {ROLE}"
+            said = f"loss {state.losses[-1]:.4f}, {gates.sparsity:.0%} below {ROLE}"
             shown.update(task, completed=state.step, said=said)
     pattern = HeadPattern(asked["model"], gates.rows(widths), settings.sink, settings.window, source="heads train")
     if writes:
