@@ -49,7 +49,7 @@ class Shape:
 def facts(layers: int) -> ModelFacts:
     """A model of so many layers, as far as a plan asks."""
     layer = LayerFacts(Q_HEADS, KV_HEADS, DIM, None)
-    return ModelFacts("llama", "", None, (layer,) * layers, None, None, torch.cuda.get_device_name(), "bfloat16")
+    return ModelFacts("llama", "", None, (layer,) * layers, None, None, torch.cuda.get_device_name(), "bfloat16", False)
 
 
 def time_of(calls: Callable[[], Any], repeats: int = 15) -> float:

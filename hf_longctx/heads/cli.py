@@ -83,6 +83,58 @@ def detect(
 
 
 @app.command()
+def train(
+    model: Model = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the pattern to write.")] = Path("pattern"),
+    steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 2000,
+    rate: Annotated[float, typer.Option(help="Learning rate between warm-up and decay.")] = 0.02,
+    warmup: Annotated[int | None, typer.Option(help="Steps of the warm-up.", show_default="a fifth")] = None,
+    decay: Annotated[int | None, typer.Option(help="Last steps, of the decay.", show_default="a fifth")] = None,
+    weight: Annotated[float, typer.Option(help="Of the mean gate, beside the distance of the hidden states.")] = 0.05,
+    sink: Annotated[int, typer.Option(help="First tokens that a streaming head sees.")] = 128,
+    window: Annotated[int, typer.Option(help="Last tokens that it sees.")] = 256,
+    mode: Annotated[
+        str, typer.Option(help="paper: compare in the pass keys of the answers; code: everywhere after the book.")
+    ] = "paper",
+    shortest: Annotated[str, typer.Option(help="Tokens of the shortest lesson; 1k is 1024.")] = "3000",
+    longest: Annotated[
+        str | None, typer.Option(help="Of the longest.", show_default="32000, or as the model was made for")
+    ] = None,
+    keys: Annotated[int, typer.Option(help="Pass keys in a lesson, 10 at most.")] = 10,
+    words: Annotated[int, typer.Option(help="Words of a pass key.")] = 32,
+    accumulate: Annotated[int, typer.Option(help="Lessons in a step, one after the other.")] = 1,
+    recompute: Annotated[
+        bool, typer.Option("--recompute/--hold", help="Gradient checkpointing: slower, in far less memory.")
+    ] = True,
+    save_every: Annotated[int, typer.Option(help="Steps from one saved state to the next.")] = 50,
+    seed: Annotated[int, typer.Option(help="Draws lengths, keys, depths and places in the text.")] = 42,
+    text: Text = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in the folder.")] = False,
+) -> None:
+    """Train a gate for each KV head: which of them need all keys, for `DuoAttention(pattern="pattern/")`.
+
+    The model stays as it is. For several GPUs: accelerate launch -m hf_longctx.cli heads train ...
+    """
+    console = _begin()
+    from ..evals import assets
+    from ..evals import text as texts
+    from ..evals.grammar import lengths
+    from . import train as room
+    from .lessons import Lessons, Task
+
+    content, low = texts.read(text), lengths(shortest)[0]
+    high = None if longest is None else lengths(longest)[0]
+    settings = room.Settings(steps, rate, warmup, decay, weight, sink, window, accumulate, recompute, save_every)
+    loaded, tokenizer = assets.load(model, dtype, room.place(device), on_step=console.print)
+    task = Task(mode, low, high or room.longest_for(loaded, low), keys, words, seed)
+    lessons = Lessons(tokenizer, content, task)
+    pattern = room.run(loaded, lessons, settings, out, texts.about(text, content), resume, console)
+    room.publish(pattern, out, console)
+
+
+@app.command()
 def ablate(
     scores: Annotated[Path, typer.Option(help="JSON file of `heads detect`.")],
     model: Model = None,

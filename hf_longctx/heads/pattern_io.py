@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -68,7 +68,9 @@ def shipped_name(name: str) -> str | None:
     return None
 
 
-def save_pattern(pattern: HeadPattern, folder: str | os.PathLike[str]) -> None:
+def save_pattern(
+    pattern: HeadPattern, folder: str | os.PathLike[str], about: Mapping[str, object] | None = None
+) -> None:
     """Write a pattern in the published format: `full_attention_heads.tsv` and `config.json`.
 
     Both files are complete on the disk before either takes the place of an old one, so a failed save (a full disk, a
@@ -77,6 +79,7 @@ def save_pattern(pattern: HeadPattern, folder: str | os.PathLike[str]) -> None:
     Args:
         pattern: The pattern; all layers must have the same number of KV heads.
         folder: Made if it is not there; other files in it are left alone.
+        about: What else the configuration shall say, such as how the gates were trained.
 
     Raises:
         ValueError: Layers of different widths, which the format cannot hold.
@@ -88,6 +91,7 @@ def save_pattern(pattern: HeadPattern, folder: str | os.PathLike[str]) -> None:
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     config = {
+        **(about or {}),
         "model_name": pattern.name,
         "sink_size": pattern.sink,
         "recent_size": pattern.window,

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+import hf_longctx as lc
 from hf_longctx import cli
-from hf_longctx.heads import detect, load_pattern
+from hf_longctx.heads import detect, load_pattern, train
 from hf_longctx.heads.scores import HeadScores, load_scores, save_scores
 
 
@@ -38,6 +39,7 @@ GRID = ("--lengths", "280", "--depths", "2", "--trials", "2", "--batch", "4", "-
     [
         ((), ("detect", "ablate", "show", "convert")),
         (("detect",), ("--forced", "--needles", "--chat", "--mode", "--resume")),
+        (("train",), ("--steps", "--rate", "--recompute", "--hold", "--mode", "--shortest", "--resume", "accelerate")),
         (("ablate",), ("--scores", "--control", "--phases", "--window")),
         (("show",), ("--top", "PNG")),
         (("convert",), ("--kv-heads", "--reduce")),
@@ -76,6 +78,36 @@ def test_from_a_model_to_scores_to_gates(
     assert (tmp_path / "map.png").stat().st_size > 5_000
 
 
+TRAIN = ("--steps", "4", "--keys", "1", "--words", "2", "--sink", "2", "--window", "6", "--shortest", "200")
+
+
+def test_from_a_model_to_gates_that_duo_attention_loads(
+    run: Any, folder: Path, tmp_path: Path, tiny: tuple[Any, Any]
+) -> None:
+    args = ("train", "-m", str(folder), "-o", str(tmp_path), *TRAIN, "--longest", "240", "--device", "cpu")
+    code, out, err = run(*args, "--mode", "code", "--accumulate", "2", "--save-every", "2")
+    assert code == 0, err
+    assert "4/4 loss" in out
+    assert "0 of 4 KV heads have a gate below 0.5" in out
+    told = json.loads((tmp_path / "run_meta.json").read_text())["train"]["settings"]
+    assert (told["mode"], told["longest"], told["accumulate"], told["text"]) == ("code", 240, 2, "shipped")
+    gates = load_pattern(tmp_path).gates
+    assert all(0.5 < gate <= 1 for row in gates for gate in row)
+    assert len({gate for row in gates for gate in row}) > 1
+    plan = lc.report(lc.patch(tiny[0], lc.DuoAttention(pattern=tmp_path))).method
+    assert plan == "duo_attention"
+    code, _, err = run(*args)
+    assert code == 1
+    assert "Pass --resume to go on from it, or another folder" in err
+
+
+def test_where_nothing_is_asked_for_lessons_are_as_long_as_the_model_was_made_for(tiny: tuple[Any, Any]) -> None:
+    assert train.longest_for(tiny[0], 100) == 512
+    assert train.longest_for(tiny[0], 700) == 700
+    tiny[0].config.max_position_embeddings = 1 << 20
+    assert train.longest_for(tiny[0], 100) == 32000
+
+
 def test_a_model_that_never_answers_is_said_to_and_no_scores_are_written(
     run: Any, folder: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +141,8 @@ def test_ablate_shows_what_is_lost_beside_random_heads(run: Any, folder: Path, t
         (("show", "Llama-2-7B-32K-Instruct", "Mistral-7B-Instruct-v0.2"), "expected two files of one model"),
         (("convert", "Llama-2-7B-32K-Instruct", "--to", "tsv", "-o", "x"), "--to: expected duo or scores; got 'tsv'"),
         (("convert", "Llama-2-7B-32K-Instruct", "--to", "scores", "-o", "x"), "expected --q-heads or --model"),
+        (("train", "--mode", "best"), "heads train: expected mode among paper, code; got 'best'"),
+        (("train", "--rate", "0"), "heads train: expected rate above 0; got 0.0"),
         (("ablate", "--scores", "none.json"), "scores: expected a JSON file; got none.json"),
         (("ablate", "--scores", "none.json", "--control", "all"), "--control: expected random or none; got 'all'"),
     ],
