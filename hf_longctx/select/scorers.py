@@ -117,7 +117,7 @@ class RepresentativeDot:
     q_block: int = 512
 
     def __post_init__(self) -> None:
-        require_whole("RepresentativeDot", q_block=self.q_block)
+        require_whole(type(self).__name__, q_block=self.q_block)
 
     @property
     def block(self) -> int:
@@ -131,7 +131,7 @@ class RepresentativeDot:
 
     @property
     def is_mass(self) -> bool:
-        """Scores are products."""
+        """Near blocks have no score that could count."""
         return False
 
     @property
@@ -151,7 +151,7 @@ class RepresentativeDot:
 
 @primitive
 @dataclass(frozen=True)
-class RepresentativeShare:
+class RepresentativeShare(RepresentativeDot):
     """The share of far attention that a block's representatives would get from the mean of the block of queries.
 
     Each query head has a softmax over the representatives of all blocks that are not near; of the heads that share, the
@@ -168,30 +168,6 @@ class RepresentativeShare:
     """
 
     summary: Representatives | Means = field(default_factory=Means)
-    q_block: int = 512
-
-    def __post_init__(self) -> None:
-        require_whole("RepresentativeShare", q_block=self.q_block)
-
-    @property
-    def block(self) -> int:
-        """Tokens of a block of keys."""
-        return self.summary.block
-
-    @property
-    def phases(self) -> tuple[str, ...]:
-        """Representatives are found in prefill, and used in both."""
-        return ("prefill", "decode")
-
-    @property
-    def is_mass(self) -> bool:
-        """Near blocks have no share."""
-        return False
-
-    @property
-    def clamped(self) -> bool:
-        """Representatives are kept without rotation where positions are clamped."""
-        return True
 
     def describe(self) -> str:
         """One phrase for a table."""
