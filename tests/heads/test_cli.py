@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import hf_longctx as lc
-from hf_longctx import cli
 from hf_longctx.heads import detect, load_pattern, train
 from hf_longctx.heads.scores import HeadScores, load_scores, save_scores
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run `hf-longctx heads` in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hf-longctx", "heads", *args])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-    return call
+def run(call: Any) -> Any:
+    return partial(call, "heads")
 
 
 GRID = ("--lengths", "280", "--depths", "2", "--trials", "2", "--batch", "4", "--new-tokens", "6")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +15,7 @@ from hf_longctx.kernels.dispatch import use_backend
 
 from .built import need
 
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Whatever the library does not write is NaN, or no block's number."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +15,10 @@ from hf_longctx.kernels.dispatch import use_backend
 
 from .built import need
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 SHARES = ["kv_head", "q_head", "all"]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Whatever the library does not write is NaN, or no block's number."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_longctx as lc
-from hf_longctx import cli
 from hf_longctx.machine import device_name
 from hf_longctx.methods import Auto
 from hf_longctx.models import ModelFacts, inspect_model
@@ -197,19 +195,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tune(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: str, model: str = str(folder)) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hf-longctx", "tune", "crossover", "-m", model, *args])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-    return call
+def tune(folder: Path, call: Any) -> Any:
+    return lambda *args, model=str(folder): call("tune", "crossover", "-m", model, *args)
 
 
 def test_what_is_measured_is_what_auto_finds(tune: Any, folder: Path, cache: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +14,18 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import hf_longctx as lc
-from hf_longctx import cli
 from hf_longctx.models import inspect_model
 from hf_longctx.tune import run
 from hf_longctx.tune.thresholds import load_thresholds
 
-from ..evals import tiny_folder
 from ..integration.cases import BY_NAME
 
 SIZES = ("--block", "16", "--stride", "8", "--length", "64", "--samples", "2")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder.save(tmp_path_factory.mktemp("tiny-llama"))
-
-
 @pytest.fixture
-def tune(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hf-longctx", "tune", "xattention", "-m", str(folder), *args])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-    return call
+def tune(folder: Path, call: Any) -> Any:
+    return partial(call, "tune", "xattention", "-m", str(folder))
 
 
 @pytest.mark.parametrize("method", ["dp", "heuristic"])
