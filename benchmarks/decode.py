@@ -145,16 +145,22 @@ def meta() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure what is asked for, and write it down line by line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="+", choices=["layers", "generate"])
-    parser.add_argument("--out", type=Path, required=True)
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Arguments of a benchmark that may have FlashAttention 3 as a baseline, which is loaded then."""
     parser.add_argument("--fa3", type=Path, nargs=2, help="libcudart.so.12 and FlashAttention 3's library, a baseline")
     chosen = parser.parse_args()
     if chosen.fa3:
         ctypes.CDLL(str(chosen.fa3[0]), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(chosen.fa3[1]))
+    return chosen
+
+
+def main() -> None:
+    """Measure what is asked for, and write it down line by line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="+", choices=["layers", "generate"])
+    parser.add_argument("--out", type=Path, required=True)
+    chosen = parse(parser)
     written: dict[str, Any] = {"meta": meta(), "rows": []}
     for what in chosen.what:
         for row in layer_rows(bool(chosen.fa3)) if what == "layers" else generate_rows():

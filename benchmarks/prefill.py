@@ -6,7 +6,6 @@ python benchmarks/prefill.py attention layers generate --out benchmarks/results/
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import meta
+from decode import meta, parse
 from prefill_generate import generate_rows
 from prefill_layers import layer_rows
 from torch import Tensor
@@ -167,11 +166,7 @@ def main() -> None:
     parser.add_argument("what", nargs="+", choices=["attention", "layers", "generate"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128 * K], help="of prompts to generate() from")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--fa3", type=Path, nargs=2, help="libcudart.so.12 and FlashAttention 3's library, a baseline")
-    chosen = parser.parse_args()
-    if chosen.fa3:
-        ctypes.CDLL(str(chosen.fa3[0]), mode=ctypes.RTLD_GLOBAL)
-        torch.ops.load_library(str(chosen.fa3[1]))
+    chosen = parse(parser)
     fa3 = bool(chosen.fa3)
     rows = {
         "attention": lambda: attention_rows(fa3),
