@@ -56,7 +56,7 @@ class Grain:
         """
         if not self.rows:
             return weights.abs().mean(dtype=torch.float64).float().reshape(1, 1)
-        return weights.abs().unflatten(-1, (-1, self.group or weights.shape[-1])).mean(-1)
+        return grouped(weights.abs(), self.group or weights.shape[-1]).mean(-1)
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ class Matrix:
         return self.bits.nbytes + self.scales.nbytes
 
 
+def grouped(x: Tensor, size: int) -> Tensor:
+    """`[..., K]` as `[..., K / size, size]`."""
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
 def fits(weight: Tensor, grain: Grain) -> bool:
     """True if the inputs of a matrix `[N, K]` fill whole words and groups."""
     inputs = weight.shape[-1]
@@ -97,7 +102,7 @@ def pack(positive: Tensor) -> Tensor:
         `[..., K / 32]`, int32.
     """
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=positive.device)
-    eights = (positive.unflatten(-1, (-1, 8)).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
+    eights = (grouped(positive, 8).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
     return eights.contiguous().view(torch.int32)  # little-endian, as every machine that torch runs on
 
 
@@ -148,5 +153,5 @@ def restore(matrix: Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _signed(positive: Tensor, scale: Tensor) -> Tensor:
     """Scales with signs: `[N, K]` and `[1 or N, groups]` to `[N, K]`."""
-    groups = positive.unflatten(-1, (scale.shape[-1], -1))
+    groups = grouped(positive, positive.shape[-1] // scale.shape[-1])
     return torch.where(groups, scale.unsqueeze(-1), -scale.unsqueeze(-1)).flatten(-2)

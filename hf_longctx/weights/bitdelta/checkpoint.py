@@ -53,7 +53,9 @@ class Checkpoint:
             try:
                 paths = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
             except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ValueError(say(str(index), "an index of safetensors files", repr(error), "Fetch it again")) from error
+                raise ValueError(
+                    say(str(index), "an index of safetensors files", repr(error), "Fetch it again")
+                ) from error
         files: dict[str, Path] = {}
         for path in paths:
             if not path.is_file():
@@ -81,7 +83,7 @@ class Checkpoint:
 
     def sizes(self) -> dict[str, int]:
         """Elements of each tensor; nothing is read but headers."""
-        found = {}
+        found: dict[str, int] = {}
         for path in sorted(set(self.files.values())):
             with safe_open(path, "pt") as file:
                 found |= {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -122,9 +124,9 @@ class Layout:
         """From a configuration."""
         import transformers
 
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        kind: Any = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModelForCausalLM
         with torch.device("meta"):
-            made = transformers.AutoModelForCausalLM.from_config(config) if kind is None else kind._from_config(config)
+            made = kind.from_config(config) if hasattr(kind, "from_config") else kind._from_config(config)
         return Layout(made)
 
     @cached_property
@@ -144,10 +146,10 @@ class Layout:
                     kind = "head"
                 elif module is embedding or isinstance(module, nn.Embedding):
                     kind = "embeddings"
-                elif own == "bias":
-                    kind = "biases"
+                elif "norm" in type(module).__name__.lower():
+                    kind = "norms"
                 else:
-                    kind = "norms" if "norm" in name.rpartition(".")[2].lower() else "others"
+                    kind = "biases" if own == "bias" else "others"
                 found[full] = kind
         return found
 
@@ -171,7 +173,7 @@ class Layout:
         return found
 
 
-def packed_weights(model: nn.Module) -> dict[str, bool]:
+def packed_weights(model: Any) -> dict[str, bool]:
     """Names of the weights that are stored as signs, and whether the model has them as `[K, N]`."""
     from transformers.pytorch_utils import Conv1D
 

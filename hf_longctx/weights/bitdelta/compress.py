@@ -10,23 +10,22 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .bits import Grain, compress, fits
 from .checkpoint import Checkpoint, Layout
-from .digest import of_model, weight_checksum
-from .format import INDEX, INT8_SCALE, METHOD, ONE_FILE, SCALES, VERSION, is_delta, metadata, to_int8
+from .digest import weight_checksum
+from .format import SCALES, metadata
 from .message import say
+from .writing import Sizes, check_folder, dense_tensors, finish, part_name
 
 DENSE = ("16", "int8", "native")
 """How tensors are kept that are not signs: in 16 bits, tables in int8, or as the fine-tune has them."""
@@ -35,8 +34,6 @@ PART_ELEMENTS = 1 << 30
 """Weights of the fine-tune in one file, about: where a run that was interrupted goes on."""
 
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
-_BESIDE = ("generation_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
-_BESIDE_STARTS = ("tokenizer", "vocab", "merges", "spiece", "preprocessor", "processor")
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Settings:
     """
 
     planes: int = 1
-    grain: Grain = Grain()
+    grain: Grain = field(default_factory=Grain)
     dense: str = "16"
 
     def __post_init__(self) -> None:
@@ -58,41 +55,14 @@ class Settings:
             raise ValueError(say("delta compress", f"one of {', '.join(DENSE)}", repr(self.dense), "Change --dense"))
 
 
-@dataclass
-class Sizes:
-    """What a delta takes.
-
-    Attributes:
-        parts: bytes by kind: signs, scales, embeddings, head, norms, biases, others.
-        shared: bytes, at 16 bits a weight, that are not stored as they are in the base.
-        weights: of the fine-tune, all of them.
-    """
-
-    parts: dict[str, int] = field(default_factory=dict)
-    shared: int = 0
-    weights: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.parts.values())
-
-    @property
-    def ratio(self) -> float:
-        """Bytes of the fine-tune at 16 bits a weight, over those of all of the delta."""
-        return 2 * self.weights / max(1, self.nbytes)
-
-    def add(self, kind: str, nbytes: int) -> None:
-        self.parts[kind] = self.parts.get(kind, 0) + nbytes
-
-
 def run(
     base: str,
     finetuned: str,
     out: Path,
-    settings: Settings = Settings(),  # noqa: B008 - it is frozen
+    settings: Settings = Settings(),
     revision: str | None = None,
     part_elements: int = PART_ELEMENTS,
-    on_part: Callable[[int, int], None] = lambda done, total: None,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sizes:
     """Write the delta of a fine-tune; a folder that a former run has begun is finished.
 
@@ -103,7 +73,7 @@ def run(
         settings: how.
         revision: of the base on the hub.
         part_elements: weights in one file, about.
-        on_part: told how many parts are done, of how many.
+        on_tensor: told how many tensors are done, of how many.
 
     Raises:
         ValueError: the two are not one architecture, or the folder holds something else.
@@ -113,14 +83,20 @@ def run(
     asked = {**asdict(settings), "base": pair.base.fingerprint(), "finetuned": pair.tuned.fingerprint()}
     parts = pair.parts(part_elements)
     out.mkdir(parents=True, exist_ok=True)
-    paths = [out / _part_name(number, len(parts)) for number in range(len(parts))]
-    _check_folder(out, paths, asked)
-    on_part(0, len(parts))
-    for number, (names, path) in enumerate(zip(parts, paths, strict=True)):
+    paths = [out / part_name(number, len(parts)) for number in range(len(parts))]
+    check_folder(out, paths, asked)
+    done, total = 0, len(pair.tuned_keys)
+    for names, path in zip(parts, paths, strict=True):
+        on_tensor(done, total)
         if not path.exists():
-            _write(path, pair, names, number == len(parts) - 1, asked)
-        on_part(number + 1, len(parts))
-    return _finish(out, pair, paths)
+            _write(path, pair, names, path == paths[-1], asked, partial(_tell, on_tensor, total, done))
+        done += len(names)
+    on_tensor(done, total)
+    return finish(out, paths, pair.base, pair.tuned, pair.tuned_keys, pair.layout)
+
+
+def _tell(on_tensor: Callable[[int, int], None], total: int, before: int, more: int) -> None:
+    on_tensor(before + more, total)
 
 
 @dataclass(frozen=True)
@@ -155,7 +131,8 @@ class _Pair:
 
     def parts(self, elements: int) -> list[list[str]]:
         """Names of the fine-tune's tensors, by file."""
-        sizes, parts, room = self.tuned.sizes(), [], 0
+        sizes, room = self.tuned.sizes(), 0
+        parts: list[list[str]] = []
         for name, key in self.tuned_keys.items():
             if room <= 0:
                 parts.append([])
@@ -196,20 +173,12 @@ class _Pair:
             got = f"{None if base is None else tuple(base.shape)} and {tuple(tuned.shape)}"
             advice = "Only the vocabulary may grow. Is this the base of the fine-tune?"
             raise ValueError(say(f"delta compress, {name}", "the same shape in base and fine-tune", got, advice))
-        return _dense(name, tuned, self.settings.dense), known
+        return dense_tensors(name, tuned, self.settings.dense), known
 
     def rest_of_base(self) -> Iterator[tuple[str, str]]:
         """Checksums of what the base has and the fine-tune has not."""
         for name in self.base_keys.keys() - self.tuned_keys.keys():
             yield name, weight_checksum(self.base.tensor(self.base_keys[name]))
-
-
-def _dense(name: str, tuned: Tensor, how: str) -> dict[str, Tensor]:
-    """A tensor of the fine-tune itself."""
-    if how == "int8" and tuned.ndim == 2:
-        values, scale = to_int8(tuned)
-        return {name: values, name + INT8_SCALE: scale}
-    return {name: tuned.bfloat16() if how != "native" and tuned.dtype.itemsize > 2 else tuned}
 
 
 def _head_of_tied(pair: _Pair, stored: bool) -> dict[str, Tensor]:
@@ -218,14 +187,17 @@ def _head_of_tied(pair: _Pair, stored: bool) -> dict[str, Tensor]:
     untied = last in pair.base_keys and not pair.base.config.tie_word_embeddings
     if stored or not untied or not pair.layout.model.config.tie_word_embeddings:
         return {}
-    return _dense(last, pair.tuned.tensor(pair.tuned_keys[first]), pair.settings.dense)
+    return dense_tensors(last, pair.tuned.tensor(pair.tuned_keys[first]), pair.settings.dense)
 
 
-def _write(path: Path, pair: _Pair, names: list[str], last: bool, asked: dict[str, Any]) -> None:
+def _write(
+    path: Path, pair: _Pair, names: list[str], last: bool, asked: dict[str, Any], on_tensor: Callable[[int], None]
+) -> None:
     """One file, in one step."""
     tensors: dict[str, Tensor] = {}
     checksums: dict[str, str] = {}
-    for name in names:
+    for number, name in enumerate(names):
+        on_tensor(number)
         encoded, known = pair.encode(name)
         if name == pair.layout.ends[0]:
             encoded |= _head_of_tied(pair, bool(encoded))
@@ -237,73 +209,3 @@ def _write(path: Path, pair: _Pair, names: list[str], last: bool, asked: dict[st
     scratch = path.with_suffix(".partial")
     save_file(tensors, scratch, about)
     os.replace(scratch, path)
-
-
-def _part_name(number: int, parts: int) -> str:
-    return ONE_FILE if parts == 1 else f"model-{number + 1:05d}-of-{parts:05d}.safetensors"
-
-
-def _check_folder(out: Path, paths: list[Path], asked: dict[str, Any]) -> None:
-    """Refuse a folder with something else in it; what a former run of the same has finished may stay."""
-    config = out / "config.json"
-    others = {*out.glob("*.safetensors")} - {*paths}
-    if config.exists() or others:
-        found = "config.json" if config.exists() else sorted(others)[0].name
-        raise ValueError(say("delta compress", f"nothing else in {out}", found, "Use another folder"))
-    for path in paths:
-        if path.exists():
-            former = None
-            with suppress(SafetensorError), safe_open(path, "pt") as file:
-                former = (file.metadata() or {}).get("asked")
-            if former != json.dumps(asked, sort_keys=True):
-                advice = "Delete the file, or use another folder"
-                raise ValueError(say(str(path), "a part of this run", "one of other settings or models", advice))
-
-
-def _finish(out: Path, pair: _Pair, paths: list[Path]) -> Sizes:
-    """Index, tokenizer and `config.json`, the last of all; and what it all takes."""
-    checksums: dict[str, str] = {}
-    places: dict[str, str] = {}
-    sizes = Sizes(weights=sum(pair.tuned.sizes()[key] for key in pair.tuned_keys.values()))
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            checksums |= json.loads(file.metadata()["base"])
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                places[name] = path.name
-                sizes.add(_kind(name, pair.layout, set(file.keys())), file.get_tensor(name).nbytes)
-    stored, known = places.keys(), pair.tuned.sizes()
-    sizes.shared = 2 * sum(known[key] for name, key in pair.tuned_keys.items() if name not in stored)
-    if len(paths) > 1:
-        about = {"metadata": {"total_size": sizes.nbytes}, "weight_map": places}
-        (out / INDEX).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    for path in sorted(pair.tuned.folder.iterdir()):
-        if path.is_file() and (path.name in _BESIDE or path.name.startswith(_BESIDE_STARTS)):
-            shutil.copyfile(path, out / path.name)
-    write_config(out, json.loads((pair.tuned.folder / "config.json").read_text()), pair.base, checksums)
-    return sizes
-
-
-def write_config(out: Path, config: dict[str, Any], base: Checkpoint, checksums: dict[str, str]) -> None:
-    """The fine-tune's `config.json`, with where its base is; in one step, as this makes the folder a delta."""
-    named = base.name if base.revision else os.path.relpath(base.folder.resolve(), out.resolve())
-    about = {
-        "quant_method": METHOD,
-        "version": VERSION,
-        "base": named,
-        "revision": base.revision,
-        "base_digest": of_model(checksums),
-    }
-    assert is_delta({"quantization_config": about})
-    scratch = out / "config.partial"
-    scratch.write_text(json.dumps({**config, "quantization_config": about}, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, out / "config.json")
-
-
-def _kind(name: str, layout: Layout, stored: set[str]) -> str:
-    """What a stored tensor is, for the report."""
-    if name.endswith(SCALES) and name.removesuffix(SCALES) in stored:
-        return "scales"
-    weight = name.removesuffix(INT8_SCALE)
-    if name + SCALES in stored:
-        return "signs"
-    return layout.kinds.get(weight if weight in stored else name, "others")

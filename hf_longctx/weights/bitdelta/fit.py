@@ -23,7 +23,7 @@ _FREE = {
     "transformers_version", "unsloth_version", "use_cache", "vocab_size",
 }  # fmt: skip
 _FREE_PARTS = ("dropout", "token_id", "token_index", "initializer", "loss", "output_")
-"""What a configuration says that does not change what given weights compute, but for the vocabulary, which may differ."""
+"""What a configuration says that does not change what given weights compute, and the vocabulary, which may differ."""
 
 
 class Known:
@@ -76,8 +76,13 @@ def _check_shape(where: str, name: str, delta: Delta, known: Known, weights: dic
         module = known.model.get_submodule(key)
     except AttributeError:
         raise ValueError(say(where, f"a name in {type(known.model).__name__}", "none", advice)) from None
+    wanted: tuple[int, ...] | None
+    found: tuple[int, ...]
     if name in delta.matrices:
-        wanted, found = linear_shape(module) if part == "weight" and is_linear(module) else None, delta.matrices[name].shape
+        wanted, found = (
+            linear_shape(module) if part == "weight" and is_linear(module) else None,
+            delta.matrices[name].shape,
+        )
     else:
         own, found = weights.get(name), tuple(delta.dense[name].shape)
         wanted = None if own is None else tuple(own.shape)
@@ -110,7 +115,9 @@ def _check_base(where: str, delta: Delta, known: Known, weights: dict[str, Tenso
             other.append(name)
         elif weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1:
             if weight.device.type == "meta":
-                raise UnsupportedError(say(where, "a base whose weights are in memory", f"{name} elsewhere", "Do not offload"))
+                raise UnsupportedError(
+                    say(where, "a base whose weights are in memory", f"{name} elsewhere", "Do not offload")
+                )
             if known.checksum(name, weight) != expected:
                 other.append(name)
     if other:

@@ -1,9 +1,9 @@
 """The files of a delta: safetensors and a `config.json` that names its base. Read as a whole or not at all.
 
-`<module>.weight` is int32 `[P, N, K / 32]` and `<module>.weight_scales` float32 `[P, 1 or N, groups]`. Any other name is
-a tensor of the fine-tune itself, in 16 bits, or in int8 with `<name>_scale`, float32 `[rows, 1]`. What is not there is
-as in the base. The packed tensor has the name of the weight on purpose: where this package is not imported, transformers
-finds a shape that does not fit and stops, in place of starting from random numbers.
+`<module>.weight` is int32 `[P, N, K / 32]` and `<module>.weight_scales` float32 `[P, 1 or N, groups]`. Any other name
+is a tensor of the fine-tune itself, in 16 bits, or in int8 with `<name>_scale`, float32 `[rows, 1]`. What is not there
+is as in the base. The packed tensor has the name of the weight on purpose: where this package is not imported,
+transformers finds a shape that does not fit and stops, in place of starting from random numbers.
 """
 
 from __future__ import annotations
@@ -199,7 +199,9 @@ def sort(source: str, tensors: dict[str, Tensor], base: Base, config: dict[str, 
         elif x.dtype == torch.int8:
             scale = left.pop(name + INT8_SCALE, None)
             if x.ndim != 2 or scale is None or scale.shape != (len(x), 1) or not bool(scale.isfinite().all()):
-                raise ValueError(say(f"{source}, {name}", "a matrix in int8 and finite scales of its rows", "none", _AGAIN))
+                raise ValueError(
+                    say(f"{source}, {name}", "a matrix in int8 and finite scales of its rows", "none", _AGAIN)
+                )
             dense[name], int8[name] = left.pop(name), scale.float()
     for name, x in left.items():
         if not x.is_floating_point():

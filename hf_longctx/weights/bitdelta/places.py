@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...errors import UnsupportedError
 from .checkpoint import end_names
 from .format import Delta
-from .hooks import Head, Hook, Norm, Signs, Table, Weights
+from .hooks import Hook
 from .message import say
+from .signs import Signs
+from .tables import Head, Norm, Table, Weights
 
 _MERGE = "Load it alone with from_pretrained and call merge_delta, or keep a copy of the fine-tune"
 
@@ -55,8 +56,7 @@ def places_of(model: Any, delta: Delta) -> dict[str, Place]:
         kind = Signs if name in delta.matrices else _kind(name, module, key == first, key == last)
         before = found.get(key)
         if before is not None and before.kind is not kind:
-            kind = Weights if Weights in (kind, before.kind) and name not in delta.matrices else Signs
-            found[key] = Place(kind, before.names)
+            found[key] = Place(Weights, before.names)  # a bias beside a weight of 16 bits
         found.setdefault(key, Place(kind)).names[part] = name
     tied = delta.config.get("tie_word_embeddings", bool(getattr(model.config, "tie_word_embeddings", False)))
     if tied and first in found and f"{last}.weight" not in delta.dense:
@@ -68,7 +68,9 @@ def is_linear(module: nn.Module) -> bool:
     """True for a layer `[..., K]` to `[..., N]` of whatever kind of weight."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, (nn.Linear, Conv1D)) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+    return isinstance(module, (nn.Linear, Conv1D)) or (
+        hasattr(module, "in_features") and hasattr(module, "out_features")
+    )
 
 
 def linear_shape(module: Any) -> tuple[int, int]:
@@ -85,10 +87,14 @@ def _kind(name: str, module: nn.Module, first: bool, last: bool) -> type[Hook]:
     if first or isinstance(module, nn.Embedding):
         return Table
     leaf, part = next(module.children(), None) is None, name.rpartition(".")[2]
-    if leaf and "norm" in type(module).__name__.lower() and {p for p, _ in module.named_parameters()} <= {"weight", "bias"}:
+    if (
+        leaf
+        and "norm" in type(module).__name__.lower()
+        and {p for p, _ in module.named_parameters()} <= {"weight", "bias"}
+    ):
         return Norm
     if is_linear(module) and part == "bias":
         return Signs
-    if leaf and all(isinstance(p, torch.Tensor) and p.is_floating_point() for p in module.parameters()):
+    if leaf and all(p.is_floating_point() for p in module.parameters()):
         return Weights
     raise UnsupportedError(say(name, "a layer that can differ from row to row", type(module).__name__, _MERGE))

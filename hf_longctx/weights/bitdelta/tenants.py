@@ -7,13 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from .checkpoint import end_names
 from .fit import Known, check
 from .format import Delta
-from .hooks import Hook, Table
+from .hooks import Hook
 from .message import say
 from .places import Place, places_of
 from .route import BASE, Route
+from .tables import Table
 
 _KEPT = 64
 """Routes that are remembered: a service has other names in every batch."""
@@ -59,7 +62,9 @@ class Deltas:
             ValueError: the name is taken or none, or the delta does not fit the model; nothing was changed.
         """
         if not name or name == BASE or name in self.tenants:
-            raise ValueError(say("add_delta", f"a new name, not '{BASE}'", repr(name), "Choose another, or delete_delta"))
+            raise ValueError(
+                say("add_delta", f"a new name, not '{BASE}'", repr(name), "Choose another, or delete_delta")
+            )
         check(name, delta, self._known)
         self._places[name], self.tenants[name] = places_of(self.model, delta), delta
         try:
@@ -97,37 +102,85 @@ class Deltas:
         unknown = sorted({str(name) for name in names if name != BASE and name not in self.tenants})
         if unknown:
             there = ", ".join([*self.tenants, BASE])
-            raise ValueError(say("adapter_names", f"names among {there}", ", ".join(unknown), "Call model.add_delta first"))
+            raise ValueError(
+                say("adapter_names", f"names among {there}", ", ".join(unknown), "Call model.add_delta first")
+            )
 
     # whose rows are whose
 
     @contextmanager
-    def calling(self, names: Iterable[str]) -> Iterator[None]:
+    def calling(self, names: Iterable[str] | None) -> Iterator[None]:
         """Rows of the calls inside are of these tenants.
 
         Args:
-            names: one for each row of the batch; `__base__` for the base.
+            names: one for each row of the batch, `__base__` for the base; None: as it is.
 
         Raises:
             ValueError: an unknown name, or more tenants than slots; nothing was computed.
         """
-        chosen = tuple(names)
+        self.begin(names)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def begin(self, names: Iterable[str] | None) -> None:
+        """As `calling`, until `end`."""
+        chosen = self._names() if names is None else tuple(names)
         self.check(chosen)
         if not chosen:
-            raise ValueError(say("adapter_names", "a name for each row", "none", "Leave adapter_names out for the base"))
+            raise ValueError(
+                say("adapter_names", "a name for each row", "none", "Leave adapter_names out for the base")
+            )
         distinct = {name for name in chosen if name != BASE}
         if len(distinct) > self.slots:
             advice = "Load with slots=N, or make smaller batches"
             raise ValueError(say("adapter_names", f"at most {self.slots} tenants in a batch", len(distinct), advice))
         self._calls.append(chosen)
-        try:
-            yield
-        finally:
-            self._calls.pop()
+
+    def end(self) -> None:
+        """What `begin` began is over."""
+        self._calls.pop()
+
+    def check_rows(self, tokens: Tensor) -> None:
+        """Refuse a batch that the names do not fit, or with a token that a row's tenant does not have.
+
+        Args:
+            tokens: `[B, T]`, ids, or `[B, T, hidden]`, embeddings.
+
+        Raises:
+            ValueError: says which row.
+        """
+        names = self._names()
+        if len(tokens) % len(names):
+            got = f"{len(tokens)} rows for {len(names)} names"
+            raise ValueError(
+                say("adapter_names", "a name for each row of the batch", got, "Pass as many names as rows")
+            )
+        if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
+            return
+        whole = len(self.model.get_input_embeddings().weight)
+        sizes = [self._vocabulary(name, whole) for name in names]
+        if len(set(sizes)) == 1 and sizes[0] == whole:
+            return  # the base's own check holds
+        for row, most in enumerate(tokens.amax(-1).tolist()):
+            size = sizes[row * len(names) // len(tokens)]
+            if most >= size:
+                where = f"row {row} of '{names[row * len(names) // len(tokens)]}'"
+                raise ValueError(say(where, f"tokens below {size}", most, "Use the tenant's own tokenizer"))
+
+    def _vocabulary(self, name: str, whole: int) -> int:
+        """Tokens that a tenant has."""
+        own = None if name == BASE else self.tenants[name].dense.get(self._first + ".weight")
+        return whole if own is None else len(own)
+
+    def _names(self) -> tuple[str, ...]:
+        """Whose rows those of the running call are."""
+        return self._calls[-1] if self._calls else (self.active or BASE,)
 
     def route(self) -> Route | None:
         """Tenants of the rows of the running call; None: all rows are the base's."""
-        names = self._calls[-1] if self._calls else (self.active or BASE,)
+        names = self._names()
         distinct = {name for name in names if name != BASE}
         if not distinct:
             return None
@@ -220,10 +273,6 @@ class Deltas:
         for handle in self.handles:
             handle.remove()
         self.decoder.__dict__.pop(STAMP, None)
-
-    def nbytes(self) -> Mapping[str, int]:
-        """Bytes of each tenant in host memory; on the device all slots take `device_bytes`."""
-        return {name: delta.nbytes for name, delta in self.tenants.items()}
 
     @property
     def device_bytes(self) -> int:
