@@ -14,7 +14,7 @@ from ...errors import UnsupportedError
 from .bits import restore
 from .format import Delta
 from .message import say
-from .places import is_linear
+from .places import weight_of
 from .sources import open_delta
 from .tenants import Deltas
 
@@ -176,7 +176,7 @@ class _Merge(_OfState):
             )
         delta, model = state.tenants[name], state.model
         for key in delta.matrices:
-            _linear_weight(model, key)
+            _floating(model, key)
         remove(model)
         merge(model, delta)
         return model
@@ -204,7 +204,7 @@ _METHODS: dict[str, type[_OfState]] = {
 def merge(model: Any, delta: Delta) -> None:
     """Write a delta into the weights of its base."""
     for name, matrix in delta.matrices.items():
-        weight, turned = _linear_weight(model, name)
+        weight, turned = _floating(model, name)
         difference = restore(matrix).to(weight.device)
         weight.copy_(weight.float() + (difference.T if turned else difference))
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
@@ -235,11 +235,10 @@ def _settle(model: Any, first: Any, last: Any, tied: bool) -> None:
     model.config.get_text_config(decoder=True).vocab_size = len(first.weight)
 
 
-def _linear_weight(model: Any, name: str) -> tuple[torch.Tensor, bool]:
-    """The weight of a linear layer in floating point, and whether it is `[K, N]`."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    weight = getattr(module, "weight", None)
-    if not is_linear(module) or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+def _floating(model: Any, name: str) -> tuple[torch.Tensor, bool]:
+    """A weight in floating point, and whether it is `[K, N]`."""
+    found = weight_of(model, name)
+    if found is None or not found[0].is_floating_point():
         advice = "Quantized weights cannot take it: merge into the base in 16 bits, then quantize"
-        raise UnsupportedError(say(f"merge_delta, {name}", "weights in floating point", type(module).__name__, advice))
-    return weight, not hasattr(module, "in_features")
+        raise UnsupportedError(say(f"merge_delta, {name}", "weights in floating point", "others", advice))
+    return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,9 +19,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...errors import UnsupportedError
 from .bits import Grain, compress, fits
 from .checkpoint import Checkpoint, Layout
 from .digest import weight_checksum
+from .experts import EXPERT
 from .format import SCALES, metadata
 from .message import say
 from .writing import Sizes, check_folder, dense_tensors, finish, part_name
@@ -32,8 +33,6 @@ DENSE = ("16", "int8", "native")
 
 PART_ELEMENTS = 1 << 30
 """Weights of the fine-tune in one file, about: where a run that was interrupted goes on."""
-
-EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,9 @@ class _Pair:
     def encode(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors of one weight as the file has them, and the base's checksum."""
         tuned, base = self.tuned.tensor(self.tuned_keys[name]), self.weight_of_base(name)
+        if tuned.ndim == 3 and ".experts." in f".{name}.":
+            advice = "Save the models so that each expert has its own"
+            raise UnsupportedError(say(f"delta compress, {name}", "a matrix", "experts in one tensor", advice))
         known = {} if base is None or name not in self.base_keys else {name: weight_checksum(base)}
         if base is not None and base.shape == tuned.shape:
             if torch.equal(base, tuned):

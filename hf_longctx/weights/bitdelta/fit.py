@@ -11,9 +11,10 @@ from torch import Tensor
 from ...errors import UnsupportedError
 from .checkpoint import end_names
 from .digest import weight_checksum
+from .experts import EXPERT, find
 from .format import Delta
 from .message import say
-from .places import is_linear, linear_shape, places_of
+from .places import is_linear, linear_shape, places_of, weight_of
 
 _SHOWN = 3
 _FREE = {
@@ -34,10 +35,6 @@ class Known:
         self.ends = end_names(model)
         self._checksums: dict[str, str] = {}
 
-    def weights(self) -> dict[str, Tensor]:
-        """All parameters; tied ones under each of their names."""
-        return dict(self.model.named_parameters(remove_duplicate=False))
-
     def checksum(self, name: str, weight: Tensor) -> str:
         """As in the files of deltas; computed once, as nothing trains a base that has tenants."""
         if name not in self._checksums:
@@ -52,9 +49,9 @@ def check(where: str, delta: Delta, known: Known) -> None:
         ValueError: a name, shape, setting or weight of the base that differs.
         UnsupportedError: something differs that cannot differ between rows of a batch.
     """
-    here, weights = f"delta '{where}' ({delta.source})", known.weights()
+    here = f"delta '{where}' ({delta.source})"
     for name in (*delta.matrices, *delta.dense):
-        _check_shape(f"{here}, {name}", name, delta, known, weights)
+        _check_shape(f"{here}, {name}", name, delta, known)
     decoder = known.model.get_decoder()
     inside = {id(module) for module in decoder.modules()} | {id(known.model.get_output_embeddings())}
     for key in places_of(known.model, delta):
@@ -65,33 +62,35 @@ def check(where: str, delta: Delta, known: Known) -> None:
     if changed:
         advice = "One model computes all rows with the same settings: load this fine-tune alone with from_pretrained"
         raise UnsupportedError(say(here, "the base's configuration", "; ".join(changed[:_SHOWN]), advice))
-    _check_base(here, delta, known, weights)
+    _check_base(here, delta, known)
 
 
-def _check_shape(where: str, name: str, delta: Delta, known: Known, weights: dict[str, Tensor]) -> None:
+def _check_shape(where: str, name: str, delta: Delta, known: Known) -> None:
     """A tensor's name and shape."""
-    advice = "Is it a delta of another base?"
-    key, _, part = name.rpartition(".")
+    wanted = _shape_in(known.model, name, name in delta.matrices)
+    found = delta.matrices[name].shape if name in delta.matrices else tuple(delta.dense[name].shape)
+    if wanted is None:
+        got = "none" if EXPERT.fullmatch(name) is None else "none, or experts in another form"
+        raise ValueError(say(where, f"a name in {type(known.model).__name__}", got, "Is it a delta of another base?"))
+    own_vocabulary = name in known.ends and len(found) == 2 and found[1:] == wanted[1:]
+    if wanted != found and not own_vocabulary:
+        raise ValueError(say(where, f"a tensor of shape {wanted}", found, "Is it a delta of another base?"))
+
+
+def _shape_in(model: Any, name: str, signs: bool) -> tuple[int, ...] | None:
+    """The shape that a tensor should have, or None: there is nothing for it."""
+    expert, (key, _, part) = find(model, name), name.rpartition(".")
+    if expert is not None:
+        return tuple(expert[1].view(expert[0]).shape)
     try:
-        module = known.model.get_submodule(key)
+        module = model.get_submodule(key)
     except AttributeError:
-        raise ValueError(say(where, f"a name in {type(known.model).__name__}", "none", advice)) from None
-    wanted: tuple[int, ...] | None
-    found: tuple[int, ...]
-    if name in delta.matrices:
-        wanted, found = (
-            linear_shape(module) if part == "weight" and is_linear(module) else None,
-            delta.matrices[name].shape,
-        )
-    else:
-        own, found = weights.get(name), tuple(delta.dense[name].shape)
-        wanted = None if own is None else tuple(own.shape)
-        if wanted is not None and name in known.ends and len(found) == 2 and found[1:] == wanted[1:]:
-            return  # a vocabulary of its own
-        if own is None and part == "bias" and is_linear(module):
-            wanted = linear_shape(module)[:1]
-    if wanted != found:
-        raise ValueError(say(where, f"a tensor of shape {wanted}", found, advice))
+        return None
+    if signs or (part == "bias" and is_linear(module)):
+        shape = linear_shape(module) if is_linear(module) else None
+        return shape if shape is None or part == "weight" else shape[:1]
+    own = getattr(module, part, None)
+    return tuple(own.shape) if isinstance(own, Tensor) else None
 
 
 def _settings(delta: Delta, config: Any) -> Iterator[str]:
@@ -106,11 +105,12 @@ def _settings(delta: Delta, config: Any) -> Iterator[str]:
             yield f"{key}: {theirs.get(key)!r} in place of {ours.get(key)!r}"
 
 
-def _check_base(where: str, delta: Delta, known: Known, weights: dict[str, Tensor]) -> None:
+def _check_base(where: str, delta: Delta, known: Known) -> None:
     """Every weight of the base is the one that the delta is a difference from; quantized ones cannot be compared."""
     other = []
     for name, expected in delta.base.checksums.items():
-        weight = weights.get(name)
+        there = weight_of(known.model, name)
+        weight = None if there is None else there[0]
         if weight is None and not _is_quantized(known.model, name):
             other.append(name)
         elif weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from .checkpoint import end_names
+from .experts import EXPERT, Experts, find
 from .format import Delta
 from .hooks import Hook
 from .message import say
@@ -52,6 +53,13 @@ def places_of(model: Any, delta: Delta) -> dict[str, Place]:
     found: dict[str, Place] = {}
     for name in (*delta.matrices, *delta.dense):
         key, _, part = name.rpartition(".")
+        expert = EXPERT.fullmatch(name)
+        if expert is not None:
+            if name not in delta.matrices:
+                raise UnsupportedError(say(name, "signs of an expert", "its weights", _MERGE))
+            names = found.setdefault(expert["module"], Place(Experts)).names
+            names[f"{expert['number']}.{expert['part']}"] = name
+            continue
         module = model.get_submodule(key)
         kind = Signs if name in delta.matrices else _kind(name, module, key == first, key == last)
         before = found.get(key)
@@ -62,6 +70,20 @@ def places_of(model: Any, delta: Delta) -> dict[str, Place]:
     if tied and first in found and f"{last}.weight" not in delta.dense:
         found[last] = Place(Head, found[last].names if last in found else {}, tied=True)
     return found
+
+
+def weight_of(model: Any, name: str) -> tuple[Tensor, bool] | None:
+    """The weight that a file names, in the model's own memory, and whether it is `[K, N]`; None: there is none."""
+    expert = find(model, name)
+    if expert is not None:
+        return expert[1].view(expert[0]), False
+    try:
+        module = model.get_submodule(name.rpartition(".")[0])
+    except AttributeError:
+        return None
+    weight = getattr(module, name.rpartition(".")[2], None)
+    turned = is_linear(module) and not hasattr(module, "in_features")
+    return (weight, turned) if isinstance(weight, Tensor) else None
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -31,19 +31,19 @@ class Signs(Hook):
     def takes(self, parts: Mapping[str, Any]) -> bool:
         """As above."""
         matrix, held = parts.get("weight"), self.scales
-        enough = matrix is None or (held is not None and _finest(held, matrix) == held.shape[1:])
+        enough = matrix is None or (held is not None and finest(held, matrix) == held.shape[1:])
         return enough and ("bias" not in parts or self.bias is not None)
 
     def make(self, parts: Mapping[str, Any]) -> None:
         """As above."""
         matrix, place, slots = parts.get("weight"), self._place, self.where.slots
         if matrix is not None:
-            shape = _finest(self.scales, matrix)
+            shape = finest(self.scales, matrix)
             bits = torch.zeros(slots, shape[0], *matrix.bits.shape[1:], dtype=torch.int32, device=place)
             scales = torch.zeros(slots, *shape, device=place)
             if self.bits is not None and self.scales is not None:
                 bits[:, : self.bits.shape[1]] = self.bits
-                scales[:, : self.bits.shape[1]] = _finer(self.scales, shape)
+                scales[:, : self.bits.shape[1]] = finer(self.scales, shape)
             self.bits, self.scales = bits, scales
         if "bias" in parts and self.bias is None:
             self.bias = torch.zeros(slots + 1, len(parts["bias"]), device=place)
@@ -56,7 +56,7 @@ class Signs(Hook):
             if matrix is not None:
                 planes = len(matrix.bits)
                 self.bits[slot, :planes] = matrix.bits.to(self.bits.device)
-                self.scales[slot, :planes] = _finer(matrix.scales.to(self.bits.device), self.scales.shape[1:])
+                self.scales[slot, :planes] = finer(matrix.scales.to(self.bits.device), self.scales.shape[1:])
         if self.bias is not None:
             self.bias[slot + 1] = 0
             if "bias" in parts:
@@ -83,7 +83,7 @@ class Signs(Hook):
         return sum(x.nbytes for x in (self.bits, self.scales, self.bias) if x is not None)
 
 
-def _finest(held: Tensor | None, matrix: Matrix) -> torch.Size:
+def finest(held: Tensor | None, matrix: Matrix) -> torch.Size:
     """Shape `[P, 1 or N, groups]` into which scales that there are, `[S, P, 1 or N, groups]`, and a matrix's fit."""
     planes, rows, groups = matrix.scales.shape
     if held is not None:
@@ -91,7 +91,7 @@ def _finest(held: Tensor | None, matrix: Matrix) -> torch.Size:
     return torch.Size((planes, rows, groups))
 
 
-def _finer(scales: Tensor, shape: torch.Size) -> Tensor:
+def finer(scales: Tensor, shape: torch.Size) -> Tensor:
     """Scales `[..., P, 1 or N, groups]` said for the finer rows and groups of a shape; planes as they are."""
     repeated = scales.repeat_interleave(shape[-1] // scales.shape[-1], -1)
     return repeated.expand(*repeated.shape[:-2], shape[-2], shape[-1])

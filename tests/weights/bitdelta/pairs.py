@@ -23,6 +23,9 @@ SIZES: dict[str, Any] = {
 }
 
 
+MIXTURE = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
 def _gpt2(**facts: Any) -> hf.PreTrainedModel:
     sizes = {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
     return hf.GPT2LMHeadModel(hf.GPT2Config(**{**sizes, "bos_token_id": 1, "eos_token_id": None, **facts}))
@@ -39,6 +42,8 @@ FAMILIES: dict[str, Callable[..., hf.PreTrainedModel]] = {
         hf.Gemma2Config(**{**SIZES, "head_dim": 16, "query_pre_attn_scalar": 16, **f})
     ),
     "gpt2, weights turned round": _gpt2,
+    "qwen3-moe, experts": lambda **f: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**{**SIZES, **MIXTURE, **f})),
+    "mixtral, experts": lambda **f: hf.MixtralForCausalLM(hf.MixtralConfig(**{**SIZES, "num_local_experts": 4, **f})),
 }
 
 
@@ -85,6 +90,13 @@ def stands_for(base: Any, tuned: Any) -> Any:
             moved = module.weight - before
             if moved.any():
                 module.weight.copy_(before + moved.abs().mean() * torch.where(moved >= 0, 1.0, -1.0))
+        elif "gate_up_proj" in module._parameters:
+            for name_of, parts in (("gate_up_proj", 2), ("down_proj", 1)):
+                weights, befores = getattr(module, name_of), getattr(base.get_submodule(name), name_of)
+                for expert, before in zip(weights, befores, strict=True):
+                    for after, part in zip(expert.chunk(parts), before.chunk(parts), strict=True):
+                        moved = after - part
+                        after.copy_(part + moved.abs().mean() * torch.where(moved >= 0, 1.0, -1.0))
     return made
 
 

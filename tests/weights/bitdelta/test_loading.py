@@ -31,7 +31,10 @@ def test_a_delta_loads_as_the_model_that_it_stands_for(make_pair: Callable[..., 
     lc.deltas.load(many, {"it": pair.folder})
     mixed = many(IDS, adapter_names=["it", "__base__"]).logits
     torch.testing.assert_close(mixed[0], wanted[0], atol=1e-5, rtol=0)
-    assert torch.equal(mixed[1], pair.base(IDS).logits[1])
+    if "experts" in family:  # the model's own products are over whichever rows chose an expert
+        torch.testing.assert_close(mixed[1], pair.base(IDS).logits[1], atol=1e-5, rtol=0)
+    else:
+        assert torch.equal(mixed[1], pair.base(IDS).logits[1])
 
 
 @torch.no_grad()
