@@ -133,10 +133,8 @@ __device__ __forceinline__ void multiply(Sums& sums, uint4 (&digits)[MOST_TILES]
       const uint32_t mask = 0x10101010u << p, a[4] = {upper & mask, lower & mask, upper_low & mask, lower_low & mask};
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {
-        const uint4 low = digits[t][0], high = digits[t][1];
-        const uint32_t b0 = p == 0 ? high.x : p == 1 ? high.y : p == 2 ? high.z : high.w;
-        const uint32_t b1 = p == 0 ? low.x : p == 1 ? low.y : p == 2 ? low.z : low.w;
-        mma_bytes(sums[m][t][p], a, b0, b1);
+        const uint4 both = digits[t][p / 2];  // inputs of the upper half bytes, and of the lower ones
+        mma_bytes(sums[m][t][p], a, p % 2 ? both.z : both.x, p % 2 ? both.w : both.y);
       }
     }
   }

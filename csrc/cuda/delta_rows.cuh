@@ -12,7 +12,8 @@ constexpr int ROW_THREADS = 512, ROW_WARPS = ROW_THREADS / 32;
 
 // Where everything lies in the scratch memory.
 struct DeltaRows {
-  uint8_t* digits;   // [R, DIGITS, padded K]: byte i of word j of the 32 bytes of a word of bits is input 8 i + j
+  uint8_t* digits;   // [R, DIGITS, padded K]: the 32 bytes of a word of bits are words 4, 0, 5, 1, 6, 2, 7, 3:
+                     // byte i of word j is input 8 i + j
   float* sums;       // [R, DIGITS, padded K / BLOCK], of digits
   float* totals;     // [R, DIGITS]
   float* units;      // [R], worth of a whole number; NaN where an input is not finite
@@ -135,8 +136,8 @@ __device__ __forceinline__ void cut_into_digits(const uint4 (&raw)[4], int dtype
 #pragma unroll
     for (int j = 0; j < 8; ++j) sums[d] = __dp4a(static_cast<int>(words[d][j]), 0x01010101, sums[d]);
     uint4* at = reinterpret_cast<uint4*>(to + d * apart);
-    at[0] = make_uint4(words[d][0], words[d][1], words[d][2], words[d][3]);
-    at[1] = make_uint4(words[d][4], words[d][5], words[d][6], words[d][7]);
+    at[0] = make_uint4(words[d][4], words[d][0], words[d][5], words[d][1]);
+    at[1] = make_uint4(words[d][6], words[d][2], words[d][7], words[d][3]);
   }
 }
 
