@@ -10,7 +10,7 @@
 //   unpacks four weights; the four places of a half byte have sums of their own. What is multiplied are digits of x, whole
 //   numbers, summed up exactly: so a row's result depends on nothing but the row. Then sum(+-x) = 2 sum(x where 1) - sum(x).
 // Bound by: the bytes of the bits while pieces are short; tensor cores where they are full.
-#include "delta_kernel.cuh"
+#include "delta_few.cuh"
 
 #include <algorithm>
 
@@ -70,13 +70,6 @@ __device__ __forceinline__ void collect(float (&own)[OWN], Sums& sums, float (&s
     }
     own[j] = fmaf(sum * of.units[row], scale, own[j]);
   }
-}
-
-__device__ __forceinline__ float to_float(uint16_t x, int dtype) {
-  return dtype == HFL_BF16 ? unpack_bf16(x).x : unpack_f16(x).x;
-}
-__device__ __forceinline__ uint16_t from_float(float x, int dtype) {
-  return static_cast<uint16_t>(dtype == HFL_BF16 ? pack_bf16(x, 0.0f) : pack_f16(x, 0.0f));
 }
 
 // What a thread needs of `base` for an item, and what it leaves of it.
@@ -171,20 +164,47 @@ const char* check(const hfl_delta& a) {
   return a.x_r % 8 ? "delta_linear: expected rows that begin at multiples of 16 bytes" : nullptr;
 }
 
-// The rows of a piece for which there is shared memory, and the multiprocessors of the current device.
-cudaError_t fit(int& piece, int& processors) {
-  int device = 0, bytes = 0;
+// The multiprocessors of the current device, and the shared memory of a block.
+cudaError_t look(int& processors, int& bytes) {
+  int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  for (piece = MOST_PIECE; piece > 2 && delta_shared(piece) > bytes;) --piece;
   return error;
 }
 
-cudaError_t run(const hfl_delta& a) {
-  int piece = 0, processors = 0, tiles = (a.outputs + OUTPUTS - 1) / OUTPUTS;
-  cudaError_t error = fit(piece, processors);
+// The launch for few rows, where there is shared memory for their digits.
+bool takes_few(const hfl_delta& a, int processors, int bytes, FewTask& task, int& blocks, int& threads) {
+  if (a.rows > FEW_ROWS) return false;
+  task = {a, (a.outputs - 1) / FEW_OUTPUTS + 1, (a.inputs + CHUNK - 1) / CHUNK * CHUNK, 0};
+  bytes -= static_cast<int>(sizeof(FewBoard)) + 1024;
+  for (int warps = FEW_WARPS; warps >= FEW_WARPS / 4; warps /= 2) {
+    for (task.room = std::min(a.rows, FEW_LOCAL); task.room && task.bytes(warps, task.room) > bytes;) --task.room;
+    if (task.room < std::min(a.rows, FEW_PIECE)) continue;
+    blocks = static_cast<int>(std::min<int64_t>(int64_t{a.rows} * task.tiles, processors)), threads = warps * 32;
+    return true;
+  }
+  return false;
+}
+
+cudaError_t run_few(FewTask& task, int blocks, int threads) {
+  const void* kernel = task.a.groups > 1 ? reinterpret_cast<const void*>(&delta_few_kernel<true>)
+                                         : reinterpret_cast<const void*>(&delta_few_kernel<false>);
+  const int bytes = static_cast<int>(task.bytes(threads / 32, task.room));
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
+  void* arguments[] = {&task};
+  return launch(kernel, static_cast<unsigned>(blocks), threads, static_cast<size_t>(bytes), task.a.stream, arguments);
+}
+
+cudaError_t run(const hfl_delta& a) {
+  int processors = 0, bytes = 0, blocks = 0, threads = 0;
+  cudaError_t error = look(processors, bytes);
+  if (error != cudaSuccess) return error;
+  FewTask few;
+  if (takes_few(a, processors, bytes, few, blocks, threads)) return run_few(few, blocks, threads);
+  int piece = MOST_PIECE, tiles = (a.outputs + OUTPUTS - 1) / OUTPUTS;
+  while (piece > 2 && delta_shared(piece) > bytes) --piece;
   DeltaRows rows(a);
   hfl_delta task = a;
   void* arguments[] = {&task, &rows, &piece, &tiles};

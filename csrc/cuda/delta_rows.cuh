@@ -23,7 +23,7 @@ struct DeltaRows {
   int32_t padded;
   int64_t bytes;
 
-  DeltaRows(const hfl_delta& a) : padded((a.inputs + CHUNK - 1) / CHUNK * CHUNK) {
+  explicit DeltaRows(const hfl_delta& a) : padded((a.inputs + CHUNK - 1) / CHUNK * CHUNK) {
     const int64_t rows = a.rows;
     bytes = 0;
     digits = static_cast<uint8_t*>(take(a.scratch, rows * DIGITS * padded));
@@ -115,9 +115,36 @@ __device__ __forceinline__ uint32_t most_of_block(uint32_t x) {
   return __reduce_max_sync(0xffffffffu, all[lane_of_thread() % ROW_WARPS]);
 }
 
-// The digits of 32 inputs: 8 words of each, and to sums what they add up to.
-__device__ __forceinline__ void cut_into_digits(const uint4 (&raw)[4], int dtype, float factor, uint8_t* to,
-                                                int64_t apart, int (&sums)[DIGITS]) {
+__device__ __forceinline__ float to_float(uint16_t x, int dtype) {
+  return dtype == HFL_BF16 ? unpack_bf16(x).x : unpack_f16(x).x;
+}
+__device__ __forceinline__ uint16_t from_float(float x, int dtype) {
+  return static_cast<uint16_t>(dtype == HFL_BF16 ? pack_bf16(x, 0.0f) : pack_f16(x, 0.0f));
+}
+
+// How a row with such a largest value, as bits of its dtype without the sign, becomes whole numbers.
+struct RowUnit {
+  float factor, unit;  // what a value is multiplied with; worth of 1, NaN where the value is not finite
+
+  __device__ __forceinline__ RowUnit(uint32_t largest, int dtype) {
+    const bool finite = largest < (dtype == HFL_BF16 ? 0x7f80u : 0x7c00u);
+    const float value = dtype == HFL_BF16 ? unpack_bf16(largest).x : unpack_f16(largest).x;  // < 2^(exponent - 126)
+    const int exponent = max(static_cast<int>(__float_as_uint(value) >> 23), FRACTION + 2);
+    factor = finite ? __uint_as_float(static_cast<uint32_t>(FRACTION + 253 - exponent) << 23) : 0.0f;
+    unit = __uint_as_float(finite ? static_cast<uint32_t>(exponent - FRACTION + 1) << 23 : 0x7fffffffu);
+  }
+};
+
+// The larger one of both halves of what is largest in 16 bytes, without signs.
+__device__ __forceinline__ uint32_t largest_of(uint32_t most, const uint4& raw) {
+  return __vmaxu2(most, __vmaxu2(__vmaxu2(raw.x & 0x7fff7fffu, raw.y & 0x7fff7fffu),
+                                 __vmaxu2(raw.z & 0x7fff7fffu, raw.w & 0x7fff7fffu)));
+}
+
+// The digits of 32 inputs, 8 words of each, and what they add up to. swap: bit d is 1 where the halves of digit d are
+// exchanged.
+__device__ __forceinline__ void write_word(const uint4 (&raw)[4], int dtype, float factor, uint8_t* to, int64_t apart,
+                                           int swap, int (&sums)[DIGITS]) {
   uint32_t words[DIGITS][8] = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -136,8 +163,9 @@ __device__ __forceinline__ void cut_into_digits(const uint4 (&raw)[4], int dtype
 #pragma unroll
     for (int j = 0; j < 8; ++j) sums[d] = __dp4a(static_cast<int>(words[d][j]), 0x01010101, sums[d]);
     uint4* at = reinterpret_cast<uint4*>(to + d * apart);
-    at[0] = make_uint4(words[d][4], words[d][0], words[d][5], words[d][1]);
-    at[1] = make_uint4(words[d][6], words[d][2], words[d][7], words[d][3]);
+    const int first = swap >> d & 1;
+    at[first] = make_uint4(words[d][4], words[d][0], words[d][5], words[d][1]);
+    at[first ^ 1] = make_uint4(words[d][6], words[d][2], words[d][7], words[d][3]);
   }
 }
 
@@ -149,18 +177,10 @@ __device__ __forceinline__ void write_digits(const hfl_delta& a, const DeltaRows
   uint32_t most = 0;
   for (int word = thread; word < words; word += ROW_THREADS) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint4 raw = from[word * 4 + i];
-      most = __vmaxu2(most, __vmaxu2(__vmaxu2(raw.x & 0x7fff7fffu, raw.y & 0x7fff7fffu),
-                                     __vmaxu2(raw.z & 0x7fff7fffu, raw.w & 0x7fff7fffu)));
-    }
+    for (int i = 0; i < 4; ++i) most = largest_of(most, from[word * 4 + i]);
   }
   if (thread < DIGITS) totals[thread] = 0;
-  const uint32_t largest = most_of_block(max(most & 0xffffu, most >> 16));
-  const bool finite = largest < (a.dtype == HFL_BF16 ? 0x7f80u : 0x7c00u);
-  const float value = a.dtype == HFL_BF16 ? unpack_bf16(largest).x : unpack_f16(largest).x;
-  const int exponent = max(static_cast<int>(__float_as_uint(value) >> 23), FRACTION + 2);  // value < 2^(exponent - 126)
-  const float factor = finite ? __uint_as_float(static_cast<uint32_t>(FRACTION + 253 - exponent) << 23) : 0.0f;
+  const RowUnit unit(most_of_block(max(most & 0xffffu, most >> 16)), a.dtype);
   uint8_t* digits = to.digits + static_cast<int64_t>(row) * DIGITS * to.padded;
   float* block_sums = to.sums + static_cast<int64_t>(row) * DIGITS * (to.padded / BLOCK);
   for (int word = thread; word < to.padded / WORD; word += ROW_THREADS) {
@@ -170,7 +190,7 @@ __device__ __forceinline__ void write_digits(const hfl_delta& a, const DeltaRows
       for (int i = 0; i < 4; ++i) raw[i] = from[word * 4 + i];
     }
     int sums[DIGITS];
-    cut_into_digits(raw, a.dtype, factor, digits + word * WORD, to.padded, sums);
+    write_word(raw, a.dtype, unit.factor, digits + word * WORD, to.padded, 0, sums);
 #pragma unroll
     for (int d = 0; d < DIGITS; ++d) {  // a block is 4 words, of 4 threads side by side; padded is so that whole warps are here
       sums[d] += __shfl_xor_sync(0xffffffffu, sums[d], 1);
@@ -182,9 +202,7 @@ __device__ __forceinline__ void write_digits(const hfl_delta& a, const DeltaRows
   }
   __syncthreads();
   if (thread < DIGITS) to.totals[row * DIGITS + thread] = static_cast<float>(totals[thread]);
-  if (thread == 0) {
-    to.units[row] = finite ? __uint_as_float(static_cast<uint32_t>(exponent - FRACTION + 1) << 23) : __int_as_float(0x7fffffff);
-  }
+  if (thread == 0) to.units[row] = unit.unit;
 }
 
 __global__ void __launch_bounds__(ROW_THREADS) delta_rows_kernel(const hfl_delta a, const DeltaRows to, int most) {
