@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,16 +38,18 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> 
 
 def literal(x: Tensor, base: Tensor, bits: Tensor, scales: Tensor, slots: Tensor) -> Tensor:
     """A loop over rows and planes, in float64; signs are read one by one."""
+
+    @cache
+    def weights(slot: int) -> Tensor:
+        signs = [[1.0 if word & 1 << b else -1.0 for word in words for b in range(32)] for words in bits[slot].tolist()]
+        spread = scales[slot].double().repeat_interleave(x.shape[1] // scales.shape[2], 1)
+        return torch.tensor(signs, dtype=torch.float64) * spread
+
     rows = []
     for row, of_row in enumerate(slots.view(len(slots), -1).tolist()):
         out = base[row].double()
         for slot in of_row:
-            if slot < 0:
-                continue
-            signs = [
-                [1.0 if word & 1 << b else -1.0 for word in words for b in range(32)] for words in bits[slot].tolist()
-            ]
-            spread = scales[slot].double().repeat_interleave(x.shape[1] // scales.shape[2], 1)
-            out = out + (torch.tensor(signs, dtype=torch.float64) * spread) @ x[row].double()
+            if slot >= 0:
+                out = out + weights(slot) @ x[row].double()
         rows.append(out)
     return torch.stack(rows)
