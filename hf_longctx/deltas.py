@@ -14,13 +14,30 @@ from .weights.bitdelta.attach import install, remove, state_of
 from .weights.bitdelta.bits import Grain
 from .weights.bitdelta.compress import Settings
 from .weights.bitdelta.compress import run as _run
+from .weights.bitdelta.distil import Lessons
 from .weights.bitdelta.format import Delta
+from .weights.bitdelta.lora import Exported
+from .weights.bitdelta.lora import export as _export
 from .weights.bitdelta.message import say
 from .weights.bitdelta.sources import convert as _convert
 from .weights.bitdelta.sources import open_delta
+from .weights.bitdelta.teach import run as _teach
 from .weights.bitdelta.writing import Sizes
 
-__all__ = ["Delta", "Report", "Sizes", "compress", "convert", "load", "report", "unload"]
+__all__ = [
+    "Delta",
+    "Exported",
+    "Lessons",
+    "Report",
+    "Sizes",
+    "compress",
+    "convert",
+    "distil",
+    "export_lora",
+    "load",
+    "report",
+    "unload",
+]
 
 M = TypeVar("M", bound=PreTrainedModel)
 
@@ -145,3 +162,49 @@ def convert(
         ValueError: it is not a published delta of this base, or the folder is not empty.
     """
     _convert(Path(source), str(base), Path(out), dense, revision)
+
+
+def distil(
+    delta: str | Path,
+    finetuned: str | Path,
+    text: str | Path | None = None,
+    lessons: Lessons | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> list[float]:
+    """Teach the scales of a delta what its fine-tune says of a text, and write them into its files.
+
+    Args:
+        delta: folder.
+        finetuned: folder or hub id.
+        text: UTF-8 file; None: the text that ships with the package.
+        lessons: how; None: 200 steps of 4 pieces of 128 tokens, as in the paper.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`; base and fine-tune are both there.
+        dtype: `auto` is the fine-tune's own.
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        FileNotFoundError: something is not there.
+        ValueError: the text is too short, a setting, or a damaged delta; the files stay.
+        UnsupportedError: the model is a mixture of experts; the files stay.
+        RuntimeError: a loss is not finite; the files stay.
+    """
+    where = None if text is None else Path(text)
+    return _teach(Path(delta), str(finetuned), where, lessons or Lessons(), device, dtype)
+
+
+def export_lora(delta: str | Path | Delta, rank: int, out: str | Path) -> Exported:
+    """Write the nearest adapter of a rank, in PEFT's form, and say what it loses.
+
+    Args:
+        delta: as in `load`.
+        rank: of each matrix.
+        out: folder, made if need be.
+
+    Raises:
+        ValueError: a rank below 1, or a delta without matrices.
+        UnsupportedError: it has matrices of experts.
+    """
+    return _export(open_delta(delta), rank, Path(out))

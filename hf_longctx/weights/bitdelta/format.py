@@ -121,7 +121,7 @@ def read(folder: Path) -> Delta:
     about = config["quantization_config"]
     tensors: dict[str, Tensor] = {}
     base: dict[str, str] = {}
-    for path in _files(folder):
+    for path in files_of(folder):
         found, checksums = _read_file(path)
         tensors |= found
         base |= checksums
@@ -151,7 +151,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _files(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
     """The safetensors files of a folder."""
     index = folder / INDEX
     if index.is_file():

@@ -1,7 +1,12 @@
-"""What a delta takes, as a table."""
+"""What a delta takes, as a table; and bars."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .writing import Sizes
@@ -20,3 +25,22 @@ def table(sizes: Sizes) -> Table:
     made.add_row("the fine-tune at 16 bits", f"{2 * sizes.weights:,}", "")
     made.add_row("of that as in the base, left out", f"{sizes.shared:,}", "")
     return made
+
+
+@contextmanager
+def steps_of(what: str, console: Console) -> Iterator[Callable[..., None]]:
+    """A bar, told how many steps are done, of how many, and the loss where there is one."""
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[said]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as shown:
+        task = shown.add_task(what, said="")
+
+        def tell(done: int, total: int, loss: float | None = None) -> None:
+            shown.update(task, completed=done, total=total, said="" if loss is None else f"loss {loss:.3g}")
+
+        yield tell

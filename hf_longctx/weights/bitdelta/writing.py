@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import Checkpoint, Layout
 from .digest import of_model
-from .format import INDEX, INT8_SCALE, METHOD, ONE_FILE, SCALES, VERSION, to_int8
+from .format import INDEX, INT8_SCALE, METHOD, ONE_FILE, SCALES, VERSION, Delta, files_of, metadata, to_int8
 from .message import say
 
 _BESIDE = ("generation_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
@@ -116,6 +117,32 @@ def write_config(out: Path, config: dict[str, Any], base: Checkpoint, checksums:
     scratch = out / "config.partial"
     scratch.write_text(json.dumps({**config, "quantization_config": about}, indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, out / "config.json")
+
+
+def update(folder: Path, delta: Delta) -> None:
+    """Write a delta over the one that it was made from, file by file; a failure leaves each file old or new.
+
+    Args:
+        folder: of the delta before.
+        delta: its tensors may have other values, and there may be more of them.
+    """
+    tensors, paths = delta.tensors(), files_of(folder)
+    places: dict[str, str] = {}
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            about, names = file.metadata(), set(file.keys())
+        gone = {name for name in names if name not in tensors}  # scales of tables that are now in 16 bits
+        here = {name: tensors.pop(name) for name in names - gone}
+        if path == paths[-1]:
+            here |= tensors
+        fresh = metadata(here, json.loads(about["base"]))
+        scratch = path.with_suffix(".partial")
+        save_file({name: x.contiguous() for name, x in here.items()}, scratch, {**about, **fresh})
+        os.replace(scratch, path)
+        places |= dict.fromkeys(here, path.name)
+    if len(paths) > 1:
+        about = {"metadata": {"total_size": delta.nbytes}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def _kind(name: str, layout: Layout, stored: set[str]) -> str:
