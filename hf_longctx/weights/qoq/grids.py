@@ -1,8 +1,9 @@
 """The values that a quantized weight may take, and how a weight is put on them. Arithmetic only: no module, no file.
 
 Paper: QServe (arXiv:2405.04532) §4.1, progressive group quantization.
-Differs: a weight goes to the 4-bit grid in one rounding, not by way of its 8-bit value; the zero of a group is any whole
-8-bit number (after the scale, "post-scale") and that of a channel any number, so a grid begins exactly where weights do.
+Differs: a weight goes to the 4-bit grid in one rounding, not by way of its 8-bit value; the zero of a group is any
+whole 8-bit number (after the scale, "post-scale") and that of a channel any number, so that a grid begins exactly where
+weights do.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GROUP = 128
-"""Input channels that share the second scale of a group-wise weight."""
+from ...kernels.linear import Codes
 
 PROTECTED = 120
-"""Largest level-1 code, as published for zeros after the scale: what rounding to the second level adds is still a signed
-byte but for ties, and `Grid.high` has those."""
+"""Largest level-1 code, as published for zeros after the scale: what rounding to the second level adds is still a
+signed byte but for ties, and `Grid.high` has those."""
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -61,6 +61,13 @@ class Grid:
         step, offset, _ = self._spread(codes.shape[1])
         return codes.float() * step + offset
 
+    def form(self, codes: Tensor) -> Codes:
+        """Codes `[N, K]` and what they stand for, as kernels have it."""
+        whole = codes.to(torch.int8 if self.low < 0 else torch.uint8)
+        if self.steps is not None and self.zeros is not None:
+            return Codes(whole, self.scale, None, self.steps.to(torch.int8), self.zeros.to(torch.int8))
+        return Codes(whole, self.scale, None if self.low < 0 else -self.offset[:, 0])
+
     def _spread(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.columns(0, width, width // self.step.shape[1])
 
@@ -97,7 +104,7 @@ def row_scale(weight: Tensor) -> Tensor:
     return (weight.float().abs().amax(1) / PROTECTED).clamp(min=_SMALLEST)
 
 
-def group_grid(weight: Tensor, scale: Tensor, group: int = GROUP, shrink: Tensor | float = 1.0) -> Grid:
+def group_grid(weight: Tensor, scale: Tensor, group: int, shrink: Tensor | float = 1.0) -> Grid:
     """Four bits in two levels: a scale for each output channel, and a whole step and zero for each group of inputs.
 
     Args:
