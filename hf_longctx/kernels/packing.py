@@ -6,10 +6,10 @@ nibble e (0: the low one) of byte `((((p * C + c) * 4 + w) * 2 + b) * 32 + 4g + 
 the number of runs of 128 columns. Column `64c + 32j + 16e + 4t + i` of 8 bits is byte
 `((((p * C + c) * 4 + w) * 2 + j) * 32 + 4g + t) * 16 + 4 * (2e + h) + i`, with its highest bit turned over.
 
-So lane `4g + t` of warp w reads 16 bytes at once, and one mask makes four operands of `mma.m16n8k32` or `wgmma` of them.
-Groups have two bytes a row, the scale and the zero with its highest bit turned over, rows in the order w, g, h: values
-become `code * scale + zero + 128` in one multiplication of four bytes at a time, since none of the sums overflows.
-Rows and columns that fill up count as values of zero.
+So lane `4g + t` of warp w reads 16 bytes at once, and one mask makes four operands of a product of them. Groups have two
+bytes a row, the scale and the zero with its highest bit turned over, rows in the order w, g, h: values become
+`code * scale + zero + 128` in one multiplication of four bytes at a time, since none of the sums overflows. Rows and
+columns that fill up count as values of zero.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def pack(codes: Codes) -> PackedWeight:
     groups = None
     if codes.group_scale is not None and codes.group_zero is not None:
         group = columns // codes.group_scale.shape[1]
-        space = (0, 0, 0, -columns % COLUMNS // group, 0, -rows % ROWS)
+        around = (0, 0, 0, -columns % COLUMNS // group, 0, -rows % ROWS)
         pairs = torch.stack([codes.group_scale.view(torch.uint8), codes.group_zero.view(torch.uint8) ^ 0x80], -1)
-        pairs = torch.where(pad(torch.ones_like(pairs), space) == 1, pad(pairs, space), pairs.new_tensor([0, 0x80]))
+        pairs = torch.where(pad(torch.ones_like(pairs), around) == 1, pad(pairs, around), pairs.new_tensor([0, 0x80]))
         groups = pairs.view(len(filled) // ROWS, 4, 2, 8, -1, 2).permute(0, 4, 1, 3, 2, 5)  # p c w g h
         groups = groups.reshape(len(filled) // ROWS, -1, ROWS, 2)
     shift = None if codes.shift is None else codes.shift.float().contiguous()
