@@ -6,7 +6,7 @@ nibble e (0: the low one) of byte `((((p * C + c) * 4 + w) * 2 + b) * 32 + 4g + 
 the number of runs of 128 columns. Column `64c + 32j + 16e + 4t + i` of 8 bits is byte
 `((((p * C + c) * 4 + w) * 2 + j) * 32 + 4g + t) * 16 + 4 * (2e + h) + i`, with its highest bit turned over.
 
-So lane `4g + t` of warp w reads 16 bytes at once, and one mask makes four operands of a product of them. Groups have two
+So lane `4g + t` of warp w reads 16 bytes at once, and one mask makes four operands of a product. Groups have two
 bytes a row, the scale and the zero with its highest bit turned over, rows in the order w, g, h: values become
 `code * scale + zero + 128` in one multiplication of four bytes at a time, since none of the sums overflows. Rows and
 columns that fill up count as values of zero.

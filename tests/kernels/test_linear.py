@@ -30,7 +30,7 @@ def single(x: float) -> float:
 
 
 @FEW
-@given(st.integers(1, 4), st.integers(1, 70), st.integers(0, 99), st.integers(-20, 20), st.sampled_from([0, 1, 2]))
+@given(st.integers(1, 4), st.integers(1, 70), st.integers(0, 99), st.integers(-20, 12), st.sampled_from([0, 1, 2]))
 def test_tokens(rows: int, columns: int, seed: int, power: int, kind: int) -> None:
     dtype = (torch.float32, torch.float16, torch.bfloat16)[kind]
     x = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**power).to(dtype)

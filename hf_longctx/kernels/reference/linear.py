@@ -18,10 +18,11 @@ def quantize_tokens(x: Tensor) -> Tokens:
     """The definition of `linear.quantize_tokens`."""
     rows = x.float()
     most = rows.abs().amax(-1)
-    up = torch.where(most < LEAST, 0.0, 127.0 / most)
+    full = torch.full_like(most, 127.0)  # a number in its place would be divided by as a product with its reciprocal
+    up = torch.where(most < LEAST, 0.0, full / most)
     values = (rows * up[:, None]).round().clamp(-127, 127)
     values = values.where(most.isfinite()[:, None], 0.0).to(torch.int8)
-    scale = torch.where(most.isfinite(), most / 127.0, torch.nan)
+    scale = torch.where(most.isfinite(), most / full, torch.nan)
     return Tokens(values, scale, values.sum(-1, dtype=torch.int32))
 
 
