@@ -31,6 +31,10 @@ OPS = (
     "copy_blocks",
     "encode_kv",
     "decode_kv",
+    "quantize_tokens",
+    "quantize_norm",
+    "quantize_gated",
+    "w4a8_linear",
 )
 
 _MODULES = {"compiled": "compiled", "torch": "fused", "reference": "reference"}
