@@ -1,6 +1,7 @@
 """Long contexts for transformers models: `patch(model, method)`, and `generate()` runs in bounded memory.
 
-To import the package loads nothing heavy: torch and transformers come with the first of the public names.
+To import the package loads nothing heavy: torch and transformers come with the first of the public names. It only sees
+to it that `from_pretrained` knows our quantized checkpoints.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _HOME = {
     "Means": "select.summaries",
     "MinMax": "select.summaries",
     "Plan": "plan",
+    "QoQConfig": "weights.qoq.config",
     "Quest": "methods",
     "Report": "report",
     "RepresentativeDot": "select.scorers",
@@ -109,6 +111,7 @@ if TYPE_CHECKING:
     from .sinks import add_sink_token as add_sink_token
     from .trace import Trace as Trace
     from .trace import trace as trace
+    from .weights.qoq.config import QoQConfig as QoQConfig
 else:
     __all__ = [*_HOME]
 
@@ -134,3 +137,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+import_module(".weights.registry", __name__).announce()

@@ -39,6 +39,8 @@ ROOMS = {
     "places": {"attention", "cache", "context", "errors", "models", "plan"},
     "sinks": {"context", "errors", "models"},
     "testing": {"plan", "testing"},
+    "weights": {"errors", "kernels", "weights"},
+    "weights/registry": {"weights"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""
 

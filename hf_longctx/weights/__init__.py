@@ -1,1 +1,1 @@
-"""Weights of few bits. This room never meets attention: what it makes is a model like any other, which `patch` takes."""
+"""Weights of few bits. This room never meets attention: what it makes is a model like any other, for `patch` too."""

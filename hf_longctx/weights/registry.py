@@ -1,4 +1,4 @@
-"""Tells transformers of our quantizers once it is there, without loading it: checkpoints then name them by themselves."""
+"""Tells transformers of our quantizers once it is there, without loading it: checkpoints then find them."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.linear import Codes
+from .config import QoQConfig
 
 PROTECTED = 120
 """Largest level-1 code, as published for zeros after the scale: what rounding to the second level adds is still a
@@ -44,21 +45,20 @@ class Grid:
     steps: Tensor | None = None
     zeros: Tensor | None = None
 
-    def columns(self, first: int, stop: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Step, offset and highest code of the input channels `first..stop-1`, each `[N, 1]` or `[N, stop - first]`."""
-        if self.step.shape[1] == 1:
-            return self.step, self.offset, self.high
-        of = torch.arange(first, stop, device=self.step.device) // group
-        return self.step[:, of], self.offset[:, of], self.high[:, of]
+    def spread(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Step, offset and highest code of each of `width` input channels: `[N, width]` each."""
+        times = width // self.step.shape[1]
+        step, offset, high = (x.repeat_interleave(times, 1) for x in (self.step, self.offset, self.high))
+        return step, offset, high
 
     def codes(self, weight: Tensor) -> Tensor:
         """Nearest codes of a weight `[N, K]`: `[N, K]` float32, whole."""
-        step, offset, high = self._spread(weight.shape[1])
+        step, offset, high = self.spread(weight.shape[1])
         return torch.minimum(((weight.float() - offset) / step).round().clamp(min=self.low), high)
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes `[N, K]` stand for: `[N, K]` float32."""
-        step, offset, _ = self._spread(codes.shape[1])
+        step, offset, _ = self.spread(codes.shape[1])
         return codes.float() * step + offset
 
     def form(self, codes: Tensor) -> Codes:
@@ -67,9 +67,6 @@ class Grid:
         if self.steps is not None and self.zeros is not None:
             return Codes(whole, self.scale, None, self.steps.to(torch.int8), self.zeros.to(torch.int8))
         return Codes(whole, self.scale, None if self.low < 0 else -self.offset[:, 0])
-
-    def _spread(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.columns(0, width, width // self.step.shape[1])
 
 
 def bytes_grid(weight: Tensor, shrink: Tensor | float = 1.0) -> Grid:
@@ -113,7 +110,7 @@ def group_grid(weight: Tensor, scale: Tensor, group: int, shrink: Tensor | float
         group: input channels of a group.
         shrink: share of a group's range that the grid reaches, also above 1, or `[N, K / group]` of them.
     """
-    parts = (weight.float() / scale[:, None]).unflatten(1, (-1, group))
+    parts = (weight.float() / scale[:, None]).view(len(weight), -1, group)
     low = (parts.amin(2).clamp(max=0) * shrink).clamp(min=-PROTECTED)
     high = (parts.amax(2).clamp(min=0) * shrink).clamp(max=PROTECTED)
     zeros = low.round()
@@ -123,3 +120,10 @@ def group_grid(weight: Tensor, scale: Tensor, group: int, shrink: Tensor | float
     top = ((127 - zeros) / steps).floor().clamp(max=15)
     level = scale[:, None]
     return Grid(steps * level, zeros * level, 0, top, scale, steps.int(), zeros.int())
+
+
+def nearest_grid(weight: Tensor, config: QoQConfig) -> Grid:
+    """The grid of a weight `[N, K]` that reaches over all of it."""
+    if config.kind == "group":
+        return group_grid(weight, row_scale(weight), config.group_size)
+    return bytes_grid(weight) if config.kind == "w8" else channel_grid(weight)

@@ -86,7 +86,7 @@ class QoQLinear(nn.Module):
         codes = unpack(self.packed)
         values = codes.values.float()
         if codes.group_scale is not None and codes.group_zero is not None:
-            values = values.unflatten(1, (codes.group_scale.shape[1], -1))
+            values = values.view(*codes.group_scale.shape, -1)
             values = (values * codes.group_scale[..., None] + codes.group_zero[..., None]).flatten(1)
         values = values * codes.scale[:, None]
         return (values if codes.shift is None else values - codes.shift[:, None]).to(dtype)
@@ -94,7 +94,7 @@ class QoQLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., K]` to `[..., N]`, dtype of x."""
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            out: Tensor = _StraightThrough.apply(x, self)
+            out: Tensor = _StraightThrough.apply(x, self)  # type: ignore[no-untyped-call]
             return out if self.bias is None else out + self.bias.to(out.dtype)
         return self._product(x, None if self.bias is None else self.bias.float())
 
@@ -111,7 +111,7 @@ class QoQLinear(nn.Module):
         """Move to a device; scales stay float32 whatever dtype the model is brought to."""
         scales = {name: x for name in ("weight_scale", "weight_shift") if (x := getattr(self, name)) is not None}
         before = {name: x.data for name, x in scales.items()}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             now = getattr(self, name)
             if now.dtype != torch.float32:

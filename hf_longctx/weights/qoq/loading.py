@@ -8,17 +8,17 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 
 from .config import QoQConfig
-from .grids import Grid, bytes_grid, channel_grid, group_grid, row_scale
+from .grids import nearest_grid
 from .linear import QoQLinear, packed_tensors
 
 
-class RoundWeight(ConversionOps):  # type: ignore[misc]
+class RoundWeight(ConversionOps):
     """A weight to the nearest codes; its layer becomes a `QoQLinear`, bias and all."""
 
     def __init__(self, config: QoQConfig) -> None:
         self.config = config
 
-    def convert(
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Tensors of the quantized layer by full name.
@@ -39,10 +39,3 @@ class RoundWeight(ConversionOps):  # type: ignore[misc]
         model.set_submodule(name, made)
         grid = nearest_grid(weight, self.config)
         return {f"{name}.{part}": x for part, x in packed_tensors(grid, grid.codes(weight)).items()}
-
-
-def nearest_grid(weight: Tensor, config: QoQConfig) -> Grid:
-    """The grid of a weight `[N, K]` that reaches over all of it."""
-    if config.kind == "group":
-        return group_grid(weight, row_scale(weight), config.group_size)
-    return bytes_grid(weight) if config.kind == "w8" else channel_grid(weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from ...errors import UnsupportedError
@@ -14,10 +14,13 @@ from .config import PER_CHANNEL, QoQConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .linear import QoQLinear
+
+_ADVICE = "Is it of this model? Convert or quantize it again: hf-longctx quantize"
 _PARTS = ("weight", "weight_scale", "weight_shift", "weight_groups")
 
 
-class QoQQuantizer(HfQuantizer):  # type: ignore[misc]
+class QoQQuantizer(HfQuantizer):
     """Replaces the linear layers of a decoder by `QoQLinear`, as its weights come in."""
 
     quantization_config: QoQConfig
@@ -63,18 +66,14 @@ class QoQQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from .linear import QoQLinear
 
-        lost = []
+        lost = [f"{name}.weight" for name in self._chosen if isinstance(model.get_submodule(name), nn.Linear)]
         for name, module in model.named_modules():
             if isinstance(module, QoQLinear):
-                parts = {part: getattr(module, part) for part in _PARTS}
-                # The loader marks what it has read; what it has not is left empty, with a line in a log.
-                lost += [f"{name}.{part}" for part, x in parts.items() if x is not None and not _was_read(x)]
-        lost += [f"{name}.weight" for name in self._chosen if isinstance(model.get_submodule(name), nn.Linear)]
+                lost += [f"{name}.{part}" for part in _unread(module, name, self.quantization_config)]
         if lost:
             shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
             raise ValueError(
-                f"QoQ checkpoint: expected a tensor for each part of a quantized weight; got none for {shown}. "
-                "Is it of this model? Convert or quantize it again: hf-longctx quantize"
+                f"QoQ checkpoint: expected a tensor for each part of each weight; got none for {shown}. {_ADVICE}"
             )
         return model
 
@@ -83,15 +82,33 @@ class QoQQuantizer(HfQuantizer):  # type: ignore[misc]
 
         for name, module in list(model.named_modules()):
             if isinstance(module, QoQLinear):
-                weight = module.dequantized(dtype or model.config.dtype or torch.float32)
-                dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-                dense.weight, dense.bias = nn.Parameter(weight), module.bias
+                dense = nn.Linear(module.in_features, module.out_features, False, device="meta")
+                dense.weight = nn.Parameter(module.dequantized(dtype or model.dtype))
+                dense.register_parameter("bias", module.bias)
                 model.set_submodule(name, dense)
         return model
 
 
-def _was_read(x: Tensor) -> bool:
-    return x.is_meta or getattr(x, "_is_hf_initialized", False)  # on meta: it stays on the disk
+def _unread(module: QoQLinear, name: str, config: QoQConfig) -> list[str]:
+    """Parts of a layer that no file had. The loader leaves those empty, with a line in a log.
+
+    Raises:
+        ValueError: a part of another shape, which some versions of the loader take as it comes.
+    """
+    from .linear import QoQLinear
+
+    fresh, lost = QoQLinear(module.in_features, module.out_features, False, config, "meta"), []
+    for part in _PARTS:
+        x, like = getattr(module, part), getattr(fresh, part)
+        if like is None:
+            continue
+        if x.shape != like.shape or x.dtype != like.dtype:
+            expected, got = (f"{y.dtype} {list(y.shape)}" for y in (like, x))
+            raise ValueError(f"QoQ checkpoint: expected {expected} for {name}.{part}; got {got}. {_ADVICE}")
+        x.requires_grad_(False)  # the loader gives every floating-point tensor a gradient
+        if not x.is_meta and not getattr(x, "_is_hf_initialized", False):  # on meta: it stays on the disk
+            lost.append(part)
+    return lost
 
 
 def chosen_linears(model: PreTrainedModel, config: QoQConfig) -> list[str]:

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from hf_longctx.weights.qoq.calibrate.hadamard import hadamard, rotation
 from hf_longctx.weights.qoq.calibrate.rounding import fit, gptq, output_error
-from hf_longctx.weights.qoq.grids import PROTECTED, bytes_grid, channel_grid, group_grid, row_scale
+from hf_longctx.weights.qoq.config import QoQConfig
+from hf_longctx.weights.qoq.grids import PROTECTED, bytes_grid, channel_grid, group_grid, nearest_grid, row_scale
+
+CONFIGS = {"w8": QoQConfig(8), "channel": QoQConfig(4, -1), "group": QoQConfig(4, 32)}
 
 
 def drawn(n: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -115,19 +118,20 @@ def test_each_step_lowers_the_error_of_the_output(kind: str) -> None:
         assert torch.allclose(direct, output_error(change, moments), rtol=1e-3, atol=1e-6 * float(direct.max() + 1))
         return direct
 
-    plain, searched = fit(weight, kind, 16, None), fit(weight, kind, 16, moments)
+    config = CONFIGS[kind]
+    plain, searched = nearest_grid(weight, config), fit(weight, config, moments)
     rounded = error(plain.codes(weight), plain)
     clipped = error(searched.codes(weight), searched)
-    spread = error(gptq(weight, searched, 16, moments), searched)
+    spread = error(gptq(weight, searched, moments), searched)
     if kind != "group":  # of groups, each is searched by itself
         assert (clipped <= rounded * 1.001 + 1e-9).all()
     assert clipped.sum() < rounded.sum()
     assert (spread <= clipped * 1.001 + 1e-9).all()
     assert spread.sum() < 0.8 * clipped.sum()
-    codes = gptq(weight, searched, 16, moments)
+    codes = gptq(weight, searched, moments)
     assert torch.equal(codes, codes.round())
     assert codes.min() >= searched.low
-    assert (codes <= searched.columns(0, 64, 16)[2]).all()
+    assert (codes <= searched.spread(64)[2]).all()
 
 
 def test_gptq_refuses_what_is_not_finite() -> None:
@@ -135,4 +139,4 @@ def test_gptq_refuses_what_is_not_finite() -> None:
     moments = torch.eye(8)
     moments[2, 2] = torch.nan
     with pytest.raises(RuntimeError, match="finite inputs"):
-        gptq(weight, channel_grid(weight), 8, moments)
+        gptq(weight, channel_grid(weight), moments)

@@ -81,7 +81,7 @@ def embed(model: PreTrainedModel, layers: nn.ModuleList, ids: Tensor, batch: int
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     handle = layers[0].register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        for part in ids.split(batch):
+        for part in torch.split(ids, batch):
             try:
                 decoder(input_ids=part.to(decoder.device), use_cache=False)
             except _EnoughError:

@@ -17,9 +17,9 @@ def hadamard(order: int) -> Tensor:
         if core is not None:
             for _ in range(doublings):
                 core = torch.cat((torch.cat((core, core), 1), torch.cat((core, -core), 1)))
-            return core / order**0.5
+            return core.div(order**0.5)
     part = order & -order
-    return torch.block_diag(*[hadamard(part)] * (order // part))
+    return torch.kron(torch.eye(order // part, dtype=torch.float64), hadamard(part))
 
 
 def rotation(order: int, seed: int) -> Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ....errors import UnsupportedError
-from ..config import GROUP
-from ..grids import Grid
+from ..grids import Grid, nearest_grid
 from ..linear import QoQLinear
 from .blocks import Block
 from .flow import Call, Inputs, Seen, watching
@@ -27,6 +26,7 @@ from .transforms import (
     smooth_attention,
     smooth_down,
     smooth_values,
+    turn_heads,
 )
 
 _EQUAL = 2e-3
@@ -134,7 +134,7 @@ def _rotate(block: Block, turn: Tensor | None) -> dict[str, Callable[[Tensor], T
     return {
         "attention": lambda weight: (weight * gains[0]) @ turn,
         "mlp": lambda weight: (weight * gains[1]) @ turn,
-        "o": lambda weight: (weight.unflatten(1, (-1, block.head_dim)) @ head).flatten(1),
+        "o": lambda weight: turn_heads(weight, head),
     }
 
 
@@ -160,26 +160,26 @@ def _quantize_linear(
     layer: nn.Module, name: str, linear: nn.Linear, moments: Tensor, recipe: Recipe, nearest: float
 ) -> LinearReport:
     """Put one linear layer on its grid, and measure it before and after."""
-    kind, weight = recipe.config.kind, linear.weight.float()
+    weight = linear.weight.float()
     whole = output_error(weight, moments).sum().clamp(min=1e-30)
 
     def error(grid: Grid, codes: Tensor) -> float:
         return float((output_error(grid.values(codes) - weight, moments).sum() / whole).sqrt())
 
-    grid = fit(weight, kind, GROUP, None)
+    grid = nearest_grid(weight, recipe.config)
     eased = clipped = error(grid, codes := grid.codes(weight))
     if recipe.clip:
-        grid = fit(weight, kind, GROUP, moments)
+        grid = fit(weight, recipe.config, moments)
         clipped = error(grid, codes := grid.codes(weight))
     if recipe.gptq:
-        codes = gptq(weight, grid, GROUP, moments)
-    layer.set_submodule(name, QoQLinear.of(linear, grid, codes))
+        codes = gptq(weight, grid, moments)
+    layer.set_submodule(name, QoQLinear.of(linear, grid, codes, recipe.config))
     return LinearReport(name, nearest, eased, clipped, error(grid, codes))
 
 
 def _nearest(weight: Tensor, carry: Callable[[Tensor], Tensor] | None, moments: Tensor, recipe: Recipe) -> float:
     """Relative error of the original weights to the nearest code."""
-    grid = fit(weight, recipe.config.kind, GROUP, None)
+    grid = nearest_grid(weight, recipe.config)
     change = grid.values(grid.codes(weight)) - weight
     if carry is not None:
         weight, change = carry(weight), carry(change)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..config import QoQConfig
 from ..grids import Grid, bytes_grid, channel_grid, group_grid, row_scale
 
 SHRINKS = tuple(1 - 0.025 * i for i in range(25))
@@ -30,20 +31,17 @@ def output_error(change: Tensor, moments: Tensor) -> Tensor:
     return ((change @ moments) * change).sum(1)
 
 
-def fit(weight: Tensor, kind: str, group: int, moments: Tensor | None) -> Grid:
-    """The grid of a weight.
+def fit(weight: Tensor, config: QoQConfig, moments: Tensor) -> Grid:
+    """The grid of a weight whose reach changes outputs least.
 
     Args:
         weight: `[N, K]` float32.
-        kind: `w8`, `channel` or `group`.
-        group: input channels of a group.
-        moments: `[K, K]` float32, mean of the products of inputs, by which the reach is searched; None: all of the range.
+        config: bits and groups.
+        moments: `[K, K]` float32, mean of the products of inputs.
     """
-    if kind == "group":
-        return _fit_groups(weight, group, moments)
-    make: Callable[[Tensor, Tensor | float], Grid] = bytes_grid if kind == "w8" else channel_grid
-    if moments is None:
-        return make(weight, 1.0)
+    if config.kind == "group":
+        return _fit_groups(weight, config.group_size, moments)
+    make: Callable[[Tensor, Tensor | float], Grid] = bytes_grid if config.kind == "w8" else channel_grid
     best, least = torch.ones_like(weight[:, :1]), torch.full_like(weight[:, 0], torch.inf)
     for shrink in SHRINKS:
         grid = make(weight, shrink)
@@ -53,24 +51,22 @@ def fit(weight: Tensor, kind: str, group: int, moments: Tensor | None) -> Grid:
     return make(weight, best)
 
 
-def _fit_groups(weight: Tensor, group: int, moments: Tensor | None) -> Grid:
+def _fit_groups(weight: Tensor, group: int, moments: Tensor) -> Grid:
     """As `fit`, each group by the moments of its own inputs."""
     scale = row_scale(weight)
-    if moments is None:
-        return group_grid(weight, scale, group)
     own = torch.stack([moments[i : i + group, i : i + group] for i in range(0, len(moments), group)])
     best = weight.new_ones(weight.shape[0], weight.shape[1] // group)
     least = torch.full_like(best, torch.inf)
     for shrink in (1.2, 1.1, *SHRINKS):  # a longer range may have the better of two whole steps
         grid = group_grid(weight, scale, group, shrink)
-        change = (grid.values(grid.codes(weight)) - weight).unflatten(1, (-1, group))
+        change = (grid.values(grid.codes(weight)) - weight).view(len(weight), -1, group)
         error = ((change.transpose(0, 1) @ own).transpose(0, 1) * change).sum(2)
         better = error < least
         best[better], least = shrink, torch.minimum(error, least)
     return group_grid(weight, scale, group, best)
 
 
-def gptq(weight: Tensor, grid: Grid, group: int, moments: Tensor) -> Tensor:
+def gptq(weight: Tensor, grid: Grid, moments: Tensor) -> Tensor:
     """Codes `[N, K]` of a weight, rounded one input channel after another; what is left over goes to those to come.
 
     Channels come in the order of their mean square, the largest first.
@@ -78,7 +74,6 @@ def gptq(weight: Tensor, grid: Grid, group: int, moments: Tensor) -> Tensor:
     Args:
         weight: `[N, K]` float32.
         grid: of the weight; it stays.
-        group: input channels of a group.
         moments: `[K, K]` float32, mean of the products of inputs.
 
     Raises:
@@ -87,7 +82,7 @@ def gptq(weight: Tensor, grid: Grid, group: int, moments: Tensor) -> Tensor:
     nearest = grid.codes(weight)
     size = moments.diagonal()
     order = size.argsort(descending=True, stable=True)
-    step, offset, high = (x.expand(weight.shape)[:, order] for x in grid.columns(0, weight.shape[1], group))
+    step, offset, high = (x[:, order] for x in grid.spread(weight.shape[1]))
     spread = _spread(moments[order][:, order])
     left, codes = weight[:, order].clone(), torch.empty_like(weight)
     for first in range(0, len(order), _BLOCK):
@@ -117,4 +112,5 @@ def _spread(moments: Tensor) -> Tensor:
     damped = moments.double()
     damped.diagonal().add_((_DAMP * mean).double().clamp(min=1e-30))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).to(moments.dtype)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.to(moments.dtype)

@@ -22,7 +22,7 @@ _LEAST = 1e-5
 
 @dataclass(frozen=True)
 class Change:
-    """How the input channels of a linear layer were changed: new channel i is old channel `order[i]` over `divisor[i]`."""
+    """What became of the input channels of a linear layer: channel i is now `order[i]` over `divisor[i]`."""
 
     divisor: Tensor
     order: Tensor
@@ -42,7 +42,8 @@ def gain(norm: nn.Module, width: int) -> Tensor:
     probe = torch.ones(2, width, dtype=torch.float32, device=weight.device)
     probe[1, ::2] = -1
     with torch.no_grad():
-        one, other = norm(probe.to(weight.dtype)).float()
+        seen: Tensor = norm(probe.to(weight.dtype))
+    one, other = seen.float().unbind()
     if not torch.allclose(one.abs(), other.abs(), rtol=1e-2, atol=1e-4) or not torch.allclose(one[1::2], other[1::2]):
         raise UnsupportedError(
             f"quantize: expected RMSNorm to rotate the residual stream; got {type(norm).__name__}. Leave out --rotate."
@@ -72,8 +73,13 @@ def rotate_block(block: Block, turn: Tensor) -> None:
 def rotate_values(block: Block) -> None:
     """Rotate the values of each head, and back where the output projection reads them."""
     turn = hadamard(block.head_dim).to(block.o.weight)
-    block.v.map(lambda x: (turn.T @ x.unflatten(0, (-1, block.head_dim))).flatten(0, 1))
-    block.o.weight.copy_((block.o.weight.unflatten(1, (-1, block.head_dim)) @ turn).flatten(1))
+    block.v.map(lambda x: turn_heads(x.T, turn).T)
+    block.o.weight.copy_(turn_heads(block.o.weight, turn))
+
+
+def turn_heads(x: Tensor, turn: Tensor) -> Tensor:
+    """Multiply the channels of each head in `[R, heads * D]` by `turn` `[D, D]`."""
+    return (x.reshape(len(x), -1, len(turn)) @ turn).flatten(1)
 
 
 def smooth_attention(block: Block, size: Tensor, alpha: float) -> None:
