@@ -153,3 +153,13 @@ def _check_fit(name: str, linear: nn.Linear, config: QoQConfig) -> None:
     raise ValueError(
         f"QoQConfig: expected input channels in multiples of {unit}; got {linear.in_features} in {name}. {advice}."
     )
+
+
+def declare(model: Any, config: QoQConfig) -> None:
+    """Have a model whose layers were replaced here be one that is saved, reported and dequantized as QoQ."""
+    quantizer: Any = QoQQuantizer(config, pre_quantized=True)
+    quantizer._chosen = []
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config

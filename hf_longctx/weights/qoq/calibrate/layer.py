@@ -63,7 +63,7 @@ class LayerReport:
     @property
     def about(self) -> dict[str, Any]:
         """For a JSON file."""
-        return asdict(self)
+        return {"layer": self.layer, "output": self.output, "linears": [asdict(each) for each in self.linears]}
 
 
 @torch.no_grad()
