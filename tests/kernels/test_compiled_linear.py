@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from typing import Any
 
 import pytest
@@ -196,11 +197,11 @@ def test_a_weight_that_was_just_written_is_read_as_it_is_now() -> None:
         expected = [linear.w4a8_linear(tokens, w, None, torch.bfloat16) for w in weights]
     kept = [w.codes.clone() for w in weights]
     changed, noise = weights[0], torch.randn(4096, 4096, device="cuda")
-    for scale, shift, codes, result in ((w.scale, w.shift, k, e) for w, k, e in zip(weights, kept, expected, strict=True)):
+    for weight, codes, result in zip(weights, kept, expected, strict=True):
         linear.w4a8_linear(tokens, changed, None, torch.bfloat16)
         noise @ noise
         changed.codes.copy_(codes)
-        now = PackedWeight(changed.codes, scale, shift, None, 4096)
+        now = dataclasses.replace(weight, codes=changed.codes)
         assert torch.equal(linear.w4a8_linear(tokens, now, None, torch.bfloat16), result)
 
 

@@ -107,8 +107,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             return None, f"its library has interface {abi}, this package {ABI}: install the package again"
         for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op, kinds in _OPS.items() for kind in kinds)):
             getattr(library, name).restype = ctypes.c_char_p
-        for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch", "hfl_antidiagonal_scratch", "hfl_linear_scratch"):
-            getattr(library, name).restype = ctypes.c_int64
+        for name in ("attend_scratch", "attend_counters", "pick_scratch", "antidiagonal_scratch", "linear_scratch"):
+            getattr(library, f"hfl_{name}").restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         return None, f"its library cannot be loaded ({error})"
     return library, ""

@@ -35,10 +35,7 @@ class HflLinear(ctypes.Structure):
 
     __slots__ = ()
     _fields_ = (
-        *(
-            (name, ctypes.c_int32)
-            for name in ("tokens", "rows", "columns", "bits", "group", "dtype", "few", "ahead")
-        ),
+        *((name, ctypes.c_int32) for name in ("tokens", "rows", "columns", "bits", "group", "dtype", "few", "ahead")),
         *((name, ctypes.c_void_p) for name in ("values", "token_scale", "sums", "codes", "scale", "shift", "groups")),
         *((name, ctypes.c_void_p) for name in ("bias", "out", "scratch", "stream")),
     )
