@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define HFL_ABI 3
+#define HFL_ABI 4
 
 #pragma GCC visibility push(default)  // all else is hidden
 #ifdef __cplusplus

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import TypeVar
+
 import torch
 
 from hf_longctx.kernels import linear
-from hf_longctx.kernels.linear import Codes, Tokens
+from hf_longctx.kernels.linear import Codes, PackedWeight, Tokens
+
+T = TypeVar("T", Tokens, PackedWeight)
 
 FORMS = ("channel", "group 32", "group 64", "group 128", "bytes")
 
@@ -34,6 +39,8 @@ def random_tokens(rows: int, columns: int, seed: int = 1) -> Tokens:
     return linear.quantize_tokens(x)
 
 
-def on(tokens: Tokens, device: str) -> Tokens:
-    """The same on a device."""
-    return Tokens(tokens.values.to(device), tokens.scale.to(device), tokens.sums.to(device))
+def moved(x: T, device: str) -> T:
+    """The same tokens, or weight, on a device."""
+    fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}  # type: ignore[arg-type]
+    there = {name: y.to(device) if isinstance(y, torch.Tensor) else y for name, y in fields.items()}
+    return type(x)(**there)
