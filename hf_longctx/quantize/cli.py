@@ -56,10 +56,15 @@ def quantize(
         from ..options import names
         from ..weights.qoq.calibrate.recipe import Recipe
         from ..weights.qoq.config import QoQConfig
+        from . import omniserve
         from . import run as room
         from .saving import save_model
     quiet()
 
+    if model is not None and omniserve.found(Path(model)):
+        save_model(*omniserve.read(Path(model)), out, None)
+        console.print(f"Converted, as it is quantized already: {out}", soft_wrap=True)
+        return
     config = QoQConfig(wbits, group_size, names(skip) or None, kv_bits)
     report: dict[str, Any] | None = None
     loaded, tokenizer = assets.load(model, dtype, "cpu", on_step=console.print)

@@ -134,7 +134,11 @@ class _StraightThrough(torch.autograd.Function):
 
 def packed_tensors(grid: Grid, codes: Tensor) -> dict[str, Tensor]:
     """Tensors of a `QoQLinear` by name, for codes `[N, K]` of a grid."""
-    packed = pack(grid.form(codes))
+    return parts_of(pack(grid.form(codes)))
+
+
+def parts_of(packed: PackedWeight) -> dict[str, Tensor]:
+    """A stored weight as the tensors of a `QoQLinear`, by name."""
     found = {
         "weight": packed.codes.view(len(packed.codes) // ROWS, -1),
         "weight_scale": packed.scale,
