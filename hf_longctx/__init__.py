@@ -37,6 +37,7 @@ _HOME = {
     "Means": "select.summaries",
     "MinMax": "select.summaries",
     "Plan": "plan",
+    "QoQConfig": "weights.qoq.config",
     "Quest": "methods",
     "Report": "report",
     "RepresentativeDot": "select.scorers",
@@ -116,6 +117,7 @@ if TYPE_CHECKING:
     from .sinks import add_sink_token as add_sink_token
     from .trace import Trace as Trace
     from .trace import trace as trace
+    from .weights.qoq.config import QoQConfig as QoQConfig
 else:
     __all__ = [*_HOME, *_ROOMS]
 

@@ -40,6 +40,7 @@ ROOMS = {
     "sinks": {"context", "errors", "models"},
     "testing": {"plan", "testing"},
     "weights/registry": set(),
+    "weights/qoq": {"errors", "kernels", "weights"},
     "weights/bitdelta": {"errors", "evals", "kernels", "options", "weights"},
     "deltas": {"models", "weights"},
 }
