@@ -16,6 +16,7 @@ import torch
 from .frames import fit
 from .pictures import Counts, Opened, Picture, Reading
 
+_EPS = 1e-6  # seconds: containers round to their own clock
 _DAMAGED_IN_A_ROW = 100  # packets; a lossy network loses a few, a wrong decoder all
 
 
@@ -63,30 +64,45 @@ def open_video(
 
 def _decoded(container: Any, name: str, origin: float, how: Reading, counts: Counts) -> Generator[Picture, None, None]:
     """Pictures of a container that starts at `origin` seconds; it is closed when they end, however they end."""
-    import av
-
     with container, _told(name, how.timeout):
         stream = container.streams.video[0]
         if how.start:
             container.seek(int((how.start + origin) / stream.time_base), stream=stream)
         lasts = 1 / float(stream.average_rate) if stream.average_rate else 0.0
-        t, in_a_row = origin - lasts, 0
-        for packet in container.demux(stream):
-            try:
-                frames = packet.decode()
-            except av.error.InvalidDataError:
-                counts.damaged, in_a_row = counts.damaged + 1, in_a_row + 1
-                if in_a_row == _DAMAGED_IN_A_ROW:
-                    raise
+        begun, before = False, None  # winding ends at a key frame some pictures too early
+        for t, frame in _timed(container, stream, origin - lasts, lasts, counts):
+            at = t - origin - how.start
+            if how.stop is not None and at >= how.stop - how.start:
+                break
+            picture = Picture(max(at, 0.0), lasts, partial(_pixels, frame, how.max_pixels))
+            if at < -_EPS:
+                before = picture
                 continue
-            in_a_row = 0
-            for frame in frames:
-                t = t + lasts if frame.time is None else frame.time
-                at = t - origin - how.start
-                if how.stop is not None and at >= how.stop - how.start:
-                    return
-                if at >= -lasts:  # winding ends at a key frame before
-                    yield Picture(max(at, 0.0), lasts, partial(_pixels, frame, how.max_pixels))
+            if before is not None and not begun and at > _EPS:
+                yield before
+            yield picture
+            begun = True
+        if before is not None and not begun:
+            yield before
+
+
+def _timed(container: Any, stream: Any, t: float, lasts: float, counts: Counts) -> Iterator[tuple[float, Any]]:
+    """Decoded frames with their seconds; one without a time follows the one before, the first after `t`."""
+    import av
+
+    in_a_row = 0
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            counts.damaged, in_a_row = counts.damaged + 1, in_a_row + 1
+            if in_a_row == _DAMAGED_IN_A_ROW:
+                raise
+            continue
+        in_a_row = 0
+        for frame in frames:
+            t = t + lasts if frame.time is None else frame.time
+            yield t, frame
 
 
 def _pixels(frame: Any, max_pixels: int | None) -> torch.Tensor:
