@@ -205,20 +205,37 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    place = _place(dtype, device)
+    source = fetch(on_step=on_step) if model is None else Path(model).expanduser()
+    return _read(AutoModelForCausalLM, AutoTokenizer, source if source.exists() else str(model), dtype, place)
+
+
+def load_vision(model: str | Path, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """A vision-language model in evaluation mode, and its processor; arguments and errors as `load`."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    place, source = _place(dtype, device), Path(model).expanduser()
+    return _read(AutoModelForImageTextToText, AutoProcessor, source if source.exists() else str(model), dtype, place)
+
+
+def _place(dtype: str, device: str) -> torch.device:
+    """The device; what cannot be is refused before anything is read."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16; got '{dtype}'.")
-    place = pick_device(device)
-    source = fetch(on_step=on_step) if model is None else Path(model).expanduser()
+    return pick_device(device)
+
+
+def _read(models: Any, inputs: Any, where: str | Path, dtype: str, place: torch.device) -> tuple[Any, Any]:
+    """Model and tokenizer or processor by their auto classes."""
     kwargs: dict[str, Any] = {}
-    where: str | Path = source if source.exists() else str(model)
-    if source.is_file():
-        where, kwargs["gguf_file"] = source.parent, source.name
+    if isinstance(where, Path) and where.is_file():
+        where, kwargs["gguf_file"] = where.parent, where.name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
-        loaded = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **kwargs)
+        prepared = inputs.from_pretrained(where, **kwargs)
+        loaded = models.from_pretrained(where, dtype=dtype, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise AssetError(f"model '{where}': {' '.join(str(error).split())}") from error
-    return loaded.to(place).eval(), tokenizer  # type: ignore[arg-type]
+    return loaded.to(place).eval(), prepared
 
 
 def display_name(model: str | Path | None) -> str:
