@@ -16,6 +16,7 @@ _HOME = {
     "Absolute": "cache.positions",
     "Antidiagonal": "select.scorers",
     "Clamped": "cache.positions",
+    "Contiguous": "cache.positions",
     "Dense": "methods",
     "DuoAttention": "methods",
     "DuoHeads": "methods",
@@ -32,6 +33,7 @@ _HOME = {
     "LongContextCache": "cache.cache",
     "Mass": "select.budgets",
     "Means": "select.summaries",
+    "ModalityWindow": "cache.retention",
     "MinMax": "select.summaries",
     "Plan": "plan",
     "Quest": "methods",
@@ -42,6 +44,7 @@ _HOME = {
     "Selector": "plan",
     "SinkWindow": "cache.retention",
     "StreamingLLM": "methods",
+    "StreamingVLM": "methods",
     "Support": "report",
     "TopK": "select.budgets",
     "Trace": "trace",
@@ -69,8 +72,10 @@ if TYPE_CHECKING:
     from .cache.placement import HostLRU as HostLRU
     from .cache.positions import Absolute as Absolute
     from .cache.positions import Clamped as Clamped
+    from .cache.positions import Contiguous as Contiguous
     from .cache.positions import InCache as InCache
     from .cache.retention import KeepAll as KeepAll
+    from .cache.retention import ModalityWindow as ModalityWindow
     from .cache.retention import SinkWindow as SinkWindow
     from .errors import UnsupportedError as UnsupportedError
     from .kernels.dispatch import use_backend as use_backend
@@ -81,6 +86,7 @@ if TYPE_CHECKING:
     from .methods import LServe as LServe
     from .methods import Quest as Quest
     from .methods import StreamingLLM as StreamingLLM
+    from .methods import StreamingVLM as StreamingVLM
     from .methods import XAttention as XAttention
     from .patch import evict as evict
     from .patch import patch as patch
