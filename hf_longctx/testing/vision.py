@@ -88,6 +88,7 @@ def tiny_qwen2_5_vl(seed: int = 0, texts: list[str] | None = None, **text: Any) 
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "initializer_range": 0.125,  # far from uniform attention, and logits that an adapter can move
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
