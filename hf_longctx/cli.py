@@ -12,6 +12,7 @@ import typer
 from .evals.cli import app as evals
 from .heads.cli import app as heads
 from .options import Device, Dtype, Model, Text, names, quiet
+from .streaming.cli import stream
 from .tune.cli import app as tune
 
 _EPILOG = "Set HF_LONGCTX_DEBUG=1 to see the traceback of an error."
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.add_typer(evals, name="eval")
 app.add_typer(tune, name="tune")
 app.add_typer(heads, name="heads")
+app.command()(stream)
 
 
 def _version(asked: bool) -> None:

@@ -119,7 +119,7 @@ def _told(name: str, timeout: float) -> Iterator[None]:
 
     try:
         yield
-    except av.error.InvalidDataError as error:
+    except (av.error.InvalidDataError, av.error.EOFError) as error:
         raise ValueError(
             f"frames: expected a video in {name}; got data that FFmpeg cannot read. Is it whole?"
         ) from error
