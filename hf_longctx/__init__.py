@@ -66,6 +66,7 @@ _HOME = {
 """Every public name, and the module that defines it; type checkers read the same below."""
 
 if TYPE_CHECKING:
+    from . import stream as stream
     from .cache.cache import LongContextCache as LongContextCache
     from .cache.kv_format import Int4KV as Int4KV
     from .cache.kv_format import Int8KV as Int8KV
@@ -124,6 +125,8 @@ class _Package(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         """Load all public names at once: a plan can only be read back where every primitive is known."""
+        if name == "stream":
+            return import_module(".stream", __name__)
         if name not in _HOME:
             raise AttributeError(f"module '{__name__}' has no attribute '{name}'", name=name, obj=self)
         self.__dict__.update({each: getattr(import_module(f".{home}", __name__), each) for each, home in _HOME.items()})
@@ -136,7 +139,7 @@ class _Package(ModuleType):
 
     def __dir__(self) -> list[str]:
         """What is there, and what would be loaded."""
-        return sorted({*self.__dict__, *_HOME})
+        return sorted({*self.__dict__, *_HOME, "stream"})
 
 
 sys.modules[__name__].__class__ = _Package

@@ -33,7 +33,8 @@ class Angles:
     def positions(self) -> Tensor:
         """`[P, B, slots]`, int64: where tokens stand; P is 1 or 3."""
         pos: Any = self._pos.filled
-        return pos[..., 0].transpose(0, 1)
+        flat: Tensor = pos[..., 0].transpose(0, 1)
+        return flat
 
     def buffers(self) -> list[Stored | None]:
         """The live tensors."""

@@ -217,6 +217,7 @@ class LongContextCache(Cache):
         assert self.angles is not None and self.pending is None
         for layer in self.stacks:
             for _, store in layer.stores:
+                assert isinstance(store, Store)  # the plan has no placement
                 store.keep(index)
         self.angles.keep(index, shift, rotate)
         ledger = self.ledger

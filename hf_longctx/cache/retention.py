@@ -117,7 +117,8 @@ class ModalityWindow:
                 f"ModalityWindow: expected vision_tokens as a whole number >= 1 or None; got {self.vision_tokens!r}. "
                 "Leave it out."
             )
-        if not (isinstance(self.vision_seconds, int | float) and 0 < self.vision_seconds < math.inf):
+        seconds: object = self.vision_seconds
+        if not (isinstance(seconds, int | float) and 0 < seconds < math.inf):
             raise ValueError(
                 f"ModalityWindow: expected vision_seconds as a number > 0; got {self.vision_seconds!r}. "
                 "The paper has 16."
