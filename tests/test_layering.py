@@ -40,6 +40,17 @@ ROOMS = {
     "places": {"attention", "cache", "context", "errors", "models", "plan"},
     "sinks": {"context", "errors", "models"},
     "testing": {"plan", "testing"},
+    "streaming/events": set(),
+    "streaming/frames": set(),
+    "streaming/channel": set(),
+    "streaming/pictures": set(),
+    "streaming/video": {"streaming"},
+    "streaming/opening": {"streaming"},
+    "streaming/source": {"streaming"},
+    "streaming/captions": {"streaming"},
+    "streaming/subtitles": set(),
+    "streaming/watch": {"streaming"},
+    "training": {"errors", "files", "models", "streaming", "training"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""
 

@@ -25,7 +25,7 @@ def freeze_vision(model: Any) -> int:
         How many weights were frozen.
     """
     decoder, base = decoder_of(model)
-    head = base.get_output_embeddings()
+    head: Any = base.get_output_embeddings()  # type: ignore[no-untyped-call]
     text = {id(weight) for part in (decoder, head) if part is not None for weight in part.parameters()}
     frozen = [weight for weight in model.parameters() if id(weight) not in text]
     for weight in frozen:
