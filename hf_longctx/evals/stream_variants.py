@@ -132,30 +132,38 @@ class Recompute:
         self._turns[seen.number] = turn
         row.add(seen)
         seen.ids = new
-        kept = [held.number for held in row.spans if held.kind == "vision"]
-        self._turns = {number: self._turns[number] for number in kept}
-        encoded = chat.encode([self._turns[number] for number in kept])
-        ids = [token for held in row.spans for token in held.ids] + chat.prompt
-        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-        if encoded.kinds is not None:
-            of_turns = iter(encoded.kinds)
-            kinds = [
-                k for held in row.spans for k in (next(of_turns) if held.kind == "vision" else [0] * len(held.ids))
-            ]
-            inputs["mm_token_type_ids"] = torch.tensor([kinds + [0] * len(chat.prompt)]).int()
-        device, dtype = self._model.device, self._model.dtype
-        inputs |= encoded.vision
-        placed = {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in inputs.items()}
-        out = self._model.generate(**placed, max_new_tokens=most, return_dict_in_generate=True, use_cache=True)
-        answer = out.sequences[0, len(ids) :].tolist()
+        inputs = self._inputs()
+        out: Any = self._model.generate(**inputs, max_new_tokens=most, return_dict_in_generate=True)  # type: ignore[operator]
+        length = inputs["input_ids"].shape[1]
+        answer = out.sequences[0, length:].tolist()
         layers = out.past_key_values.layers
-        self._held = len(ids) + len(answer) - 1, sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
-        ends = self._model.generation_config.eos_token_id
+        self._held = length + len(answer) - 1, sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
+        given: Any = self._model.generation_config
+        ends = given.eos_token_id
         stops = {*([ends] if isinstance(ends, int) else ends or []), *chat.closing[:1]}
         words = answer[: next((n for n, token in enumerate(answer) if token in stops), most)]
         row.add(said)
         said.ids = [*chat.prompt, *words, *chat.closing]
         return words, "end" if len(words) < len(answer) else "tokens"
+
+    def _inputs(self) -> dict[str, Any]:
+        """All that is kept, from pixels and words."""
+        spans, prompt = self._row.spans, self._chat.prompt
+        kept = [held.number for held in spans if held.kind == "vision"]
+        self._turns = {number: self._turns[number] for number in kept}
+        encoded = self._chat.encode([self._turns[number] for number in kept])
+        ids = [token for held in spans for token in held.ids] + prompt
+        made: dict[str, Any] = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+        if encoded.kinds is not None:
+            of_turns = iter(encoded.kinds)
+            parts = [next(of_turns) if held.kind == "vision" else [0] * len(held.ids) for held in spans]
+            kinds = [kind for part in parts for kind in part] + [0] * len(prompt)
+            made["mm_token_type_ids"] = torch.tensor([kinds]).int()
+        device, dtype = self._model.device, self._model.dtype
+        return {
+            name: x.to(device, dtype if x.is_floating_point() else None) if isinstance(x, torch.Tensor) else x
+            for name, x in {**made, **encoded.vision}.items()
+        }
 
 
 def _session(kind: type[_Session], model: Any, processor: Any, sizes: Sizes, everything: bool = False) -> _Session:
