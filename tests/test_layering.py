@@ -40,6 +40,16 @@ ROOMS = {
     "places": {"attention", "cache", "context", "errors", "models", "plan"},
     "sinks": {"context", "errors", "models"},
     "testing": {"plan", "testing"},
+    "streaming/events": set(),
+    "streaming/chat": {"errors", "models"},
+    "streaming/layout": {"cache"},
+    "streaming/rounds": {"streaming"},
+    "streaming/sampling": set(),
+    "streaming/settings": set(),
+    "streaming/stats": set(),
+    "streaming/engine": {"cache", "models", "streaming", "turning"},
+    "streaming/session": {"cache", "methods", "models", "patch", "session", "streaming"},
+    "streaming/saved": {"session", "streaming"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""
 
