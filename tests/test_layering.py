@@ -50,6 +50,16 @@ ROOMS = {
     "streaming/engine": {"cache", "models", "streaming", "turning"},
     "streaming/session": {"cache", "methods", "models", "patch", "session", "streaming"},
     "streaming/saved": {"session", "streaming"},
+    "streaming/frames": set(),
+    "streaming/channel": set(),
+    "streaming/pictures": set(),
+    "streaming/video": {"streaming"},
+    "streaming/opening": {"streaming"},
+    "streaming/source": {"streaming"},
+    "streaming/captions": {"streaming"},
+    "streaming/subtitles": set(),
+    "streaming/watch": {"streaming"},
+    "training": {"errors", "files", "models", "streaming", "training"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""
 

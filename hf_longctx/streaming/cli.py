@@ -53,6 +53,7 @@ def stream(
         from ..evals import assets
         from .captions import Captions
         from .session import Session
+        from .settings import Settings
         from .source import frames
         from .watch import Question, Summary, closing_lines, watch
     quiet()
@@ -61,8 +62,7 @@ def stream(
     knobs = {"when_full": when_full, "queue": queue, "stall_s": stall_s, "max_pixels": max_pixels}
     opened = partial(frames, video, fps, **knobs, start_s=start_s, stop_s=stop_s)  # type: ignore[arg-type]
     opened().close()  # what cannot be read is said before a model is loaded, and a live source is not left to run full
-    if window_s * fps < 1:
-        raise ValueError(f"--window-s: expected at least one frame, {1 / fps:g} s; got {window_s:g}. Raise it.")
+    Settings(query, max_new_tokens=new_tokens).check_window(window_s)
     loaded, processor = assets.load_vision(model, dtype, device)
     session = Session(
         loaded,

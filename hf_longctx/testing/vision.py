@@ -47,7 +47,9 @@ def tiny_tokenizer(texts: list[str] | None = None) -> Any:
         show_progress=False,
     )
     made.train_from_iterator(texts or ["Comment on what happens. Time=0.0-1.0s "], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     tokenizer.chat_template = CHATML
     return tokenizer
 
@@ -72,8 +74,8 @@ def tiny_qwen2_5_vl(seed: int = 0, texts: list[str] | None = None, **text: Any) 
     )
 
     tokenizer = tiny_tokenizer(texts)
-    pixels = {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
-    processor = Qwen2_5_VLProcessor(
+    pixels: dict[str, Any] = {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
+    processor = Qwen2_5_VLProcessor(  # type: ignore[no-untyped-call]
         image_processor=Qwen2VLImageProcessor(**pixels),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**pixels),
@@ -88,13 +90,20 @@ def tiny_qwen2_5_vl(seed: int = 0, texts: list[str] | None = None, **text: Any) 
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "initializer_range": 0.125,  # far from uniform attention, and logits that an adapter can move
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     marks = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 32}
+    vision: dict[str, Any] = {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "intermediate_size": 32,
+    }
     config = Qwen2_5_VLConfig(
         text_config={**sizes, **text},
         vision_config={**vision, "fullatt_block_indexes": [0]},
@@ -102,9 +111,8 @@ def tiny_qwen2_5_vl(seed: int = 0, texts: list[str] | None = None, **text: Any) 
         **dict(zip(names, tokenizer.convert_tokens_to_ids(list(marks)), strict=True)),
     )
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-    )
+    model: Any = Qwen2_5_VLForConditionalGeneration(config)
+    model.train(False)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, processor

@@ -13,7 +13,7 @@ from ..errors import UnsupportedError
 from ..models import VISION, decoder_of, inspect_model
 from ..streaming.chat import Chat, Turn
 from ..streaming.frames import Frame
-from ..streaming.session import TIME
+from ..streaming.settings import TIME
 from ..streaming.source import frames
 from .chunks import Chunk, Second, capped, seconds
 
