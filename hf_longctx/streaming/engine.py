@@ -233,7 +233,7 @@ class Engine:
         answers = [Answer() if is_asked else None for is_asked in asked]
         running = [answer is not None for answer in answers]
         while any(running):
-            picked = self._sampler.next(logits, [self._said(row) for row in self.rows])
+            picked = self._sampler.next(logits, self._said)
             late = budget.seconds is not None and time.perf_counter() - began >= budget.seconds
             for i, (row, answer, token) in enumerate(zip(self.rows, answers, picked, strict=True)):
                 if answer is None or not running[i]:
@@ -260,9 +260,10 @@ class Engine:
                 row.next, row.pending = row.next + 1, []
         return self._forward(torch.tensor(picked)[:, None], pos, [int(goes_on) for goes_on in running])
 
-    def _said(self, row: Row) -> list[int]:
-        """What a repetition penalty remembers: kept words of the stream."""
-        return [token for held in row.spans if held.kind == "text" for token in held.ids] + row.pending
+    def _said(self) -> list[list[int]]:
+        """What a repetition penalty remembers: kept words of each stream."""
+        kept = [[held.ids for held in row.spans if held.kind == "text"] + [row.pending] for row in self.rows]
+        return [[token for ids in row for token in ids] for row in kept]
 
 
 def _take_in(row: Row, parts: Sequence[list[int]], new: Sequence[Held], place: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -43,18 +43,18 @@ class Sampler:
         self._steps = LogitsProcessorList(made)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def next(self, logits: Tensor, said: Sequence[Sequence[int]]) -> list[int]:
+    def next(self, logits: Tensor, said: Callable[[], Sequence[Sequence[int]]]) -> list[int]:
         """The next token of each row.
 
         Args:
             logits: `[B, V]`.
-            said: tokens of each row that a repetition penalty remembers.
+            said: gives the tokens of each row that a repetition penalty remembers.
         """
         logits = logits.clone()
         logits[:, self._banned] = float("-inf")
         if self._steps:
             rows = []
-            for row, before in zip(logits.float(), said, strict=True):
+            for row, before in zip(logits.float(), said(), strict=True):
                 ids: Any = torch.tensor([list(before)], dtype=torch.int64, device=logits.device)
                 rows.append(self._steps(ids, cast(Any, row[None]))[0])
             logits = torch.stack(rows)

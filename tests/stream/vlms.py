@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -180,6 +182,49 @@ def _llava_onevision_processor() -> Any:
     )
 
 
+def _internvl(layers: int) -> Any:
+    config = hf.InternVLConfig(
+        text_config={**TEXT, "model_type": "qwen2", "num_hidden_layers": layers},
+        vision_config={**_siglip(32, 8), "image_size": [32, 32], "patch_size": [8, 8], "use_qk_norm": True},
+        image_token_id=ID["<IMG_CONTEXT>"],
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    return hf.InternVLForConditionalGeneration(config)
+
+
+def _internvl_processor() -> Any:
+    size = {"height": 32, "width": 32}
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    return hf.InternVLProcessor(
+        hf.GotOcr2ImageProcessor(size=size, crop_to_patches=False),
+        tokenizer(**names, video_token="<video>"),
+        hf.InternVLVideoProcessor(size=size),
+        image_seq_length=4,
+        chat_template=CHATML.replace("VIDEO", "<video>").replace("IMAGE", "<IMG_CONTEXT>"),
+    )
+
+
+def _idefics3(layers: int) -> Any:
+    config = hf.Idefics3Config(
+        text_config={**TEXT, "model_type": "llama", "num_hidden_layers": layers},
+        vision_config=_siglip(32, 8),
+        scale_factor=2,
+        image_token_id=ID["<image>"],
+        pad_token_id=ID["<|endoftext|>"],
+        tie_word_embeddings=False,
+    )
+    return hf.Idefics3ForConditionalGeneration(config)
+
+
+def _idefics3_processor() -> Any:
+    images = hf.Idefics3ImageProcessorPil(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
+    )
+    template = CHATML.replace("IMAGE", "<image>")
+    return hf.Idefics3Processor(images, tokenizer(), image_seq_len=4, chat_template=template)
+
+
 VLMS = (
     Vlm(
         "qwen2_vl",
@@ -218,8 +263,22 @@ VLMS = (
     ),
     Vlm("llava_onevision", _llava_onevision, _llava_onevision_processor),
     Vlm("smolvlm", _smolvlm, _smolvlm_processor),
+    Vlm("internvl", _internvl, _internvl_processor),
+    Vlm("idefics3", _idefics3, _idefics3_processor),
 )
 BY_NAME = {vlm.name: vlm for vlm in VLMS}
+
+HAS_TORCHVISION = find_spec("torchvision") is not None
+"""The video processors of transformers need it; the extra `video` brings it."""
+
+ANY = "qwen2_5_vl" if HAS_TORCHVISION else "idefics3"
+"""A family for tests of what all have in common."""
+
+
+def families(*names: str) -> list[Any]:
+    """Parameters of a test: families by name, all if none is given; those that cannot be made here are skipped."""
+    skip = pytest.mark.skipif(not HAS_TORCHVISION, reason="torchvision is not installed")
+    return [pytest.param(name, marks=() if name == "idefics3" else skip) for name in names or BY_NAME]
 
 
 def clip(rounds: float, fps: float = 2, size: tuple[int, int] = (24, 32), seed: int = 0, t: float = 0.0) -> list[Frame]:
@@ -269,7 +328,8 @@ class Watched:
             if held.kind == "vision":
                 for name, x in self.seen[held.number].items():
                     vision.setdefault(name, []).append(torch.as_tensor(x))
-        joined = {name: torch.cat(xs, 1 if config.model_type == "smolvlm" else 0) for name, xs in vision.items()}
+        axis = 1 if config.model_type in ("smolvlm", "idefics3") else 0
+        joined = {name: torch.cat(xs, axis) for name, xs in vision.items()}
         kinds = {}
         if hasattr(self.session.engine.model.model, "get_rope_index"):
             of = {config.image_token_id: 1, config.video_token_id: 2}
