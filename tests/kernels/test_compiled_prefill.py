@@ -123,12 +123,12 @@ def test_definition(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_decode_steps_with_clamped_distances_are_read_by_it(tokens: int, bits: int) -> None:
     need("cuda")
     case = replace(LISTS, sizes=(2, 2, 3, tokens, 1500, 64), lists=(128, tokens, "some"), lap=390, clamp=300, bits=bits)
-    q, k, v, *rest = made(replace(case, ends=(1499, 700)), "cuda")
-    k, v = map(_finite, (k, v))
+    arguments = made(replace(case, ends=(1499, 700)), "cuda")
+    q, k, v = arguments[0], *map(_finite, arguments[1:3])
     with use_backend("reference"):
-        exact = ops.attend_pages(*map(_exactly, (q, k, v)), *rest)
-        same = ops.attend_pages(q, k, v, *rest)
-    got = ops.attend_pages(q, k, v, *rest)
+        exact = ops.attend_pages(*map(_exactly, (q, k, v)), *arguments[3:])
+        same = ops.attend_pages(q, k, v, *arguments[3:])
+    got = ops.attend_pages(*arguments)
     assert dispatch.last_used()["attend_pages"] == "compiled"
     ulp = torch.finfo(case.dtype).eps * float(exact.abs().max())
     yardstick = float((same.double() - exact).abs().max())
