@@ -14,6 +14,7 @@ from .heads.cli import app as heads
 from .options import Device, Dtype, Model, Text, names, quiet
 from .streaming.cli import stream
 from .tune.cli import app as tune
+from .weights.bitdelta.cli import app as delta
 
 _EPILOG = "Set HF_LONGCTX_DEBUG=1 to see the traceback of an error."
 
@@ -29,6 +30,7 @@ app.add_typer(evals, name="eval")
 app.add_typer(tune, name="tune")
 app.add_typer(heads, name="heads")
 app.command()(stream)
+app.add_typer(delta, name="delta")
 
 
 def _version(asked: bool) -> None:

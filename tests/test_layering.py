@@ -60,6 +60,9 @@ ROOMS = {
     "streaming/subtitles": set(),
     "streaming/watch": {"streaming"},
     "training": {"errors", "files", "models", "streaming", "training"},
+    "weights/registry": set(),
+    "weights/bitdelta": {"errors", "evals", "kernels", "options", "weights"},
+    "deltas": {"models", "weights"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""
 

@@ -31,6 +31,7 @@ OPS = (
     "copy_blocks",
     "encode_kv",
     "decode_kv",
+    "delta_linear",
 )
 
 _MODULES = {"compiled": "compiled", "flex": "flex", "torch": "fused", "reference": "reference"}

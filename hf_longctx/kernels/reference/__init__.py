@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..dispatch import Implementation
 from .append import append, append_pages
 from .attend import attend_blocks, attend_pages
+from .delta import delta_linear
 from .host import bring_blocks, copy_blocks
 from .kv import decode_kv, encode_kv
 from .norm import rms_norm
@@ -29,4 +30,5 @@ OPS = {
     "copy_blocks": Implementation(copy_blocks),
     "encode_kv": Implementation(encode_kv),
     "decode_kv": Implementation(decode_kv),
+    "delta_linear": Implementation(delta_linear),
 }
