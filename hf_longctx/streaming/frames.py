@@ -59,7 +59,7 @@ def rgb(picture: Any, max_pixels: int | None = None) -> torch.Tensor:
     size = fit(array.shape[0], array.shape[1], max_pixels)
     if size != array.shape[:2]:
         array = np.array(Image.fromarray(array).resize((size[1], size[0]), Image.Resampling.BILINEAR))
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _three(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
