@@ -39,6 +39,7 @@ _HOME = {
     "ModalityWindow": "cache.retention",
     "MinMax": "select.summaries",
     "Plan": "plan",
+    "QoQConfig": "weights.qoq.config",
     "Quest": "methods",
     "Report": "report",
     "RepresentativeDot": "select.scorers",
@@ -123,6 +124,7 @@ if TYPE_CHECKING:
     from .sinks import add_sink_token as add_sink_token
     from .trace import Trace as Trace
     from .trace import trace as trace
+    from .weights.qoq.config import QoQConfig as QoQConfig
 else:
     __all__ = [*_HOME, *_ROOMS]
 

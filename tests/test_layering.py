@@ -40,6 +40,10 @@ ROOMS = {
     "places": {"attention", "cache", "context", "errors", "models", "plan"},
     "sinks": {"context", "errors", "models"},
     "testing": {"plan", "testing"},
+    "weights/registry": set(),
+    "weights/qoq": {"errors", "kernels", "weights"},
+    "weights/bitdelta": {"errors", "evals", "kernels", "options", "weights"},
+    "deltas": {"models", "weights"},
     "streaming/events": set(),
     "streaming/chat": {"errors", "models"},
     "streaming/layout": {"cache"},
@@ -60,9 +64,6 @@ ROOMS = {
     "streaming/subtitles": set(),
     "streaming/watch": {"streaming"},
     "training": {"errors", "files", "models", "streaming", "training"},
-    "weights/registry": set(),
-    "weights/bitdelta": {"errors", "evals", "kernels", "options", "weights"},
-    "deltas": {"models", "weights"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""
 

@@ -107,8 +107,8 @@ class LongContextCache(Cache):
         self.plan = plan
         self.ledger = Ledger()
         self.floors: dict[Retention, Tensor] = {}
-        self.angles = Angles() if plan.at_read else None
         self.expected = 0  # columns that the calls of one prompt will come to, where it is known
+        self.angles = Angles() if plan.at_read else None
         self.pending: Step | None = None
         self.stacks = [LongContextLayer(layer, self.ledger) for layer in plan.layers]
         super().__init__(layers=list(self.stacks))

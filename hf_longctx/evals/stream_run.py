@@ -42,7 +42,7 @@ class Asked:
         """The stream."""
         if not self.loop:
             return frames(video, self.fps, max_pixels=self.max_pixels, stop_s=self.seconds, when_full="wait")
-        return frames(clip.looped(video, self.seconds, self.fps, self.max_pixels), self.fps, stall_s=60)
+        return frames(clip.looped(video, self.seconds, self.fps, self.max_pixels), self.fps)
 
     def captions(self) -> list[Cue]:
         """What should be said; nothing for a video of one's own without a reference."""

@@ -36,7 +36,10 @@ def stream(
         typer.Option(help="When frames come too fast: wait or drop.", show_default="drop for what is live, else wait"),
     ] = None,
     queue: Annotated[int, typer.Option(help="Frames that wait at most.")] = 8,
-    stall_s: Annotated[float, typer.Option(help="Seconds without a frame that are an error.")] = 10.0,
+    stall_s: Annotated[
+        float | None,
+        typer.Option(help="Seconds without a frame that are an error.", show_default="10 for what is live, else 60"),
+    ] = None,
     max_pixels: Annotated[
         int | None, typer.Option(help="Scale larger frames down.", show_default="as they are")
     ] = None,

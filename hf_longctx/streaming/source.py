@@ -17,6 +17,8 @@ from .frames import Frame
 from .opening import open_source
 from .pictures import Counts, Opened, Picture, Reading
 
+_STALL_S = 10.0  # of what comes by itself
+_SLOW_S = 60.0  # of what is made or decoded on demand, maybe on a busy machine
 _EPS = 1e-6  # seconds: times of containers are rounded to their own clock
 
 
@@ -108,7 +110,7 @@ def frames(
     *,
     when_full: Literal["wait", "drop"] | None = None,
     queue: int = 8,
-    stall_s: float = 10.0,
+    stall_s: float | None = None,
     rate: float | None = None,
     max_pixels: int | None = None,
     start_s: float = 0.0,
@@ -126,7 +128,7 @@ def frames(
         when_full: `wait`: the source waits for the reader, nothing is lost. `drop`: the oldest frame is forgotten, and
             counted. None is `drop` for cameras and live URLs, else `wait`.
         queue: frames that wait at most.
-        stall_s: seconds without a frame that are an error.
+        stall_s: seconds without a frame that are an error; None is 10 for cameras and live URLs, else 60.
         rate: pictures a second of a folder or of an iterable without times; None is `fps`.
         max_pixels: larger pictures are scaled down to this; None leaves them.
         start_s: seconds into a video file; times count from there.
@@ -142,7 +144,7 @@ def frames(
         ImportError: the extra `video` is missing.
         OSError: a device or stream that does not answer (ConnectionError, TimeoutError).
     """
-    rates = {"fps": fps, "stall_s": stall_s, "rate": fps if rate is None else rate}
+    rates = {"fps": fps, "rate": fps if rate is None else rate, "stall_s": 1.0 if stall_s is None else stall_s}
     for name, value in rates.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}: expected more than 0; got {value:g}.")
@@ -155,9 +157,9 @@ def frames(
     if not 0 <= start_s < (math.inf if stop_s is None else stop_s):
         raise ValueError(f"start_s, stop_s: expected 0 <= start_s < stop_s; got {start_s:g} and {stop_s}.")
     tally = Counts()
-    opened = open_source(source, Reading(rates["rate"], max_pixels, stall_s, start_s, stop_s), tally)
+    opened = open_source(source, Reading(rates["rate"], max_pixels, stall_s or _STALL_S, start_s, stop_s), tally)
     drop = opened.live if when_full is None else when_full == "drop"
-    made = FrameSource(opened, tally, fps, drop, queue, stall_s)
+    made = FrameSource(opened, tally, fps, drop, queue, stall_s or (_STALL_S if opened.live else _SLOW_S))
     if isinstance(source, (str, os.PathLike)):
         made.begin()
     return made
