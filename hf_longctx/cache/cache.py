@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,6 +107,7 @@ class LongContextCache(Cache):
         self.plan = plan
         self.ledger = Ledger()
         self.floors: dict[Retention, Tensor] = {}
+        self.expected = 0  # columns that the calls of one prompt will come to, where it is known
         self.angles = Angles() if plan.at_read else None
         self.pending: Step | None = None
         self.stacks = [LongContextLayer(layer, self.ledger) for layer in plan.layers]
@@ -131,7 +133,8 @@ class LongContextCache(Cache):
         self.ledger.rows = rows
         if look:
             self.ledger.settle()
-        self.pending = Step.of(self.ledger.columns, tokens, device, self.ledger.lengths, mask, look)
+        step = Step.of(self.ledger.columns, tokens, device, self.ledger.lengths, mask, look)
+        self.pending = replace(step, expected=self.expected) if self.expected else step
         return self.pending
 
     def commit(self, step: Step, looked: bool = True) -> None:
@@ -221,6 +224,7 @@ class LongContextCache(Cache):
                 store.keep(index)
         self.angles.keep(index, shift, rotate)
         ledger = self.ledger
+        ledger.gone += ledger.columns - index.shape[1]
         ledger.columns, ledger.lengths, ledger.loose = index.shape[1], lengths, False
         ledger.tail = None if lengths is None else lengths.clone()
 
@@ -258,7 +262,7 @@ class LongContextCache(Cache):
         """Forget everything, and give the memory back."""
         super().reset()  # type: ignore[no-untyped-call]
         ledger = self.ledger
-        ledger.columns = ledger.rows = ledger.kv_bytes = ledger.host_bytes = 0
+        ledger.columns = ledger.gone = ledger.rows = ledger.kv_bytes = ledger.host_bytes = 0
         ledger.lookups = []
         ledger.lengths = ledger.tail = None
         ledger.loose = False
