@@ -64,22 +64,20 @@ struct OfRow {
   float scale, shift, bias;
 };
 
+// Of those behind the last, the last one's: nobody stores what comes out of them.
 __device__ __forceinline__ OfToken token_of(const LinearTask& p, int m) {
-  if (m >= p.tokens) return {};
-  const int sum = p.a.sums[p.tokens_from + m];
-  return {p.a.token_scale[p.tokens_from + m], __int2float_rn(sum), p.bias * sum};
+  const int at = p.tokens_from + min(m, p.tokens - 1), sum = p.a.sums[at];
+  return {p.a.token_scale[at], __int2float_rn(sum), p.bias * sum};
 }
 __device__ __forceinline__ OfRow row_of(const LinearTask& p, int n) {
-  if (n >= p.a.rows) return {};
-  return {p.a.scale[n], p.a.shift ? p.a.shift[n] : 0.0f, p.a.bias ? p.a.bias[n] : 0.0f};
+  const int at = min(n, p.a.rows - 1);
+  return {p.a.scale[at], p.a.shift ? p.a.shift[at] : 0.0f, p.a.bias ? p.a.bias[at] : 0.0f};
 }
 
 // Each step rounded, as in the definition.
-__device__ __forceinline__ float result(const LinearTask& p, int sum, const OfToken& token, const OfRow& row) {
-  float y = __fmul_rn(__int2float_rn(sum - token.bias), row.scale);
-  if (p.a.shift) y = __fsub_rn(y, __fmul_rn(token.sum, row.shift));
-  y = __fmul_rn(y, token.scale);
-  return p.a.bias ? __fadd_rn(y, row.bias) : y;
+__device__ __forceinline__ float result(int sum, const OfToken& token, const OfRow& row) {
+  const float y = __fmul_rn(__int2float_rn(sum - token.bias), row.scale);
+  return __fadd_rn(__fmul_rn(__fsub_rn(y, __fmul_rn(token.sum, row.shift)), token.scale), row.bias);
 }
 
 __device__ __forceinline__ uint32_t pack_results(const LinearTask& p, float low, float high) {
@@ -111,8 +109,8 @@ __device__ __forceinline__ void finish_tile(const LinearTask& p, int* partial, i
     __stcg(at, make_int4(0, 0, 0, 0));
     if (n >= p.a.rows) continue;
     const OfToken token = token_of(p, m);
-    const float y[4] = {result(p, sums.x, token, row_of(p, n)), result(p, sums.y, token, row_of(p, n + 1)),
-                        result(p, sums.z, token, row_of(p, n + 2)), result(p, sums.w, token, row_of(p, n + 3))};
+    const float y[4] = {result(sums.x, token, row_of(p, n)), result(sums.y, token, row_of(p, n + 1)),
+                        result(sums.z, token, row_of(p, n + 2)), result(sums.w, token, row_of(p, n + 3))};
     const uint32_t pairs[4] = {pack_results(p, y[0], y[1]), pack_results(p, y[2], y[3])};
     if (whole) {
       uint16_t* to = static_cast<uint16_t*>(p.a.out) + static_cast<int64_t>(p.tokens_from + m) * p.a.rows + n;

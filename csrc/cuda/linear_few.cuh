@@ -86,11 +86,13 @@ struct FewBlock {
 
   // This thread's part of the tokens.
   __device__ __forceinline__ void copy_tokens(int stage, int step) {
-    constexpr int PIECES = R::LINE / 16;
+    constexpr int PIECES = R::LINE / 16, ALL = 8 * MT * PIECES, EACH = (ALL + R::THREADS - 1) / R::THREADS;
     const int8_t* from = p.a.values + static_cast<int64_t>(p.tokens_from) * p.a.columns;
     const uint32_t to = tokens_at(stage);
-#pragma unroll
-    for (int i = static_cast<int>(threadIdx.x); i < 8 * MT * PIECES; i += R::THREADS) {
+#pragma unroll(EACH < 4 ? EACH : 2)
+    for (int j = 0; j < EACH; ++j) {
+      const int i = static_cast<int>(threadIdx.x) + j * R::THREADS;
+      if (ALL % R::THREADS && i >= ALL) break;
       const int m = i / PIECES, piece = i % PIECES, column = step * R::LINE + piece * 16;
       const bool there = m < p.tokens && column < p.a.columns;
       const int64_t at = there ? static_cast<int64_t>(m) * p.a.columns + column : 0;
@@ -182,7 +184,7 @@ __global__ void __launch_bounds__(FewRoom<F, MT>::THREADS, 2) linear_few_kernel(
   const int first = static_cast<int>(blockIdx.x) * p.per, last = min(first + p.per, p.row_tiles * p.steps);
   int tile = first / p.steps, step = first % p.steps;
   const int began_step = step;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < R::STAGES - 1; ++i) {  // codes need not wait for the tokens
     if (first + i < last) {
       block.copy_codes(i, tile, step);
@@ -191,7 +193,7 @@ __global__ void __launch_bounds__(FewRoom<F, MT>::THREADS, 2) linear_few_kernel(
   }
   copy_commit();
   wait_for_last();
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < R::STAGES - 1; ++i) {
     if (first + i < last) block.copy_tokens(i, (began_step + i) % p.steps);
     copy_commit();

@@ -43,15 +43,19 @@ struct ManyWork {
 // Every run of this block, in its order.
 template <class Do>
 __device__ __forceinline__ void each_work(const LinearTask& p, Do&& run) {
-  int at = static_cast<int>(blockIdx.x) * p.per;
+  int at = static_cast<int>(blockIdx.x) * p.per, whole = static_cast<int>(blockIdx.x);
   const int end = min(at + p.per, p.split_tiles * p.steps);
-  while (at < end) {
-    const int tile = at / p.steps, first = at - tile * p.steps, last = min(p.steps, first + end - at);
-    run(ManyWork(p, tile, first, last, tile));
-    at += last - first;
-  }
-  for (int tile = static_cast<int>(blockIdx.x); tile < p.whole_tiles; tile += static_cast<int>(gridDim.x)) {
-    run(ManyWork(p, p.split_tiles + tile, 0, p.steps, -1));
+#pragma unroll 1
+  while (at < end || whole < p.whole_tiles) {
+    int tile = p.split_tiles + whole, first = 0, last = p.steps, split = -1;
+    if (at < end) {
+      split = tile = at / p.steps;
+      first = at - tile * p.steps, last = min(p.steps, first + end - at);
+      at += last - first;
+    } else {
+      whole += static_cast<int>(gridDim.x);
+    }
+    run(ManyWork(p, tile, first, last, split));
   }
 }
 
@@ -214,7 +218,7 @@ struct ManyGroup {
         const OfToken low = token_of(p, m), high = token_of(p, m + 1);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float y0 = result(p, x[2 * h], low, rows[h]), y1 = result(p, x[2 * h + 1], high, rows[h]);
+          const float y0 = result(x[2 * h], low, rows[h]), y1 = result(x[2 * h + 1], high, rows[h]);
           two[2 * i + h] = transpose(pack_results(p, y0, y1));
         }
       }
