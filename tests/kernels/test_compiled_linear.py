@@ -134,10 +134,11 @@ def test_tokens_out_of_a_norm_and_a_gate(columns: int, dtype: torch.dtype) -> No
 @pytest.mark.cuda
 @pytest.mark.usefixtures("poisoned")
 @forms
-@pytest.mark.parametrize("rows", [66, 128, 200, 256, 300, 600, 2100])
-def test_many_tokens(form: str, rows: int) -> None:
-    """Products of a group of warps; tiles that are split, and that are not, in 32 and 128 columns of groups."""
-    for outputs, columns in ((128, 256), (200, 640), (4160, 1152)):
+@pytest.mark.parametrize("rows", [3, 40, 64, 66, 128, 200, 256, 300, 600, 2100])
+def test_many_tokens(form: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of a group of warps; tiles that are split, and that are not; parts of a run of columns."""
+    monkeypatch.setattr(compiled, "FEW", 0)
+    for outputs, columns in ((128, 256), (200, 640), (4160, 1152), (36, 128 if form == "group 128" else 192)):
         codes = random_codes(form, outputs, columns, seed=rows)
         tokens, bias = random_tokens(rows, columns, seed=outputs), torch.randn(outputs)
         weight = packing.pack(codes)
@@ -145,6 +146,17 @@ def test_many_tokens(form: str, rows: int) -> None:
         with use_backend("reference"):
             on_cuda = linear.w4a8_linear(moved(tokens, "cuda"), moved(weight, "cuda"), bias.cuda(), torch.bfloat16)
         assert torch.equal(got, on_cuda.cpu())
+
+
+@pytest.mark.cuda
+@forms
+def test_many_tokens_where_only_the_kernel_of_few_is(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch for every 64 of them."""
+    monkeypatch.setattr(compiled, "FEW", 1 << 30)
+    tokens, weight = random_tokens(150, 384), packing.pack(random_codes(form, 200, 384))
+    assert torch.equal(
+        product(tokens, weight, None, torch.float16, "cuda"), defined(tokens, weight, None, torch.float16)
+    )
 
 
 @pytest.mark.cuda
