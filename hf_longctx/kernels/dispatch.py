@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import UnsupportedError
 
-ORDER = ("compiled", "torch", "reference")
+ORDER = ("compiled", "flex", "torch", "reference")
 """Backends, fastest first. `reference` defines every operation and always exists."""
 
 OPS = (
@@ -31,13 +31,14 @@ OPS = (
     "copy_blocks",
     "encode_kv",
     "decode_kv",
+    "delta_linear",
     "quantize_tokens",
     "quantize_norm",
     "quantize_gated",
     "w4a8_linear",
 )
 
-_MODULES = {"compiled": "compiled", "torch": "fused", "reference": "reference"}
+_MODULES = {"compiled": "compiled", "flex": "flex", "torch": "fused", "reference": "reference"}
 _WANTED: ContextVar[str | None] = ContextVar("hf_longctx_backend", default=None)
 _LAST: dict[str, str] = {}
 
