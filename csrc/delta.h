@@ -17,3 +17,12 @@ typedef struct {
   void* scratch;         // hfl_delta_scratch bytes; *_cuda only
   void* stream;
 } hfl_delta;
+
+// ops.linear_with_delta: the same with the base layer in it. On CUDA of sm_90 alone; float16 and bfloat16, inputs and groups
+// that are multiples of 64, an even number of outputs, rows that begin at multiples of 16 bytes. delta.base is not read.
+typedef struct {
+  hfl_delta delta;
+  const void* weight;  // [N, K]
+  int64_t weight_r;
+  const void* bias;    // [N] or NULL
+} hfl_merged;

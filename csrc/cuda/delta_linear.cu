@@ -17,6 +17,17 @@
 namespace hfl {
 namespace {
 
+__global__ void __launch_bounds__(ROW_THREADS) delta_rows_kernel(const hfl_delta a, const DeltaRows to, int most) {
+  extern __shared__ int kinds[];
+  wait_for_previous(most);
+  const int row = static_cast<int>(blockIdx.x) - 1;
+  if (row < 0) {
+    sort_rows(a, to, most, kinds, kinds + a.slots + 2);
+  } else {
+    write_digits(a, to, row);
+  }
+}
+
 // A warp's part of a step.
 template <int TILES, bool GROUPED>
 __device__ __forceinline__ void work_on(Sums& sums, float (&scaled)[2][MOST_TILES][4], uint4 (&digits)[MOST_TILES][2],

@@ -116,11 +116,18 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append", "delta"), ("cpu", "cuda")),
-    **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn"), ("cuda",)),
+    **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "merged"), ("cuda",)),
 }
 
 
-_SIZES = ("attend_scratch", "attend_counters", "pick_scratch", "antidiagonal_scratch", "delta_scratch")
+_SIZES = (
+    "attend_scratch",
+    "attend_counters",
+    "pick_scratch",
+    "antidiagonal_scratch",
+    "delta_scratch",
+    "merged_scratch",
+)
 
 
 def reason(device: torch.device) -> str | None:
