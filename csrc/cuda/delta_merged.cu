@@ -2,19 +2,20 @@
 //
 // Shapes: x [R, K], weight [N, K], bits [S, N, K / 32], out [R, N]; K a multiple of 64.
 // A product of all rows with the signs alone would cost as much as the layer itself. So it is one product, of weights
-//   that become those of the rows' tenant on their way into the tensor cores: weight + scale * sign, in float32, rounded
-//   to the dtype of the weights, as if they had been merged.
-// Three launches. The first sorts rows into pieces of at most 256 that have the same slots, the second copies them in that
+//   that become those of the rows' tenant on their way into the tensor cores: weight + scale * sign, in float32,
+//   rounded to the dtype of the weights, as if they had been merged.
+// Three launches. The first sorts rows into pieces of at most 256 that have the same slots, the second copies them in
+// that
 //   order. Blocks of the third, as many as multiprocessors, take one item after the other: 128 outputs of a piece; the
 //   pieces of some outputs follow each other, since they share the weights.
-// Block: 384 threads. One copies 64 inputs of 256 rows at a time; two groups of four warps have 64 outputs each. They merge
-//   the next weights in registers while they multiply the ones before. So that a lane reads 8 inputs of a weight at once
-//   and has what a product wants of it, the inputs of the rows were put in another order.
+// Block: 384 threads. One copies 64 inputs of 256 rows at a time; two groups of four warps have 64 outputs each. They
+// merge
+//   the next weights in registers while they multiply the ones before. So that a lane reads 8 inputs of a weight at
+//   once and has what a product wants of it, the inputs of the rows were put in another order.
 // Shared memory: six stages of 32 KiB. Bound by: tensor cores.
-#include "delta_merged.cuh"
-
 #include <algorithm>
 
+#include "delta_merged.cuh"
 #include "tensor_map.cuh"
 
 namespace hfl {
@@ -54,10 +55,13 @@ const char* check(const hfl_merged& a) {
   if (d.groups < 1 || d.inputs / 64 % d.groups) return "linear_with_delta: expected groups of a multiple of 64 inputs";
   if (d.outputs % 2) return "linear_with_delta: expected an even number of outputs";
   if (d.slots > 4096) return "linear_with_delta: expected at most 4096 slots";
-  if (d.scale_rows != 1 && d.scale_rows != d.outputs) return "linear_with_delta: expected a scale for each output, or for all";
-  if ((static_cast<int64_t>(d.outputs) / 128 + 1) * d.rows > INT32_MAX) return "linear_with_delta: expected fewer tiles";
+  if (d.scale_rows != 1 && d.scale_rows != d.outputs)
+    return "linear_with_delta: expected a scale for each output, or for all";
+  if ((static_cast<int64_t>(d.outputs) / 128 + 1) * d.rows > INT32_MAX)
+    return "linear_with_delta: expected fewer tiles";
   for (const void* x : {d.x, static_cast<const void*>(d.bits), a.weight, static_cast<const void*>(d.out)}) {
-    if (reinterpret_cast<uintptr_t>(x) % 16) return "linear_with_delta: expected tensors that begin at multiples of 16 bytes";
+    if (reinterpret_cast<uintptr_t>(x) % 16)
+      return "linear_with_delta: expected tensors that begin at multiples of 16 bytes";
   }
   return d.x_r % 8 || a.weight_r % 8 ? "linear_with_delta: expected rows that begin at multiples of 16 bytes" : nullptr;
 }
@@ -70,9 +74,11 @@ const char* run(const hfl_merged& a) {
   CUtensorMap map;
   cudaFuncAttributes found;
   cudaError_t error = cudaFuncGetAttributes(&found, kernel);
-  if (error != cudaSuccess || !found.sharedSizeBytes) return "linear_with_delta: expected a device of sm_90, and code for it";
+  if (error != cudaSuccess || !found.sharedSizeBytes)
+    return "linear_with_delta: expected a device of sm_90, and code for it";
   const int64_t inputs = a.delta.inputs, rows = a.delta.rows;
-  if (!map_rows(map, a.delta.dtype == HFL_BF16, task.rows.x, {inputs, rows, 1, 1}, {inputs, inputs * rows, inputs * rows}, S::ROWS)) {
+  if (!map_rows(map, a.delta.dtype == HFL_BF16, task.rows.x, {inputs, rows, 1, 1},
+                {inputs, inputs * rows, inputs * rows}, S::ROWS)) {
     return "linear_with_delta: expected a driver that makes tensor maps";
   }
   int device = 0, processors = 0;

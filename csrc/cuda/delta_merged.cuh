@@ -9,12 +9,13 @@ namespace hfl {
 
 struct MergedStages {
   static constexpr int ROWS = 256, OUTPUTS = 128, INPUTS = 64, THREADS = 384, STAGES = 6;
-  static constexpr int TILE = ROWS * INPUTS * 2, BYTES = STAGES * TILE + 1024;  // so that it can begin at a multiple of 1024
+  static constexpr int TILE = ROWS * INPUTS * 2,
+                       BYTES = STAGES * TILE + 1024;  // so that it can begin at a multiple of 1024
 };
 
 struct MergedRows {
-  uint16_t* x;      // [R, K], rows by their slots; in each 32 inputs, pair 4 q + 2 s + h of two stands at 8 s + 4 h + q
-  int32_t* order;   // as in DeltaRows
+  uint16_t* x;     // [R, K], rows by their slots; in each 32 inputs, pair 4 q + 2 s + h of two stands at 8 s + 4 h + q
+  int32_t* order;  // as in DeltaRows
   int32_t* starts;
   int32_t* pieces;
   int64_t bytes;
@@ -48,18 +49,18 @@ struct MergedTask {
   "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), \
       "+f"(x[i + 7])
 #define HFL_32(i) HFL_8(i), HFL_8(i + 8), HFL_8(i + 16), HFL_8(i + 24)
-#define HFL_SPREAD(TYPE)                                                                                             \
-  asm volatile(                                                                                                      \
-      "{\n.reg .pred more;\nsetp.ne.b32 more, %133, 0;\n"                                                            \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE                                                   \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "   \
+#define HFL_SPREAD(TYPE)                                                                                               \
+  asm volatile(                                                                                                        \
+      "{\n.reg .pred more;\nsetp.ne.b32 more, %133, 0;\n"                                                              \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE                                                     \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "    \
       "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, " \
       "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, " \
       "%67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, " \
       "%89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "  \
       "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "   \
-      "%127}, {%128, %129, %130, %131}, %132, more, 1, 1, 0;\n}"                                                     \
-      : HFL_32(0), HFL_32(32), HFL_32(64), HFL_32(96)                                                                \
+      "%127}, {%128, %129, %130, %131}, %132, more, 1, 1, 0;\n}"                                                       \
+      : HFL_32(0), HFL_32(32), HFL_32(64), HFL_32(96)                                                                  \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more))
 // x[64, 256] = a[64, 16] b[256, 16]^T, plus x if `more`; a in registers as in mma.m16n8k16.
 template <bool BF16>
@@ -87,8 +88,9 @@ struct MergedGroup {
   uint32_t base;
   int group, warp, lane, filled;  // filled: stages so far
   // of the item
-  int first, count, output, slots[2];  // output: of the warp's first row; slots: place in `slots_of_rows`, and the first
-  const uint16_t* weights[2];          // of both rows, from this lane's first input on
+  int first, count, output,
+      slots[2];                // output: of the warp's first row; slots: place in `slots_of_rows`, and the first
+  const uint16_t* weights[2];  // of both rows, from this lane's first input on
   const int32_t* bits[2];
   float scale[2];
   float x[128];
@@ -173,7 +175,8 @@ struct MergedGroup {
         if (p.a.delta.planes > 1) add_planes(two, i, tile * S::INPUTS + half * WORD);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          a[(half * 2 + j / 2) * 4 + j % 2 * 2 + i] = BF16 ? pack_bf16(two[j].x, two[j].y) : pack_f16(two[j].x, two[j].y);
+          a[(half * 2 + j / 2) * 4 + j % 2 * 2 + i] =
+              BF16 ? pack_bf16(two[j].x, two[j].y) : pack_f16(two[j].x, two[j].y);
         }
       }
     }
@@ -194,7 +197,8 @@ struct MergedGroup {
 #pragma unroll 1
     for (int plane = 1; plane < d.planes; ++plane) {
       const int slot = d.slots_of_rows[static_cast<int64_t>(slots[0]) * d.planes + plane];
-      add(two, static_cast<uint32_t>(d.bits[words_at(slot, row_of(i)) + input / WORD]), scale_of(slot, row_of(i), input));
+      add(two, static_cast<uint32_t>(d.bits[words_at(slot, row_of(i)) + input / WORD]),
+          scale_of(slot, row_of(i), input));
     }
   }
 
@@ -246,7 +250,8 @@ struct MergedGroup {
   __device__ __forceinline__ void leave() {
     const hfl_delta& d = p.a.delta;
     const uint16_t* bias = static_cast<const uint16_t*>(p.a.bias);
-    const float add[2] = {bias ? to_float(bias[row_of(0)], d.dtype) : 0.0f, bias ? to_float(bias[row_of(1)], d.dtype) : 0.0f};
+    const float add[2] = {bias ? to_float(bias[row_of(0)], d.dtype) : 0.0f,
+                          bias ? to_float(bias[row_of(1)], d.dtype) : 0.0f};
 #pragma unroll
     for (int n = 0; n < S::ROWS / 8; ++n) {
       const int at = n * 8 + lane / 4;
@@ -270,8 +275,9 @@ struct MergedGroup {
 #endif
 
 template <bool BF16>
-__global__ __launch_bounds__(MergedStages::THREADS, 1) void merged_wgmma_kernel(const __grid_constant__ MergedTask p,
-                                                                               const __grid_constant__ CUtensorMap map) {
+__global__ __launch_bounds__(MergedStages::THREADS,
+                             1) void merged_wgmma_kernel(const __grid_constant__ MergedTask p,
+                                                         const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = MergedStages;
   extern __shared__ __align__(128) unsigned char merged_shared[];

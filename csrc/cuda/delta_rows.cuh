@@ -12,14 +12,14 @@ constexpr int ROW_THREADS = 512, ROW_WARPS = ROW_THREADS / 32;
 
 // Where everything lies in the scratch memory.
 struct DeltaRows {
-  uint8_t* digits;   // [R, DIGITS, padded K]: the 32 bytes of a word of bits are words 4, 0, 5, 1, 6, 2, 7, 3:
-                     // byte i of word j is input 8 i + j
-  float* sums;       // [R, DIGITS, padded K / BLOCK], of digits
-  float* totals;     // [R, DIGITS]
-  float* units;      // [R], worth of a whole number; NaN where an input is not finite
-  int32_t* order;    // [R], rows, those with the same slots next to each other
-  int32_t* starts;   // [R + 1], where each piece begins in it
-  int32_t* pieces;   // [1], how many there are
+  uint8_t* digits;  // [R, DIGITS, padded K]: the 32 bytes of a word of bits are words 4, 0, 5, 1, 6, 2, 7, 3:
+                    // byte i of word j is input 8 i + j
+  float* sums;      // [R, DIGITS, padded K / BLOCK], of digits
+  float* totals;    // [R, DIGITS]
+  float* units;     // [R], worth of a whole number; NaN where an input is not finite
+  int32_t* order;   // [R], rows, those with the same slots next to each other
+  int32_t* starts;  // [R + 1], where each piece begins in it
+  int32_t* pieces;  // [1], how many there are
   int32_t padded;
   int64_t bytes;
 
@@ -80,7 +80,8 @@ __device__ __forceinline__ int place_of(int kind, bool there, int* counts) {
 }
 
 // Sort rows by their first slot, and cut them into pieces of the same slots and at most `most` rows. One block.
-// counts, begins: shared, a place for each slot, before them one for none, behind them one for slots that are not there.
+// counts, begins: shared, a place for each slot, before them one for none, behind them one for slots that are not
+// there.
 template <typename To>
 __device__ __forceinline__ void sort_rows(const hfl_delta& a, const To& to, int most, int* counts, int* begins) {
   const int thread = static_cast<int>(threadIdx.x), kinds = a.slots + 2;
@@ -208,7 +209,8 @@ __device__ __forceinline__ void write_digits(const hfl_delta& a, const DeltaRows
     int sums[DIGITS];
     write_word(raw, a.dtype, unit.factor, digits + word * WORD, to.padded, 0, sums);
 #pragma unroll
-    for (int d = 0; d < DIGITS; ++d) {  // a block is 4 words, of 4 threads side by side; padded is so that whole warps are here
+    for (int d = 0; d < DIGITS;
+         ++d) {  // a block is 4 words, of 4 threads side by side; padded is so that whole warps are here
       sums[d] += __shfl_xor_sync(0xffffffffu, sums[d], 1);
       sums[d] += __shfl_xor_sync(0xffffffffu, sums[d], 2);
       if (word % 4) continue;

@@ -105,8 +105,8 @@ const char* check(const hfl_prefill& a) {
 
 bool map_heads(CUtensorMap& map, const hfl_prefill& a, const void* data, int heads, int rows, int64_t batch_stride,
                int64_t head_stride, int64_t row_stride) {
-  return map_rows(map, a.dtype == HFL_BF16, data, {a.dim, rows, heads, a.batch}, {row_stride, head_stride, batch_stride},
-                  64);
+  return map_rows(map, a.dtype == HFL_BF16, data, {a.dim, rows, heads, a.batch},
+                  {row_stride, head_stride, batch_stride}, 64);
 }
 
 template <int D>

@@ -9,8 +9,8 @@ namespace hfl {
 // A map of a tensor [B, H, T, D] of 16-bit floats, for boxes of 64 channels of some rows, whose chunks of 16 bytes are
 // permuted within eight rows; rows from T on are zeros. sizes: D, T, H, B; strides: of T, H and B, in elements. False
 // where the driver does not make one.
-inline bool map_rows(CUtensorMap& map, bool bf16, const void* data, const int64_t (&sizes)[4], const int64_t (&strides)[3],
-                     int rows) {
+inline bool map_rows(CUtensorMap& map, bool bf16, const void* data, const int64_t (&sizes)[4],
+                     const int64_t (&strides)[3], int rows) {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult how;
