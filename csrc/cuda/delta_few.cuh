@@ -1,11 +1,9 @@
-// ops.delta_linear for few rows: one launch, in which every warp goes its own way. delta_linear.cu says what it
-// computes.
+// ops.delta_linear for few rows: one launch, in which every warp goes its own way. delta_linear.cu says what it does.
 //
-// Grid: a block for each multiprocessor, which has a run of items, 32 outputs of a piece of at most 2 rows each. Block:
-// up
-//   to 512 threads. All of them sort the rows, and cut those of the block's pieces into digits, which stay in shared
-//   memory; then each warp takes one item after the other, with copies of its bits two chunks of 512 inputs ahead.
-//   Where there are fewer items than warps, several share the inputs of an item.
+// Grid: a block for each multiprocessor, which has a run of items, 32 outputs of a piece of at most 2 rows each.
+// Block: up to 512 threads. All of them sort the rows, and cut those of the block's pieces into digits, which stay in
+//   shared memory; then each warp takes one item after the other, with copies of its bits two chunks of 512 inputs
+//   ahead. Where there are fewer items than warps, several share the inputs of an item.
 // Shared memory: 6 KiB of bits and 1 KiB of sums for each warp; 3 bytes for each input of up to 8 rows.
 #pragma once
 #include "delta_few_rows.cuh"

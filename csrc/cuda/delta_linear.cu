@@ -1,18 +1,16 @@
 // ops.delta_linear: each row of x times the signs of its slots, added to what the base layer gives.
 //
 // Paper: BitDelta, arXiv 2402.10193. Shapes: x [R, K], bits [S, N, K / 32], out [R, N]; any R, K a multiple of 128.
-// Two launches. The first makes digits of x (delta_rows.cuh), a block for a row, and one that sorts the rows into
-// pieces
-//   of at most 8 that have the same slots. Blocks of the second take one item after the other, which is 128 outputs of
-//   a piece: so the bits of a slot are read once for its rows, and rows may have any slots in any order.
+// Few rows have a launch of their own (delta_few.cuh). Of many, two launches: the first makes digits of x
+//   (delta_rows.cuh), a block for a row, and one that sorts the rows into pieces of at most 8 that have the same slots.
+//   Blocks of the second take one item after the other, 128 outputs of a piece: so the bits of a slot are read once for
+//   its rows, and rows may have any slots in any order.
 // Block: 256 threads, 32 outputs x half of the inputs for each warp. Shared memory: four stages of 1024 inputs, 16 KiB
-// of
-//   bits and up to 24 KiB of digits, of which three are on their way; and the sums of an item.
+//   of bits and up to 24 KiB of digits, of which three are on their way; and the sums of an item.
 // Signs stay bits: `word & 0x10101010` is four bytes of 16 or 0, as a tensor core multiplies them, so that an
-// instruction
-//   unpacks four weights; the four places of a half byte have sums of their own. What is multiplied are digits of x,
-//   whole numbers, summed up exactly: so a row's result depends on nothing but the row. Then sum(+-x) = 2 sum(x where
-//   1) - sum(x).
+//   instruction unpacks four weights; the four places of a half byte have sums of their own. What is multiplied are
+//   digits of x, whole numbers, summed up exactly: so a row's result depends on nothing but the row.
+//   Then sum(+-x) = 2 sum(x where 1) - sum(x).
 // Bound by: the bytes of the bits while pieces are short; tensor cores where they are full.
 #include <algorithm>
 

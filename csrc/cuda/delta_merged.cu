@@ -5,13 +5,11 @@
 //   that become those of the rows' tenant on their way into the tensor cores: weight + scale * sign, in float32,
 //   rounded to the dtype of the weights, as if they had been merged.
 // Three launches. The first sorts rows into pieces of at most 256 that have the same slots, the second copies them in
-// that
-//   order. Blocks of the third, as many as multiprocessors, take one item after the other: 128 outputs of a piece; the
-//   pieces of some outputs follow each other, since they share the weights.
+//   that order. Blocks of the third, as many as multiprocessors, take one item after the other: 128 outputs of a piece;
+//   the pieces of some outputs follow each other, since they share the weights.
 // Block: 384 threads. One copies 64 inputs of 256 rows at a time; two groups of four warps have 64 outputs each. They
-// merge
-//   the next weights in registers while they multiply the ones before. So that a lane reads 8 inputs of a weight at
-//   once and has what a product wants of it, the inputs of the rows were put in another order.
+//   merge the next weights in registers while they multiply the ones before. So that a lane reads 8 inputs of a weight
+//   at once and has what a product wants of it, the inputs of the rows were put in another order.
 // Shared memory: six stages of 32 KiB. Bound by: tensor cores.
 #include <algorithm>
 
