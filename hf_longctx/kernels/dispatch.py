@@ -33,6 +33,10 @@ OPS = (
     "decode_kv",
     "delta_linear",
     "linear_with_delta",
+    "quantize_tokens",
+    "quantize_norm",
+    "quantize_gated",
+    "w4a8_linear",
 )
 
 _MODULES = {"compiled": "compiled", "flex": "flex", "torch": "fused", "reference": "reference"}

@@ -115,7 +115,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 _OPS = {
-    **dict.fromkeys(("attend", "score", "pick", "append", "delta"), ("cpu", "cuda")),
+    **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
     **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "merged"), ("cuda",)),
 }
 
@@ -127,6 +127,7 @@ _SIZES = (
     "antidiagonal_scratch",
     "delta_scratch",
     "merged_scratch",
+    "linear_scratch",
 )
 
 

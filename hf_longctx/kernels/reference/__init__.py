@@ -8,6 +8,7 @@ from .attend import attend_blocks, attend_pages
 from .delta import delta_linear, linear_with_delta
 from .host import bring_blocks, copy_blocks
 from .kv import decode_kv, encode_kv
+from .linear import quantize_gated, quantize_norm, quantize_tokens, w4a8_linear
 from .norm import rms_norm
 from .pick import pick_blocks
 from .rotate import rotate, rotate_heads
@@ -32,4 +33,8 @@ OPS = {
     "decode_kv": Implementation(decode_kv),
     "delta_linear": Implementation(delta_linear),
     "linear_with_delta": Implementation(linear_with_delta),
+    "quantize_tokens": Implementation(quantize_tokens),
+    "quantize_norm": Implementation(quantize_norm),
+    "quantize_gated": Implementation(quantize_gated),
+    "w4a8_linear": Implementation(w4a8_linear),
 }
