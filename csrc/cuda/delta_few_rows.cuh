@@ -4,7 +4,7 @@
 
 namespace hfl {
 
-constexpr int FEW_ROWS = 64, FEW_WARPS = 16, FEW_STAGES = 3, FEW_OUTPUTS = 32, FEW_PIECE = 2, FEW_LOCAL = 8;
+constexpr int FEW_ROWS = 32, FEW_WARPS = 16, FEW_STAGES = 3, FEW_OUTPUTS = 32, FEW_PIECE = 2, FEW_LOCAL = 8;
 constexpr int FEW_CHUNK = 512, FEW_STAGE = FEW_OUTPUTS * FEW_CHUNK / 8, FEW_WIDTH = FEW_PIECE * DIGITS + 1;
 constexpr int FEW_SUMS = FEW_OUTPUTS * FEW_WIDTH * 4;
 
@@ -23,10 +23,12 @@ struct FewTask {
 // What all warps of a block know.
 struct FewBoard {
   int kinds[FEW_ROWS], order[FEW_ROWS], starts[FEW_ROWS + 1], pieces;
-  uint32_t cuts[2], most[FEW_LOCAL];
+  uint32_t cuts, most[FEW_LOCAL];
   int totals[FEW_LOCAL][DIGITS];
   float units[FEW_LOCAL];
 };
+
+static_assert(FEW_ROWS <= 32, "a word says where rows are cut");
 
 // As sort_rows, by all threads of a block.
 __device__ __forceinline__ void sort_few(const hfl_delta& a, FewBoard& board) {
@@ -52,15 +54,12 @@ __device__ __forceinline__ void sort_few(const hfl_delta& a, FewBoard& board) {
       cut = a.slots_of_rows[thread * int64_t{a.planes} + plane] != a.slots_of_rows[other * a.planes + plane];
     }
   }
-  if (thread < 2) board.cuts[thread] = 0;
+  if (thread == 0) board.cuts = 0;
   __syncthreads();
-  if (cut) atomicOr(&board.cuts[place / 32], 1u << place % 32);
+  if (cut) atomicOr(&board.cuts, 1u << place);
   __syncthreads();
-  if (cut) {
-    const uint32_t below = board.cuts[place / 32] & ((1u << place % 32) - 1);
-    board.starts[__popc(below) + (place / 32 ? __popc(board.cuts[0]) : 0)] = place;
-  }
-  if (thread == 0) board.pieces = __popc(board.cuts[0]) + __popc(board.cuts[1]);
+  if (cut) board.starts[__popc(board.cuts & ((1u << place) - 1))] = place;
+  if (thread == 0) board.pieces = __popc(board.cuts);
   __syncthreads();
   if (thread == 0) board.starts[board.pieces] = a.rows;
   __syncthreads();
