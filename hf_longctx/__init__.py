@@ -33,6 +33,7 @@ _HOME = {
     "Mass": "select.budgets",
     "Means": "select.summaries",
     "MinMax": "select.summaries",
+    "Outlook": "outlook",
     "Plan": "plan",
     "Quest": "methods",
     "Report": "report",
@@ -53,6 +54,7 @@ _HOME = {
     "load_session": "session",
     "patch": "patch",
     "patched": "patch",
+    "plan": "outlook",
     "report": "report",
     "save_session": "session",
     "supports": "report",
@@ -82,6 +84,8 @@ if TYPE_CHECKING:
     from .methods import Quest as Quest
     from .methods import StreamingLLM as StreamingLLM
     from .methods import XAttention as XAttention
+    from .outlook import Outlook as Outlook
+    from .outlook import plan as plan
     from .patch import evict as evict
     from .patch import patch as patch
     from .patch import patched as patched

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -46,6 +47,7 @@ class ModelFacts:
         device: name of the device that the model begins on.
         dtype: of the weights, such as `bfloat16`.
         has_sinks: its softmax has learned sinks already.
+        place: the device itself.
     """
 
     family: str
@@ -57,6 +59,7 @@ class ModelFacts:
     device: str
     dtype: str
     has_sinks: bool
+    place: torch.device
 
 
 def inspect_model(model: PreTrainedModel) -> ModelFacts:
@@ -86,7 +89,8 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
     name = str(getattr(model.config, "_name_or_path", "") or "")
     dtype = str(decoder.dtype).removeprefix("torch.")
     has_sinks = any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in modules)
-    return ModelFacts(family, name, config, layers, longest, reason, device_name(decoder.device), dtype, has_sinks)
+    place = decoder.device
+    return ModelFacts(family, name, config, layers, longest, reason, device_name(place), dtype, has_sinks, place)
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
