@@ -1,9 +1,10 @@
-"""`plan(model, context=...)`: what every method would hold, whether it fits, and which to take, before anything runs."""
+"""`plan(model, context=...)`: what every method would hold, whether it fits, which to take; before anything runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -29,7 +30,7 @@ class Outlook:
         model: its name.
         context: tokens of each row.
         batch: rows.
-        device: what `memory` is of.
+        device: what `memory` is of; empty: of one that was described.
         memory: bytes that are there for weights and all else.
         weights: bytes of the parameters and buffers.
         unpatched: bytes at the most without `patch`, which reads a prompt in one call.
@@ -62,9 +63,11 @@ class Outlook:
         return self.peak(method) <= self.memory
 
     def __str__(self) -> str:
+        name = Path(self.model).name if Path(self.model).is_absolute() else self.model or "model"
         rows = f" in {self.batch} rows" if self.batch > 1 else ""
+        where = self.device and f" on {self.device}"
         lines = [
-            f"{self.model or 'model'}: {self.context:,} tokens{rows}, {self.memory / _GIB:,.2f} GiB on {self.device}",
+            f"{name}: {self.context:,} tokens{rows}, {self.memory / _GIB:,.2f} GiB{where}",
             f"{'GiB':<14}{'weights':>9}{'KV':>9}{'host':>9}{'peak':>9}  {'fits':<5}{'a step reads':>13}  faster from",
             f"{'(unpatched)':<14}{self._cells(self.unpatched, None)}",
         ]
@@ -94,9 +97,7 @@ class Outlook:
         return f'"{name}"{comma}{knobs}'
 
 
-def plan(
-    model: PreTrainedModel, context: int = 131072, batch: int = 1, memory: int | str | None = None
-) -> Outlook:
+def plan(model: PreTrainedModel, context: int = 131072, batch: int = 1, memory: int | str | None = None) -> Outlook:
     """What every method would hold at a context, whether that fits, and which one `patch(model, "auto")` would take.
 
     Nothing is computed and nothing changed. The model may lie on the `meta` device, where it has shapes alone:
@@ -133,9 +134,7 @@ def plan(
     dtype = decoder_of(model)[0].dtype
     whole = weights + dense_kv_bytes(facts, batch, context, dtype) + work_bytes(facts, batch * context, dtype)
     measured = _measured(facts)
-    return Outlook(
-        facts.name, context, batch, device, there, weights, whole, rows, refused, measured, recommended, why
-    )
+    return Outlook(facts.name, context, batch, device, there, weights, whole, rows, refused, measured, recommended, why)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -146,7 +145,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
 def _memory(facts: ModelFacts, weights: int, given: int | str | None) -> tuple[str, int]:
     """Whose memory, and how much for weights and all else."""
     if given is not None:
-        return "the device that is meant", size_bytes(given, "plan: expected memory")
+        return "", size_bytes(given, "plan: expected memory")
     if facts.place.type == "meta":
         place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return str(place), available_bytes(place)

@@ -59,7 +59,5 @@ def size_bytes(size: int | str, expected: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
     count = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
     if count < 1 or isinstance(size, bool):
-        raise ValueError(
-            f"{expected} as a number of bytes or like '32GiB'; got {size!r}. Say for example '8GiB'."
-        )
+        raise ValueError(f"{expected} as a number of bytes or like '32GiB'; got {size!r}. Say for example '8GiB'.")
     return count

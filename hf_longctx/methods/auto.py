@@ -1,4 +1,4 @@
-"""What `patch(model)` does when nothing is asked for: dense while that is fastest, and what fits if a length is given."""
+"""What `patch(model)` does when nothing is asked for: dense while that is fastest, and what fits a length."""
 
 from __future__ import annotations
 
