@@ -11,7 +11,9 @@
 #pragma once
 #include <stdint.h>
 
-#define HFL_ABI 3
+#include "delta.h"
+
+#define HFL_ABI 4
 
 #pragma GCC visibility push(default)  // all else is hidden
 #ifdef __cplusplus
@@ -237,11 +239,13 @@ int64_t hfl_attend_scratch(const hfl_attend* a, int32_t* splits);  // bytes; wri
 int64_t hfl_attend_counters(const hfl_attend* a);                  // int32 elements
 int64_t hfl_pick_scratch(const hfl_pick* a);
 int64_t hfl_antidiagonal_scratch(const hfl_antidiagonal* a);
+int64_t hfl_delta_scratch(const hfl_delta* a);
 
 const char* hfl_attend_cpu(const hfl_attend* a, int32_t threads);
 const char* hfl_score_cpu(const hfl_score* a, int32_t threads);
 const char* hfl_pick_cpu(const hfl_pick* a, int32_t threads);
 const char* hfl_append_cpu(const hfl_append* a, int32_t threads);
+const char* hfl_delta_cpu(const hfl_delta* a, int32_t threads);
 
 const char* hfl_attend_cuda(const hfl_attend* a);
 const char* hfl_score_cuda(const hfl_score* a);
@@ -254,6 +258,7 @@ const char* hfl_copy_cuda(const hfl_copy* a);
 const char* hfl_norm_cuda(const hfl_norm* a);
 const char* hfl_turn_cuda(const hfl_turn* a);
 const char* hfl_prefill_cuda(const hfl_prefill* a);
+const char* hfl_delta_cuda(const hfl_delta* a);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,7 @@
 """Long contexts for transformers models: `patch(model, method)`, and `generate()` runs in bounded memory.
 
-To import the package loads nothing heavy: torch and transformers come with the first of the public names.
+To import the package loads nothing heavy: torch and transformers come with the first of the public names. It only sees
+to it that `from_pretrained` knows our checkpoints.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import sys
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from .weights.registry import announce
 
 __version__ = "0.1.0"
 
@@ -35,6 +38,7 @@ _HOME = {
     "MinMax": "select.summaries",
     "Outlook": "outlook",
     "Plan": "plan",
+    "QoQConfig": "weights.qoq.config",
     "Quest": "methods",
     "Report": "report",
     "RepresentativeDot": "select.scorers",
@@ -64,7 +68,11 @@ _HOME = {
 }
 """Every public name, and the module that defines it; type checkers read the same below."""
 
+_ROOMS = {"deltas"}
+"""Modules that are public as they are."""
+
 if TYPE_CHECKING:
+    from . import deltas as deltas
     from .cache.cache import LongContextCache as LongContextCache
     from .cache.kv_format import Int4KV as Int4KV
     from .cache.kv_format import Int8KV as Int8KV
@@ -113,8 +121,9 @@ if TYPE_CHECKING:
     from .sinks import add_sink_token as add_sink_token
     from .trace import Trace as Trace
     from .trace import trace as trace
+    from .weights.qoq.config import QoQConfig as QoQConfig
 else:
-    __all__ = [*_HOME]
+    __all__ = [*_HOME, *_ROOMS]
 
 
 class _Package(ModuleType):
@@ -122,6 +131,8 @@ class _Package(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         """Load all public names at once: a plan can only be read back where every primitive is known."""
+        if name in _ROOMS:
+            return import_module(f".{name}", __name__)
         if name not in _HOME:
             raise AttributeError(f"module '{__name__}' has no attribute '{name}'", name=name, obj=self)
         self.__dict__.update({each: getattr(import_module(f".{home}", __name__), each) for each, home in _HOME.items()})
@@ -134,7 +145,8 @@ class _Package(ModuleType):
 
     def __dir__(self) -> list[str]:
         """What is there, and what would be loaded."""
-        return sorted({*self.__dict__, *_HOME})
+        return sorted({*self.__dict__, *_HOME, *_ROOMS})
 
 
 sys.modules[__name__].__class__ = _Package
+announce()

@@ -43,6 +43,10 @@ ROOMS = {
     "places": {"attention", "cache", "context", "errors", "models", "plan"},
     "sinks": {"context", "errors", "models"},
     "testing": {"plan", "testing"},
+    "weights/registry": set(),
+    "weights/qoq": {"errors", "kernels", "weights"},
+    "weights/bitdelta": {"errors", "evals", "kernels", "options", "weights"},
+    "deltas": {"models", "weights"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""
 
