@@ -1,4 +1,4 @@
-"""The table of `models.md`, from the cases that the integration tests run: python docs/models_table.py"""
+"""The table of `models.md`, from the cases that the integration tests run: python docs/models_table.py."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -34,6 +34,21 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
+class VisionFacts:
+    """How a vision-language model takes the pictures of a round.
+
+    Args:
+        family: `config.model_type` of the whole model.
+        pictures: they go into its processor as one `video`, or as an `image` each.
+        axes: numbers in a position: 3 (time, height, width) by the model's `get_rope_index`, or 1.
+    """
+
+    family: str
+    pictures: Literal["video", "image"]
+    axes: int
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What a method may know of a model.
 
@@ -48,6 +63,7 @@ class ModelFacts:
         dtype: of the weights, such as `bfloat16`.
         has_sinks: its softmax has learned sinks already.
         place: the device itself.
+        vision: how it takes pictures, if it is a vision-language model that sessions know.
     """
 
     family: str
@@ -60,6 +76,7 @@ class ModelFacts:
     dtype: str
     has_sinks: bool
     place: torch.device
+    vision: VisionFacts | None = None
 
 
 def inspect_model(model: PreTrainedModel) -> ModelFacts:
@@ -68,7 +85,7 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
     Raises:
         UnsupportedError: attention that cannot be adapted; names the family and why.
     """
-    decoder, _ = decoder_of(model)
+    decoder, base = decoder_of(model)
     config = decoder.config
     family = config.model_type
     reason = _refusal(config) or _refusal_of_modules(decoder, family)
@@ -90,7 +107,8 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
     dtype = str(decoder.dtype).removeprefix("torch.")
     has_sinks = any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in modules)
     place = decoder.device
-    return ModelFacts(family, name, config, layers, longest, reason, device_name(place), dtype, has_sinks, place)
+    vision, device = VISION.get(base.config.model_type), device_name(place)
+    return ModelFacts(family, name, config, layers, longest, reason, device, dtype, has_sinks, place, vision)
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -215,6 +233,20 @@ def _in_cache_limits(config: Any, family: str) -> tuple[int | None, str | None]:
             limits.append(int(trained or config.max_position_embeddings))
     return min(limits, default=None), None
 
+
+VISION = {
+    facts.family: facts
+    for facts in (
+        VisionFacts("qwen2_vl", "video", 3),
+        VisionFacts("qwen2_5_vl", "video", 3),
+        VisionFacts("qwen3_vl", "video", 3),
+        VisionFacts("llava_onevision", "video", 1),
+        VisionFacts("smolvlm", "video", 1),
+        VisionFacts("internvl", "video", 1),
+        VisionFacts("idefics3", "image", 1),
+    )
+}
+"""Vision-language models that stream, by family."""
 
 ADAPTED = ("falcon", "mpt")
 """Families whose attention does not go through transformers' attention interface (`adapters.py`)."""
