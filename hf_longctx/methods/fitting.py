@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
 from ..forecast import Forecast, forecast
+from ..memory import gib
 from ..models import ModelFacts
 from ..plan import Plan
 from .duo_attention import DuoAttention
@@ -78,8 +79,3 @@ def _plans(facts: ModelFacts, auto: Auto) -> Iterator[tuple[str, Plan]]:
             yield call, method.plan(facts)
         except UnsupportedError:
             continue
-
-
-def gib(size: int) -> str:
-    """Bytes for a message."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
