@@ -33,7 +33,9 @@ def blocks_of(tokenizer: Any, name: Path | None) -> tuple[torch.Tensor, torch.Te
 
 
 def fine_tune(model: Any, blocks: torch.Tensor, chosen: argparse.Namespace) -> None:
-    """All weights, float32, AdamW."""
+    """All weights, float32 (products in TF32), AdamW."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.rate, weight_decay=0.0)
     falling = get_cosine_schedule_with_warmup(optimizer, chosen.steps // 20, chosen.steps)
@@ -49,6 +51,7 @@ def fine_tune(model: Any, blocks: torch.Tensor, chosen: argparse.Namespace) -> N
         if step % 50 == 0:
             print(f"fine-tune, step {step}: loss {float(loss.detach()):.3f}", flush=True)
     model.eval().requires_grad_(False)
+    torch.set_float32_matmul_precision(precision)
 
 
 @torch.no_grad()
