@@ -1,5 +1,6 @@
 // What the library is; and, built without CUDA, operations that say so.
 #include "hf_longctx.h"
+#include "linear.h"
 
 extern "C" int32_t hfl_abi(void) { return HFL_ABI; }
 
@@ -30,4 +31,7 @@ extern "C" const char* hfl_norm_cuda(const hfl_norm*) { return kNone; }
 extern "C" const char* hfl_turn_cuda(const hfl_turn*) { return kNone; }
 extern "C" const char* hfl_prefill_cuda(const hfl_prefill*) { return kNone; }
 extern "C" const char* hfl_delta_cuda(const hfl_delta*) { return kNone; }
+extern "C" int64_t hfl_linear_scratch(const hfl_linear*) { return 0; }
+extern "C" const char* hfl_quantize_cuda(const hfl_quantize*) { return kNone; }
+extern "C" const char* hfl_linear_cuda(const hfl_linear*) { return kNone; }
 #endif

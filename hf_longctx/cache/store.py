@@ -174,6 +174,12 @@ class Store:
             f"come in: then {ROLLBACK} can be taken back. Or start a new cache."
         )
 
+    def keep(self, index: Tensor) -> None:
+        """Let go of all tokens but those in slots `index` `[B, N]`, which become the first N; memory stays in place."""
+        assert self._ring is None and self.index is None
+        for rows in (self._keys, self._values):
+            rows.move_up(index)
+
     def record(self) -> None:
         """Hold `ROLLBACK` tokens beyond the window from the next call on, so that `crop` can take tokens back."""
         self._rollback = ROLLBACK
@@ -287,7 +293,7 @@ class Store:
     def _reserve(self, k: Stored, v: Stored, step: Step) -> None:
         """Make room for a call's tokens, of which one is as those of `k` and `v`."""
         for rows, like in ((self._keys, k), (self._values, v)):
-            held = step.width if self.limit is None else min(step.width, self.limit)
+            held = step.reserved if self.limit is None else min(step.reserved, self.limit)
             size = room(rows.slots, held, PAGE)
             rows.reserve(like, size if self.limit is None else min(size, self.limit))
         self.passed(step.end)

@@ -13,7 +13,10 @@ from typing import Any
 _AUTO = "transformers.quantizers.auto"
 """The module that holds transformers' tables of quantizers; `from_pretrained` cannot run before it is imported."""
 
-_METHODS = {"bitdelta": (".bitdelta.quantizer", "BitDeltaConfig", ".bitdelta.quantizer", "BitDeltaQuantizer")}
+_METHODS = {
+    "bitdelta": (".bitdelta.quantizer", "BitDeltaConfig", ".bitdelta.quantizer", "BitDeltaQuantizer"),
+    "qoq": (".qoq.config", "QoQConfig", ".qoq.quantizer", "QoQQuantizer"),
+}
 """By `quant_method`: module and name of the configuration, module and name of the quantizer."""
 
 

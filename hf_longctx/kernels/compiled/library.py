@@ -115,12 +115,19 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 _OPS = {
-    **dict.fromkeys(("attend", "score", "pick", "append", "delta"), ("cpu", "cuda")),
+    **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
     **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn"), ("cuda",)),
 }
 
 
-_SIZES = ("attend_scratch", "attend_counters", "pick_scratch", "antidiagonal_scratch", "delta_scratch")
+_SIZES = (
+    "attend_scratch",
+    "attend_counters",
+    "pick_scratch",
+    "antidiagonal_scratch",
+    "delta_scratch",
+    "linear_scratch",
+)
 
 
 def reason(device: torch.device) -> str | None:
