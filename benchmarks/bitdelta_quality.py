@@ -114,7 +114,7 @@ def measure(chosen: argparse.Namespace, root: Path) -> tuple[list[dict[str, Any]
         f"fine-tuned after {time.monotonic() - began:.0f} s: {math.exp(base):.3f} to {math.exp(tuned):.3f}", flush=True
     )
     rows = [row("base", base, base, tuned), row("fine-tune", tuned, base, tuned)]
-    for name, settings in VARIANTS.items():
+    for name, settings in list(VARIANTS.items())[: chosen.variants]:
         folder = root / name.replace(",", "").replace(" ", "-")
         sizes = lc.deltas.compress(base_folder, root / "tuned", folder, **settings)
         value = nll(load(folder, place), held, chosen.rows)
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=80, help="pieces that are read at most")
     parser.add_argument("--lessons", type=int, default=200, help="steps of distillation")
     parser.add_argument("--distil", choices=["none", "one", "all"], default="all", help="which deltas")
+    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="how many, of: " + "; ".join(VARIANTS))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()

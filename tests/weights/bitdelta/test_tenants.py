@@ -76,7 +76,7 @@ def test_beams_are_rows_of_their_tenant(model: Any, llama_pairs: dict[str, Any])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_row_does_not_depend_on_the_others(llama_pairs: dict[str, Any], dtype: torch.dtype) -> None:
     base = LlamaForCausalLM.from_pretrained(llama_pairs["law"].base_folder, dtype=dtype)
     model = lc.deltas.load(base, {name: pair.folder for name, pair in llama_pairs.items()})
@@ -121,7 +121,7 @@ class Watch:
         self.calls += 1
         if self.calls == self.at:
             self.do()
-        return torch.zeros(len(ids), dtype=torch.bool)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 def test_what_is_wrong_with_names_is_said_before_anything_is_computed(model: Any) -> None:
