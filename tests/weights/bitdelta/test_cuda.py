@@ -25,8 +25,9 @@ def there(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_each_row_has_the_logits_of_its_merged_model(llama_pairs: dict[str, Any]) -> None:
-    inputs, model = there(batch(len(NAMES))), on_gpu(llama_pairs, torch.float32)
+@pytest.mark.parametrize("length", [9, 100])
+def test_each_row_has_the_logits_of_its_merged_model(llama_pairs: dict[str, Any], length: int) -> None:
+    inputs, model = there(batch(len(NAMES), length)), on_gpu(llama_pairs, torch.float32)
     logits = model(**inputs, adapter_names=NAMES).logits
     for row, name in enumerate(NAMES):
         alone = {key: x[row : row + 1] for key, x in inputs.items()}
@@ -38,9 +39,10 @@ def test_each_row_has_the_logits_of_its_merged_model(llama_pairs: dict[str, Any]
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", [9, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_row_does_not_depend_on_the_others(llama_pairs: dict[str, Any], dtype: torch.dtype) -> None:
-    model, first, second = on_gpu(llama_pairs, dtype), there(batch(4)), there(batch(4, seed=1))
+def test_a_row_does_not_depend_on_the_others(llama_pairs: dict[str, Any], dtype: torch.dtype, length: int) -> None:
+    model, first, second = on_gpu(llama_pairs, dtype), there(batch(4, length)), there(batch(4, length, seed=1))
     second["input_ids"][0] = first["input_ids"][0]
     one = model(**first, adapter_names=["law", "code", "__base__", "maths"]).logits[0]
     for names in (["law"] * 4, ["law", "poems", "maths", "code"], ["law", "__base__", "__base__", "__base__"]):

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import hf_longctx as lc
+from hf_longctx.kernels.delta import MANY
 
 TOLERANCE = 5e-6
 """Of logits, float32: sums run in another order than in the merged model."""
@@ -65,6 +66,18 @@ def test_a_mixed_batch_generates_what_merged_models_do(model: Any, llama_pairs: 
 
 
 @torch.no_grad()
+def test_many_rows_are_as_few(model: Any, llama_pairs: dict[str, Any]) -> None:
+    """Where the product with the weights and that with the signs are one operation."""
+    inputs = batch(len(NAMES), length=100)
+    logits = model(**inputs, adapter_names=NAMES).logits
+    assert logits.shape[0] * logits.shape[1] >= MANY
+    for row, name in enumerate(NAMES):
+        alone = {key: x[row : row + 1] for key, x in inputs.items()}
+        wanted, real = dense(llama_pairs, name)(**alone).logits[0], inputs["attention_mask"][row].bool()
+        torch.testing.assert_close(logits[row, real, : wanted.shape[-1]], wanted[real], atol=2 * TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
 def test_beams_are_rows_of_their_tenant(model: Any, llama_pairs: dict[str, Any]) -> None:
     inputs = batch(2)
     knobs: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
@@ -99,6 +112,7 @@ def test_base_rows_are_the_base_bit_for_bit(model: Any, llama_pairs: dict[str, A
     assert torch.equal(model(**inputs).logits, wanted)
     assert not any(name in vars(model) for name in ("generate", "add_delta", "deltas"))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @torch.no_grad()
