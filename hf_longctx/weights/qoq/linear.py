@@ -34,8 +34,6 @@ class QoQLinear(nn.Module):
         bias: `[N]` or None.
     """
 
-    _hf_quantized_needs_local_tp = True
-
     def __init__(
         self,
         in_features: int,
