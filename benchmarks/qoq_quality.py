@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--cases", default="keys,w8,group,channel", help="group-steps, channel-steps: one by one")
     chosen = parser.parse_args()
     cases, ladder = chosen.cases.split(","), Ladder(chosen)
-    if "keys" in cases:
+    if "keys" in cases and ladder.known("KV4 alone, SmoothAttention") is None:
         ladder.keys()
     if "w8" in cases:
         ladder.quantized("W8A8: nearest", None, lc.QoQConfig(8))
