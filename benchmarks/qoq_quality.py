@@ -6,6 +6,7 @@ python benchmarks/qoq_quality.py --out benchmarks/results/qoq-quality-smollm2.js
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from dataclasses import replace
@@ -76,9 +77,28 @@ class Ladder:
         self.held = ids[-held:].view(chosen.windows, chosen.window)
         self.calib = ids[: len(ids) - held][: chosen.samples * chosen.seqlen].view(chosen.samples, chosen.seqlen)
         self.device = assets.pick_device(chosen.device)
-        self.rows: list[dict[str, Any]] = []
-        self.dense = 0.0
-        self.dense = self.add("as it is", model.to(self.device), "native")
+        self.rows: list[dict[str, Any]] = self.former()
+        self.dense = self.known("as it is") or 0.0
+        self.dense = self.dense or self.add("as it is", model.to(self.device), "native")
+
+    def settings(self) -> dict[str, Any]:
+        """What all rows share."""
+        found = {name: str(x) if isinstance(x, Path) else x for name, x in vars(self.chosen).items()}
+        own = {name: x for name, x in found.items() if name not in ("out", "cases", "resume")}
+        return {**own, "model": assets.display_name(self.chosen.model)}
+
+    def former(self) -> list[dict[str, Any]]:
+        """Rows of a run that was cut off."""
+        if not (self.chosen.resume and self.chosen.out.exists()):
+            return []
+        told = json.loads(self.chosen.out.read_text())
+        if told["meta"]["settings"] != self.settings():
+            raise SystemExit(f"--resume: {self.chosen.out} was made with other settings: {told['meta']['settings']}")
+        return list(told["rows"])
+
+    def known(self, case: str) -> float | None:
+        """The value of a case that is done."""
+        return next((row["value"] for row in self.rows if row["case"] == case), None)
 
     def load(self) -> tuple[Any, Any]:
         return assets.load(self.chosen.model, self.chosen.dtype, "cpu")
@@ -90,15 +110,14 @@ class Ladder:
         row = {"case": case, "value": value, "unit": "perplexity", "baseline": "as it is", "baseline_value": base}
         self.rows.append({**row, "ratio": value / base, "kv": kv, "quantize_seconds": round(seconds, 1), **facts})
         print(f"{case:48} {value:9.3f} {value / base:7.4f} {seconds:6.1f} s", flush=True)
-        settings = {
-            name: str(x) if isinstance(x, Path) else x for name, x in vars(self.chosen).items() if name != "out"
-        }
-        settings["model"] = assets.display_name(self.chosen.model)
-        results.save_json(self.chosen.out, {"meta": results.meta(self.device, settings), "rows": self.rows})
+        results.save_json(self.chosen.out, {"meta": results.meta(self.device, self.settings()), "rows": self.rows})
         return value
 
     def quantized(self, case: str, recipe: Recipe | None, config: lc.QoQConfig, **facts: Any) -> float:
         """Measure weights of a recipe, None: to the nearest; with keys and values of 4 bits."""
+        done = self.known(case)
+        if done is not None:
+            return done
         model, _ = self.load()
         begin = time.perf_counter()
         if recipe is None:
@@ -147,6 +166,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
     parser.add_argument("--cases", default="keys,w8,group,channel", help="group-steps, channel-steps: one by one")
     chosen = parser.parse_args()
     cases, ladder = chosen.cases.split(","), Ladder(chosen)
