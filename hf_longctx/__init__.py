@@ -19,6 +19,7 @@ _HOME = {
     "Absolute": "cache.positions",
     "Antidiagonal": "select.scorers",
     "Clamped": "cache.positions",
+    "Contiguous": "cache.positions",
     "Dense": "methods",
     "DuoAttention": "methods",
     "DuoHeads": "methods",
@@ -35,6 +36,7 @@ _HOME = {
     "LongContextCache": "cache.cache",
     "Mass": "select.budgets",
     "Means": "select.summaries",
+    "ModalityWindow": "cache.retention",
     "MinMax": "select.summaries",
     "Plan": "plan",
     "QoQConfig": "weights.qoq.config",
@@ -46,6 +48,7 @@ _HOME = {
     "Selector": "plan",
     "SinkWindow": "cache.retention",
     "StreamingLLM": "methods",
+    "StreamingVLM": "methods",
     "Support": "report",
     "TopK": "select.budgets",
     "Trace": "trace",
@@ -66,19 +69,22 @@ _HOME = {
 }
 """Every public name, and the module that defines it; type checkers read the same below."""
 
-_ROOMS = {"deltas"}
+_ROOMS = {"deltas", "stream"}
 """Modules that are public as they are."""
 
 if TYPE_CHECKING:
     from . import deltas as deltas
+    from . import stream as stream
     from .cache.cache import LongContextCache as LongContextCache
     from .cache.kv_format import Int4KV as Int4KV
     from .cache.kv_format import Int8KV as Int8KV
     from .cache.placement import HostLRU as HostLRU
     from .cache.positions import Absolute as Absolute
     from .cache.positions import Clamped as Clamped
+    from .cache.positions import Contiguous as Contiguous
     from .cache.positions import InCache as InCache
     from .cache.retention import KeepAll as KeepAll
+    from .cache.retention import ModalityWindow as ModalityWindow
     from .cache.retention import SinkWindow as SinkWindow
     from .errors import UnsupportedError as UnsupportedError
     from .kernels.dispatch import use_backend as use_backend
@@ -89,6 +95,7 @@ if TYPE_CHECKING:
     from .methods import LServe as LServe
     from .methods import Quest as Quest
     from .methods import StreamingLLM as StreamingLLM
+    from .methods import StreamingVLM as StreamingVLM
     from .methods import XAttention as XAttention
     from .patch import evict as evict
     from .patch import patch as patch

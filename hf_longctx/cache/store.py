@@ -174,6 +174,12 @@ class Store:
             f"come in: then {ROLLBACK} can be taken back. Or start a new cache."
         )
 
+    def keep(self, index: Tensor) -> None:
+        """Let go of all tokens but those in slots `index` `[B, N]`, which become the first N; memory stays in place."""
+        assert self._ring is None and self.index is None
+        for rows in (self._keys, self._values):
+            rows.move_up(index)
+
     def record(self) -> None:
         """Hold `ROLLBACK` tokens beyond the window from the next call on, so that `crop` can take tokens back."""
         self._rollback = ROLLBACK

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..evals.results import replacing
+from ..files import replacing
 
 WORK = ".qoq"
 """Folder, in the one that is written, of the layers that are done; gone at the end."""

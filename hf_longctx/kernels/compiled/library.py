@@ -120,7 +120,14 @@ _OPS = {
 }
 
 
-_SIZES = ("attend_scratch", "attend_counters", "pick_scratch", "antidiagonal_scratch", "delta_scratch", "linear_scratch")
+_SIZES = (
+    "attend_scratch",
+    "attend_counters",
+    "pick_scratch",
+    "antidiagonal_scratch",
+    "delta_scratch",
+    "linear_scratch",
+)
 
 
 def reason(device: torch.device) -> str | None:
