@@ -41,6 +41,25 @@ def test_products_are_those_of_the_cpu(form: str, dtype: torch.dtype, tokens: in
     assert (got - expected).abs().max() <= 2 * torch.finfo(dtype).eps * expected.abs().max()
 
 
+def test_a_recorded_graph_reads_what_its_input_holds_then() -> None:
+    linear = nn.Linear(128, 64)
+    weight = linear.weight.detach()
+    grid = nearest_grid(weight, FORMS["g64"])
+    layers = [QoQLinear.of(linear, grid, grid.codes(weight), FORMS["g64"]).cuda() for _ in range(2)]
+    x, other = torch.randn(2, 4, 128, generator=torch.Generator().manual_seed(0)).cuda().unbind()
+    x = x.clone()
+    with torch.no_grad():
+        for layer in layers:
+            layer(x)
+        for _ in range(2):  # recorded twice, over the same input
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = [layer(x) for layer in layers]
+        x.copy_(other)
+        graph.replay()
+        assert all(torch.equal(each, layer(other)) for each, layer in zip(out, layers, strict=True))
+
+
 def test_a_checkpoint_loads_on_the_gpu(tmp_path: Path) -> None:
     tiny_llama(hidden_size=128, intermediate_size=192, head_dim=32).save_pretrained(tmp_path / "dense")
     there = load(tmp_path / "dense", quantization_config=FORMS["g64"], device_map={"": 0})
