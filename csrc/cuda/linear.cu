@@ -41,8 +41,9 @@ Kernel many() {
 template <Form F>
 Kernel of_form(int tokens, bool is_many) {
   if (!is_many) return few<F>(tokens);
-  const int half = (tokens + 127) / 128, whole = (tokens + 255) / 256;
-  return half % 2 && half < 8 && 2 * whole > half ? many<F, 128>() : many<F, 256>();
+  if (tokens <= 64) return many<F, 64>();
+  const int half = (tokens + 127) / 128;
+  return half % 2 && half < 8 ? many<F, 128>() : many<F, 256>();
 }
 Kernel kernel_of(const hfl_linear& a, int tokens, bool is_many) {
   if (a.bits == 8) return of_form<Form::BYTES>(tokens, is_many);
@@ -92,7 +93,7 @@ LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
     p.steps = runs, p.split_tiles = 5 * rest < 4 * processors ? rest : 0;
   }
   p.whole_tiles = tiles - p.split_tiles;
-  p.per = (p.split_tiles * p.steps + processors - 1) / processors;
+  p.shares = static_cast<int>(std::min<int64_t>(static_cast<int64_t>(p.split_tiles) * p.steps, processors));
   const int counters = (p.split_tiles + 31) / 32 * 32;
   p.counters = a.scratch, p.partial = a.scratch + counters;
   return p;
@@ -150,8 +151,8 @@ const char* run(const hfl_linear& a) {
   if (kernel.many && !map_tokens(map, a, kernel.tokens)) return "w4a8_linear: the driver makes no map of the tokens";
   if (p.split_tiles && !a.scratch) return "w4a8_linear: expected scratch memory";
   cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes);
-  const int shares = p.per ? (p.split_tiles * p.steps + p.per - 1) / p.per : 0;
-  const dim3 grid(static_cast<unsigned>(std::max(shares, std::min(p.whole_tiles, device.processors))));
+  if (error == cudaSuccess) error = keep_shared(kernel.function);
+  const dim3 grid(static_cast<unsigned>(std::max(p.shares, std::min(p.whole_tiles, device.processors))));
   void* arguments[] = {&p, &map};  // a kernel of few tokens has one parameter
   for (; error == cudaSuccess && p.tokens_from < a.tokens; p.tokens_from += p.tokens) {
     if (!kernel.many) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);

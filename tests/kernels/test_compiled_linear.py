@@ -134,10 +134,11 @@ def test_tokens_out_of_a_norm_and_a_gate(columns: int, dtype: torch.dtype) -> No
 @pytest.mark.cuda
 @pytest.mark.usefixtures("poisoned")
 @forms
-@pytest.mark.parametrize("rows", [66, 128, 200, 256, 300, 600, 2100])
-def test_many_tokens(form: str, rows: int) -> None:
-    """Products of a group of warps; tiles that are split, and that are not, in 32 and 128 columns of groups."""
-    for outputs, columns in ((128, 256), (200, 640), (4160, 1152)):
+@pytest.mark.parametrize("rows", [3, 40, 64, 66, 128, 200, 256, 300, 600, 2100])
+def test_many_tokens(form: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of a group of warps; tiles that are split, and that are not; parts of a run of columns."""
+    monkeypatch.setattr(compiled, "FEW", 0)
+    for outputs, columns in ((128, 256), (200, 640), (4160, 1152), (36, 128 if form == "group 128" else 192)):
         codes = random_codes(form, outputs, columns, seed=rows)
         tokens, bias = random_tokens(rows, columns, seed=outputs), torch.randn(outputs)
         weight = packing.pack(codes)
@@ -149,18 +150,29 @@ def test_many_tokens(form: str, rows: int) -> None:
 
 @pytest.mark.cuda
 @forms
-@pytest.mark.parametrize("rows", [1, 16, 64, 256, 1024])
-def test_the_shapes_of_a_large_layer(form: str, rows: int) -> None:
+def test_many_tokens_where_only_the_kernel_of_few_is(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch for every 64 of them."""
+    monkeypatch.setattr(compiled, "FEW", 1 << 30)
+    tokens, weight = random_tokens(150, 384), packing.pack(random_codes(form, 200, 384))
+    assert torch.equal(
+        product(tokens, weight, None, torch.float16, "cuda"), defined(tokens, weight, None, torch.float16)
+    )
+
+
+@pytest.mark.cuda
+@forms
+def test_the_shapes_of_a_large_layer(form: str) -> None:
     """Often enough for a race to show, and one after the other, so that they overlap."""
     need("cuda")
-    tokens = [moved(random_tokens(rows, 4096, seed), "cuda") for seed in range(2)]
     weights = [moved(packing.pack(random_codes(form, n, 4096, n)), "cuda") for n in (6144, 4096)]
-    with use_backend("reference"):
-        expected = [linear.w4a8_linear(t, w, None, torch.bfloat16) for t in tokens for w in weights]
-    for _ in range(5):
-        with use_backend("compiled"):
-            got = [linear.w4a8_linear(t, w, None, torch.bfloat16) for t in tokens for w in weights]
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    for rows in (1, 16, 64, 256, 1024):
+        tokens = [moved(random_tokens(rows, 4096, seed), "cuda") for seed in range(2)]
+        with use_backend("reference"):
+            expected = [linear.w4a8_linear(t, w, None, torch.bfloat16) for t in tokens for w in weights]
+        for _ in range(5):
+            with use_backend("compiled"):
+                got = [linear.w4a8_linear(t, w, None, torch.bfloat16) for t in tokens for w in weights]
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), rows
 
 
 @pytest.mark.cuda

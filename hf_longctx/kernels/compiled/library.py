@@ -116,7 +116,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
-    **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn"), ("cuda",)),
+    **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "merged"), ("cuda",)),
 }
 
 
@@ -126,6 +126,7 @@ _SIZES = (
     "pick_scratch",
     "antidiagonal_scratch",
     "delta_scratch",
+    "merged_scratch",
     "linear_scratch",
 )
 
