@@ -10,7 +10,8 @@ from torch import Tensor
 from ..kernels import ops
 from ..plan import HeadPolicy
 from .placement import HostLRU
-from .rows import slot_of
+from .place import slot_of
+from .rows import 
 from .step import FEW
 
 

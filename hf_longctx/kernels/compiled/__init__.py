@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import antidiagonal, attend, host, library, norm, prefill, rotary, select, store
+from . import antidiagonal, attend, host, library, norm, prefill, rotary, select, step, store
 
 OPS = {
     **antidiagonal.OPS,
@@ -15,6 +15,7 @@ OPS = {
     **host.OPS,
     **norm.OPS,
     **rotary.OPS,
+    **step.OPS,
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..types import Packed
 
-ABI = 3
+ABI = 4
 FEW = 8
 """Queries, or fresh tokens, of a row that an operation takes."""
 
@@ -107,8 +107,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             return None, f"its library has interface {abi}, this package {ABI}: install the package again"
         for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op, kinds in _OPS.items() for kind in kinds)):
             getattr(library, name).restype = ctypes.c_char_p
-        for name in ("hfl_attend_scratch", "hfl_attend_counters", "hfl_pick_scratch", "hfl_antidiagonal_scratch"):
-            getattr(library, name).restype = ctypes.c_int64
+        for name in ("attend_scratch", "attend_counters", "pick_scratch", "layer_scratch", "antidiagonal_scratch"):
+            getattr(library, f"hfl_{name}").restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         return None, f"its library cannot be loaded ({error})"
     return library, ""
@@ -116,7 +116,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append"), ("cpu", "cuda")),
-    **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn"), ("cuda",)),
+    **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "layer"), ("cuda",)),
 }
 
 
@@ -252,3 +252,9 @@ def counters(device: torch.device, count: int) -> Tensor:
     if not torch.cuda.is_current_stream_capturing():
         held.append(made)
     return made
+
+
+def forget_counters(device: torch.device) -> None:
+    """Use none of a device's counters again, as an operation that was not carried out may not have left them zero."""
+    for key in [key for key in _COUNTERS if key[0] == device]:
+        del _COUNTERS[key]
