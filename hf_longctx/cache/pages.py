@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy
-from .placement import HostLRU
 from .place import slot_of
-from .rows import 
+from .placement import HostLRU
 from .step import FEW
 
 
