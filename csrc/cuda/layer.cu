@@ -48,10 +48,10 @@ const char* check(const hfl_layer& layer) {
       return "attend_layer: expected a selection for each KV head or for all";
     }
     if (!g.score.scores) continue;
-    if (g.pick.queries != 1 || g.pick.batch != a.batch || g.pick.heads != a.select_heads || g.pick.chosen < 1 ||
-        g.pick.chosen != a.chosen || g.pick.ids != a.ids || g.pick.scores != g.score.scores || a.pages ||
-        g.score.batch != a.batch || g.score.kv_heads != a.kv_heads || g.score.tokens != 1 ||
-        g.score.share != (a.select_heads == 1 && a.kv_heads > 1 ? HFL_ALL : HFL_KV_HEAD)) {
+    const int heads = g.score.share == HFL_ALL ? 1 : a.kv_heads;
+    if (g.score.batch != a.batch || g.score.kv_heads != a.kv_heads || g.score.tokens != 1 || a.select_heads != heads ||
+        g.pick.queries != 1 || g.pick.batch != a.batch || g.pick.heads != heads || g.pick.scores != g.score.scores ||
+        g.pick.chosen < 1 || g.pick.chosen != a.chosen || g.pick.ids != a.ids || a.pages) {
       return "attend_layer: expected that what is scored is picked and what is picked is read";
     }
   }

@@ -153,12 +153,12 @@ def _group(case: Case, heads: tuple[int, ...], kind: str, pos: Tensor, random: A
 
 def _held(case: Case, slots: int, kind: str, device: torch.device) -> Tensor:
     """Position in each slot once the token is stored, -1 for none: `[B, slots]`."""
-    held = torch.full((len(case.ends), slots), -1)
-    for row, end in enumerate(case.ends):
-        for p in range(max(0, end - slots + 1 if kind == "window" else 0), end + 1):
-            held[row, p if p < SINK or kind != "window" else SINK + (p - SINK) % WINDOW] = p
-        if kind == "window":
-            held[row, : max(0, min(SINK, end + 1))] = torch.arange(max(0, min(SINK, end + 1)))
+    end, slot = torch.tensor(case.ends)[:, None], torch.arange(slots)[None]
+    held = slot.expand(len(end), -1)
+    if kind == "window":
+        rounds = (end - slot).clamp(min=0) // WINDOW
+        held = torch.where(slot < SINK, slot, slot + rounds * WINDOW)
+    held = torch.where(held <= end, held, -1)
     return held.to(device)
 
 
