@@ -10,13 +10,12 @@ import torch
 import hf_longctx as lc
 from hf_longctx import layer
 from hf_longctx.kernels import dispatch
-from hf_longctx.kernels.compiled import library
 
 from ..kernels.built import need
 from ..methods.cases import LIMITS, LOSSY, Row, named
 from .cases import BY_NAME
 from .test_generate import batch, generate
-from .test_graph import INF_LLM, LSERVE, PLACED, QUEST, STORED, assert_same
+from .test_graph import LSERVE, QUEST, STORED, assert_same, told
 from .tiny import Case
 
 CASES = [BY_NAME[name] for name in ("llama", "gemma2", "gpt_oss", "mpt")]
@@ -50,3 +49,33 @@ def test_at_once_as_one_by_one(row: Row, case: Case, monkeypatch: pytest.MonkeyP
     assert none == 0
     assert (some > 0) == (not row.in_cache)
     assert_same(at_once, one_by_one)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("row", [LIMITS[0], *LOSSY, QUEST, LSERVE, STORED[0]], ids=named)
+@torch.no_grad()
+def test_on_a_gpu(row: Row, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding before and within the text; with graphs, and without."""
+    need("cuda")
+    case = BY_NAME["llama_wide_heads"]
+    model = case.build()
+    model.config.head_dim = 64
+    torch.manual_seed(0)
+    model = type(model)(model.config).eval().cuda().to(dtype)
+    ids, mask = case.prompt(60, rows=3).cuda(), torch.ones(3, 60, dtype=torch.int64, device="cuda")
+    mask[0, :5] = mask[1, 20:33] = mask[2, 39] = mask[2, 44] = 0
+    calls = [17, *[1] * 43]
+    given = []
+    for devices, graphs in ((set(), False), ({"cuda"}, False), ({"cuda"}, True)):
+        monkeypatch.setattr(layer, "DEVICES", devices)
+        dispatch._LAST.clear()
+        lc.patch(model, row.method(case), cuda_graph=graphs)
+        given.append(told(model, ids, calls, mask).float())
+        assert (dispatch.last_used().get("attend_layer") == "compiled") == (bool(devices) and not row.in_cache)
+    one_by_one, at_once, replayed = (
+        x[:, :18] if row in (QUEST, LSERVE, *STORED) else x for x in given
+    )  # then they choose
+    scale = 0.05 * float(one_by_one.abs().max())
+    torch.testing.assert_close(at_once, one_by_one, rtol=0.05, atol=scale)
+    torch.testing.assert_close(replayed, one_by_one, rtol=0.05, atol=scale)
