@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,7 +78,7 @@ def prefill(plan_of: Callable[[Any], Any], q: Tensor, k: Tensor, v: Tensor) -> f
     cache, module = LongContextCache(plan), SimpleNamespace(layer_idx=0)
     for first in range(0, q.shape[2], PIECE):
         last = min(first + PIECE, q.shape[2])
-        step = Step.of(first, last - first, DEVICE, None, None)
+        step = replace(Step.of(first, last - first, DEVICE, None, None), expected=q.shape[2])
         forward = Forward(of, plan, step, cache)
         attention(module, *(x[:, :, first:last] for x in (q, k, v)), None, hf_longctx=forward)  # type: ignore[arg-type]
         cache.ledger.rows, cache.ledger.columns = 1, last

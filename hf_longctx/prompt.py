@@ -42,8 +42,27 @@ class Prefill:
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Read the pieces in their order."""
-        stock: Any = type(self.model)
         ends = self._ends(input_ids, generation_config, model_kwargs)
+        if not ends:
+            return self._read(ends, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs["past_key_values"]
+        cache.expected = input_ids.shape[1]
+        try:
+            return self._read(ends, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            cache.expected = 0
+
+    def _read(
+        self,
+        ends: list[int],
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Read up to each end, and then the rest; what the last call gave."""
+        stock: Any = type(self.model)
         for number, end in enumerate((*ends, input_ids.shape[1])):
             config, cut = copy(generation_config), end < input_ids.shape[1]
             if number:

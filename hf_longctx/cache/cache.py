@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ class LongContextCache(Cache):
         self.plan = plan
         self.ledger = Ledger()
         self.floors: dict[Retention, Tensor] = {}
+        self.expected = 0  # columns that the calls of one prompt will come to, where it is known
         self.pending: Step | None = None
         self.stacks = [LongContextLayer(layer, self.ledger) for layer in plan.layers]
         super().__init__(layers=list(self.stacks))
@@ -128,7 +130,8 @@ class LongContextCache(Cache):
         self.ledger.rows = rows
         if look:
             self.ledger.settle()
-        self.pending = Step.of(self.ledger.columns, tokens, device, self.ledger.lengths, mask, look)
+        step = Step.of(self.ledger.columns, tokens, device, self.ledger.lengths, mask, look)
+        self.pending = replace(step, expected=self.expected) if self.expected else step
         return self.pending
 
     def commit(self, step: Step, looked: bool = True) -> None:

@@ -96,7 +96,7 @@ class Bounds:
         """Make room for a call: `[B, H, >= M', 2, D]`; what holds no key yet is out of bounds on both sides."""
         self._used = -(-(step.width + self._ahead) // self._summary.sub)
         have = 0 if self._entries is None else self._entries.shape[2]
-        size = room(have, self._used, max(1, PAGE // self._summary.sub))
+        size = room(have, max(self._used, step.expected // self._summary.sub), max(1, PAGE // self._summary.sub))
         if self._entries is not None and size == have:
             return self._entries
         none = torch.zeros(1, dtype=torch.bool, device=k.device)

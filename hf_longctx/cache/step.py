@@ -30,6 +30,7 @@ class Step:
         ragged: rows differ in length, or this call has padding, or only the device knows where its tokens stand.
         room: columns for which views and scores are made, at least those after this call; None: just those. A call that
             is recorded and replayed has room for the ones to come.
+        expected: columns that the calls of one prompt will come to, so that stores grow once; 0: nobody knows.
     """
 
     columns: int
@@ -39,6 +40,7 @@ class Step:
     real: Tensor | None
     ragged: bool
     room: int | None = None
+    expected: int = 0
 
     @staticmethod
     def of(
@@ -120,6 +122,11 @@ class Step:
     def width(self) -> int:
         """Columns that views and scores are made for."""
         return self.end if self.room is None else self.room
+
+    @property
+    def reserved(self) -> int:
+        """Columns that stores have room for after this call, at least."""
+        return max(self.width, self.expected)
 
     @property
     def decodes(self) -> bool:

@@ -292,7 +292,7 @@ class Store:
     def _reserve(self, k: Stored, v: Stored, step: Step) -> None:
         """Make room for a call's tokens, of which one is as those of `k` and `v`."""
         for rows, like in ((self._keys, k), (self._values, v)):
-            held = step.width if self.limit is None else min(step.width, self.limit)
+            held = step.reserved if self.limit is None else min(step.reserved, self.limit)
             size = room(rows.slots, held, PAGE)
             rows.reserve(like, size if self.limit is None else min(size, self.limit))
         self.passed(step.end)

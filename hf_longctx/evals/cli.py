@@ -57,7 +57,7 @@ def needle(
 ) -> None:
     """Hide a pass key at every depth of every length; draw what each method finds.
 
-    Writes needle.jsonl as it goes, then needle_summary.json, and needle.png if matplotlib is installed (extra [plot]).
+    Writes needle.jsonl as it goes, then needle_summary.json, and needle.png if matplotlib is installed (extra `plot`).
     """
     console, options = _begin(methods, text, chunk, batch, dense, seed, out, resume)
     from . import assets, needle
@@ -173,7 +173,7 @@ def ppl(
 ) -> None:
     """Perplexity along one long text, per block of positions, for several methods in one run.
 
-    Writes ppl.json after every method, and ppl.png if matplotlib is installed (extra [plot]).
+    Writes ppl.json after every method, and ppl.png if matplotlib is installed (extra `plot`).
     """
     from rich.console import Console
 

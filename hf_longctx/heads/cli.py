@@ -165,7 +165,7 @@ def ablate(
 ) -> None:
     """Take heads out, and see what the model can still do; beside it random heads of the same layers.
 
-    Writes ablate.jsonl as it goes, then ablate_summary.json, and ablate.png if matplotlib is installed (extra [plot]).
+    Writes ablate.jsonl as it goes, then ablate_summary.json, and ablate.png if matplotlib is installed (extra `plot`).
     """
     console = _begin()
     from ..evals import assets

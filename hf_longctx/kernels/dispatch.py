@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import UnsupportedError
 
-ORDER = ("compiled", "torch", "reference")
+ORDER = ("compiled", "flex", "torch", "reference")
 """Backends, fastest first. `reference` defines every operation and always exists."""
 
 OPS = (
@@ -34,7 +34,7 @@ OPS = (
     "decode_kv",
 )
 
-_MODULES = {"compiled": "compiled", "torch": "fused", "reference": "reference"}
+_MODULES = {"compiled": "compiled", "flex": "flex", "torch": "fused", "reference": "reference"}
 _WANTED: ContextVar[str | None] = ContextVar("hf_longctx_backend", default=None)
 _LAST: dict[str, str] = {}
 

@@ -9,7 +9,9 @@ import torch
 
 import hf_longctx as lc
 from hf_longctx import prompt
+from hf_longctx.cache.rows import Rows
 
+from ..methods.cases import gates
 from .cases import BY_NAME
 
 INF = {"init": 4, "local": 8, "block": 4, "topk": 1, "representatives": 2, "q_block": 16, "offload": False}
@@ -61,6 +63,26 @@ def test_a_long_prompt_is_read_in_pieces(method: str, monkeypatch: pytest.Monkey
     calls.clear()
     torch.testing.assert_close(said(model, ids, mask, prefill_chunk_size=75), expected, rtol=1e-4, atol=1e-5)
     assert calls[: calls.index(1)] == whole
+
+
+@pytest.mark.parametrize("method", ["dense", "quest", "lserve"])
+def test_stores_grow_once_for_a_prompt_in_pieces(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = BY_NAME["llama"].make(), BY_NAME["llama"].prompt(500)
+    lc.patch(model, method, **({"pattern": gates(BY_NAME["llama"])} if method == "lserve" else {}))
+    grown: list[int] = []
+    reserve = Rows.reserve
+
+    def counted(rows: Rows, like: Any, slots: int) -> None:
+        before = rows.data
+        reserve(rows, like, slots)
+        if rows.data is not before:
+            grown.append(id(rows))
+
+    monkeypatch.setattr(Rows, "reserve", counted)
+    monkeypatch.setattr(prompt, "PIECE", 64)
+    model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    assert grown
+    assert len(grown) == len(set(grown))
 
 
 def said(model: Any, ids: torch.Tensor, mask: torch.Tensor, **knobs: Any) -> torch.Tensor:

@@ -64,7 +64,7 @@ def made(case: Case, device: str) -> tuple[Any, ...]:
         torch.randn(rows, n, heads, dim, generator=generator).to(case.dtype).transpose(1, 2)
         for heads, n in ((kv_heads * group, tokens), (kv_heads, stored), (kv_heads, stored))
     )
-    k, v = (_packed(x, case.bits) if case.bits else x for x in both)
+    k, v = (_packed(x.to(device), case.bits) if case.bits else x for x in both)
     if case.ends is not None and not case.pages:
         for x in (k, v):
             (x if isinstance(x, Tensor) else x.scale)[:, :, max(case.ends) + 1 :] = torch.nan
