@@ -10,6 +10,7 @@
 //   mma.m16n8k16, keys and then channels the 16 rows, queries the 8 columns. In the end the block merges its warps, and
 //   the last block of a unit (a counter, which it sets back to zero) all blocks, in their order: results do not depend
 //   on timing.
+//   In a step (step.cuh) each block first stores the step's token, and then waits for its row to be picked.
 // Grid: (units of a KV head, splits, B * Hkv); 128 threads, 64 for D = 256.
 // Shared memory: ring of about 64 KiB or less, 16 D bytes for each variant of the queries (1, or up to 3 with turns),
 //   1 KiB.

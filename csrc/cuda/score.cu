@@ -7,6 +7,7 @@
 //   warps 16 of them, which it copies to shared memory, all at once, and multiplies with all G * N queries of the head,
 //   up to 16 at a time: entries are the 16 rows of mma.m16n8k16; the inner axis is permuted, alike for queries and
 //   entries, so that a lane reads 16 bytes at a time. float32 is multiplied without mma, and not copied.
+//   In a step (step.cuh) the last block of a row picks from it, if all its scores have room in shared memory.
 // Grid: (M over blocks of a task, Hkv or 1, B). Block: 128 threads.
 // Shared memory: the entries, up to 64 KiB, and up to 25 KiB, parts of queries and products. Bound by: bytes of the
 //   summary, each read once; blocks of a multiprocessor keep about 160 KiB on their way.
