@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(THREADS) append_kernel(const hfl_append a) {
   if (warp < a.tokens && places[warp] >= 0) {
     const int64_t pos = places[warp];
     const int64_t slot = slot_of(a, pos);
-    const bool round = a.ring > 0 && pos >= a.sink, stays = !round || pos > last - a.ring;  // else a later one has it
+    const bool stays = a.ring <= 0 || pos < a.sink || pos > last - a.ring;  // a later token of the call may have its slot
     if (stays && slot < a.capacity) write_token(rows, b, h, slot, raw, a.dtype, lane, active);
   }
   if (!a.bounds || !keys) return;

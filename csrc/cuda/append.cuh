@@ -106,8 +106,8 @@ __device__ __forceinline__ int64_t slot_of(const hfl_append& a, int64_t pos) {
 
 // Bounds of the keys in slots `first` to `last`, by all threads; `room`: [2, groups, D] floats, at most 16 a thread.
 template <int THREADS>
-__device__ __forceinline__ void bound(const hfl_append& a, int64_t b, int64_t h, int64_t first, int64_t last,
-                                      void* entry, float* room) {
+__device__ __forceinline__ void bound(const hfl_append& a, int64_t b, int64_t h, int64_t first, int64_t last, void* entry,
+                      float* room) {
   const int chunks = a.dim / 8, groups = THREADS / chunks;
   const int chunk = static_cast<int>(threadIdx.x) % chunks, group = static_cast<int>(threadIdx.x) / chunks;
   if (group < groups) {

@@ -25,67 +25,38 @@ __device__ void prepare_queries(const AttendTask& p, const Unit& unit, unsigned 
   }
 }
 
-template <int WARPS>
-__device__ __forceinline__ int slabs_of_block(const AttendTask& p, int slabs) {
-  return slabs_of_warp(slabs, p.share.divide(slabs + p.share.by - 1), WARPS) * WARPS;
-}
-
-// A slab of blocks that were chosen some steps ago, into the L2, while the kernels before this one may still run: which
-// ones these are is read past the L1, which must not hold it, and where it is not what it will be, this was in vain.
-template <int D, Format F>
-__device__ __forceinline__ void prefetch_slab(const AttendTask& p, const Unit& unit, const int32_t* ids, int slab,
-                                              int end, int lane) {
-  using S = Slab<D, F>;
-  const hfl_attend& a = p.a;
-  const hfl_rows& rows = lane ? a.v : a.k;
-  constexpr int WIDTH = S::PACKED ? 1 : 2;  // bytes of what strides count
-  if (slab >= end || lane > 1 || a.pages || a.block % S::KEYS || rows.t * WIDTH != S::ROW) return;
-  const int block = p.block.divide(slab * S::KEYS), within = slab * S::KEYS - block * a.block;
-  const int64_t column = block < a.chosen ? static_cast<int64_t>(__ldcg(ids + block)) * a.block + within : -1;
-  if (column < 0 || column + S::KEYS > a.stored) return;
-  prefetch(static_cast<const char*>(rows.data) + (unit.batch * rows.b + unit.kv_head * rows.h) * WIDTH +
-               column * S::ROW,
-           S::BYTES);
-}
-
-// A step's token of a row and KV head. All blocks of the head store it, the same bits, so that none waits for another.
-struct Token {
-  const AttendTurn& turn;
-  int batch, head;
-  Raw raw;  // eight channels of a lane: of the key in the first warp, of the value in the second
-
-  __device__ Token(const AttendTurn& turn_, const Unit& unit) : turn(turn_), batch(unit.batch), head(unit.kv_head) {
-    const hfl_append& a = turn.append;
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    raw = {};
-    if (turn.turn == Turn::alone || warp > 1 || lane * 8 >= (warp ? a.v_dim : a.dim)) return;
+// Store a step's token of a row and KV head, which `readers` units then read, and bound its sub-block: by a block, whose
+// first warp takes the key and whose second the value.
+template <int THREADS>
+__device__ __forceinline__ void append_token(const AttendTurn& turn, int batch, int head, int* stored, int readers,
+                                             float* room) {
+  const hfl_append& a = turn.append;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const bool active = warp < 2 && lane * 8 < (warp ? a.v_dim : a.dim);
+  Raw raw = {};
+  if (active) {
     const int from = turn.heads.of(head);
     const int64_t at = warp ? batch * a.fv_b + from * a.fv_h : batch * a.fk_b + from * a.fk_h;
     raw = load(warp ? a.fresh_v : a.fresh_k, at + lane * 8, a.dtype);
   }
-  // Then the block may read it.
-  __device__ __forceinline__ void store(int pos) const {
-    const hfl_append& a = turn.append;
-    if (turn.turn == Turn::alone) return;
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int64_t slot = slot_of(a, pos);
-    if (warp < 2 && pos >= 0 && slot < a.capacity) {
-      write_token(warp ? a.v : a.k, batch, head, slot, raw, a.dtype, lane, lane * 8 < (warp ? a.v_dim : a.dim));
-    }
-    __syncthreads();
-  }
-  // The bounds of its sub-block, by a block that has stored it.
-  template <int THREADS>
-  __device__ __forceinline__ void sum_up(int pos, float* room) const {
-    const hfl_append& a = turn.append;
-    if (pos < 0 || pos >= a.capacity) return;
-    const int entry = pos / a.sub;
-    const int64_t at = batch * a.bounds_b + head * a.bounds_h + static_cast<int64_t>(entry) * 2 * a.dim;
-    __syncthreads();  // there is room
-    bound<THREADS>(a, batch, head, static_cast<int64_t>(entry) * a.sub, pos, static_cast<char*>(a.bounds) + at * 2,
-                   room);
-  }
-};
+  const int64_t pos = a.pos[batch * a.pos_b], slot = slot_of(a, pos);
+  const bool written = pos >= 0 && slot < a.capacity;
+  if (written && warp < 2) write_token(warp ? a.v : a.k, batch, head, slot, raw, a.dtype, lane, active);
+  __syncthreads();
+  if (threadIdx.x == 0) store_in_order(stored, readers);
+  if (!a.bounds || !written) return;
+  const int entry = static_cast<int>(pos) / a.sub;
+  const int64_t at = batch * a.bounds_b + head * a.bounds_h + static_cast<int64_t>(entry) * 2 * a.dim;
+  bound<THREADS>(a, batch, head, static_cast<int64_t>(entry) * a.sub, pos, static_cast<char*>(a.bounds) + at * 2, room);
+}
+
+// The last of a unit's blocks to be done has read what it waited for.
+__device__ __forceinline__ void count_down(const AttendTurn& turn, int problem, int row) {
+  if (threadIdx.x != 0 || !turn.appended) return;
+  wait_until(turn.appended + problem, 1);  // a row without a query waited for no token
+  atomicSub(turn.appended + problem, 1);
+  if (turn.picked) atomicSub(turn.picked + row, 1);
+}
 
 template <int D, Format F>
 __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const __grid_constant__ AttendTask p) {
@@ -94,24 +65,28 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
   const AttendTurn& turn = p.turn;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int index = static_cast<int>(blockIdx.x), problem = static_cast<int>(blockIdx.z);
-  const int split = static_cast<int>(blockIdx.y);
+  const int split = static_cast<int>(blockIdx.y) - (turn.appended ? 1 : 0);  // -1: stores the token
   const Unit unit(p, index, problem);
   Keys<Slab<D, F>::KEYS> keys(p, unit);
-  int each = slabs_of_block<R::WARPS>(p, keys.count);
-  if (turn.turn == Turn::first && keys.ids && !turn.picked) {  // while the kernel before this one ends
-    const int first = split * each + warp, end = min(keys.count, (split + 1) * each);
-    for (int i = 0; i < R::STAGES; ++i) prefetch_slab<D, F>(p, unit, keys.ids, first + i * R::WARPS, end, lane);
-  }
   begin_turn(turn.turn, unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
+  if (split < 0) {
+    if (index == 0) {
+      append_token<R::WARPS * 32>(turn, unit.batch, unit.kv_head, turn.appended + problem, p.units,
+                                  reinterpret_cast<float*>(shared));
+    }
+    end_turn(turn.turn);
+    return;
+  }
 
   const int place = unit.position(p, lane % ROWS);
-  const Token token(turn, unit);
+  int each = 0;  // slabs of a block
   {
     Warp<D, F> mine(p, unit, keys, shared, warp, lane);
     typename Warp<D, F>::Found found[R::STAGES];
     int first = 0, end = 0;
     const auto share_out = [&] {
-      each = slabs_of_block<R::WARPS>(p, keys.count);
+      const int wanted = p.share.divide(keys.count + p.share.by - 1);
+      each = slabs_of_warp(keys.count, wanted, R::WARPS) * R::WARPS;
       first = split * each + warp, end = min(keys.count, (split + 1) * each);
     };
     const auto find = [&] {
@@ -130,7 +105,6 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
       end_turn(turn.turn);
       return;
     }
-    token.store(high);
     if (turn.picked) {
       if (threadIdx.x == 0) wait_until(turn.picked + keys.row, 1);
       __syncthreads();
@@ -153,10 +127,7 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
     last = last_to_arrive(p.a.counters + problem * p.units + index, blocks, arrived);
     if (last) merge_blocks<D, F>(p, unit, shared, scratch, blocks);
   }
-  if (last && turn.picked && threadIdx.x == 0) atomicSub(turn.picked + keys.row, 1);  // all blocks have read it
-  if (turn.append.bounds && split == 0 && index == 0) {
-    token.template sum_up<R::WARPS * 32>(keys.high, reinterpret_cast<float*>(shared));
-  }
+  if (last) count_down(turn, problem, keys.row);
   end_turn(turn.turn);
 }
 

@@ -4,12 +4,11 @@
 #include <math.h>
 #include <stdint.h>
 
-#include "ptx.cuh"
-
 namespace hfl {
 
-constexpr int EACH = 16, BINS = 2048, DIGIT = 11, FEW = 128;
-static_assert(BINS == 1 << DIGIT, "a digit has its bins");
+constexpr int THREADS = 512, WARPS = THREADS / 32, EACH = 16, BINS = 2048, CHUNK = THREADS * EACH;
+constexpr int DIGIT = 11, FEW = 128;
+static_assert(BINS == 1 << DIGIT && BINS == 4 * THREADS && WARPS <= 32, "four bins a thread");
 
 // A score as a whole number of the same order, never 0; that of -0 is that of 0.
 __device__ __forceinline__ uint32_t rank_of(float score) {
@@ -19,7 +18,6 @@ __device__ __forceinline__ uint32_t rank_of(float score) {
 
 // Sum of x over the threads before this one; total: over all. `sums`: one place for each warp, not those of the last
 // call, which some may still read.
-template <int WARPS>
 __device__ __forceinline__ uint32_t sum_before(uint32_t x, uint32_t* sums, uint32_t* total = nullptr) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   uint32_t running = x;
@@ -35,27 +33,14 @@ __device__ __forceinline__ uint32_t sum_before(uint32_t x, uint32_t* sums, uint3
   return __reduce_add_sync(0xffffffffu, lane < warp ? of_warp : 0u) + running - x;
 }
 
-// Candidates of a row as ranks; 0 stands for what is none. A thread has the same EACH blocks of every chunk throughout.
+// Candidates of a row as ranks; 0 stands for what is none. A thread has the same EACH blocks of every CHUNK throughout.
 struct Ranks {
-  const float* scores;  // of the row; or, of a thread's own blocks, where their ranks will be
+  const float* scores;  // of the row
   uint32_t* held;       // ranks in shared memory, or nullptr: they do not fit
   int blocks;
   bool aligned;
   int first, last;  // candidates are from here on, and before this one
 
-  // Bring a thread's blocks, EACH from `own` on and of every later chunk, all at once to where their ranks will be.
-  __device__ void bring(int own, int chunk) {
-    for (; own < blocks; own += chunk) {
-#pragma unroll
-      for (int i = 0; i < EACH; i += 4) {
-        if (own + i + 4 <= blocks) copy_async(held + own + i, scores + own + i, true);
-      }
-      for (int i = max(own, blocks / 4 * 4); i < min(own + EACH, blocks); ++i) held[i] = __float_as_uint(scores[i]);
-    }
-    copy_commit();
-    copy_wait<0>();
-    scores = reinterpret_cast<const float*>(held);
-  }
   __device__ void load(float (&x)[EACH], int own) const {
     if (aligned && own + EACH <= blocks) {
 #pragma unroll

@@ -7,7 +7,6 @@
 //   warps 16 of them, which it copies to shared memory, all at once, and multiplies with all G * N queries of the head,
 //   up to 16 at a time: entries are the 16 rows of mma.m16n8k16; the inner axis is permuted, alike for queries and
 //   entries, so that a lane reads 16 bytes at a time. float32 is multiplied without mma, and not copied.
-//   In a step (step.cuh) the last block of a row picks from it, if all its scores have room in shared memory.
 // Grid: (M over blocks of a task, Hkv or 1, B). Block: 128 threads.
 // Shared memory: the entries, up to 64 KiB, and up to 25 KiB, parts of queries and products. Bound by: bytes of the
 //   summary, each read once; blocks of a multiprocessor keep about 160 KiB on their way.
@@ -16,16 +15,10 @@
 #include <algorithm>
 #include <atomic>
 
-#include "pick_row.cuh"
 #include "score_tile.cuh"
 
 namespace hfl {
 namespace {
-
-constexpr int ROOM_TO_PICK = (sizeof(Pick<THREADS>::Room) + 15) / 16 * 16;
-constexpr int FREE_TO_PICK = 44 << 10;  // bytes that five blocks of a multiprocessor may have
-
-int64_t bytes_to_pick(int blocks) { return ROOM_TO_PICK + (static_cast<int64_t>(blocks) + EACH - 1) / EACH * EACH * 4; }
 
 // The largest product of the sub-blocks of a block; of none with a key -inf.
 __device__ __forceinline__ float best_of(const float* products, const bool* blank, int first, int subs) {
@@ -33,34 +26,6 @@ __device__ __forceinline__ float best_of(const float* products, const bool* blan
 #pragma unroll 1
   for (int i = first; i < first + subs; ++i) best = blank[i] ? best : most_of(products[i], best);
   return best;
-}
-
-// A block is done with its part of a row; in the end the last one may pick. By all threads, with `room` for that.
-__device__ __forceinline__ void hand_over(const ScoreTurn& turn, int64_t line, int b, char* room) {
-  using P = Pick<THREADS>;
-  __shared__ int before;
-  __syncthreads();
-  if (threadIdx.x == 0) before = add_in_order(turn.scored + line, 1);
-  if (!turn.picks) return;
-  __syncthreads();
-  if (before != static_cast<int>(gridDim.x) - 1) return;
-  if (threadIdx.x == 0) turn.scored[line] = 0;
-  P::Room& own = *reinterpret_cast<P::Room*>(room);
-  P::clear(own);
-  P::row(turn.pick, line, b, 0, reinterpret_cast<uint32_t*>(room + ROOM_TO_PICK), own);
-  say_picked(turn.picked + line, turn.readers);
-}
-
-// The entries of a warp of some thread block, of those in one line, into the L2.
-template <typename T>
-__device__ __forceinline__ void fetch(const ScoreTask& p, int block, int warp) {
-  const hfl_score& a = p.a;
-  const int line = p.columns.divide(block), b = p.lines.divide(line), head = line - b * p.lines.by;
-  const int64_t entry = static_cast<int64_t>(block - line * p.columns.by) * p.each.by * a.subs + warp * TILE;
-  if (entry >= a.entries) return;
-  const int length = a.vectors * a.dim;
-  prefetch(static_cast<const T*>(a.summary) + b * a.s_b + head * a.s_h + entry * length,
-           static_cast<int>(min(a.entries - entry, int64_t{TILE})) * length * static_cast<int>(sizeof(T)));
 }
 
 template <typename T, int GROUPS>
@@ -78,12 +43,6 @@ __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 5 : 4) score_kernel(con
   T* factors = reinterpret_cast<T*>(room + R::entry_bytes(length));
   float* products = reinterpret_cast<float*>(factors + R::ROWS * R::stride(length));
   float* reduced = products + R::ROWS * WIDE;
-  if (R::COPIED && lane == 0) {  // while the kernel before this one ends, and while others still have all of the device
-    const int own = (static_cast<int>(b) * p.lines.by + static_cast<int>(blockIdx.y)) * p.columns.by +
-                    static_cast<int>(blockIdx.x);
-    if (p.turn.turn != Turn::later && own < p.ahead) fetch<T>(p, own, warp);
-    if (own + p.ahead < p.fetched) fetch<T>(p, own + p.ahead, warp);
-  }
   begin_turn(p.turn.turn, first | count | length | rows);
   for (int kv_head = all ? 0 : blockIdx.y; kv_head < (all ? a.kv_heads : static_cast<int>(blockIdx.y) + 1); ++kv_head) {
     const T* summary = static_cast<const T*>(a.summary) + b * a.s_b + kv_head * a.s_h + entry * length;
@@ -146,7 +105,10 @@ __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 5 : 4) score_kernel(con
     const float sum = reduced[t * ENTRIES + j];
     a.scores[(line + t) * blocks + first + j] = a.vectors == 2 ? sum : sum / static_cast<float>(shared);
   }
-  if (p.turn.scored) hand_over(p.turn, line, static_cast<int>(b), room);
+  if (p.turn.scored) {
+    __syncthreads();
+    if (thread == 0) add_in_order(p.turn.scored + line, 1);
+  }
   end_turn(p.turn.turn);
 }
 
@@ -171,41 +133,31 @@ const char* check(const hfl_score& a) {
   return nullptr;
 }
 
-// Allow the kernel what shared memory it may need on the current device, whose processors are counted.
+// Allow the kernel what shared memory it may need on the current device.
 template <typename T, int GROUPS>
-cudaError_t allow(const void* kernel, int& processors) {
-  static std::atomic<int> known[MOST_DEVICES];
+cudaError_t allow(const void* kernel) {
+  static std::atomic<bool> done[MOST_DEVICES];
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  processors = device < MOST_DEVICES ? known[device].load(std::memory_order_acquire) : 0;
-  if (processors) return cudaSuccess;
-  error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  const int bytes = std::max(ScoreRoom<T, GROUPS>::MOST_BYTES, FREE_TO_PICK);
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess && device < MOST_DEVICES) known[device].store(processors, std::memory_order_release);
+  if (error != cudaSuccess || (device < MOST_DEVICES && done[device].load(std::memory_order_acquire))) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ScoreRoom<T, GROUPS>::MOST_BYTES);
+  if (error == cudaSuccess && device < MOST_DEVICES) done[device].store(true, std::memory_order_release);
   return error;
 }
 
 template <typename T, int GROUPS>
 cudaError_t launch_score(const hfl_score& a, const ScoreTurn& turn) {
   const int blocks = (a.entries - 1) / a.subs + 1, each = ENTRIES / a.subs;
-  const int lines = a.share == HFL_ALL ? 1 : a.kv_heads;
   ScoreTask task = {a, a.q_heads / a.kv_heads, blocks, Divisor(a.tokens), Divisor(each),
-                    Divisor(std::max(a.vectors * a.dim / 8, 1)), Divisor(score_blocks(a)), Divisor(lines), 0, 0, turn};
-  const dim3 grid(static_cast<unsigned>(score_blocks(a)), static_cast<unsigned>(lines), static_cast<unsigned>(a.batch));
+                    Divisor(std::max(a.vectors * a.dim / 8, 1)), turn};
+  const dim3 grid(static_cast<unsigned>(score_blocks(a)),
+                  a.share == HFL_ALL ? 1u : static_cast<unsigned>(a.kv_heads), static_cast<unsigned>(a.batch));
   const void* kernel = reinterpret_cast<const void*>(&score_kernel<T, GROUPS>);
-  int processors = 0;
-  const cudaError_t error = allow<T, GROUPS>(kernel, processors);
+  const cudaError_t error = allow<T, GROUPS>(kernel);
   if (error != cudaSuccess) return error;
-  task.ahead = processors * (GROUPS == 1 ? 5 : 4);
-  const int64_t all = static_cast<int64_t>(grid.x) * grid.y * grid.z;
-  if (all <= 2 * task.ahead) task.fetched = static_cast<int>(all);  // more would not stay in the L2 until its turn
   void* arguments[] = {&task};
-  size_t bytes = static_cast<size_t>(ScoreRoom<T, GROUPS>::bytes(a.vectors * a.dim, a.tokens));
-  if (turn.picks) bytes = std::max(bytes, static_cast<size_t>(bytes_to_pick(blocks)));
-  return launch(kernel, grid, THREADS, bytes, a.stream, arguments);
+  return launch(kernel, grid, THREADS, static_cast<size_t>(ScoreRoom<T, GROUPS>::bytes(a.vectors * a.dim, a.tokens)),
+                a.stream, arguments);
 }
 
 }  // namespace
@@ -214,8 +166,6 @@ int score_blocks(const hfl_score& a) {
   const int blocks = (a.entries - 1) / a.subs + 1, each = ENTRIES / a.subs;
   return (blocks - 1) / each + 1;
 }
-
-bool score_has_room(const hfl_score& a) { return bytes_to_pick((a.entries - 1) / a.subs + 1) <= FREE_TO_PICK; }
 
 const char* score_in_turn(const hfl_score& a, const ScoreTurn& turn) {
   const char* message = check(a);

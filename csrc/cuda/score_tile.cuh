@@ -12,8 +12,6 @@ struct ScoreTask {
   hfl_score a;
   int group, blocks;             // query heads of a KV head; blocks of entries
   Divisor tokens, each, chunks;  // queries of a head; blocks of a thread block; 16 bytes of an entry
-  Divisor columns, lines;        // thread blocks of a row; rows of scores of a row of the batch
-  int ahead, fetched;            // thread blocks that run at a time, about; those before this one are fetched ahead
   ScoreTurn turn;
 };
 

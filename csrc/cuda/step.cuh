@@ -44,7 +44,7 @@ __device__ __forceinline__ void end_turn(Turn turn) {
 #endif
 }
 
-// Until a counter has reached `least`; by one thread. What never comes, by our own mistake, is an error after seconds.
+// Until a counter has reached `least`; by one thread. What never comes, our own mistake, is an error after some seconds.
 __device__ __forceinline__ void wait_until(const int* counter, int least) {
 #pragma unroll 1
   for (int polls = 0; load_in_order(counter) < least; ++polls) {
@@ -52,22 +52,11 @@ __device__ __forceinline__ void wait_until(const int* counter, int least) {
   }
 }
 
-// By all threads of a block: what they have written is there for so many readers.
-__device__ __forceinline__ void say_picked(int* picked, int readers) {
-  __syncthreads();
-  if (threadIdx.x == 0) store_in_order(picked, readers);
-}
-
 // What a kernel of a step waits for and says; nullptr: nothing.
 struct ScoreTurn {
   Turn turn = Turn::alone;
   Heads heads;
   int* scored = nullptr;  // [B * Hs], blocks that are done with a row
-  // With `picks` the last of them goes on to pick from the row; `picked` and `readers` as below.
-  bool picks = false;
-  hfl_pick pick = {};
-  int* picked = nullptr;
-  int readers = 0;
 };
 
 struct PickTurn {
@@ -81,8 +70,9 @@ struct PickTurn {
 struct AttendTurn {
   Turn turn = Turn::alone;
   Heads heads;
+  int* appended = nullptr;  // [B * Hkv], likewise of the token that this kernel stores; else it stores none
   int* picked = nullptr;
-  hfl_append append;  // in a step: of the token, which every block stores for itself and alike
+  hfl_append append;
 };
 
 // As hfl_*_cuda, as part of a step.
@@ -93,7 +83,7 @@ const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn);
 // What is needed of them before.
 const char* wrong_append(const hfl_append& a);
 int score_blocks(const hfl_score& a);  // that work on a row
-bool score_has_room(const hfl_score& a);  // to pick from a row as well
-const char* wrong_pick(const hfl_pick& a);
+int attend_units(const hfl_attend& a);  // of a KV head
+int64_t attend_scratch(const hfl_attend& a, int others, int32_t* splits);  // with so many other blocks beside
 
 }  // namespace hfl
