@@ -11,7 +11,9 @@
 #pragma once
 #include <stdint.h>
 
-#define HFL_ABI 4
+#include "delta.h"
+
+#define HFL_ABI 5
 
 #pragma GCC visibility push(default)  // all else is hidden
 #ifdef __cplusplus
@@ -254,13 +256,16 @@ int32_t hfl_has_cuda(void);          // 1 if the library holds CUDA code
 int64_t hfl_attend_scratch(const hfl_attend* a, int32_t* splits);  // bytes; writes the number of splits that it is for
 int64_t hfl_attend_counters(const hfl_attend* a);                  // int32 elements
 int64_t hfl_pick_scratch(const hfl_pick* a);
-int64_t hfl_layer_scratch(const hfl_layer* a, int64_t* counters);  // bytes; writes the number of counters
+// Bytes, or -1: its blocks, which wait for each other, have no room on the device at a time. Writes how many counters.
+int64_t hfl_layer_scratch(const hfl_layer* a, int64_t* counters);
 int64_t hfl_antidiagonal_scratch(const hfl_antidiagonal* a);
+int64_t hfl_delta_scratch(const hfl_delta* a);
 
 const char* hfl_attend_cpu(const hfl_attend* a, int32_t threads);
 const char* hfl_score_cpu(const hfl_score* a, int32_t threads);
 const char* hfl_pick_cpu(const hfl_pick* a, int32_t threads);
 const char* hfl_append_cpu(const hfl_append* a, int32_t threads);
+const char* hfl_delta_cpu(const hfl_delta* a, int32_t threads);
 
 const char* hfl_attend_cuda(const hfl_attend* a);
 const char* hfl_score_cuda(const hfl_score* a);
@@ -274,6 +279,7 @@ const char* hfl_norm_cuda(const hfl_norm* a);
 const char* hfl_turn_cuda(const hfl_turn* a);
 const char* hfl_prefill_cuda(const hfl_prefill* a);
 const char* hfl_layer_cuda(const hfl_layer* a);
+const char* hfl_delta_cuda(const hfl_delta* a);
 
 #ifdef __cplusplus
 }

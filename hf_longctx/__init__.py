@@ -1,6 +1,7 @@
 """Long contexts for transformers models: `patch(model, method)`, and `generate()` runs in bounded memory.
 
-To import the package loads nothing heavy: torch and transformers come with the first of the public names.
+To import the package loads nothing heavy: torch and transformers come with the first of the public names. It only sees
+to it that `from_pretrained` knows our checkpoints.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .weights.registry import announce
+
 __version__ = "0.1.0"
 
 _HOME = {
     "Absolute": "cache.positions",
     "Antidiagonal": "select.scorers",
     "Clamped": "cache.positions",
+    "Contiguous": "cache.positions",
     "Dense": "methods",
     "DuoAttention": "methods",
     "DuoHeads": "methods",
@@ -32,8 +36,10 @@ _HOME = {
     "LongContextCache": "cache.cache",
     "Mass": "select.budgets",
     "Means": "select.summaries",
+    "ModalityWindow": "cache.retention",
     "MinMax": "select.summaries",
     "Plan": "plan",
+    "QoQConfig": "weights.qoq.config",
     "Quest": "methods",
     "Report": "report",
     "RepresentativeDot": "select.scorers",
@@ -42,6 +48,7 @@ _HOME = {
     "Selector": "plan",
     "SinkWindow": "cache.retention",
     "StreamingLLM": "methods",
+    "StreamingVLM": "methods",
     "Support": "report",
     "TopK": "select.budgets",
     "Trace": "trace",
@@ -62,15 +69,22 @@ _HOME = {
 }
 """Every public name, and the module that defines it; type checkers read the same below."""
 
+_ROOMS = {"deltas", "stream"}
+"""Modules that are public as they are."""
+
 if TYPE_CHECKING:
+    from . import deltas as deltas
+    from . import stream as stream
     from .cache.cache import LongContextCache as LongContextCache
     from .cache.kv_format import Int4KV as Int4KV
     from .cache.kv_format import Int8KV as Int8KV
     from .cache.placement import HostLRU as HostLRU
     from .cache.positions import Absolute as Absolute
     from .cache.positions import Clamped as Clamped
+    from .cache.positions import Contiguous as Contiguous
     from .cache.positions import InCache as InCache
     from .cache.retention import KeepAll as KeepAll
+    from .cache.retention import ModalityWindow as ModalityWindow
     from .cache.retention import SinkWindow as SinkWindow
     from .errors import UnsupportedError as UnsupportedError
     from .kernels.dispatch import use_backend as use_backend
@@ -81,6 +95,7 @@ if TYPE_CHECKING:
     from .methods import LServe as LServe
     from .methods import Quest as Quest
     from .methods import StreamingLLM as StreamingLLM
+    from .methods import StreamingVLM as StreamingVLM
     from .methods import XAttention as XAttention
     from .patch import evict as evict
     from .patch import patch as patch
@@ -109,8 +124,9 @@ if TYPE_CHECKING:
     from .sinks import add_sink_token as add_sink_token
     from .trace import Trace as Trace
     from .trace import trace as trace
+    from .weights.qoq.config import QoQConfig as QoQConfig
 else:
-    __all__ = [*_HOME]
+    __all__ = [*_HOME, *_ROOMS]
 
 
 class _Package(ModuleType):
@@ -118,6 +134,8 @@ class _Package(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         """Load all public names at once: a plan can only be read back where every primitive is known."""
+        if name in _ROOMS:
+            return import_module(f".{name}", __name__)
         if name not in _HOME:
             raise AttributeError(f"module '{__name__}' has no attribute '{name}'", name=name, obj=self)
         self.__dict__.update({each: getattr(import_module(f".{home}", __name__), each) for each, home in _HOME.items()})
@@ -130,7 +148,8 @@ class _Package(ModuleType):
 
     def __dir__(self) -> list[str]:
         """What is there, and what would be loaded."""
-        return sorted({*self.__dict__, *_HOME})
+        return sorted({*self.__dict__, *_HOME, *_ROOMS})
 
 
 sys.modules[__name__].__class__ = _Package
+announce()

@@ -12,7 +12,10 @@ import typer
 from .evals.cli import app as evals
 from .heads.cli import app as heads
 from .options import Device, Dtype, Model, Text, names, quiet
+from .quantize.cli import quantize
+from .streaming.cli import stream
 from .tune.cli import app as tune
+from .weights.bitdelta.cli import app as delta
 
 _EPILOG = "Set HF_LONGCTX_DEBUG=1 to see the traceback of an error."
 
@@ -27,6 +30,9 @@ app = typer.Typer(
 app.add_typer(evals, name="eval")
 app.add_typer(tune, name="tune")
 app.add_typer(heads, name="heads")
+app.add_typer(delta, name="delta")
+app.command()(quantize)
+app.command()(stream)
 
 
 def _version(asked: bool) -> None:

@@ -1,9 +1,13 @@
-"""JSON files that this package wrote, read with a message for whatever is wrong."""
+"""Files of this package: written in one step, and JSON read with a message for whatever is wrong."""
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -40,3 +44,18 @@ def whole(value: Any) -> int:
     if type(value) is not int:
         raise TypeError(f"{value!r} in place of a whole number")
     return value
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[str]:
+    """A file to write, which takes the place of `path` when the block has ended well; a failure leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    try:
+        yield scratch
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .limits import reads_all_to, straight_to
 from .plan import HeadGroup, HeadPolicy, Retention, Selector
 from .select.choose import choose, forced, forced_ahead, most_far
 from .select.scorers import Look
+from .turning import turn_keys, turn_queries
 
 QUERIES = 16384
 """Queries of a prompt for which blocks are chosen at a time: bounds the memory of scores and lists."""
@@ -100,6 +101,9 @@ def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     """Attention over all that is stored and visible."""
     store, retention = call.store, call.group.policy.retention
     view = View(k, v, step.pos if step.ragged else None) if store is None else store.append(k, v, step)
+    if call.group.policy.positions.at_read:
+        assert isinstance(view.k, Tensor)
+        q, view = turn_queries(call.forward, q, step), replace(view, k=turn_keys(call.forward, view.k, step))
     q_pos = step.pos if step.ragged or view.k_pos is not None else None
     window = retention.reach(not step.decodes)
     see = ops.Visibility(retention.sink, window, q_pos, view.k_pos)

@@ -17,7 +17,7 @@ from .context import Forward
 from .group import Call, forced_near, goes_in_turn, note, reads_all, selector_for
 from .kernels import dispatch, ops
 from .kernels.compiled import library
-from .kernels.compiled.attend import CUDA_DIMS
+from .kernels.compiled import step as compiled
 from .plan import HeadGroup, Selector
 from .select.choose import forced_ahead, most_forced
 from .select.scorers import UpperBound
@@ -48,10 +48,14 @@ def attend_layer(
     if any(call.store.floor is not None for call in calls):
         return None  # a window has just become wider than what is stored
     groups = [_group(call, step, q.shape[0], *place) for call, place in zip(calls, places, strict=True)]
+    if q.is_cuda and compiled.reject(q, k, v, logits, groups) is not None:
+        return None
     out = ops.attend_layer(q, k, v, logits, groups)
     for call, group in zip(calls, groups, strict=True):
-        selector = selector_for(call.group.policy.decode, step)
+        selector = _chooses(call.group, step)
         if selector is not None and group.ids is not None:
+            if group.choice is not None and selector.refresh_every > 1:
+                call.store.kept.since = step.columns
             near, visible = forced_near(selector, step, step.pos, 1, q.shape[0])
             note(call, selector, step.pos, ops.Selection(group.ids, group.block, 1), near[1], visible)
     return out
@@ -74,13 +78,21 @@ def obstacle(forward: Forward, stores: Sequence[Any], q: Tensor) -> str | None:
         return "is for one token a row after others"
     if forward.tap is not None:
         return "tells nobody what each group of heads read"
-    if forward.plan.lap is not None:
-        return "has no positions that are counted in the cache"
+    if forward.plan.lap is not None or forward.plan.at_read:
+        return "reads keys at their places in the text alone"
     if torch.is_grad_enabled() and q.requires_grad:
         return "computes no gradients"
-    if q.is_cuda and (q.dtype == torch.float32 or q.shape[3] not in CUDA_DIMS):
-        return "takes 16 bits, and 64, 96, 128 or 256 channels, on CUDA"
+    if len(stores) == 1 and _chooses(stores[0][0], forward.step) is None:
+        return "saves nothing where one group reads all that it sees"
     return next(filter(None, (_obstacle_of_group(forward, *stored) for stored in stores)), None)
+
+
+def _chooses(group: HeadGroup, step: Step) -> Selector | None:
+    """How a group of heads chooses blocks in this call; None: it reads all that it sees."""
+    selector = selector_for(group.policy.decode, step)
+    if selector is None or (not goes_in_turn(group.policy, selector, step) and reads_all(selector, step)):
+        return None
+    return selector
 
 
 def _obstacle_of_group(forward: Forward, group: HeadGroup, store: Any) -> str | None:
@@ -91,7 +103,7 @@ def _obstacle_of_group(forward: Forward, group: HeadGroup, store: Any) -> str | 
         return "reads no windows of which tokens were evicted"
     if store.index is not None and not isinstance(store.index, Bounds):
         return "does not add up attention"
-    selector = selector_for(group.policy.decode, forward.step)
+    selector = _chooses(group, forward.step)
     if selector is None:
         return None
     if not isinstance(selector.scorer, UpperBound) or selector.budget.tokens is None:
@@ -100,13 +112,13 @@ def _obstacle_of_group(forward: Forward, group: HeadGroup, store: Any) -> str | 
 
 
 def _group(call: Call, step: Step, rows: int, place: Place, view: View) -> ops.GroupStep:
-    """What a group of heads does; a choice that is made counts as made."""
-    policy, store = call.group.policy, call.store
-    retention, selector = policy.retention, selector_for(policy.decode, step)
+    """What a group of heads does."""
+    store, retention = call.store, call.group.policy.retention
+    selector = _chooses(call.group, step)
     k, v = store.memory
     at = (retention.sink, place.ring, place.bounds, place.sub)
     heads = tuple(call.group.kv_heads)
-    if selector is None or (not goes_in_turn(policy, selector, step) and reads_all(selector, step)):
+    if selector is None:
         see = ops.Visibility(retention.sink, retention.reach(False), step.pos, view.k_pos)
         return ops.GroupStep(heads, k, v, *at, see, view.k.shape[2])
     ids, choice = _choice(call, selector, step, rows)
@@ -129,6 +141,4 @@ def _choice(call: Call, selector: Selector, step: Step, rows: int) -> tuple[Tens
     shape = torch.Size((rows, 1 if selector.share == "all" else summary.shape[1], 1, choice.size))
     if not again:
         return torch.empty(shape, dtype=torch.int32, device=summary.device), choice
-    ids = kept.room(shape, summary.device)
-    kept.since = step.columns
-    return ids, choice
+    return kept.room(shape, summary.device), choice

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,6 +33,21 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
+class VisionFacts:
+    """How a vision-language model takes the pictures of a round.
+
+    Args:
+        family: `config.model_type` of the whole model.
+        pictures: they go into its processor as one `video`, or as an `image` each.
+        axes: numbers in a position: 3 (time, height, width) by the model's `get_rope_index`, or 1.
+    """
+
+    family: str
+    pictures: Literal["video", "image"]
+    axes: int
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What a method may know of a model.
 
@@ -46,6 +61,7 @@ class ModelFacts:
         device: name of the device that the model begins on.
         dtype: of the weights, such as `bfloat16`.
         has_sinks: its softmax has learned sinks already.
+        vision: how it takes pictures, if it is a vision-language model that sessions know.
     """
 
     family: str
@@ -57,6 +73,7 @@ class ModelFacts:
     device: str
     dtype: str
     has_sinks: bool
+    vision: VisionFacts | None = None
 
 
 def inspect_model(model: PreTrainedModel) -> ModelFacts:
@@ -65,7 +82,7 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
     Raises:
         UnsupportedError: attention that cannot be adapted; names the family and why.
     """
-    decoder, _ = decoder_of(model)
+    decoder, base = decoder_of(model)
     config = decoder.config
     family = config.model_type
     reason = _refusal(config) or _refusal_of_modules(decoder, family)
@@ -86,7 +103,8 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
     name = str(getattr(model.config, "_name_or_path", "") or "")
     dtype = str(decoder.dtype).removeprefix("torch.")
     has_sinks = any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in modules)
-    return ModelFacts(family, name, config, layers, longest, reason, device_name(decoder.device), dtype, has_sinks)
+    vision, device = VISION.get(base.config.model_type), device_name(decoder.device)
+    return ModelFacts(family, name, config, layers, longest, reason, device, dtype, has_sinks, vision)
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -211,6 +229,20 @@ def _in_cache_limits(config: Any, family: str) -> tuple[int | None, str | None]:
             limits.append(int(trained or config.max_position_embeddings))
     return min(limits, default=None), None
 
+
+VISION = {
+    facts.family: facts
+    for facts in (
+        VisionFacts("qwen2_vl", "video", 3),
+        VisionFacts("qwen2_5_vl", "video", 3),
+        VisionFacts("qwen3_vl", "video", 3),
+        VisionFacts("llava_onevision", "video", 1),
+        VisionFacts("smolvlm", "video", 1),
+        VisionFacts("internvl", "video", 1),
+        VisionFacts("idefics3", "image", 1),
+    )
+}
+"""Vision-language models that stream, by family."""
 
 ADAPTED = ("falcon", "mpt")
 """Families whose attention does not go through transformers' attention interface (`adapters.py`)."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import adapters, shortcuts
+from . import adapters, shortcuts, turning
 from .attention import register
 from .cache.cache import LongContextCache
 from .cache.ledger import Ledger
@@ -89,6 +89,7 @@ def patch(
         check_trainable(plan)
     state: Patch | None = base.__dict__.get(_KEY)
     if state is not None:
+        turning.install(decoder, plan.at_read)
         state.find_rotary(plan)
         shortcuts.install(decoder)  # the model may have come to a GPU
         state.plan, state.train, state.cache, state.ledger = plan, train, None, Ledger()
@@ -97,6 +98,7 @@ def patch(
     state = Patch(facts, decoder, decoder.config, plan, Recorder(decoder, cuda_graph), train)
     try:
         _install(state)
+        turning.install(decoder, plan.at_read)
         state.find_rotary(plan)
     except BaseException:
         _remove(state)
@@ -205,6 +207,7 @@ def _remove(state: Patch) -> None:
     for hook in state.hooks:
         hook.remove()
     shortcuts.remove(state.decoder)
+    turning.install(state.decoder, False)
     if state.decoder.__dict__.get("forward") is state.recorder:
         del state.decoder.__dict__["forward"]
     if state.facts.family in ADAPTED:

@@ -26,13 +26,19 @@ _KEY = "hf_longctx.session"
 _FORMAT = 1
 
 
-def save_session(model: PreTrainedModel, path: str | os.PathLike[str], cache: LongContextCache | None = None) -> None:
+def save_session(
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    cache: LongContextCache | None = None,
+    notes: dict[str, Any] | None = None,
+) -> None:
     """Write a cache to one safetensors file. What was there before stays until the new file is complete.
 
     Args:
         model: the patched model that filled the cache.
         path: of the file; its folder must be there.
         cache: of this model; None: the one that it used last.
+        notes: of yours, as JSON can hold them; `read_notes` gives them back.
 
     Raises:
         ValueError: the model is not patched, or there is no cache that has seen tokens, of the plan in force.
@@ -59,6 +65,7 @@ def save_session(model: PreTrainedModel, path: str | os.PathLike[str], cache: Lo
             "model": _fingerprint(state),
             "plan": state.plan.to_json(),
             "values": values,
+            "notes": notes or {},
             "sums": {name: _sum(x) for name, x in tensors.items()},
         }
     )
@@ -94,6 +101,21 @@ def load_session(model: PreTrainedModel, path: str | os.PathLike[str]) -> LongCo
     modules = sorted(attention_modules(state.decoder), key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
     devices = [next(module.parameters()).device for module in modules]
     return put_together(state.plan, tensors, about["values"], devices)
+
+
+def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The notes in a session file; no model is needed.
+
+    Raises:
+        ValueError: the file is damaged or no session.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            notes: dict[str, Any] = _about(file.metadata() or {}, path).get("notes", {})
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+    return notes
 
 
 def _state(model: PreTrainedModel, where: str) -> Patch:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_longctx import cli
-from hf_longctx.evals import assets
+from hf_longctx.evals import assets, clip
 
 from .evals import tiny_folder
 
@@ -27,11 +27,23 @@ def tiny(folder: Path) -> tuple[Any, Any]:
     return assets.load(folder, "float32", "cpu")
 
 
+def may_fetch(request: pytest.FixtureRequest) -> bool:
+    """Whether the tests were started with `-m network`."""
+    return "network" in request.config.option.markexpr.replace("not network", "")
+
+
 @pytest.fixture(scope="session")
 def smollm2(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    if not assets.is_cached() and "network" not in request.config.option.markexpr.replace("not network", ""):
+    if not assets.is_cached() and not may_fetch(request):
         pytest.skip("SmolLM2 is not in the cache; hf-longctx demo or pytest -m network fetches it")
     return assets.load(None, "float32", "cpu")
+
+
+@pytest.fixture(scope="session")
+def bunny(request: pytest.FixtureRequest) -> Path:
+    if not clip.is_cached() and not may_fetch(request):
+        pytest.skip("the clip is not in the cache; hf-longctx eval stream or pytest -m network fetches it")
+    return clip.fetch()
 
 
 @pytest.fixture

@@ -156,6 +156,13 @@ int64_t attend_scratch(const hfl_attend& a, int others, int32_t* splits) {
   return *splits == 1 ? 0 : units * *splits * ROWS * (a.dim + 2) * static_cast<int64_t>(sizeof(float));
 }
 
+bool attend_fits(const hfl_attend& a) {
+  const AttendTask p = task_of(a);
+  int fit = 0;
+  if (blocks_that_fit(kernel_of(a), p.variants, fit) != cudaSuccess) return true;  // hfl_layer_cuda will say why
+  return static_cast<int64_t>(a.batch) * a.kv_heads * p.units * (a.splits + 1) <= fit;
+}
+
 const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn) {
   const char* message = check(a);
   if (message) return message;

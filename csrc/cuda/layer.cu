@@ -77,6 +77,7 @@ extern "C" int64_t hfl_layer_scratch(const hfl_layer* layer, int64_t* counters) 
     const hfl::Counters own(g);
     *counters += own.all();
     bytes += hfl::in_pieces(hfl::attend_scratch(g.attend, static_cast<int>(own.problems), &g.attend.splits));
+    if (!hfl::attend_fits(g.attend)) return -1;
   }
   return bytes;
 }

@@ -16,8 +16,8 @@
 //   tiles are unpacked and turned in shared memory; sinks, or keys beyond the clamped distance, are a pass before the
 //   others, with queries turned to them. 64 KiB for D = 256, whose tiles are of 32 keys, and up to 16 KiB more where
 //   keys are packed.
-// Bound by: tensor cores. D = 128, 128K tokens on an H100: 596 TFLOP/s with all blocks and 557 with a tenth of them,
-//   where the same without exponentials reaches 745 and 703; mma.sync drives them at 350.
+// Bound by: tensor cores. D = 128, 128K tokens on an H200: 593 TFLOP/s with all blocks and 559 with a tenth of them
+//   (benchmarks/results/prefill-h200.json), of 741 that a matrix product reaches.
 #include <algorithm>
 #include <initializer_list>
 

@@ -92,7 +92,9 @@ const char* check(const hfl_turn& a) {
   if (a.dim < 8 || a.dim % 8 || a.size < 8 || a.size % 8 || a.size > a.dim) {
     return "rotate_heads: expected multiples of 8 channels, and no more that are turned than there are";
   }
-  if (a.batch < 1 || a.q_heads < 1 || a.kv_heads < 1 || a.tokens < 1) return "rotate_heads: expected no empty axis";
+  if (a.batch < 1 || a.q_heads < 1 || a.kv_heads < 0 || a.tokens < 1) {
+    return "rotate_heads: expected no empty axis but that of KV heads";
+  }
   const int64_t heads = static_cast<int64_t>(a.q_heads) + a.kv_heads, rows = static_cast<int64_t>(a.batch) * a.tokens;
   if (heads > INT32_MAX / a.dim || rows > INT32_MAX / (heads * a.dim)) {
     return "rotate_heads: expected fewer than 2^31 channels in all";

@@ -85,5 +85,6 @@ const char* wrong_append(const hfl_append& a);
 int score_blocks(const hfl_score& a);  // that work on a row
 int attend_units(const hfl_attend& a);  // of a KV head
 int64_t attend_scratch(const hfl_attend& a, int others, int32_t* splits);  // with so many other blocks beside
+bool attend_fits(const hfl_attend& a);  // all blocks of a step have room on the device at a time, so that they may wait
 
 }  // namespace hfl

@@ -12,6 +12,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import UnsupportedError
 from ..plan import HeadGroup, HeadPolicy, LayerPlan, Plan, Retention
+from .angles import Angles, Rotate
+from .floors import floors
 from .ledger import Ledger
 from .offload import OffloadedStore
 from .step import Step
@@ -106,6 +108,7 @@ class LongContextCache(Cache):
         self.ledger = Ledger()
         self.floors: dict[Retention, Tensor] = {}
         self.expected = 0  # columns that the calls of one prompt will come to, where it is known
+        self.angles = Angles() if plan.at_read else None
         self.pending: Step | None = None
         self.stacks = [LongContextLayer(layer, self.ledger) for layer in plan.layers]
         super().__init__(layers=list(self.stacks))
@@ -150,6 +153,8 @@ class LongContextCache(Cache):
         for layer in self.stacks:
             for _, store in layer.stores:
                 store.prepare(step)
+        if self.angles is not None:
+            self.angles.prepare(step)
         self.floors = {retention: floor.to(step.device) for retention, floor in self.floors.items()}
         self.measure()
 
@@ -162,7 +167,8 @@ class LongContextCache(Cache):
     def buffers(self) -> list[Any]:
         """All that a recorded call reads and writes beside its inputs; what moves is another object."""
         found = [x for layer in self.stacks for _, store in layer.stores for x in store.buffers()]
-        return [x for x in (*found, *self.floors.values(), *self.ledger.tally.values()) if x is not None]
+        turned = [] if self.angles is None else self.angles.buffers()
+        return [x for x in (*found, *turned, *self.floors.values(), *self.ledger.tally.values()) if x is not None]
 
     def measure(self) -> None:
         """Note in the ledger what the stores hold."""
@@ -179,7 +185,8 @@ class LongContextCache(Cache):
     @property
     def kv_bytes(self) -> int:
         """Bytes of all live tensors on the devices: keys, values and what is kept beside them."""
-        return sum(store.kv_bytes for layer in self.stacks for _, store in layer.stores)
+        stored = sum(store.kv_bytes for layer in self.stacks for _, store in layer.stores)
+        return stored + (0 if self.angles is None else self.angles.nbytes)
 
     @property
     def host_bytes(self) -> int:
@@ -199,27 +206,26 @@ class LongContextCache(Cache):
         Raises:
             ValueError: `room` is not between 0 and the window, or some heads keep everything.
         """
-        groups = [group for layer in self.plan.layers for group in layer.groups if group.policy.positions.in_cache]
-        retentions = {g.policy.retention for g in groups if g.policy.retention.sink} or {
-            g.policy.retention for g in groups
-        }
-        if not retentions:
-            raise ValueError(
-                f"evict: expected a plan that counts positions in the cache; got '{self.plan.method}', which has "
-                "nothing to make room in. Patch with 'streaming_llm'."
-            )
-        window = min(retention.window or 0 for retention in retentions)
-        if not 0 <= room <= window:
-            raise ValueError(f"evict: expected room between 0 and the window of {window}; got {room}. Evict less.")
-        if not self.ledger.columns:
-            return
-        lengths = self.ledger.lengths
-        if lengths is None:
-            lengths = torch.full((1,), self.ledger.columns, dtype=torch.int64)
-        for retention in retentions:
-            floor = lengths[:, None] - ((retention.window or 0) - room)
-            known = self.floors.get(retention)
-            self.floors[retention] = floor if known is None else torch.maximum(known.to(floor.device), floor)
+        self.floors.update(floors(self.plan, self.ledger, self.floors, room))
+
+    def keep(self, index: Tensor, lengths: Tensor | None, shift: Tensor, rotate: Rotate) -> None:
+        """Let go of all tokens but those named: of a plan that rotates keys at read, between two calls.
+
+        Args:
+            index: `[B, N]`, int64, ascending slots; of a row with fewer than N any at its end.
+            lengths: `[B]`, int64, how many each row keeps; None: N.
+            shift: `[B, N]`, int64, by how much each moves up.
+            rotate: the model's own routine.
+        """
+        assert self.angles is not None and self.pending is None
+        for layer in self.stacks:
+            for _, store in layer.stores:
+                assert isinstance(store, Store)  # the plan has no placement
+                store.keep(index)
+        self.angles.keep(index, shift, rotate)
+        ledger = self.ledger
+        ledger.columns, ledger.lengths, ledger.loose = index.shape[1], lengths, False
+        ledger.tail = None if lengths is None else lengths.clone()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens of every row.
@@ -261,6 +267,7 @@ class LongContextCache(Cache):
         ledger.loose = False
         ledger.tally.clear()
         self.floors.clear()
+        self.angles = Angles() if self.plan.at_read else None
         self.pending = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -278,6 +285,8 @@ class LongContextCache(Cache):
     def _map_rows(self, pick: Tensor) -> None:
         for layer in self.stacks:
             layer.map_rows(pick)
+        if self.angles is not None:
+            self.angles.map_rows(pick)
         if self.ledger.lengths is not None:
             self.ledger.lengths = self.ledger.lengths[pick.to(self.ledger.lengths.device)]
         if self.ledger.tail is not None:

@@ -33,6 +33,11 @@ class Absolute:
         """No bound."""
         return None
 
+    @property
+    def at_read(self) -> bool:
+        """Keys are stored as they will be read."""
+        return False
+
     def describe(self) -> str:
         """One phrase for a table."""
         return "positions of the text"
@@ -55,6 +60,11 @@ class InCache:
     def distance(self) -> int | None:
         """Bounded by what is stored."""
         return None
+
+    @property
+    def at_read(self) -> bool:
+        """Keys are stored as they will be read."""
+        return False
 
     def describe(self) -> str:
         """One phrase for a table."""
@@ -89,9 +99,45 @@ class Clamped:
         """Distance is counted over the text."""
         return False
 
+    @property
+    def at_read(self) -> bool:
+        """Keys are stored as they will be read."""
+        return False
+
     def describe(self) -> str:
         """One phrase for a table."""
         return f"positions of the text, at most {self.distance} apart"
+
+
+@primitive
+@dataclass(frozen=True)
+class Contiguous:
+    """Keys are read where they would stand if the kept tokens were all there ever was.
+
+    Keys are stored un-rotated, so whole spans can go from anywhere, and what is left moves up (`cache/angles.py`).
+    Positions may have three numbers (time, height, width).
+
+    Paper: StreamingVLM (arXiv:2510.09608) §3.1, contiguous RoPE.
+    """
+
+    @property
+    def in_cache(self) -> bool:
+        """Distance is that of the positions, which the cache holds; queries are not turned."""
+        return False
+
+    @property
+    def distance(self) -> int | None:
+        """No bound."""
+        return None
+
+    @property
+    def at_read(self) -> bool:
+        """Keys are rotated whenever they are read."""
+        return True
+
+    def describe(self) -> str:
+        """One phrase for a table."""
+        return "positions made contiguous at read"
 
 
 def lap_position(pos: Tensor, offset: int, lap: int) -> Tensor:

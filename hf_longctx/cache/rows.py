@@ -201,6 +201,10 @@ class Rows:
         """Replace the slots by `slots[index]`; index: `[B, N]`."""
         self.data = each(self.filled, lambda x: ops.take_tokens(x, index))
 
+    def move_up(self, index: Tensor) -> None:
+        """Put slots `index` `[B, N]` in the first N, in the memory that is there."""
+        self.write(each(self.filled, lambda x: ops.take_tokens(x, index)), 0)
+
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`; pick: `[B']`, int64."""
         if self.data is not None:

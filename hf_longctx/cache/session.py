@@ -38,6 +38,9 @@ def take_apart(cache: LongContextCache) -> tuple[dict[str, Tensor], dict[str, An
             for kind, (more, about) in states:
                 tensors.update({f"{where}.{kind}.{name}": x for name, x in more.items()})
                 values["stores"][f"{where}.{kind}"] = about
+    if cache.angles is not None:
+        more, values["angles"] = cache.angles.state(ledger.columns)
+        tensors.update({f"angles.{name}": x for name, x in more.items()})
     return tensors, values
 
 
@@ -67,15 +70,21 @@ def put_together(
                 if target is None:
                     continue
                 where = f"{layer}.{number}.{kind}"
-                own = {
-                    name.removeprefix(f"{where}."): x.clone().to(devices[layer])
-                    for name, x in tensors.items()
-                    if name.startswith(f"{where}.")
-                }
-                target.restore(own, values["stores"][where])
+                target.restore(_under(tensors, where, devices[layer]), values["stores"][where])
+    if cache.angles is not None:
+        cache.angles.restore(_under(tensors, "angles", devices[0]), values["angles"])
     cache.measure()
     return cache
 
 
 def _copy(tensors: Mapping[str, Tensor], name: str, device: torch.device) -> Tensor | None:
     return tensors[name].clone().to(device) if name in tensors else None
+
+
+def _under(tensors: Mapping[str, Tensor], where: str, device: torch.device) -> dict[str, Tensor]:
+    """Those whose name begins with `where` and a dot, copied to a device, by the rest of the name."""
+    return {
+        name.removeprefix(f"{where}."): x.clone().to(device)
+        for name, x in tensors.items()
+        if name.startswith(f"{where}.")
+    }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy
-from .index import Bounds, index_of
+from .index import index_of
 from .kept import Kept
 from .marks import Marks
 from .place import Place, positions_in, slot_of
@@ -181,6 +181,12 @@ class Store:
             f"come in: then {ROLLBACK} can be taken back. Or start a new cache."
         )
 
+    def keep(self, index: Tensor) -> None:
+        """Let go of all tokens but those in slots `index` `[B, N]`, which become the first N; memory stays in place."""
+        assert self._ring is None and self.index is None
+        for rows in (self._keys, self._values):
+            rows.move_up(index)
+
     def record(self) -> None:
         """Hold `ROLLBACK` tokens beyond the window from the next call on, so that `crop` can take tokens back."""
         self._rollback = ROLLBACK
@@ -228,10 +234,9 @@ class Store:
         sink, slots = self.retention.sink, min(step.columns, self.retention.sink + size)
         if step.columns > sink + size:
             self._lost = max(self._lost, step.columns - size)
-        stays = positions_in(step.lengths, slots, sink, size).clamp(min=0)
-        index = slot_of(stays, sink, old).expand(self.k.shape[0], -1)
-        self._keys.keep(index)
-        self._values.keep(index)
+        index = slot_of(positions_in(step.lengths, slots, sink, size).clamp(min=0), sink, old)
+        for rows in (self._keys, self._values):
+            rows.keep(index.expand(self.k.shape[0], -1))
 
     # reading --------------------------------------------------------------------------------------------------------
 
@@ -275,12 +280,9 @@ class Store:
         ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, first)
 
     def _make_room(self, k: Tensor, step: Step) -> tuple[Tensor | None, int]:
-        """For the tokens of a decode call; returns the bounds that are kept, if any, and tokens of a sub-block."""
         self._reserve(*self.memory, step)
-        if self.index is None:
-            return None, 1
-        assert isinstance(self.index, Bounds)
-        return self.index.reserve(k, step), self.index.sub
+        assert not isinstance(self.index, Marks)
+        return (None, 1) if self.index is None else (self.index.reserve(k, step), self.index.sub)
 
     def _write(self, keys: Stored, values: Stored, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         self._reserve(keys, values, step)

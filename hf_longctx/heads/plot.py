@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..evals.results import replacing
+from ..files import replacing
 
 _COLOURS = ("#4c72b0", "#c44e52", "#8c8c8c", "#b5a642", "#64b5cd")
 

@@ -18,8 +18,7 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
-from ..evals.results import replacing
-from ..files import number, read_json
+from ..files import number, read_json, replacing
 from .pattern import message
 
 Head = tuple[int, int]

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.optim import Optimizer
 
-from ..evals.results import replacing
+from ..files import replacing
 from .gates import Gates
 from .pattern import message
 

@@ -32,6 +32,11 @@ OPS = (
     "copy_blocks",
     "encode_kv",
     "decode_kv",
+    "delta_linear",
+    "quantize_tokens",
+    "quantize_norm",
+    "quantize_gated",
+    "w4a8_linear",
 )
 
 _MODULES = {"compiled": "compiled", "flex": "flex", "torch": "fused", "reference": "reference"}

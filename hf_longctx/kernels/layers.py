@@ -15,7 +15,7 @@ def rotate_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, size: int) -> t
 
     Args:
         q: `[B, Hq, T, D]`.
-        k: `[B, Hkv, T, D]`, dtype of q.
+        k: `[B, Hkv, T, D]`, dtype of q; Hkv may be 0.
         cos: `[B or 1, T, size]`, or `[B or 1, T, size/2]`, one for each pair; in the dtype of q or float32.
         sin: likewise.
         size: channels that turn, even, at most D.

@@ -18,6 +18,7 @@ from .lserve import LServe
 from .method import Method
 from .quest import Quest
 from .streaming_llm import StreamingLLM
+from .streaming_vlm import StreamingVLM
 from .xattention import XAttention
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Method",
     "Quest",
     "StreamingLLM",
+    "StreamingVLM",
     "XAttention",
     "check_plan",
     "check_trainable",

@@ -45,6 +45,10 @@ class Positions(Protocol):
     def distance(self) -> int | None:
         """The distance beyond which no key is read; None: no bound of its own."""
 
+    @property
+    def at_read(self) -> bool:
+        """True: keys are stored as they are before rotation, and rotated whenever they are read."""
+
     def describe(self) -> str:
         """One phrase for a table."""
 

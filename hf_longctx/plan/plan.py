@@ -96,7 +96,8 @@ class Plan:
             (StreamingLLM, arXiv:2309.17453, §3.3).
 
     Raises:
-        ValueError: no layers, or in-cache positions together with heads that keep everything or read sinks elsewhere.
+        ValueError: no layers, in-cache positions together with heads that keep everything or read sinks elsewhere, or
+            keys that are rotated at read beside keys that are not.
     """
 
     method: str
@@ -109,7 +110,7 @@ class Plan:
             raise ValueError("Plan: expected at least one layer; got none. List one LayerPlan per attention layer.")
         for i, layer in enumerate(self.layers):
             for group in layer.groups:
-                problem = misfit(group.policy, self.bounded)
+                problem = misfit(group.policy, self.bounded, self.at_read)
                 if problem is not None:
                     raise ValueError(f"Plan '{self.method}', layer {i}, {_span('KV head', group.kv_heads)}: {problem}")
 
@@ -120,6 +121,11 @@ class Plan:
     def bounded(self) -> bool:
         """True if positions stay small however long the text: some head counts them in the cache, or clamps them."""
         return any(p.positions.in_cache or p.positions.distance is not None for p in self._policies())
+
+    @property
+    def at_read(self) -> bool:
+        """True if keys are stored un-rotated."""
+        return any(policy.positions.at_read for policy in self._policies())
 
     @property
     def looks(self) -> bool:

@@ -9,16 +9,30 @@ if TYPE_CHECKING:
     from .plan import HeadPolicy
 
 
-def misfit(policy: HeadPolicy, bounded: bool) -> str | None:
+def misfit(policy: HeadPolicy, bounded: bool, at_read: bool) -> str | None:
     """The first rule that a policy breaks, as the end of an error message, or None.
 
     Args:
         policy: what a group of heads does.
         bounded: some head of the plan has small positions, so this one must be readable at them.
+        at_read: some head of the plan has keys stored un-rotated, as the model then gives them to all.
     """
     found = (rule(policy) for rule in _RULES)
     said = next((s for s in found if s is not None), None)
+    if said is None and at_read:
+        return _rotated_at_read(policy)
     return said if said is not None or not bounded else _readable_at_small_positions(policy)
+
+
+def _rotated_at_read(policy: HeadPolicy) -> str | None:
+    """A selector scores stored keys, and a format rounds them, as they are read."""
+    plain = policy.prefill is None and policy.decode is None and policy.kv is None and policy.placement is None
+    if policy.positions.at_read and plain and policy.retention.window is None:
+        return None
+    return (
+        f"expected heads that store native keys un-rotated and read them all, as others of the plan do; got "
+        f"'{policy.describe()}'. Give every head the same positions, and no selector, format, placement or window."
+    )
 
 
 def _readable_at_small_positions(policy: HeadPolicy) -> str | None:

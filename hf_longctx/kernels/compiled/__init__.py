@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import antidiagonal, attend, host, library, norm, prefill, rotary, select, step, store
+from . import antidiagonal, attend, delta, host, library, linear, norm, prefill, rotary, select, step, store
 
 OPS = {
     **antidiagonal.OPS,
@@ -14,6 +14,8 @@ OPS = {
     **store.OPS,
     **host.OPS,
     **norm.OPS,
+    **delta.OPS,
+    **linear.OPS,
     **rotary.OPS,
     **step.OPS,
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..types import Packed
 
-ABI = 4
+ABI = 5
 FEW = 8
 """Queries, or fresh tokens, of a row that an operation takes."""
 
@@ -107,7 +107,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             return None, f"its library has interface {abi}, this package {ABI}: install the package again"
         for name in ("hfl_version", *(f"hfl_{op}_{kind}" for op, kinds in _OPS.items() for kind in kinds)):
             getattr(library, name).restype = ctypes.c_char_p
-        for name in ("attend_scratch", "attend_counters", "pick_scratch", "layer_scratch", "antidiagonal_scratch"):
+        for name in _SIZES:
             getattr(library, f"hfl_{name}").restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         return None, f"its library cannot be loaded ({error})"
@@ -115,9 +115,20 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 _OPS = {
-    **dict.fromkeys(("attend", "score", "pick", "append"), ("cpu", "cuda")),
+    **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
     **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "layer"), ("cuda",)),
 }
+
+
+_SIZES = (
+    "attend_scratch",
+    "attend_counters",
+    "pick_scratch",
+    "layer_scratch",
+    "antidiagonal_scratch",
+    "delta_scratch",
+    "linear_scratch",
+)
 
 
 def reason(device: torch.device) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Implementation
+from ..reference.step import attend_layer as one_by_one
 from ..step import GroupStep
 from ..types import Logits, Selection
 from . import attend, library, select, store
@@ -98,6 +99,10 @@ def attend_layer(q: Tensor, k: Tensor, v: Tensor, logits: Logits, groups: Sequen
     with torch.cuda.device(q.device):
         counters = ctypes.c_int64()
         scratch_bytes = library.library().hfl_layer_scratch(ctypes.byref(layer), ctypes.byref(counters))
+        if (
+            scratch_bytes < 0
+        ):  # blocks that wait for each other must all run: then nothing waits but for whole operations
+            return one_by_one(q, k, v, logits, groups)
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=q.device)
         layer.scratch = scratch.data_ptr()
         layer.counters = library.counters(q.device, counters.value).data_ptr()

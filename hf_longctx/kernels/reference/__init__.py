@@ -5,8 +5,10 @@ from __future__ import annotations
 from ..dispatch import Implementation
 from .append import append, append_pages
 from .attend import attend_blocks, attend_pages
+from .delta import delta_linear
 from .host import bring_blocks, copy_blocks
 from .kv import decode_kv, encode_kv
+from .linear import quantize_gated, quantize_norm, quantize_tokens, w4a8_linear
 from .norm import rms_norm
 from .pick import pick_blocks
 from .rotate import rotate, rotate_heads
@@ -31,4 +33,9 @@ OPS = {
     "copy_blocks": Implementation(copy_blocks),
     "encode_kv": Implementation(encode_kv),
     "decode_kv": Implementation(decode_kv),
+    "delta_linear": Implementation(delta_linear),
+    "quantize_tokens": Implementation(quantize_tokens),
+    "quantize_norm": Implementation(quantize_norm),
+    "quantize_gated": Implementation(quantize_gated),
+    "w4a8_linear": Implementation(w4a8_linear),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,9 +18,7 @@ def attend_layer(q: Tensor, k: Tensor, v: Tensor, logits: Logits, groups: Sequen
     """`ops.attend_layer`."""
     out = q.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
     for group in groups:
-        kv = torch.tensor(group.heads, device=q.device)
-        per_kv = q.shape[1] // k.shape[1]
-        heads = (kv[:, None] * per_kv + torch.arange(per_kv, device=q.device)).flatten()
+        kv, heads = _numbers(group.heads, q.shape[1] // k.shape[1], q.device)
         asked = q.index_select(1, heads)
         fresh = (x.index_select(1, kv) for x in (k, v))
         where = (group.see.q_pos, group.sink, group.ring, group.bounds, group.sub, None)
@@ -30,6 +29,13 @@ def attend_layer(q: Tensor, k: Tensor, v: Tensor, logits: Logits, groups: Sequen
         part = dispatch.call("attend_pages", asked, *stored, logits.heads(heads), group.see, None, read)
         out[:, 0, heads] = part[:, :, 0]
     return out
+
+
+@lru_cache(maxsize=4096)
+def _numbers(heads: tuple[int, ...], per_kv: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """KV heads, and their query heads, on the device; made once, as making them waits for it."""
+    kv = torch.tensor(heads, device=device)
+    return kv, (kv[:, None] * per_kv + torch.arange(per_kv, device=device)).flatten()
 
 
 def _choose(group: GroupStep, q: Tensor) -> None:

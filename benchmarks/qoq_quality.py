@@ -1,0 +1,166 @@
+"""Perplexity of a model under QoQ, step by step, on text that it was not calibrated on, as JSON.
+
+python benchmarks/qoq_quality.py --out benchmarks/results/qoq-quality-smollm2.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+import hf_longctx as lc
+from hf_longctx.evals import assets, results, text
+from hf_longctx.evals.ppl import token_nll
+from hf_longctx.quantize import run as room
+from hf_longctx.weights.qoq.calibrate.blocks import block_of, layers_of
+from hf_longctx.weights.qoq.calibrate.flow import calls, embed, watching
+from hf_longctx.weights.qoq.calibrate.recipe import Recipe
+from hf_longctx.weights.qoq.calibrate.transforms import smooth_attention
+
+STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("rotation", {"rotate": True}),
+    ("SmoothAttention", {"smooth_attention": 0.5}),
+    ("output smoothing", {"smooth_inputs": 0.3}),
+    ("channel order", {"reorder": True}),
+    ("clip search", {"clip": True}),
+    ("GPTQ", {"gptq": True}),
+)
+NOTHING = {
+    "rotate": False,
+    "smooth_attention": 0.0,
+    "smooth_inputs": None,
+    "reorder": False,
+    "clip": False,
+    "gptq": False,
+}
+
+
+@torch.no_grad()
+def perplexity(model: Any, ids: torch.Tensor, chunk: int, kv: str) -> float:
+    """Of texts `[S, T]`, each by itself."""
+    with lc.patched(model, "dense", kv=kv, cuda_graph=False):
+        found = [torch.cat(list(token_nll(model, each, chunk))) for each in ids]
+    return math.exp(torch.cat(found).double().mean().item())
+
+
+@torch.no_grad()
+def smooth_keys(model: Any, ids: torch.Tensor, batch: int) -> None:
+    """SmoothAttention alone, on weights in floating point."""
+    prefix, layers = layers_of(model)
+    arguments, hidden = calls(model, layers, ids[:1]), embed(model, layers, ids, batch)
+    for index, layer in enumerate(layers):
+        layer.float()
+        block = block_of(layer, f"{prefix}.{index}", model.config)
+        with watching(block, block.head_dim) as (_, keys):
+            after = [arguments[index](layer, x.to(model.device)).cpu() for x in hidden]
+        smooth_attention(block, keys.size, 0.5)
+        layer.to(model.dtype)
+        hidden = after
+
+
+class Ladder:
+    """All cases; each starts from the checkpoint."""
+
+    def __init__(self, chosen: argparse.Namespace) -> None:
+        self.chosen = chosen
+        model, tokenizer = self.load()
+        ids = text.stream_ids(tokenizer, text.read(chosen.text))
+        held = chosen.windows * chosen.window
+        self.held = ids[-held:].view(chosen.windows, chosen.window)
+        self.calib = ids[: len(ids) - held][: chosen.samples * chosen.seqlen].view(chosen.samples, chosen.seqlen)
+        self.device = assets.pick_device(chosen.device)
+        self.rows: list[dict[str, Any]] = []
+        self.dense = 0.0
+        self.dense = self.add("as it is", model.to(self.device), "native")
+
+    def load(self) -> tuple[Any, Any]:
+        return assets.load(self.chosen.model, self.chosen.dtype, "cpu")
+
+    def add(self, case: str, model: Any, kv: str, seconds: float = 0.0, **facts: Any) -> float:
+        """Measure a case and write the file again."""
+        value = perplexity(model.to(self.device), self.held, self.chosen.chunk, kv)
+        base = self.dense or value
+        row = {"case": case, "value": value, "unit": "perplexity", "baseline": "as it is", "baseline_value": base}
+        self.rows.append({**row, "ratio": value / base, "kv": kv, "quantize_seconds": round(seconds, 1), **facts})
+        print(f"{case:48} {value:9.3f} {value / base:7.4f} {seconds:6.1f} s", flush=True)
+        settings = {
+            name: str(x) if isinstance(x, Path) else x for name, x in vars(self.chosen).items() if name != "out"
+        }
+        settings["model"] = assets.display_name(self.chosen.model)
+        results.save_json(self.chosen.out, {"meta": results.meta(self.device, settings), "rows": self.rows})
+        return value
+
+    def quantized(self, case: str, recipe: Recipe | None, config: lc.QoQConfig, **facts: Any) -> float:
+        """Measure weights of a recipe, None: to the nearest; with keys and values of 4 bits."""
+        model, _ = self.load()
+        begin = time.perf_counter()
+        if recipe is None:
+            room.round_all(model, config)
+        else:
+            task = room.Task(*self.calib.shape, self.chosen.batch, "", "")
+            with TemporaryDirectory() as folder:
+                room.run(model, self.calib, recipe, task, Path(folder), self.device, False, None)
+        return self.add(case, model, "int4", time.perf_counter() - begin, **facts)
+
+    def keys(self) -> None:
+        """Keys and values of 4 bits alone."""
+        model, _ = self.load()
+        self.add("KV4 alone", model.to(self.device), "int4")
+        smooth_keys(model, self.calib, self.chosen.batch)
+        value = self.add("KV4 alone, SmoothAttention", model, "int4", must=1.01)
+        self.rows[-1]["met"] = value / self.dense <= 1.01
+
+    def climb(self, name: str, config: lc.QoQConfig, whole: bool) -> None:
+        """To the nearest, then one step after the other (`whole`), or all at once."""
+        least = self.quantized(f"{name}: nearest", None, config)
+        recipe = Recipe(config, **NOTHING)
+        for number, (step, change) in enumerate(STEPS):
+            recipe = replace(recipe, **change)
+            last = number == len(STEPS) - 1
+            if (step == "channel order" and config.group_size == -1) or not (whole or last):
+                continue
+            value = self.quantized(f"{name}: + {step}" if whole else f"{name}: QoQ", recipe, config)
+            self.rows[-1]["share_of_gap_closed"] = (least - value) / (least - self.dense)
+            if last and config.group_size != -1:
+                self.rows[-1].update(must=0.6, met=self.rows[-1]["share_of_gap_closed"] >= 0.6)
+
+
+def main() -> None:
+    """All of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", help="a hub id or folder; SmolLM2-135M-Instruct if not given")
+    parser.add_argument("--text", type=Path, help="a text that ships with the package if not given")
+    parser.add_argument("--group-size", type=int, default=64, help="128 does not divide the 576 channels of SmolLM2")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--cases", default="keys,w8,group,channel", help="group-steps, channel-steps: one by one")
+    chosen = parser.parse_args()
+    cases, ladder = chosen.cases.split(","), Ladder(chosen)
+    if "keys" in cases:
+        ladder.keys()
+    if "w8" in cases:
+        ladder.quantized("W8A8: nearest", None, lc.QoQConfig(8))
+    for name, config in (
+        ("group", lc.QoQConfig(group_size=chosen.group_size)),
+        ("channel", lc.QoQConfig(group_size=-1)),
+    ):
+        if name in cases or f"{name}-steps" in cases:
+            ladder.climb(f"W4A8KV4 {name}", config, f"{name}-steps" in cases)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+// linear.w4a8_linear: products of int8 tokens and weights of 4 or 8 bits, exact in integers, and their scales.
+//
+// Paper: QoQ, arXiv:2405.04532; one multiplication for four codes as in LiquidGEMM, arXiv:2509.01229.
+// Shapes: tokens [M, K], weight [N, K] in stored order, out [M, N]; K a multiple of 32 up to 65536.
+// Codes are operand a, tokens operand b: so a fragment of codes is as it was stored, and few tokens fill what they use.
+//   Integers in registers are unsigned, too large by 128 where there are two levels or 8 bits; the sum of the token's
+//   values, times that, goes off in the end.
+// Up to 64 tokens, and everywhere but on sm_90a: linear_few.cuh. Bound by: bytes of the weight.
+// More on sm_90a: linear_many.cuh. Bound by: tensor cores.
+#include <algorithm>
+#include <initializer_list>
+
+#include "linear_few.cuh"
+#include "linear_many.cuh"
+
+namespace hfl {
+namespace {
+
+struct Kernel {
+  const void* function;
+  int tokens, threads, bytes;  // of a tile; of a block
+  bool many;
+};
+
+template <Form F, int MT>
+Kernel few() {
+  using R = FewRoom<F, MT>;
+  return {reinterpret_cast<const void*>(&linear_few_kernel<F, MT>), 8 * MT, R::THREADS, R::BYTES, false};
+}
+template <Form F>
+Kernel few(int tokens) {
+  if (tokens <= 8) return few<F, 1>();
+  if (tokens <= 16) return few<F, 2>();
+  return tokens <= 32 ? few<F, 4>() : few<F, 8>();
+}
+template <Form F, int T>
+Kernel many() {
+  using R = ManyRoom<F, T>;
+  return {reinterpret_cast<const void*>(&linear_many_kernel<F, T>), T, R::THREADS, R::BYTES, true};
+}
+template <Form F>
+Kernel of_form(int tokens, bool is_many) {
+  if (!is_many) return few<F>(tokens);
+  const int half = (tokens + 127) / 128, whole = (tokens + 255) / 256;
+  return half % 2 && half < 8 && 2 * whole > half ? many<F, 128>() : many<F, 256>();
+}
+Kernel kernel_of(const hfl_linear& a, int tokens, bool is_many) {
+  if (a.bits == 8) return of_form<Form::BYTES>(tokens, is_many);
+  if (a.group == 0) return of_form<Form::CHANNEL>(tokens, is_many);
+  return a.group == 128 ? of_form<Form::GROUP>(tokens, is_many) : of_form<Form::FINE>(tokens, is_many);
+}
+
+struct Device {
+  int processors = 0, shared_bytes = 0;
+  cudaError_t error;
+  Device() {
+    int device = 0;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+  }
+};
+
+// The kernel that takes the call: of many tokens only where the device runs it.
+Kernel choose(const hfl_linear& a, const Device& device) {
+  if (a.tokens > a.few) {
+    const Kernel kernel = kernel_of(a, a.tokens, true);
+    cudaFuncAttributes found;
+    if (cudaFuncGetAttributes(&found, kernel.function) == cudaSuccess && found.sharedSizeBytes) return kernel;
+  }
+  Kernel kernel = kernel_of(a, a.tokens, false);
+  while (kernel.bytes > device.shared_bytes && kernel.tokens > 8) kernel = kernel_of(a, kernel.tokens / 2, false);
+  return kernel;
+}
+
+LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
+  LinearTask p = {};
+  const int runs = (a.columns + 127) / 128;  // of 128 columns
+  p.a = a, p.panels = (a.rows + PANEL - 1) / PANEL;
+  p.chunks = a.bits == 8 ? 2 * runs : runs;
+  p.groups = a.group ? 128 / a.group : 0;
+  p.bias = a.group || a.bits == 8 ? 128 : 0;
+  p.tokens = kernel.many ? a.tokens : std::min(a.tokens, kernel.tokens);
+  p.row_tiles = (a.rows + TILE_ROWS - 1) / TILE_ROWS;
+  p.token_tiles = (p.tokens + kernel.tokens - 1) / kernel.tokens;
+  const int tiles = p.row_tiles * p.token_tiles, rest = tiles % processors;
+  if (!kernel.many) {
+    p.steps = (p.chunks + 1) / 2, p.split_tiles = tiles;
+  } else {  // a last round in which few have nothing to do is not split
+    p.steps = runs, p.split_tiles = 5 * rest < 4 * processors ? rest : 0;
+  }
+  p.whole_tiles = tiles - p.split_tiles;
+  p.per = (p.split_tiles * p.steps + processors - 1) / processors;
+  const int counters = (p.split_tiles + 31) / 32 * 32;
+  p.counters = a.scratch, p.partial = a.scratch + counters;
+  return p;
+}
+
+int64_t scratch_of(const LinearTask& p, const Kernel& kernel) {
+  const int64_t counters = (p.split_tiles + 31) / 32 * 32;
+  return counters + static_cast<int64_t>(p.split_tiles) * kernel.tokens * TILE_ROWS;
+}
+
+const char* check(const hfl_linear& a) {
+  if (a.dtype != HFL_F16 && a.dtype != HFL_BF16) return "w4a8_linear: expected float16 or bfloat16";
+  if (a.tokens < 1 || a.rows < 1 || a.columns < 1) return "w4a8_linear: expected no empty axis";
+  if (a.columns % 32 || a.columns > 65536) return "w4a8_linear: expected a multiple of 32 columns, at most 65536";
+  if (a.bits != 4 && a.bits != 8) return "w4a8_linear: expected 4 or 8 bits";
+  if (a.group != 0 && a.group != 32 && a.group != 64 && a.group != 128) {
+    return "w4a8_linear: expected groups of 32, 64 or 128 columns, or none";
+  }
+  if (a.group && (a.bits == 8 || !a.groups || a.columns % a.group)) {
+    return "w4a8_linear: expected groups that divide the columns, of 4 bits";
+  }
+  if (a.rows > (1 << 24) || a.tokens > (1 << 24)) return "w4a8_linear: expected at most 2^24 rows and tokens";
+  for (const void* x : {static_cast<const void*>(a.values), static_cast<const void*>(a.codes),
+                        static_cast<const void*>(a.groups), static_cast<const void*>(a.out)}) {
+    if (reinterpret_cast<uintptr_t>(x) % 16) return "w4a8_linear: expected tensors that begin at multiples of 16 bytes";
+  }
+  return nullptr;
+}
+
+// A tensor map of tokens [M, K]; what lies outside is zero. False where the driver does not make one.
+bool map_tokens(CUtensorMap& map, const hfl_linear& a, int tokens) {
+  static const auto encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult how;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &how);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(error == cudaSuccess ? found : nullptr);
+  }();
+  const cuuint64_t sizes[2] = {cuuint64_t(a.columns), cuuint64_t(a.tokens)}, strides[1] = {cuuint64_t(a.columns)};
+  const cuuint32_t box[2] = {128, cuuint32_t(tokens)}, steps[2] = {1, 1};
+  return encode && encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<int8_t*>(a.values), sizes, strides, box,
+                          steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                          CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+const char* run(const hfl_linear& a) {
+  const Device device;
+  if (device.error != cudaSuccess) return cudaGetErrorString(device.error);
+  const Kernel kernel = choose(a, device);
+  LinearTask p = task_of(a, kernel, device.processors);
+  if (static_cast<int64_t>(p.row_tiles) * p.token_tiles * p.steps > INT32_MAX / 2) {
+    return "w4a8_linear: expected fewer than 2^30 steps of 128 rows and columns";
+  }
+  CUtensorMap map;
+  if (kernel.many && !map_tokens(map, a, kernel.tokens)) return "w4a8_linear: the driver makes no map of the tokens";
+  if (p.split_tiles && !a.scratch) return "w4a8_linear: expected scratch memory";
+  cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes);
+  const int shares = p.per ? (p.split_tiles * p.steps + p.per - 1) / p.per : 0;
+  const dim3 grid(static_cast<unsigned>(std::max(shares, std::min(p.whole_tiles, device.processors))));
+  void* arguments[] = {&p, &map};  // a kernel of few tokens has one parameter
+  for (; error == cudaSuccess && p.tokens_from < a.tokens; p.tokens_from += p.tokens) {
+    if (!kernel.many) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);
+    if (a.ahead || p.tokens_from) {
+      error = launch(kernel.function, grid, kernel.threads, static_cast<size_t>(kernel.bytes), a.stream, arguments);
+    } else {
+      error = cudaLaunchKernel(kernel.function, grid, dim3(static_cast<unsigned>(kernel.threads)), arguments,
+                               static_cast<size_t>(kernel.bytes), static_cast<cudaStream_t>(a.stream));
+    }
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace hfl
+
+extern "C" int64_t hfl_linear_scratch(const hfl_linear* a) {
+  const hfl::Device device;
+  if (device.error != cudaSuccess || hfl::check(*a)) return 0;
+  const hfl::Kernel kernel = hfl::choose(*a, device);
+  return hfl::scratch_of(hfl::task_of(*a, kernel, device.processors), kernel);
+}
+
+extern "C" const char* hfl_linear_cuda(const hfl_linear* a) {
+  const char* message = hfl::check(*a);
+  return message ? message : hfl::run(*a);
+}

@@ -1,0 +1,277 @@
+// w4a8_linear of many tokens for sm_90a: wgmma, whose operand a is made of codes in registers. linear.cu says what it
+// computes.
+//
+// Grid: a block for each multiprocessor, of 384 threads, which computes one tile of 128 rows and T tokens after the
+//   other; before those, its share of tiles that are split along K, whose sums are added in memory, exactly.
+// Two groups of four warps have 64 rows each: they make the operand of the next 128 columns (one mask, and one
+//   multiplication where there are groups, for four codes) while the tensor cores multiply those before. Of a third
+//   group one thread copies: tokens by a tensor map, codes and scales as they lie.
+// Shared memory: STAGES times tokens, codes and scales of 128 columns, up to 206 KiB.
+// In code for other architectures the kernel is empty, which shows as one without static shared memory.
+#pragma once
+#include "linear.cuh"
+#include "linear_products.cuh"
+
+namespace hfl {
+
+template <Form F, int T>
+struct ManyRoom {
+  static constexpr int THREADS = 384, FEEDERS = 128;
+  static constexpr int TOKENS = T * 128, CHUNKS = F == Form::BYTES ? 2 : 1;
+  static constexpr int CODES = CHUNKS * CHUNK_BYTES;  // of a panel
+  static constexpr int LEVELS = F == Form::GROUP || F == Form::FINE ? 512 : 0;
+  static constexpr int STAGE = TOKENS + 2 * CODES + 2 * LEVELS;  // a multiple of 1024
+  static constexpr int STAGES = 220 * 1024 / STAGE < 8 ? 220 * 1024 / STAGE : 8;
+  static constexpr int BYTES = STAGES * STAGE + 1024;  // so that it can begin at a multiple of 1024
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// A run of steps of one tile.
+struct ManyWork {
+  int row_tile, token_tile, first, last;
+  int split;  // the tile's number among those that are split, or -1
+  __device__ ManyWork(const LinearTask& p, int tile, int first_, int last_, int split_)
+      : first(first_), last(last_), split(split_) {
+    constexpr int BAND = 8;  // token tiles side by side, so that what is read at a time fits into the L2 cache
+    const int band = tile / (BAND * p.row_tiles), within = tile - band * BAND * p.row_tiles;
+    const int width = min(BAND, p.token_tiles - band * BAND);
+    row_tile = within / width, token_tile = band * BAND + within % width;
+  }
+};
+
+// Every run of this block, in its order.
+template <class Do>
+__device__ __forceinline__ void each_work(const LinearTask& p, Do&& run) {
+  int at = static_cast<int>(blockIdx.x) * p.per;
+  const int end = min(at + p.per, p.split_tiles * p.steps);
+  while (at < end) {
+    const int tile = at / p.steps, first = at - tile * p.steps, last = min(p.steps, first + end - at);
+    run(ManyWork(p, tile, first, last, tile));
+    at += last - first;
+  }
+  for (int tile = static_cast<int>(blockIdx.x); tile < p.whole_tiles; tile += static_cast<int>(gridDim.x)) {
+    run(ManyWork(p, p.split_tiles + tile, 0, p.steps, -1));
+  }
+}
+
+template <Form F, int T>
+struct ManyBoard {
+  using R = ManyRoom<F, T>;
+  uint64_t full[R::STAGES], empty[R::STAGES];
+  int said;
+  __device__ void init() {
+    for (int s = 0; s < R::STAGES; ++s) barrier_init(full[s], 1), barrier_init(empty[s], 8);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+};
+
+// The thread that copies.
+template <Form F, int T>
+struct ManyFeeder {
+  using R = ManyRoom<F, T>;
+  const LinearTask& p;
+  const CUtensorMap& map;
+  ManyBoard<F, T>& board;
+  uint32_t base;
+
+  __device__ void run() {
+    int early = 0, filled = 0;
+    each_work(p, [&](const ManyWork& work) {  // codes that need not wait
+      for (int step = work.first; step < work.last && early < R::STAGES; ++step) put_codes(work, step, early++);
+    });
+    wait_for_last();
+    each_work(p, [&](const ManyWork& work) {
+      for (int step = work.first; step < work.last; ++step, ++filled) {
+        const int stage = filled % R::STAGES;
+        if (filled >= early) {
+          barrier_wait(board.empty[stage], (filled / R::STAGES & 1) ^ 1);
+          put_codes(work, step, stage);
+        }
+        copy_tokens(base + stage * R::STAGE, &map, board.full[stage], step * 128, p.tokens_from + work.token_tile * T);
+      }
+    });
+  }
+
+ private:
+  __device__ __forceinline__ void put_codes(const ManyWork& work, int step, int stage) {
+    barrier_expect(board.full[stage], R::TOKENS + 2 * R::CODES + 2 * p.groups * (R::LEVELS ? 2 * PANEL : 0));
+    const uint32_t to = base + stage * R::STAGE + R::TOKENS;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int panel = min(2 * work.row_tile + half, p.panels - 1);  // of two alike, the second is not used
+      const int64_t run = static_cast<int64_t>(panel) * p.steps + step;
+      copy_bytes(to + half * R::CODES, p.a.codes + run * R::CODES, R::CODES, board.full[stage]);
+      if constexpr (R::LEVELS) {
+        const int bytes = p.groups * 2 * PANEL;
+        copy_bytes(to + 2 * R::CODES + half * R::LEVELS, p.a.groups + run * bytes, bytes, board.full[stage]);
+      }
+    }
+  }
+};
+
+// A group that multiplies.
+template <Form F, int T>
+struct ManyGroup {
+  using R = ManyRoom<F, T>;
+  const LinearTask& p;
+  ManyBoard<F, T>& board;
+  uint32_t base;
+  int group, warp, lane, filled;
+  int acc[T / 2];
+
+  __device__ ManyGroup(const LinearTask& p_, ManyBoard<F, T>& board_, uint32_t base_)
+      : p(p_), board(board_), base(base_), warp(static_cast<int>(threadIdx.x) / 32 % 4),
+        lane(static_cast<int>(threadIdx.x) % 32), filled(0) {
+    group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128 - 1, 0);
+  }
+
+  __device__ void run() {
+    wait_for_last();
+    each_work(p, [&](const ManyWork& work) {
+      multiply(work.last - work.first);
+      const int row = work.row_tile * TILE_ROWS, token = work.token_tile * T;
+      if (work.split < 0) {
+        leave(row + group * 64 + warp * 16, token);
+      } else {
+        add(work, row, token);
+      }
+    });
+  }
+
+ private:
+  // Operand a of the 128 columns of a stage.
+  __device__ __forceinline__ void codes(uint32_t (&a)[16], int stage) const {
+    const uint32_t part = base + stage * R::STAGE + R::TOKENS;
+    const uint32_t at = part + group * R::CODES + warp * 1024 + lane * 16;
+    const uint32_t levels = part + 2 * R::CODES + group * R::LEVELS + warp * 32 + lane / 4 * 4;
+    if constexpr (F == Form::BYTES) {
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        const uint4 x = load_shared(at + s / 2 * CHUNK_BYTES + s % 2 * 512);
+        a[4 * s] = x.x, a[4 * s + 1] = x.y, a[4 * s + 2] = x.z, a[4 * s + 3] = x.w;
+      }
+      return;
+    }
+    const uint4 x = load_shared(at), y = load_shared(at + 512);
+    if constexpr (F == Form::CHANNEL) {
+      expand(a, x.x, x.y), expand(a + 4, x.z, x.w), expand(a + 8, y.x, y.y), expand(a + 12, y.z, y.w);
+    } else if constexpr (F == Form::GROUP) {
+      const Levels by(load_word(levels));
+      expand(a, x.x, x.y, by), expand(a + 4, x.z, x.w, by), expand(a + 8, y.x, y.y, by), expand(a + 12, y.z, y.w, by);
+    } else if constexpr (F == Form::FINE) {
+      expand(a, x.x, x.y, Levels(load_word(levels)));
+      expand(a + 4, x.z, x.w, Levels(load_word(levels + p.groups / 4 * 2 * PANEL)));
+      expand(a + 8, y.x, y.y, Levels(load_word(levels + p.groups / 2 * 2 * PANEL)));
+      expand(a + 12, y.z, y.w, Levels(load_word(levels + 3 * p.groups / 4 * 2 * PANEL)));
+    }
+  }
+
+  __device__ __forceinline__ void release(int stage) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(board.empty[stage]);
+  }
+
+  // 128 columns more; those before are done after it.
+  __device__ __forceinline__ void step(bool first) {
+    const int stage = filled % R::STAGES;
+    uint32_t a[16];
+    barrier_wait(board.full[stage], filled / R::STAGES & 1);
+    codes(a, stage);
+    const uint64_t b = matrix(base + stage * R::STAGE);
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < 4; ++s) product_u8(acc, a + 4 * s, b + 2 * s, s || !first);
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (!first) release((filled - 1) % R::STAGES);
+    ++filled;
+  }
+
+  __device__ __forceinline__ void multiply(int count) {
+    int i = 0;
+    step(true);
+#pragma unroll 1
+    for (i = 1; i + 2 <= count; i += 2) step(false), step(false);
+    if (i < count) step(false);
+    wgmma_wait<0>();
+    in_flight(acc);
+    release((filled - 1) % R::STAGES);
+  }
+
+  // Results of a whole tile, of 16 rows from n on: of four threads each has two rows of four 8x8 parts, and writes all
+  // eight of one.
+  __device__ __forceinline__ void leave(int n, int first_token) {
+    const OfRow rows[2] = {row_of(p, n + lane / 4), row_of(p, n + lane / 4 + 8)};
+    const int part = lane % 4, own = n + part % 2 * 8;
+    const bool whole = p.a.rows % 8 == 0;
+#pragma unroll
+    for (int q = 0; q < T / 8; q += 2) {
+      uint32_t two[4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int m = first_token + (q + i) * 8 + lane % 4 * 2, *x = acc + 4 * (q + i);
+        const OfToken low = token_of(p, m), high = token_of(p, m + 1);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float y0 = result(p, x[2 * h], low, rows[h]), y1 = result(p, x[2 * h + 1], high, rows[h]);
+          two[2 * i + h] = transpose(pack_results(p, y0, y1));
+        }
+      }
+      const uint4 eight = together(two, lane);
+      const int m = first_token + (q + part / 2) * 8 + lane / 4;
+      if (m >= p.tokens || own >= p.a.rows) continue;
+      if (whole) {
+        uint16_t* to = static_cast<uint16_t*>(p.a.out) + static_cast<int64_t>(p.tokens_from + m) * p.a.rows + own;
+        *reinterpret_cast<uint4*>(to) = eight;
+      } else {
+        const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+        store_results(p, m, own, pairs, 8);
+      }
+    }
+  }
+
+  // Add the sums to the tile's, and compute its results if all steps of it are there now.
+  __device__ __forceinline__ void add(const ManyWork& work, int row, int first_token) {
+    int* partial = p.partial + static_cast<int64_t>(work.split) * (T * TILE_ROWS);
+    if (2 * work.row_tile + group < p.panels) {
+      int* to = partial + group * 64 + warp * 16 + lane / 4;
+#pragma unroll
+      for (int i = 0; i < T / 2; ++i) {
+        const int m = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (first_token + m < p.tokens) add_partial(to + m * TILE_ROWS + i % 4 / 2 * 8, acc[i]);
+      }
+    }
+    const int thread = static_cast<int>(threadIdx.x) - R::FEEDERS, count = work.last - work.first;
+    meet(1, R::THREADS - R::FEEDERS);
+    if (thread == 0) board.said = add_in_order(p.counters + work.split, count) + count;
+    meet(1, R::THREADS - R::FEEDERS);
+    if (board.said != p.steps) return;
+    if (thread == 0) p.counters[work.split] = 0;
+    finish_tile<R::THREADS - R::FEEDERS>(p, partial, row, first_token, T, thread);
+  }
+};
+
+#endif
+
+template <Form F, int T>
+__global__ void __launch_bounds__(ManyRoom<F, T>::THREADS, 1) linear_many_kernel(const __grid_constant__ LinearTask p,
+                                                                                 const __grid_constant__ CUtensorMap map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ ManyBoard<F, T> board;
+  const uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;
+  let_next_begin();
+  if (threadIdx.x == 0) board.init();
+  __syncthreads();
+  if (threadIdx.x < ManyRoom<F, T>::FEEDERS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 0) ManyFeeder<F, T>{p, map, board, base}.run();
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    ManyGroup<F, T>(p, board, base).run();
+  }
+#endif
+}
+
+}  // namespace hfl

@@ -1,0 +1,199 @@
+// linear.quantize_tokens, quantize_norm and quantize_gated: rows to int8, with the scale and the sum of each.
+//
+// Paper: QoQ, arXiv:2405.04532, section 5.
+// Shapes: x (and y) [M, K] with rows apart, K a multiple of 8 up to 32768; values [M, K], scale and sums [M].
+// Grid: a block for a row. Block: up to 1024 threads, each with 8 channels once or up to four times; they stay in
+//   registers. Shared memory: what each warp adds up. Bound by: bytes; of few rows, loads and barriers that wait for
+//   each other.
+//
+// Roundings are those of the definition, but for the sum of squares and the exponential.
+#include "../linear.h"
+#include "eight.cuh"
+#include "linear.cuh"
+
+namespace hfl {
+namespace {
+
+constexpr int WARP = 32, MOST_THREADS = 1024, MOST_CHANNELS = 32768;
+constexpr float LEAST = 0x1p-100f;
+
+struct Largest {
+  __device__ __forceinline__ float operator()(float x, float y) const {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+    return x;
+  }
+};
+struct Sum {
+  template <class T>
+  __device__ __forceinline__ T operator()(T x, T y) const {
+    return x + y;
+  }
+};
+
+// The same in all threads.
+template <class T, class Both>
+__device__ __forceinline__ T of_block(T x, Both both, T nothing) {
+  __shared__ T parts[MOST_THREADS / WARP];
+  const int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
+#pragma unroll
+  for (int step = WARP / 2; step; step /= 2) x = both(x, __shfl_xor_sync(0xffffffffu, x, step));
+  if (blockDim.x == WARP) return x;
+  if (lane == 0) parts[warp] = x;
+  __syncthreads();
+  x = lane < static_cast<int>(blockDim.x) / WARP ? parts[lane] : nothing;
+#pragma unroll
+  for (int step = WARP / 2; step; step /= 2) x = both(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
+}
+
+__device__ __forceinline__ float rounded(float x, int dtype) {
+  return dtype == HFL_BF16 ? __bfloat162float(__float2bfloat16_rn(x)) : __half2float(__float2half_rn(x));
+}
+
+__device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, 1.0f + expf(-x)); }
+
+template <int PIECES>
+struct Row {
+  const hfl_quantize& a;
+  uint4 x[PIECES];  // 16-bit channels
+
+  __device__ explicit Row(const hfl_quantize& a_) : a(a_) {}
+
+  __device__ __forceinline__ int channel(int p) const {
+    return static_cast<int>(threadIdx.x + static_cast<unsigned>(p) * blockDim.x) * 8;
+  }
+  __device__ __forceinline__ Eight eight(int p) const { return unpack(Raw{x[p], {}}, a.dtype); }
+  __device__ __forceinline__ void keep(int p, const Eight& y) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float low = y.x[2 * i], high = y.x[2 * i + 1];
+      words[i] = a.dtype == HFL_BF16 ? pack_bf16(low, high) : pack_f16(low, high);
+    }
+    x[p] = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+
+  __device__ __forceinline__ void read(int64_t row) {
+#pragma unroll
+    for (int p = 0; p < PIECES; ++p) {
+      x[p] = make_uint4(0, 0, 0, 0);
+      if (channel(p) >= a.columns) continue;
+      x[p] = load(a.x, row * a.x_row + channel(p), a.dtype).low;
+      if (a.kind != HFL_OF_GATE) continue;
+      const Eight up = unpack(load(a.y, row * a.y_row + channel(p), a.dtype), a.dtype);
+      Eight gate = eight(p);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) gate.x[i] = __fmul_rn(rounded(silu(gate.x[i]), a.dtype), up.x[i]);
+      keep(p, gate);
+    }
+  }
+
+  __device__ __forceinline__ void normalize() {
+    float sum = 0.0f;
+#pragma unroll
+    for (int p = 0; p < PIECES; ++p) {
+      const Eight y = eight(p);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum = fmaf(y.x[i], y.x[i], sum);
+    }
+    const float mean = __fmul_rn(of_block(sum, Sum(), 0.0f), __fdiv_rn(1.0f, static_cast<float>(a.columns)));
+    const float factor = rsqrtf(__fadd_rn(mean, a.eps));
+#pragma unroll
+    for (int p = 0; p < PIECES; ++p) {
+      if (channel(p) >= a.columns) continue;
+      const Eight scale = unpack(load(a.weight, channel(p), a.weight_dtype), a.weight_dtype);
+      Eight y = eight(p);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float unit = __fmul_rn(y.x[i], factor);
+        y.x[i] = __fmul_rn(a.early ? rounded(unit, a.dtype) : unit, __fadd_rn(scale.x[i], a.offset));
+      }
+      keep(p, y);
+    }
+  }
+
+  __device__ __forceinline__ float largest() const {
+    float most = 0.0f;
+#pragma unroll
+    for (int p = 0; p < PIECES; ++p) {
+      const Eight y = eight(p);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) most = Largest()(most, fabsf(y.x[i]));
+    }
+    return of_block(most, Largest(), 0.0f);
+  }
+
+  // Values, and the sum of this thread's.
+  __device__ __forceinline__ int write(int64_t row, float up) const {
+    int sum = 0;
+#pragma unroll
+    for (int p = 0; p < PIECES; ++p) {
+      if (channel(p) >= a.columns) continue;
+      const Eight y = eight(p);
+      uint32_t words[2] = {};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int value = up == 0.0f ? 0 : max(-127, min(127, __float2int_rn(__fmul_rn(y.x[i], up))));
+        sum += value;
+        words[i / 4] |= (static_cast<uint32_t>(value) & 0xffu) << i % 4 * 8;
+      }
+      *reinterpret_cast<uint2*>(a.values + row * a.columns + channel(p)) = make_uint2(words[0], words[1]);
+    }
+    return sum;
+  }
+};
+
+template <int PIECES>
+__global__ void __launch_bounds__(MOST_THREADS) quantize_kernel(const __grid_constant__ hfl_quantize a) {
+  const int64_t row = blockIdx.x;
+  let_next_begin();
+  wait_for_last();
+  Row<PIECES> x(a);
+  x.read(row);
+  if (a.kind == HFL_OF_NORM) x.normalize();
+  const float most = x.largest();
+  const bool finite = most < INFINITY;  // and no NaN
+  const float up = !finite || most < LEAST ? 0.0f : __fdiv_rn(127.0f, most);
+  const int sum = of_block(x.write(row, up), Sum(), 0);
+  if (threadIdx.x == 0) {
+    a.scale[row] = finite ? __fdiv_rn(most, 127.0f) : __int_as_float(0x7fc00000);
+    a.sums[row] = sum;
+  }
+}
+
+const char* check(const hfl_quantize& a) {
+  if (a.dtype != HFL_F16 && a.dtype != HFL_BF16) return "quantize_tokens: expected float16 or bfloat16";
+  if (a.kind < HFL_OF_ROWS || a.kind > HFL_OF_GATE) return "quantize_tokens: expected rows, a norm or a gate";
+  if (a.tokens < 1 || a.columns < 8 || a.columns % 8 || a.columns > MOST_CHANNELS) {
+    return "quantize_tokens: expected rows, of a multiple of 8 channels up to 32768";
+  }
+  if (a.kind == HFL_OF_NORM && a.weight_dtype != a.dtype && (a.weight_dtype != HFL_F32 || a.early)) {
+    return "quantize_tokens: expected a weight of the dtype of the rows";
+  }
+  const bool gate = a.kind == HFL_OF_GATE;
+  for (const void* x : {a.x, gate ? a.y : nullptr, a.kind == HFL_OF_NORM ? a.weight : nullptr}) {
+    if (reinterpret_cast<uintptr_t>(x) % 16) return "quantize_tokens: expected tensors at multiples of 16 bytes";
+  }
+  if (reinterpret_cast<uintptr_t>(a.values) % 8) return "quantize_tokens: expected values at a multiple of 8 bytes";
+  if (a.x_row % 8 || (gate && a.y_row % 8)) return "quantize_tokens: expected rows at multiples of 16 bytes";
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace hfl
+
+extern "C" const char* hfl_quantize_cuda(const hfl_quantize* a) {
+  if (const char* message = hfl::check(*a)) return message;
+  const int warps = (a->columns / 8 + hfl::WARP - 1) / hfl::WARP, most = hfl::MOST_THREADS / hfl::WARP;
+  const void* kernels[] = {reinterpret_cast<const void*>(&hfl::quantize_kernel<1>),
+                           reinterpret_cast<const void*>(&hfl::quantize_kernel<2>),
+                           reinterpret_cast<const void*>(&hfl::quantize_kernel<4>)};
+  int which = 0;
+  while (warps > most << which) ++which;
+  const int threads = (warps + (1 << which) - 1) / (1 << which) * hfl::WARP;
+  hfl_quantize copy = *a;
+  void* arguments[] = {&copy};
+  const cudaError_t error =
+      hfl::launch(kernels[which], dim3(static_cast<unsigned>(a->tokens)), threads, 0, a->stream, arguments);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}

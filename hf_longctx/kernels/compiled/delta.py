@@ -1,0 +1,74 @@
+"""`delta.delta_linear` in the compiled library."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Implementation
+from . import library
+
+BLOCK = 128
+"""Inputs of which a CUDA device reads a multiple."""
+
+MOST_INPUTS, MOST_SLOTS = 1 << 16, 1 << 12
+
+
+class HflDelta(ctypes.Structure):
+    """`hfl_delta`."""
+
+    __slots__ = ()
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("rows", "inputs", "outputs", "slots", "planes", "groups", "scale_rows")),
+        ("dtype", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("x", "base")),
+        *((name, ctypes.c_int64) for name in ("x_r", "base_r")),
+        *((name, ctypes.c_void_p) for name in ("bits", "scales", "slots_of_rows", "out", "scratch", "stream")),
+    )
+
+
+def reject(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slots: Tensor) -> str | None:
+    """Why the library does not take these arguments, or None."""
+    reason = library.reason(x.device)
+    if reason is not None:
+        return reason
+    if any(other.device != x.device for other in (base_out, bits, scales, slots)):
+        return "needs all tensors on one device"
+    if base_out.dtype != x.dtype or x.dtype not in library.DTYPES or (x.is_cuda and x.dtype == torch.float32):
+        return f"needs x and base_out in float16 or bfloat16{'' if x.is_cuda else ', or float32'}"
+    if 0 in (*x.shape, *base_out.shape, *bits.shape, *slots.shape):
+        return "takes no empty tensors"
+    if not bits.is_contiguous() or not scales.is_contiguous():
+        return "needs bits and scales that are contiguous"
+    return _reject_on_cuda(x, bits, scales) if x.is_cuda else None
+
+
+def _reject_on_cuda(x: Tensor, bits: Tensor, scales: Tensor) -> str | None:
+    if x.shape[1] % (BLOCK * scales.shape[2]):
+        return f"takes inputs, and groups of them, that are a multiple of {BLOCK}"
+    if x.shape[1] > MOST_INPUTS or len(bits) > MOST_SLOTS:
+        return f"takes at most {MOST_INPUTS} inputs and {MOST_SLOTS} slots"
+    return None if bits.data_ptr() % 16 == 0 else "needs bits that begin at a multiple of 16 bytes"
+
+
+def delta_linear(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slots: Tensor) -> Tensor:
+    """`delta.delta_linear`; slots: `[R, P]`."""
+    x, slots = library.laid_out(x), slots.contiguous()
+    base = base_out if base_out.stride(1) == 1 else base_out.contiguous()
+    out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    block = HflDelta(*x.shape, base.shape[1], len(bits), slots.shape[1], scales.shape[2], scales.shape[1])
+    block.dtype = library.DTYPES[x.dtype]
+    block.x, block.x_r, block.base, block.base_r = x.data_ptr(), x.stride(0), base.data_ptr(), base.stride(0)
+    block.bits, block.scales, block.slots_of_rows = bits.data_ptr(), scales.data_ptr(), slots.data_ptr()
+    block.out = out.data_ptr()
+    if x.is_cuda:
+        size = library.library().hfl_delta_scratch(ctypes.byref(block))
+        scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
+        block.scratch = scratch.data_ptr()
+    library.run("delta", block, x.device)
+    return out
+
+
+OPS = {"delta_linear": Implementation(delta_linear, reject)}

@@ -1,0 +1,165 @@
+"""Quantized linears (`linear.py`) in the compiled library."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Implementation
+from ..linear import PackedWeight, Tokens
+from . import library
+
+MOST_CHANNELS = 32768
+FEW = 64
+"""Tokens up to which the time on CUDA is that of reading the weight."""
+
+
+class HflQuantize(ctypes.Structure):
+    """`hfl_quantize`."""
+
+    __slots__ = ()
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("tokens", "columns", "dtype", "kind")),
+        *((name, ctypes.c_void_p) for name in ("x", "y")),
+        *((name, ctypes.c_int64) for name in ("x_row", "y_row")),
+        *((name, ctypes.c_int32) for name in ("weight_dtype", "early")),
+        *((name, ctypes.c_float) for name in ("eps", "offset")),
+        *((name, ctypes.c_void_p) for name in ("weight", "values", "scale", "sums", "stream")),
+    )
+
+
+class HflLinear(ctypes.Structure):
+    """`hfl_linear`."""
+
+    __slots__ = ()
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("tokens", "rows", "columns", "bits", "group", "dtype", "few", "ahead")),
+        *((name, ctypes.c_void_p) for name in ("values", "token_scale", "sums", "codes", "scale", "shift", "groups")),
+        *((name, ctypes.c_void_p) for name in ("bias", "out", "scratch", "stream")),
+    )
+
+
+def _reject_rows(x: Tensor) -> str | None:
+    reason = library.reason(x.device)
+    if reason is not None:
+        return reason
+    if x.ndim != 2 or not x.numel():
+        return "takes two axes, none of them empty"
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "computes no gradients"
+    if x.dtype not in library.DTYPES or (x.is_cuda and x.dtype == torch.float32):
+        return "takes float16 or bfloat16, on the CPU float32 too"
+    if x.stride(1) != 1:
+        return "needs channels that lie side by side"
+    if x.is_cuda and (x.shape[1] % 8 or x.shape[1] > MOST_CHANNELS or not library.aligned(x)):
+        return f"takes a multiple of 8 channels, at most {MOST_CHANNELS}, in rows that begin at multiples of 16 bytes"
+    return None
+
+
+def _reject_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> str | None:
+    if not x.is_cuda:
+        return library.reason_on_cuda(x)
+    if weight.device != x.device or weight.dtype != x.dtype or not weight.is_contiguous():
+        return "needs rows and weight on one device, in one dtype"
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return "computes no gradients"
+    if not library.aligned(weight):
+        return "needs a weight that begins at a multiple of 16 bytes"
+    return _reject_rows(x)
+
+
+def _reject_gated(gate: Tensor, up: Tensor) -> str | None:
+    if not gate.is_cuda:
+        return library.reason_on_cuda(gate)
+    if up.device != gate.device or up.dtype != gate.dtype or up.shape != gate.shape:
+        return "needs both on one device, in one dtype and shape"
+    return _reject_rows(gate) or _reject_rows(up)
+
+
+def _quantized(block: HflQuantize, x: Tensor) -> Tokens:
+    """Run with what the block says beside rows x."""
+    rows, columns = x.shape
+    values = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    sums = torch.empty(rows, dtype=torch.int32, device=x.device)
+    block.tokens, block.columns, block.dtype = rows, columns, library.DTYPES[x.dtype]
+    block.x, block.x_row = x.data_ptr(), x.stride(0)
+    block.values, block.scale, block.sums = values.data_ptr(), scale.data_ptr(), sums.data_ptr()
+    library.run("quantize", block, x.device)
+    return Tokens(values, scale, sums)
+
+
+def quantize_tokens(x: Tensor) -> Tokens:
+    """`linear.quantize_tokens`."""
+    return _quantized(HflQuantize(kind=0), x)
+
+
+def quantize_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tokens:
+    """`linear.quantize_norm`."""
+    dtype = library.DTYPES[weight.dtype]
+    block = HflQuantize(kind=1, weight_dtype=dtype, early=early, eps=eps, offset=offset, weight=weight.data_ptr())
+    return _quantized(block, x)
+
+
+def quantize_gated(gate: Tensor, up: Tensor) -> Tokens:
+    """`linear.quantize_gated`."""
+    return _quantized(HflQuantize(kind=2, y=up.data_ptr(), y_row=up.stride(0)), gate)
+
+
+def reject_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> str | None:
+    """Why the library does not take these arguments, or None."""
+    values = tokens.values
+    reason = library.reason(values.device)
+    if reason is not None:
+        return reason
+    parts = [tokens.scale, tokens.sums, weight.codes, weight.scale, weight.shift, weight.groups, bias]
+    if any(x is not None and x.device != values.device for x in parts):
+        return "needs tokens and weight on one device"
+    if any(x is not None and not x.is_contiguous() for x in [values, *parts]):
+        return "needs contiguous tensors"
+    if not values.numel():
+        return "takes no empty tensors"
+    if dtype not in library.DTYPES or (values.is_cuda and dtype == torch.float32):
+        return "gives float16 or bfloat16, on the CPU float32 too"
+    if bias is not None and bias.dtype != torch.float32:
+        return "needs a bias in float32"
+    if values.is_cuda and not all(library.aligned(x) for x in (values, weight.codes)):
+        return "needs tensors that begin at multiples of 16 bytes"
+    return None
+
+
+def _is_known(codes: Tensor) -> bool:
+    """True if the codes were read before and have not been written to since, so that no kernel can still do so."""
+    if codes.is_inference():
+        return False
+    version, known = codes._version, getattr(codes, "_hfl_version", None)
+    codes._hfl_version = version  # type: ignore[attr-defined]
+    return known == version
+
+
+def w4a8_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`linear.w4a8_linear`."""
+    values, (rows, columns) = tokens.values, weight.shape
+    out = torch.empty(len(values), rows, dtype=dtype, device=values.device)
+    block = HflLinear(len(values), rows, columns, weight.bits, weight.group or 0, library.DTYPES[dtype], FEW)
+    block.values, block.token_scale, block.sums = values.data_ptr(), tokens.scale.data_ptr(), tokens.sums.data_ptr()
+    block.codes, block.scale = weight.codes.data_ptr(), weight.scale.data_ptr()
+    block.shift, block.groups = library.pointer(weight.shift), library.pointer(weight.groups)
+    block.bias, block.out = library.pointer(bias), out.data_ptr()
+    if values.is_cuda:
+        with torch.cuda.device(values.device):
+            count = library.library().hfl_linear_scratch(ctypes.byref(block))
+        block.scratch = library.counters(values.device, count).data_ptr()
+        block.ahead = _is_known(weight.codes)
+    library.run("linear", block, values.device)
+    return out
+
+
+OPS = {
+    "quantize_tokens": Implementation(quantize_tokens, _reject_rows),
+    "quantize_norm": Implementation(quantize_norm, _reject_norm),
+    "quantize_gated": Implementation(quantize_gated, _reject_gated),
+    "w4a8_linear": Implementation(w4a8_linear, reject_linear),
+}

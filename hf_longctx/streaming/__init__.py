@@ -1,0 +1,1 @@
+"""StreamingVLM sessions: frames in, rounds, captions out. Importing it loads nothing heavy."""

@@ -1,0 +1,162 @@
+"""On the experts of a mixture: signs of each expert's matrices. Files have them one by one, models in two tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels.delta import delta_linear
+from .bits import Matrix
+from .hooks import Hook, wide
+from .route import Route
+from .signs import finer, finest
+
+EXPERT = re.compile(r"(?P<module>.+\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.weight")
+"""The name of one matrix of one expert in a file."""
+
+_HALF = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
+"""Which half of `gate_up_proj` a matrix is."""
+
+_DOWN = ("down_proj", "w2")
+
+
+class Spot(NamedTuple):
+    """Where in a model a matrix of an expert is."""
+
+    tensor: str
+    number: int
+    start: int
+    stop: int
+
+    def view(self, module: Any) -> Tensor:
+        """It, in the module's own memory."""
+        whole: Tensor = getattr(module, self.tensor)
+        return whole[self.number, self.start : self.stop]
+
+
+def spot(module: Any, number: int, part: str) -> Spot | None:
+    """Where a matrix is in a module of experts; None: it has no such thing, or holds it in another form."""
+    both: Any = getattr(module, "gate_up_proj", None)
+    down: Any = getattr(module, "down_proj", None)
+    plain = not getattr(module, "is_transposed", False) and getattr(module, "is_concatenated", True)
+    known = isinstance(both, nn.Parameter) and isinstance(down, nn.Parameter) and both.ndim == down.ndim == 3
+    if not known or not plain or getattr(module, "has_bias", False) or number >= len(both):
+        return None
+    if part in _DOWN:
+        return Spot("down_proj", number, 0, down.shape[1])
+    half = both.shape[1] // 2
+    return Spot("gate_up_proj", number, _HALF[part] * half, (_HALF[part] + 1) * half) if part in _HALF else None
+
+
+def find(model: Any, name: str) -> tuple[Any, Spot] | None:
+    """Module and place of a matrix that a file names, if it is one of an expert of this model."""
+    found = EXPERT.fullmatch(name)
+    if found is None:
+        return None
+    try:
+        module = model.get_submodule(found["module"])
+    except AttributeError:
+        return None
+    place = spot(module, int(found["number"]), found["part"])
+    return None if place is None else (module, place)
+
+
+class Experts(Hook):
+    """Adds to each expert's products those with the signs of the row's tenant.
+
+    What is between the two products is not linear: the experts of such rows are computed anew, after the base's own.
+
+    Attributes:
+        bits: by tensor of the module, `[E, S, P, N, K / 32]`, int32.
+        scales: likewise `[E, S, P, N, groups]`, float32.
+    """
+
+    def __init__(self, module: nn.Module, where: Any) -> None:
+        super().__init__(module, where)
+        self.bits: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
+
+    def takes(self, parts: Mapping[str, Any]) -> bool:
+        """As `Hook` says."""
+        return all(
+            at.tensor in self.scales and finest(self.scales[at.tensor][0], m)[::2] == self.scales[at.tensor].shape[2::2]
+            for at, m in self._spots(parts)
+        )
+
+    def make(self, parts: Mapping[str, Any]) -> None:
+        """As `Hook` says; scales are of rows at least, as two matrices lie in one tensor."""
+        slots = self.where.slots
+        for at, matrix in self._spots(parts):
+            held = self.scales.get(at.tensor)
+            whole: Tensor = getattr(self.module, at.tensor)
+            planes, _, groups = finest(None if held is None else held[0], matrix)
+            if held is not None and held.shape[2::2] == (planes, groups):
+                continue
+            experts, rows, inputs = whole.shape
+            bits = torch.zeros(experts, slots, planes, rows, inputs // 32, dtype=torch.int32, device=whole.device)
+            scales = torch.zeros(experts, slots, planes, rows, groups, device=whole.device)
+            if held is not None:
+                bits[:, :, : held.shape[2]] = self.bits[at.tensor]
+                scales[:, :, : held.shape[2]] = finer(held, scales.shape)
+            self.bits[at.tensor], self.scales[at.tensor] = bits, scales
+
+    def put(self, slot: int, parts: Mapping[str, Any]) -> None:
+        """As `Hook` says."""
+        for scales in self.scales.values():
+            scales[:, slot] = 0
+        for at, matrix in self._spots(parts):
+            rows, planes = slice(at.start, at.stop), len(matrix.bits)
+            scales = self.scales[at.tensor]
+            self.bits[at.tensor][at.number, slot, :planes, rows] = matrix.bits.to(scales.device)
+            own = finer(matrix.scales.to(scales.device), torch.Size((at.stop - at.start, scales.shape[-1])))
+            scales[at.number, slot, :planes, rows] = own
+
+    def after(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """As `Hook` says."""
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        x, index, weights = (args[n] if n < len(args) else kwargs[name] for n, name in enumerate(names))
+        made = torch.zeros_like(x)
+        for number in index.unique().tolist():
+            if number < len(self.module.gate_up_proj):  # type: ignore[arg-type]
+                token, choice = torch.where(index == number)
+                inner = self._gate(self._linear("gate_up_proj", number, x[token], token, route, len(x)))
+                each = self._linear("down_proj", number, inner, token, route, len(x)) * weights[token, choice, None]
+                made.index_add_(0, token, each.to(made.dtype))
+        return torch.where(wide(route.index(len(x), x.device) < 0, x.ndim), out, made)
+
+    def _linear(self, name: str, number: int, x: Tensor, rows: Tensor, route: Route, total: int) -> Tensor:
+        """One product of one expert for some rows of the input, each with the signs of its tenant."""
+        out = F.linear(x, getattr(self.module, name)[number])
+        if name not in self.bits:
+            return out
+        bits, scales = self.bits[name][number].flatten(0, 1), self.scales[name][number].flatten(0, 1)
+        slots = route.slots_of(total, self.bits[name].shape[2], x.device)[rows]
+        return delta_linear(x, out, bits, scales.double() if x.dtype == torch.float64 else scales, slots)
+
+    def _gate(self, both: Tensor) -> Tensor:
+        """What is between the two products."""
+        own: Any = self.module
+        if hasattr(own, "_apply_gate"):
+            return own._apply_gate(both)  # type: ignore[no-any-return]
+        gate, up = both.chunk(2, dim=-1)
+        return own.act_fn(gate) * up  # type: ignore[no-any-return]
+
+    def _spots(self, parts: Mapping[str, Any]) -> list[tuple[Spot, Matrix]]:
+        """A tenant's matrices, each with its place."""
+        found = []
+        for key, matrix in parts.items():
+            number, _, part = key.partition(".")
+            place = spot(self.module, int(number), part)
+            assert place is not None
+            found.append((place, matrix))
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """As `Hook` says."""
+        return sum(x.nbytes for x in (*self.bits.values(), *self.scales.values()))

@@ -1,0 +1,100 @@
+"""Where tenants differ: hooks on layers of the base, each with what all tenants have there, by slot.
+
+The layers stay as they are, whatever they are made of: linears of 16 bits or quantized ones compute the base's output,
+and what is here adds or replaces what is a tenant's own. No hook looks at values: what it does depends on shapes and on
+the route alone, so that it can be recorded, and a row never depends on another row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .route import Route
+
+if TYPE_CHECKING:
+    from .tables import Table
+
+
+class Where(Protocol):
+    """What hooks ask: the route of the call, and how large the batch is."""
+
+    slots: int
+    batch: int
+
+    def route(self) -> Route | None:
+        """Tenants of the call's rows; None: all are the base's."""
+
+    def table(self) -> Table | None:
+        """The hook on the input embeddings, if there is one."""
+
+
+def with_parameters(module: nn.Module, **parameters: Any) -> Callable[..., Any]:
+    """A module's own `forward`, without hooks, on other parameters; the module is not touched."""
+    other = object.__new__(type(module))
+    other.__dict__.update(vars(module), _parameters={**module._parameters, **parameters})
+    return partial(type(module).forward, other)
+
+
+class Hook(ABC):
+    """What is hung on one layer.
+
+    Attributes:
+        module: the layer.
+        where: asked for the route.
+    """
+
+    def __init__(self, module: nn.Module, where: Where) -> None:
+        self.module, self.where = module, where
+        self.handles: list[Any] = [module.register_forward_hook(self._after, with_kwargs=True)]
+
+    def remove(self) -> None:
+        """Take it off the layer."""
+        for handle in self.handles:
+            handle.remove()
+
+    @abstractmethod
+    def put(self, slot: int, parts: Mapping[str, Any]) -> None:
+        """Fill a slot with what a tenant has here; what it does not have is the base's."""
+
+    @abstractmethod
+    def after(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """The layer's output with each row its tenant's."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes on the device, of all slots."""
+
+    @abstractmethod
+    def takes(self, parts: Mapping[str, Any]) -> bool:
+        """True if a tenant fits into the memory that there is; if not, `make` makes it anew."""
+
+    @abstractmethod
+    def make(self, parts: Mapping[str, Any]) -> None:
+        """Make memory for all slots that this tenant fits into, too; slots that are filled stay so."""
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        route = self.where.route()
+        return out if route is None else self.after(route, args, kwargs, out)
+
+    @property
+    def _place(self) -> torch.device:
+        return next(x.device for x in (*self.module.parameters(), *self.module.buffers()))
+
+
+def choose(route: Route, slot: int, found: Any, out: Any) -> Any:
+    """Rows of one slot from `found`, the others from `out`; tuples part by part."""
+    if isinstance(out, tuple):
+        return tuple(choose(route, slot, *pair) for pair in zip(found, out, strict=True))
+    return torch.where(wide(route.index(len(out), out.device) == slot, out.ndim), found, out)
+
+
+def wide(rows: Tensor, dims: int) -> Tensor:
+    """`[rows]` as `[rows, 1, ...]` with so many dimensions."""
+    return rows.reshape(-1, *(1,) * (dims - 1))

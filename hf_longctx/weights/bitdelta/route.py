@@ -1,0 +1,86 @@
+"""Which row of a batch belongs to which tenant: as numbers of slots, on the device, made once for each shape."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .message import say
+
+BASE = "__base__"
+"""The name of no tenant: PEFT's word for a row of the base model."""
+
+_KEPT = 16
+_SERIAL = itertools.count()
+
+
+@dataclass(eq=False)
+class Route:
+    """Tenants of the rows of a call; one name stands for all rows.
+
+    Attributes:
+        names: of each row of the batch, or of the batch.
+        slots: likewise; -1 for the base.
+        planes: bits of each tenant's weights; 0 for the base.
+        serial: tells two routes apart, for whatever is recorded with one of them.
+    """
+
+    names: tuple[str, ...]
+    slots: tuple[int, ...]
+    planes: tuple[int, ...]
+    serial: int = field(default_factory=lambda: next(_SERIAL))
+    _made: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
+
+    @property
+    def distinct(self) -> tuple[int, ...]:
+        """Slots that occur, without the base."""
+        return tuple(sorted({slot for slot in self.slots if slot >= 0}))
+
+    def slots_of(self, rows: int, planes: int, device: torch.device) -> Tensor:
+        """The places of each row's planes where a slot has `planes` of them, `[rows, planes]`, int32; -1 for none.
+
+        Args:
+            rows: of an input, tokens of one row of the batch next to each other.
+            planes: bits that there is room for.
+            device: where the numbers are needed.
+        """
+        key = rows, planes, device
+        if key not in self._made:
+            places = [
+                [slot * planes + plane if plane < own else -1 for plane in range(planes)]
+                for slot, own in zip(self.slots, self.planes, strict=True)
+            ]
+            self._made[key] = self._spread(places, rows, torch.int32, device)
+        return self._made[key]
+
+    def index(self, rows: int, device: torch.device) -> Tensor:
+        """The slot of each row, `[rows]`, int64; -1 for the base."""
+        key = rows, 0, device
+        if key not in self._made:
+            self._made[key] = self._spread(list(self.slots), rows, torch.int64, device)
+        return self._made[key]
+
+    def address(self, rows: int, device: torch.device) -> tuple[int, ...]:
+        """Where the numbers for an input of so many rows lie: what was recorded reads them there."""
+        self.index(rows, device)
+        return tuple(x.data_ptr() for (n, _, where), x in self._made.items() if n == rows and where == device)
+
+    def check(self, rows: int) -> None:
+        """Refuse a batch that the names do not fit."""
+        if rows % len(self.names):
+            got = f"{rows} rows for {len(self.names)} names"
+            raise ValueError(
+                say("adapter_names", "a name for each row of the batch", got, "Pass as many names as rows")
+            )
+
+    def _spread(self, each: list[Any], rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What each name has, repeated for its rows: beams of a row, and tokens, are next to each other."""
+        self.check(rows)
+        if len(self._made) >= _KEPT:
+            del self._made[next(iter(self._made))]
+        with torch.inference_mode(False):  # it outlives the call that first needs it
+            return torch.tensor(each, dtype=dtype).repeat_interleave(rows // len(self.slots), 0).to(device)

@@ -1,0 +1,97 @@
+"""On a linear layer: the signs of all tenants, and what their biases are more than the base's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.delta import delta_linear
+from .bits import Matrix
+from .hooks import Hook
+from .route import Route
+
+
+class Signs(Hook):
+    """On a linear layer: adds the product with each row's signs, and what its bias is more than the base's.
+
+    Attributes:
+        bits: `[S, P, N, K / 32]`, int32, or None: no tenant has signs here.
+        scales: `[S, P, 1 or N, groups]`, float32; zero where a slot has fewer planes, or none.
+        bias: `[S + 1, N]`, float32, zero for the base; None: no tenant has another bias.
+    """
+
+    bits: Tensor | None = None
+    scales: Tensor | None = None
+    bias: Tensor | None = None
+
+    def takes(self, parts: Mapping[str, Any]) -> bool:
+        """As above."""
+        matrix, held = parts.get("weight"), self.scales
+        enough = matrix is None or (held is not None and finest(held, matrix) == held.shape[1:])
+        return enough and ("bias" not in parts or self.bias is not None)
+
+    def make(self, parts: Mapping[str, Any]) -> None:
+        """As above."""
+        matrix, place, slots = parts.get("weight"), self._place, self.where.slots
+        if matrix is not None:
+            shape = finest(self.scales, matrix)
+            bits = torch.zeros(slots, shape[0], *matrix.bits.shape[1:], dtype=torch.int32, device=place)
+            scales = torch.zeros(slots, *shape, device=place)
+            if self.bits is not None and self.scales is not None:
+                bits[:, : self.bits.shape[1]] = self.bits
+                scales[:, : self.bits.shape[1]] = finer(self.scales, shape)
+            self.bits, self.scales = bits, scales
+        if "bias" in parts and self.bias is None:
+            self.bias = torch.zeros(slots + 1, len(parts["bias"]), device=place)
+
+    def put(self, slot: int, parts: Mapping[str, Any]) -> None:
+        """As above."""
+        matrix = parts.get("weight")
+        if self.bits is not None and self.scales is not None:
+            self.scales[slot] = 0
+            if matrix is not None:
+                planes = len(matrix.bits)
+                self.bits[slot, :planes] = matrix.bits.to(self.bits.device)
+                self.scales[slot, :planes] = finer(matrix.scales.to(self.bits.device), self.scales.shape[1:])
+        if self.bias is not None:
+            self.bias[slot + 1] = 0
+            if "bias" in parts:
+                own: Tensor | None = getattr(self.module, "bias", None)
+                less = 0 if own is None else own.detach().float()
+                self.bias[slot + 1] = parts["bias"].to(self.bias.device).float() - less
+
+    def after(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """As above."""
+        x = args[0] if args else kwargs["input"]
+        flat, made = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
+        if self.bits is not None and self.scales is not None:
+            scales = self.scales.flatten(0, 1)
+            slots = route.slots_of(len(flat), self.bits.shape[1], flat.device)
+            wide = scales.double() if flat.dtype == torch.float64 else scales
+            made = delta_linear(flat, made, self.bits.flatten(0, 1), wide, slots)
+        if self.bias is not None:
+            made = made + self.bias[route.index(len(flat), flat.device) + 1].to(made.dtype)
+        return made.reshape(out.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """As above."""
+        return sum(x.nbytes for x in (self.bits, self.scales, self.bias) if x is not None)
+
+
+def finest(held: Tensor | None, matrix: Matrix) -> torch.Size:
+    """Shape `[P, 1 or N, groups]` into which scales that there are, `[S, P, 1 or N, groups]`, and a matrix's fit."""
+    planes, rows, groups = matrix.scales.shape
+    if held is not None:
+        planes, rows, groups = max(planes, held.shape[1]), max(rows, held.shape[2]), math.lcm(groups, held.shape[3])
+    return torch.Size((planes, rows, groups))
+
+
+def finer(scales: Tensor, shape: torch.Size) -> Tensor:
+    """Scales `[..., P, 1 or N, groups]` said for the finer rows and groups of a shape; planes as they are."""
+    repeated = scales.repeat_interleave(shape[-1] // scales.shape[-1], -1)
+    return repeated.expand(*repeated.shape[:-2], shape[-2], shape[-1])

@@ -1,0 +1,207 @@
+"""One decoder layer: made easy, measured, rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....errors import UnsupportedError
+from ..grids import Grid, nearest_grid
+from ..linear import QoQLinear
+from .blocks import Block
+from .flow import Call, Inputs, Seen, watching
+from .hadamard import hadamard
+from .recipe import Recipe
+from .rounding import fit, gptq, output_error
+from .transforms import (
+    Change,
+    gain,
+    reorder_down,
+    rotate_block,
+    rotate_values,
+    smooth_attention,
+    smooth_down,
+    smooth_values,
+    turn_heads,
+)
+
+_EQUAL = 2e-3
+"""Largest relative difference of a layer's output that a change which should not matter may make, in float32."""
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """Relative error of a linear layer's outputs on the texts: root of the mean squared change over the mean square.
+
+    Attributes:
+        name: of the linear layer.
+        nearest: its original weights to the nearest code.
+        eased: rotated, smoothed and sorted weights likewise.
+        clipped: with a searched reach.
+        kept: as they are now.
+    """
+
+    name: str
+    nearest: float
+    eased: float
+    clipped: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Errors of a layer: of its linear layers, and `output`, that of what it adds to the residual stream."""
+
+    layer: str
+    output: float
+    linears: tuple[LinearReport, ...]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return {"layer": self.layer, "output": self.output, "linears": [asdict(each) for each in self.linears]}
+
+
+@torch.no_grad()
+def quantize_layer(
+    block: Block, call: Call, inputs: Inputs, recipe: Recipe, turn: Tensor | None, rotary: int
+) -> LayerReport:
+    """Change and round the weights of a layer, in place: its linear layers become `QoQLinear`.
+
+    Args:
+        block: in float32, on the device to work on.
+        call: what it is called with.
+        inputs: of the layer; rotated, if it is to be.
+        recipe: the steps.
+        turn: `[H, H]`, the rotation of the residual stream, or None.
+        rotary: channels of a head that are rotated by position.
+
+    Raises:
+        UnsupportedError: the layer computes something else after a change that should not matter.
+        RuntimeError: inputs that are not finite.
+    """
+    device = block.o.weight.device
+    sample = inputs[0].to(device)
+    places = _places(block)
+    plain = {name: linear.weight.clone() for name, (linear, _) in places.items()}
+    expected = call(block.layer, sample) if turn is None else call(block.layer, sample @ turn.T) @ turn
+    carry = _rotate(block, turn)
+    with watching(block, rotary) as (seen, keys):
+        for batch in inputs:
+            call(block.layer, batch.to(device))
+    _check_finite(block, seen)
+    changes = _ease(block, seen, keys.size, recipe)
+    _check_equal(block, call(block.layer, sample), expected)
+    reports = []
+    for name, (linear, place) in places.items():
+        moments = seen[place].moments
+        nearest = _nearest(plain.pop(name), carry.get(place), moments, recipe)
+        if place in changes:
+            moments = changes[place].moments(moments)
+        reports.append(_quantize_linear(block.layer, name, linear, moments, recipe, nearest))
+    added = (expected - sample).square().mean().clamp(min=1e-30)
+    error = (call(block.layer, sample) - expected).square().mean() / added
+    return LayerReport(block.name, float(error.sqrt()), tuple(reports))
+
+
+def _places(block: Block) -> dict[str, tuple[nn.Linear, str]]:
+    """The linear layers of a block by name, and what they read, as `watching` names it."""
+    reads: dict[nn.Module, str] = {block.o: "o", block.down: "down"}
+    for place, (_, readers) in zip(("attention", "mlp"), block.readers, strict=True):
+        reads.update(dict.fromkeys(readers, place))
+    found = {name: x for name, x in block.layer.named_modules() if isinstance(x, nn.Linear)}
+    other = [name for name, x in found.items() if x not in reads]
+    if other:
+        raise UnsupportedError(
+            f"quantize: expected linear layers of attention and a gated MLP in {block.name}; got also {other[0]}. "
+            "Load it with QoQConfig instead, which rounds weights to the nearest."
+        )
+    return {name: (x, reads[x]) for name, x in found.items()}
+
+
+def _rotate(block: Block, turn: Tensor | None) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Rotate the residual stream and values; gives, by place, how a weight `[N, K]` is written for the new inputs."""
+    if turn is None:
+        return {}
+    gains = [gain(norm, len(turn)) for norm, _ in block.readers]
+    rotate_block(block, turn)
+    rotate_values(block)
+    head = hadamard(block.head_dim).to(turn)
+    return {
+        "attention": lambda weight: (weight * gains[0]) @ turn,
+        "mlp": lambda weight: (weight * gains[1]) @ turn,
+        "o": lambda weight: turn_heads(weight, head),
+    }
+
+
+def _ease(block: Block, seen: dict[str, Seen], keys: Tensor, recipe: Recipe) -> dict[str, Change]:
+    """Smooth and sort; gives, by place, what became of input channels."""
+    if recipe.smooth_attention:
+        smooth_attention(block, keys, recipe.smooth_attention)
+    changes, alpha = {}, recipe.smooth_inputs
+    size = seen["down"].size
+    divisor, order = torch.ones_like(size), torch.arange(len(size), device=size.device)
+    if alpha is not None:
+        if not recipe.rotate:
+            spread = smooth_values(block, seen["o"].size, alpha, 1 - alpha)
+            changes["o"] = Change(spread, torch.arange(len(spread), device=size.device))
+        divisor = smooth_down(block, size, alpha, 1 - alpha)
+    if recipe.reorders:
+        order = reorder_down(block, size / divisor)
+    changes["down"] = Change(divisor[order], order)
+    return changes
+
+
+def _quantize_linear(
+    layer: nn.Module, name: str, linear: nn.Linear, moments: Tensor, recipe: Recipe, nearest: float
+) -> LinearReport:
+    """Put one linear layer on its grid, and measure it before and after."""
+    weight = linear.weight.float()
+    whole = output_error(weight, moments).sum().clamp(min=1e-30)
+
+    def error(grid: Grid, codes: Tensor) -> float:
+        return float((output_error(grid.values(codes) - weight, moments).sum() / whole).sqrt())
+
+    grid = nearest_grid(weight, recipe.config)
+    eased = clipped = error(grid, codes := grid.codes(weight))
+    if recipe.clip:
+        grid = fit(weight, recipe.config, moments)
+        clipped = error(grid, codes := grid.codes(weight))
+    if recipe.gptq:
+        codes = gptq(weight, grid, moments)
+    layer.set_submodule(name, QoQLinear.of(linear, grid, codes, recipe.config))
+    return LinearReport(name, nearest, eased, clipped, error(grid, codes))
+
+
+def _nearest(weight: Tensor, carry: Callable[[Tensor], Tensor] | None, moments: Tensor, recipe: Recipe) -> float:
+    """Relative error of the original weights to the nearest code."""
+    grid = nearest_grid(weight, recipe.config)
+    change = grid.values(grid.codes(weight)) - weight
+    if carry is not None:
+        weight, change = carry(weight), carry(change)
+    whole = output_error(weight, moments).sum().clamp(min=1e-30)
+    return float((output_error(change, moments).sum() / whole).sqrt())
+
+
+def _check_finite(block: Block, seen: dict[str, Seen]) -> None:
+    for place, each in seen.items():
+        if not bool(each.size.isfinite().all()):
+            raise RuntimeError(
+                f"quantize: expected finite inputs of '{place}' in {block.name}; got {float(each.size.max())}. "
+                "Check the model in float32 or bfloat16; what is quantized so far stays."
+            )
+
+
+def _check_equal(block: Block, got: Tensor, expected: Tensor) -> None:
+    """Nothing above may change what a layer computes; a family that is built otherwise shows here."""
+    scale = expected.square().mean().sqrt().clamp(min=1e-20)
+    apart = float((got - expected).square().mean().sqrt() / scale)
+    if not apart <= _EQUAL:
+        raise UnsupportedError(
+            f"quantize: expected {block.name} to compute the same when rotated and smoothed; got a relative difference "
+            f"of {apart:.1e}. Pass --no-rotate --smooth-attention 0 --no-smooth, or load it with QoQConfig."
+        )

@@ -1,0 +1,164 @@
+"""A linear layer of 4- or 8-bit weights, whose inputs are rounded to 8 bits token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.linear import COLUMNS, ROWS, PackedWeight, Tokens, quantize_tokens, w4a8_linear
+from ...kernels.packing import pack, unpack
+from .config import QoQConfig
+from .grids import Grid
+
+_TOKENS = "_qoq_tokens"
+"""Where an input carries its own 8-bit form: q, k and v read the same one."""
+
+
+class QoQLinear(nn.Module):
+    """`y = x W^T + b` in integers: int8 tokens, 4- or 8-bit weights, one scale for each of both.
+
+    Paper: QServe (arXiv:2405.04532) §4.1, §5.2.
+
+    The gradient of the input is that of the dequantized weight, as if inputs were not rounded (straight through); the
+    weight has none.
+
+    Attributes:
+        weight: `[panels, bytes]` uint8, a row for each 64 output channels, in the order of `kernels.packing`. No shape
+            that a dense weight could have: read without this package, a checkpoint is refused.
+        weight_scale: `[N]` float32.
+        weight_shift: `[N]` float32: one level of 4 bits; None otherwise.
+        weight_groups: `[panels, K' / group, 64, 2]` uint8: two levels; None otherwise.
+        bias: `[N]` or None.
+    """
+
+    _hf_quantized_needs_local_tp = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        config: QoQConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.wbits, self.group_size = config.wbits, config.group_size
+        panels, columns = -(-out_features // ROWS), -(-in_features // COLUMNS) * COLUMNS
+        self.weight = _fixed(torch.empty(panels, ROWS * columns * config.wbits // 8, dtype=torch.uint8, device=device))
+        scale = torch.empty(out_features, dtype=torch.float32, device=device)
+        self.weight_scale = _fixed(scale)
+        self.weight_shift = _fixed(torch.empty_like(scale)) if config.kind == "channel" else None
+        self.weight_groups: nn.Parameter | None = None
+        if config.kind == "group":
+            shape = (panels, columns // config.group_size, ROWS, 2)
+            self.weight_groups = _fixed(torch.empty(shape, dtype=torch.uint8, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def of(cls, linear: nn.Linear, grid: Grid, codes: Tensor, config: QoQConfig) -> QoQLinear:
+        """A linear layer whose weight is on a grid; its bias stays.
+
+        Args:
+            linear: that is replaced.
+            grid: of its weight.
+            codes: `[N, K]`.
+            config: bits and groups of the grid.
+        """
+        made = cls(linear.in_features, linear.out_features, False, config, "meta")
+        for name, tensor in packed_tensors(grid, codes).items():
+            setattr(made, name, _fixed(tensor))
+        made.bias = linear.bias
+        return made
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as kernels take it; no copy."""
+        codes = self.weight.view(len(self.weight) * ROWS, -1)
+        return PackedWeight(codes, self.weight_scale, self.weight_shift, self.weight_groups, self.in_features)
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the weight stands for: `[N, K]`."""
+        codes = unpack(self.packed)
+        values = codes.values.float()
+        if codes.group_scale is not None and codes.group_zero is not None:
+            values = values.view(*codes.group_scale.shape, -1)
+            values = (values * codes.group_scale[..., None] + codes.group_zero[..., None]).flatten(1)
+        values = values * codes.scale[:, None]
+        return (values if codes.shift is None else values - codes.shift[:, None]).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., K]` to `[..., N]`, dtype of x."""
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            out: Tensor = _StraightThrough.apply(x, self)  # type: ignore[no-untyped-call]
+            return out if self.bias is None else out + self.bias.to(out.dtype)
+        return self._product(x, None if self.bias is None else self.bias.float())
+
+    def extra_repr(self) -> str:
+        """Sizes and bits."""
+        of = f"{self.wbits} bits" + (f", groups of {self.group_size}" if self.weight_groups is not None else "")
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {of}"
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out = w4a8_linear(_tokens(x), self.packed, bias, x.dtype)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QoQLinear:
+        """Move to a device; scales stay float32 whatever dtype the model is brought to."""
+        scales = {name: x for name in ("weight_scale", "weight_shift") if (x := getattr(self, name)) is not None}
+        before = {name: x.data for name, x in scales.items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            now = getattr(self, name)
+            if now.dtype != torch.float32:
+                setattr(self, name, _fixed(old.to(now.device)))
+        return self
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The quantized product forward, the dequantized weight backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: QoQLinear) -> Tensor:
+        ctx.linear = linear
+        return linear._product(x, None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ ctx.linear.dequantized(grads[0].dtype), None
+
+
+def packed_tensors(grid: Grid, codes: Tensor) -> dict[str, Tensor]:
+    """Tensors of a `QoQLinear` by name, for codes `[N, K]` of a grid."""
+    return parts_of(pack(grid.form(codes)))
+
+
+def parts_of(packed: PackedWeight) -> dict[str, Tensor]:
+    """A stored weight as the tensors of a `QoQLinear`, by name."""
+    found = {
+        "weight": packed.codes.view(len(packed.codes) // ROWS, -1),
+        "weight_scale": packed.scale,
+        "weight_shift": packed.shift,
+        "weight_groups": packed.groups,
+    }
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def _tokens(x: Tensor) -> Tokens:
+    """An input in 8 bits; kept with it, for the next layer that reads the same one."""
+    if x.is_inference() or torch.compiler.is_compiling():  # no version tells whether it was written to
+        return quantize_tokens(x.reshape(-1, x.shape[-1]))
+    known = getattr(x, _TOKENS, None)
+    if known is None or known[0] != x._version:
+        known = (x._version, quantize_tokens(x.reshape(-1, x.shape[-1])))
+        setattr(x, _TOKENS, known)
+    tokens: Tokens = known[1]
+    return tokens
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,165 @@
+"""QoQ for transformers' loader: checkpoints of floating-point weights are rounded, those of QoQ are read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from ...errors import UnsupportedError
+from .config import PER_CHANNEL, QoQConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .linear import QoQLinear
+
+_ADVICE = "Is it of this model? Convert or quantize it again: hf-longctx quantize"
+_PARTS = ("weight", "weight_scale", "weight_shift", "weight_groups")
+
+
+class QoQQuantizer(HfQuantizer):
+    """Replaces the linear layers of a decoder by `QoQLinear`, as its weights come in."""
+
+    quantization_config: QoQConfig
+    serialized_names = {"weight": list(_PARTS)}  # noqa: RUF012 - transformers' own form
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of a weight, for the plan of devices."""
+        return self.quantization_config.wbits / 8
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top."""
+        return True
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        """Saved as any model."""
+        return True
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """True for the weight of a linear layer that is rounded as it is loaded."""
+        name, _, kind = param_name.rpartition(".")
+        return not self.pre_quantized and kind == "weight" and name in self._chosen
+
+    def get_quantize_ops(self) -> Any:
+        """What rounds one weight."""
+        from .loading import RoundWeight
+
+        return RoundWeight(self.quantization_config)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from .linear import QoQLinear
+
+        config = self.quantization_config
+        self._chosen = chosen_linears(model, config)
+        if self.pre_quantized:
+            for name in self._chosen:
+                old: Any = model.get_submodule(name)
+                bias = old.bias is not None
+                made = QoQLinear(old.in_features, old.out_features, bias, config, "meta", old.weight.dtype)
+                model.set_submodule(name, made)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from .linear import QoQLinear
+
+        lost = [f"{name}.weight" for name in self._chosen if isinstance(model.get_submodule(name), nn.Linear)]
+        for name, module in model.named_modules():
+            if isinstance(module, QoQLinear):
+                lost += [f"{name}.{part}" for part in _unread(module, name, self.quantization_config)]
+        if lost:
+            shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+            raise ValueError(
+                f"QoQ checkpoint: expected a tensor for each part of each weight; got none for {shown}. {_ADVICE}"
+            )
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from .linear import QoQLinear
+
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QoQLinear):
+                dense = nn.Linear(module.in_features, module.out_features, False, device="meta")
+                dense.weight = nn.Parameter(module.dequantized(dtype or model.dtype))
+                dense.register_parameter("bias", module.bias)
+                model.set_submodule(name, dense)
+        return model
+
+
+def _unread(module: QoQLinear, name: str, config: QoQConfig) -> list[str]:
+    """Parts of a layer that no file had. The loader leaves those empty, with a line in a log.
+
+    Raises:
+        ValueError: a part of another shape, which some versions of the loader take as it comes.
+    """
+    from .linear import QoQLinear
+
+    fresh, lost = QoQLinear(module.in_features, module.out_features, False, config, "meta"), []
+    for part in _PARTS:
+        x, like = getattr(module, part), getattr(fresh, part)
+        if like is None:
+            continue
+        if x.shape != like.shape or x.dtype != like.dtype:
+            expected, got = (f"{y.dtype} {list(y.shape)}" for y in (like, x))
+            raise ValueError(f"QoQ checkpoint: expected {expected} for {name}.{part}; got {got}. {_ADVICE}")
+        x.requires_grad_(False)  # the loader gives every floating-point tensor a gradient
+        if not x.is_meta and not getattr(x, "_is_hf_initialized", False):  # on meta: it stays on the disk
+            lost.append(part)
+    return lost
+
+
+def chosen_linears(model: PreTrainedModel, config: QoQConfig) -> list[str]:
+    """Names of the linear layers of a model that are quantized: all of the decoder's layers.
+
+    Raises:
+        ValueError: none, or one whose channels do not fit; it is named.
+        UnsupportedError: experts in one tensor, which nothing here quantizes.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    excluded = list(config.modules_to_not_convert or ())
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    inside = {id(module) for module in getattr(decoder, "layers", decoder).modules()}
+    found = []
+    for name, module in model.named_modules():
+        if id(module) not in inside or not should_convert_module(name, excluded):
+            continue
+        fused = [key for key, x in module.named_parameters(recurse=False) if x.ndim > 2]
+        if fused:
+            raise UnsupportedError(
+                f"QoQConfig: expected experts as linear layers; got {name}.{fused[0]}, all experts in one tensor, in "
+                f"'{model.config.model_type}'. Leave them as they are: modules_to_not_convert=['experts']."
+            )
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():  # type: ignore[no-untyped-call]
+            _check_fit(name, module, config)
+            found.append(name)
+    if not found:
+        raise ValueError(
+            f"QoQConfig: expected linear layers in the decoder of '{model.config.model_type}'; got none to quantize. "
+            "Load the model as it is."
+        )
+    return found
+
+
+def _check_fit(name: str, linear: nn.Linear, config: QoQConfig) -> None:
+    unit = 32 if config.group_size == PER_CHANNEL else config.group_size
+    if linear.in_features % unit == 0:
+        return
+    smaller = [size for size in (64, 32) if size < unit and linear.in_features % size == 0]
+    advice = f"Use group_size={smaller[0]}" if smaller else f"Leave it out: modules_to_not_convert=['{name}']"
+    raise ValueError(
+        f"QoQConfig: expected input channels in multiples of {unit}; got {linear.in_features} in {name}. {advice}."
+    )
+
+
+def declare(model: Any, config: QoQConfig) -> None:
+    """Have a model whose layers were replaced here be one that is saved, reported and dequantized as QoQ."""
+    quantizer: Any = QoQQuantizer(config, pre_quantized=True)
+    quantizer._chosen = []
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config

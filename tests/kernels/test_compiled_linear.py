@@ -1,0 +1,246 @@
+"""Quantized linears in the compiled library: the very bits of the definition, on the CPU and, marked `cuda`, there."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_longctx.kernels import dispatch, linear, packing
+from hf_longctx.kernels.compiled import library
+from hf_longctx.kernels.compiled import linear as compiled
+from hf_longctx.kernels.dispatch import use_backend
+from hf_longctx.kernels.linear import PackedWeight, Tokens
+
+from .built import need
+from .weights import FORMS, moved, random_codes, random_tokens
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+devices = pytest.mark.parametrize("device", DEVICES)
+forms = pytest.mark.parametrize("form", FORMS)
+SIXTEEN = [torch.bfloat16, torch.float16]
+
+
+def dtypes(device: str) -> list[torch.dtype]:
+    return SIXTEEN if device == "cuda" else [*SIXTEEN, torch.float32]
+
+
+def product(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype, device: str) -> Tensor:
+    """From the library, on a device."""
+    need(device)
+    tokens, weight = moved(tokens, device), moved(weight, device)
+    with use_backend("compiled"):
+        out = linear.w4a8_linear(tokens, weight, None if bias is None else bias.to(device), dtype)
+    return out.cpu()
+
+
+def defined(*arguments: Any) -> Tensor:
+    with use_backend("reference"):
+        return linear.w4a8_linear(*arguments)
+
+
+@devices
+@pytest.mark.usefixtures("poisoned")
+@forms
+@pytest.mark.parametrize("rows", [1, 7, 16, 30, 64, 65])
+def test_products(form: str, rows: int, device: str) -> None:
+    """Full panels and parts of one, an odd number of runs of columns, and parts of a run."""
+    for outputs, columns in ((128, 256), (200, 384), (72, 1664)):
+        codes = random_codes(form, outputs, columns, seed=rows)
+        tokens, bias = random_tokens(rows, columns, seed=outputs), torch.randn(outputs)
+        weight = packing.pack(codes)
+        for dtype in dtypes(device):
+            got = product(tokens, weight, bias, dtype, device)
+            assert torch.equal(got, defined(tokens, weight, bias, dtype))
+        assert torch.equal(product(tokens, weight, None, dtype, device), defined(tokens, weight, None, dtype))
+
+
+@devices
+@pytest.mark.parametrize("form", ["channel", "bytes", "group 32", "group 64"])
+@pytest.mark.parametrize("outputs", [1, 30, 67])
+def test_products_of_odd_shapes(form: str, outputs: int, device: str) -> None:
+    for columns in (32, 96, 160, 224) if form != "group 64" else (64, 192, 320):
+        codes, tokens = random_codes(form, outputs, columns), random_tokens(3, columns)
+        weight = packing.pack(codes)
+        got = product(tokens, weight, None, torch.bfloat16, device)
+        assert torch.equal(got, defined(tokens, weight, None, torch.bfloat16))
+
+
+@devices
+def test_sums_that_fill_32_bits(device: str) -> None:
+    """The largest values, and as many columns as there may be."""
+    codes = random_codes("bytes", 3, 65536)
+    codes.values[:2] = torch.tensor([[127], [-128]], dtype=torch.int8)
+    values = torch.full((2, 65536), 127, dtype=torch.int8)
+    values[1] = -127
+    tokens = Tokens(values, torch.ones(2), values.sum(-1, dtype=torch.int32))
+    weight = packing.pack(codes)
+    got = product(tokens, weight, None, torch.bfloat16, device)
+    assert torch.equal(got, defined(tokens, weight, None, torch.bfloat16))
+
+
+@devices
+@pytest.mark.parametrize("columns", [32, 72, 576, 4096, 16392])
+def test_tokens(columns: int, device: str) -> None:
+    need(device)
+    made = torch.Generator().manual_seed(columns)
+    for dtype in dtypes(device):
+        x = (torch.randn(9, 2 * columns, generator=made) * 3).to(dtype)[:, :columns]
+        x[1], x[2, 5], x[3, 31], x[4, 0] = 0, torch.nan, torch.inf, -torch.inf
+        x[5] *= 1e-6
+        if dtype != torch.float16:
+            x[6] = 2.0**-101
+        with use_backend("compiled"):
+            got = linear.quantize_tokens(x.to(device))
+        with use_backend("reference"):
+            expected = linear.quantize_tokens(x)
+        for field in ("values", "scale", "sums"):
+            mine, theirs = getattr(got, field).cpu(), getattr(expected, field)
+            assert mine.dtype == theirs.dtype
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_near(got: Tokens, expected: Tokens, ulp: float) -> None:
+    """But for a rounding of what was quantized."""
+    torch.testing.assert_close(got.scale.cpu(), expected.scale, rtol=2 * ulp, atol=0)
+    assert int((got.values.cpu().int() - expected.values.int()).abs().max()) <= 1
+    assert float((got.values.cpu() != expected.values).float().mean()) < 0.05
+    assert torch.equal(got.sums, got.values.sum(-1, dtype=torch.int32))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", SIXTEEN)
+@pytest.mark.parametrize("columns", [64, 4096, 14336])
+def test_tokens_out_of_a_norm_and_a_gate(columns: int, dtype: torch.dtype) -> None:
+    need("cuda")
+    made = torch.Generator().manual_seed(columns)
+    x, up = (torch.randn(17, columns, generator=made).to(dtype) for _ in range(2))
+    both, ulp = torch.cat([x, up], 1).cuda(), torch.finfo(dtype).eps
+    for early, offset in ((True, 0.0), (False, 1.0)):
+        with use_backend("compiled"):
+            got = linear.quantize_norm(x.cuda(), up[0].cuda(), 1e-5, offset, early)
+        with use_backend("reference"):
+            assert_near(got, linear.quantize_norm(x, up[0], 1e-5, offset, early), ulp)
+    with use_backend("compiled"):
+        got = linear.quantize_gated(*both.chunk(2, 1))
+    with use_backend("reference"):
+        assert_near(got, linear.quantize_gated(x, up), ulp)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("poisoned")
+@forms
+@pytest.mark.parametrize("rows", [66, 128, 200, 256, 300, 600, 2100])
+def test_many_tokens(form: str, rows: int) -> None:
+    """Products of a group of warps; tiles that are split, and that are not, in 32 and 128 columns of groups."""
+    for outputs, columns in ((128, 256), (200, 640), (4160, 1152)):
+        codes = random_codes(form, outputs, columns, seed=rows)
+        tokens, bias = random_tokens(rows, columns, seed=outputs), torch.randn(outputs)
+        weight = packing.pack(codes)
+        got = product(tokens, weight, bias, torch.bfloat16, "cuda")
+        with use_backend("reference"):
+            on_cuda = linear.w4a8_linear(moved(tokens, "cuda"), moved(weight, "cuda"), bias.cuda(), torch.bfloat16)
+        assert torch.equal(got, on_cuda.cpu())
+
+
+@pytest.mark.cuda
+@forms
+@pytest.mark.parametrize("rows", [1, 16, 64, 256, 1024])
+def test_the_shapes_of_a_large_layer(form: str, rows: int) -> None:
+    """Often enough for a race to show, and one after the other, so that they overlap."""
+    need("cuda")
+    tokens = [moved(random_tokens(rows, 4096, seed), "cuda") for seed in range(2)]
+    weights = [moved(packing.pack(random_codes(form, n, 4096, n)), "cuda") for n in (6144, 4096)]
+    with use_backend("reference"):
+        expected = [linear.w4a8_linear(t, w, None, torch.bfloat16) for t in tokens for w in weights]
+    for _ in range(5):
+        with use_backend("compiled"):
+            got = [linear.w4a8_linear(t, w, None, torch.bfloat16) for t in tokens for w in weights]
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_captured_calls_follow_their_input(rows: int) -> None:
+    need("cuda")
+    weight = moved(packing.pack(random_codes("group 128", 4096, 1024)), "cuda")
+    down = moved(packing.pack(random_codes("channel", 1024, 2048)), "cuda")
+    x, norm = torch.randn(rows, 1024, device="cuda").bfloat16(), torch.rand(1024, device="cuda").bfloat16()
+
+    def layer() -> Tensor:
+        wide = linear.w4a8_linear(linear.quantize_norm(x, norm, 1e-5, 0.0, True), weight, None, torch.bfloat16)
+        return linear.w4a8_linear(linear.quantize_gated(*wide.chunk(2, 1)), down, None, torch.bfloat16)
+
+    layer()
+    layer()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer()
+    assert dispatch.last_used()["w4a8_linear"] == "compiled"
+    for _ in range(3):
+        x.mul_(-1.25)
+        graph.replay()
+        assert torch.equal(captured, layer())
+
+
+@pytest.mark.cuda
+def test_a_weight_that_was_just_written_is_read_as_it_is_now() -> None:
+    """Codes are read ahead of what the stream does; not those that may still be under way."""
+    need("cuda")
+    tokens = moved(random_tokens(1, 4096), "cuda")
+    weights = [moved(packing.pack(random_codes("channel", 8192, 4096, seed)), "cuda") for seed in (0, 1)]
+    with use_backend("reference"):
+        expected = [linear.w4a8_linear(tokens, w, None, torch.bfloat16) for w in weights]
+    kept = [w.codes.clone() for w in weights]
+    changed, noise = weights[0], torch.randn(4096, 4096, device="cuda")
+    for weight, codes, result in zip(weights, kept, expected, strict=True):
+        linear.w4a8_linear(tokens, changed, None, torch.bfloat16)
+        noise @ noise
+        changed.codes.copy_(codes)
+        now = dataclasses.replace(weight, codes=changed.codes)
+        assert torch.equal(linear.w4a8_linear(tokens, now, None, torch.bfloat16), result)
+
+
+@devices
+def test_what_it_does_not_take(device: str) -> None:
+    need(device)
+    tokens, weight = moved(random_tokens(2, 64), device), moved(packing.pack(random_codes("channel", 4, 64)), device)
+    reject = compiled.reject_linear
+    assert reject(tokens, weight, None, torch.bfloat16) is None
+    assert "float16 or bfloat16" in str(reject(tokens, weight, None, torch.float64))
+    assert "a bias in float32" in str(reject(tokens, weight, torch.zeros(4, device=device).half(), torch.bfloat16))
+    empty = Tokens(tokens.values[:0], tokens.scale[:0], tokens.sums[:0])
+    assert "no empty tensors" in str(reject(empty, weight, None, torch.bfloat16))
+    apart = Tokens(tokens.values[:, :32], tokens.scale, tokens.sums)
+    assert "contiguous" in str(reject(apart, weight, None, torch.bfloat16))
+
+
+GOOD = {"tokens": 1, "rows": 64, "columns": 64, "bits": 4, "dtype": 2}
+REFUSED: list[tuple[str, type[ctypes.Structure], dict[str, int], str]] = [
+    ("linear", compiled.HflLinear, {**GOOD, "dtype": 7}, "expected .*float16 or bfloat16"),
+    ("linear", compiled.HflLinear, {**GOOD, "rows": 0}, "expected no empty axis"),
+    ("linear", compiled.HflLinear, {**GOOD, "columns": 48}, "expected a multiple of 32 columns"),
+    ("linear", compiled.HflLinear, {**GOOD, "columns": 65568}, "expected a multiple of 32 columns, at most 65536"),
+    ("linear", compiled.HflLinear, {**GOOD, "bits": 3}, "expected 4 or 8 bits"),
+    ("linear", compiled.HflLinear, {**GOOD, "group": 48}, "expected groups"),
+    ("linear", compiled.HflLinear, {**GOOD, "group": 64}, "expected groups"),
+    ("quantize", compiled.HflQuantize, {"tokens": 1, "columns": 64, "dtype": 5}, "expected .*float16 or bfloat16"),
+    ("quantize", compiled.HflQuantize, {"tokens": 0, "columns": 64, "dtype": 2}, "expected "),
+]
+
+
+@devices
+@pytest.mark.parametrize(("op", "struct", "fields", "words"), REFUSED)
+def test_the_library_looks_before_it_works(
+    op: str, struct: type[ctypes.Structure], fields: dict[str, int], words: str, device: str
+) -> None:
+    need("cpu")
+    if device == "cuda" and not library.about().startswith("CUDA"):
+        pytest.skip("the library was built without CUDA")
+    threads = (1,) if device == "cpu" else ()
+    with pytest.raises(RuntimeError, match=f"hfl_{op}_{device}: .*{words}"):
+        library.call(f"hfl_{op}_{device}", struct(**fields), *threads)
