@@ -20,6 +20,7 @@ extern "C" int64_t hfl_pick_scratch(const hfl_pick*) { return 0; }
 extern "C" int64_t hfl_layer_scratch(const hfl_layer*, int64_t* counters) { return *counters = 0; }
 extern "C" int64_t hfl_antidiagonal_scratch(const hfl_antidiagonal*) { return 0; }
 extern "C" int64_t hfl_delta_scratch(const hfl_delta*) { return 0; }
+extern "C" int64_t hfl_merged_scratch(const hfl_merged*) { return 0; }
 extern "C" const char* hfl_attend_cuda(const hfl_attend*) { return kNone; }
 extern "C" const char* hfl_score_cuda(const hfl_score*) { return kNone; }
 extern "C" const char* hfl_pick_cuda(const hfl_pick*) { return kNone; }
@@ -33,6 +34,7 @@ extern "C" const char* hfl_turn_cuda(const hfl_turn*) { return kNone; }
 extern "C" const char* hfl_prefill_cuda(const hfl_prefill*) { return kNone; }
 extern "C" const char* hfl_layer_cuda(const hfl_layer*) { return kNone; }
 extern "C" const char* hfl_delta_cuda(const hfl_delta*) { return kNone; }
+extern "C" const char* hfl_merged_cuda(const hfl_merged*) { return kNone; }
 extern "C" int64_t hfl_linear_scratch(const hfl_linear*) { return 0; }
 extern "C" const char* hfl_quantize_cuda(const hfl_quantize*) { return kNone; }
 extern "C" const char* hfl_linear_cuda(const hfl_linear*) { return kNone; }

@@ -260,6 +260,7 @@ int64_t hfl_pick_scratch(const hfl_pick* a);
 int64_t hfl_layer_scratch(const hfl_layer* a, int64_t* counters);
 int64_t hfl_antidiagonal_scratch(const hfl_antidiagonal* a);
 int64_t hfl_delta_scratch(const hfl_delta* a);
+int64_t hfl_merged_scratch(const hfl_merged* a);
 
 const char* hfl_attend_cpu(const hfl_attend* a, int32_t threads);
 const char* hfl_score_cpu(const hfl_score* a, int32_t threads);
@@ -280,6 +281,7 @@ const char* hfl_turn_cuda(const hfl_turn* a);
 const char* hfl_prefill_cuda(const hfl_prefill* a);
 const char* hfl_layer_cuda(const hfl_layer* a);
 const char* hfl_delta_cuda(const hfl_delta* a);
+const char* hfl_merged_cuda(const hfl_merged* a);
 
 #ifdef __cplusplus
 }

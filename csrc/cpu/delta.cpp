@@ -24,7 +24,8 @@ const char* wrong(const hfl_delta& a) {
   if (a.groups < 1 || a.inputs < 32 || a.inputs % (32 * int64_t{a.groups})) {
     return "delta_linear: expected groups of a multiple of 32 inputs";
   }
-  if (a.scale_rows != 1 && a.scale_rows != a.outputs) return "delta_linear: expected a scale for each output, or for all";
+  if (a.scale_rows != 1 && a.scale_rows != a.outputs)
+    return "delta_linear: expected a scale for each output, or for all";
   for (int64_t i = 0; i < int64_t{a.rows} * a.planes; ++i) {
     if (a.slots_of_rows[i] >= a.slots) return "delta_linear: expected slots that there are";
   }

@@ -1,4 +1,5 @@
-// The products of ops.delta_linear: signs that stay bits until the registers, and digits of x, both through shared memory.
+// The products of ops.delta_linear: signs that stay bits until the registers, and digits of x, both through shared
+// memory.
 #pragma once
 #include "delta_rows.cuh"
 
@@ -11,14 +12,17 @@ constexpr int OWN = OUTPUTS * MOST_PIECE / DELTA_THREADS;  // results of a threa
 
 __host__ __device__ constexpr int tiles_of(int rows) { return (rows * DIGITS + 7) / 8; }
 __host__ __device__ constexpr int stage_bytes(int piece) { return BITS_BYTES + tiles_of(piece) * 8 * CHUNK; }
-constexpr int delta_shared(int piece) { return STAGES * stage_bytes(piece) + 2 * OUTPUTS * (tiles_of(piece) * 8 + 1) * 4; }
+constexpr int delta_shared(int piece) {
+  return STAGES * stage_bytes(piece) + 2 * OUTPUTS * (tiles_of(piece) * 8 + 1) * 4;
+}
 
 // c[16, 8] += a[16, 32] b[32, 8]: a of bytes 0 to 255, b of bytes -128 to 127
 __device__ __forceinline__ void mma_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // 16 bytes of shared memory, or what was there before: where no column is, nobody asks for the product.
@@ -55,7 +59,8 @@ struct DeltaStep {
 };
 
 // To the next step; false behind the last one of `end` items. A piece without a slot has one step, without bits.
-__device__ __forceinline__ bool advance(DeltaStep& s, const hfl_delta& a, const DeltaRows& of, int tiles, int chunks, int end) {
+__device__ __forceinline__ bool advance(DeltaStep& s, const hfl_delta& a, const DeltaRows& of, int tiles, int chunks,
+                                        int end) {
   if (s.plane < a.planes) {
     if (s.has_bits(a) && ++s.chunk < chunks) return true;
     s.next_plane(a, of);
@@ -69,9 +74,10 @@ __device__ __forceinline__ bool advance(DeltaStep& s, const hfl_delta& a, const 
   return false;
 }
 
-// Begin the copies of a step: 128 bytes of bits of each output, whose chunks of 16 are permuted within eight outputs, and
-// 1024 of digits of each column, whose halves of 32 are exchanged in every other column.
-__device__ __forceinline__ void fetch(const DeltaStep& s, const hfl_delta& a, const DeltaRows& of, int tiles, uint32_t stage) {
+// Begin the copies of a step: 128 bytes of bits of each output, whose chunks of 16 are permuted within eight outputs,
+// and 1024 of digits of each column, whose halves of 32 are exchanged in every other column.
+__device__ __forceinline__ void fetch(const DeltaStep& s, const hfl_delta& a, const DeltaRows& of, int tiles,
+                                      uint32_t stage) {
   if (!s.has_bits(a)) return;
   const int thread = static_cast<int>(threadIdx.x), words = a.inputs / WORD, out = s.item % tiles * OUTPUTS;
 #pragma unroll
@@ -160,7 +166,8 @@ __device__ __forceinline__ void scale_block(float (&scaled)[2][MOST_TILES][4], S
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = min(out + m * 16 + half * 8 + lane / 4, a.outputs - 1), group = block / (blocks / a.groups);
-      const float scale = a.scales[(static_cast<int64_t>(s.slot) * a.scale_rows + (a.scale_rows > 1 ? row : 0)) * a.groups + group];
+      const float scale =
+          a.scales[(static_cast<int64_t>(s.slot) * a.scale_rows + (a.scale_rows > 1 ? row : 0)) * a.groups + group];
 #pragma unroll
       for (int t = 0; t < TILES; ++t)
 #pragma unroll

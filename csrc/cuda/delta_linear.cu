@@ -1,21 +1,34 @@
 // ops.delta_linear: each row of x times the signs of its slots, added to what the base layer gives.
 //
 // Paper: BitDelta, arXiv 2402.10193. Shapes: x [R, K], bits [S, N, K / 32], out [R, N]; any R, K a multiple of 128.
-// Two launches. The first makes digits of x (delta_rows.cuh), a block for a row, and one that sorts the rows into pieces
-//   of at most 8 that have the same slots. Blocks of the second take one item after the other, which is 128 outputs of a
-//   piece: so the bits of a slot are read once for its rows, and rows may have any slots in any order.
-// Block: 256 threads, 32 outputs x half of the inputs for each warp. Shared memory: four stages of 1024 inputs, 16 KiB of
-//   bits and up to 24 KiB of digits, of which three are on their way; and the sums of an item.
-// Signs stay bits: `word & 0x10101010` is four bytes of 16 or 0, as a tensor core multiplies them, so that an instruction
-//   unpacks four weights; the four places of a half byte have sums of their own. What is multiplied are digits of x, whole
-//   numbers, summed up exactly: so a row's result depends on nothing but the row. Then sum(+-x) = 2 sum(x where 1) - sum(x).
+// Few rows have a launch of their own (delta_few.cuh). Of many, two launches: the first makes digits of x
+//   (delta_rows.cuh), a block for a row, and one that sorts the rows into pieces of at most 8 that have the same slots.
+//   Blocks of the second take one item after the other, 128 outputs of a piece: so the bits of a slot are read once for
+//   its rows, and rows may have any slots in any order.
+// Block: 256 threads, 32 outputs x half of the inputs for each warp. Shared memory: four stages of 1024 inputs, 16 KiB
+//   of bits and up to 24 KiB of digits, of which three are on their way; and the sums of an item.
+// Signs stay bits: `word & 0x10101010` is four bytes of 16 or 0, as a tensor core multiplies them, so that an
+//   instruction unpacks four weights; the four places of a half byte have sums of their own. What is multiplied are
+//   digits of x, whole numbers, summed up exactly: so a row's result depends on nothing but the row.
+//   Then sum(+-x) = 2 sum(x where 1) - sum(x).
 // Bound by: the bytes of the bits while pieces are short; tensor cores where they are full.
-#include "delta_few.cuh"
-
 #include <algorithm>
+
+#include "delta_few.cuh"
 
 namespace hfl {
 namespace {
+
+__global__ void __launch_bounds__(ROW_THREADS) delta_rows_kernel(const hfl_delta a, const DeltaRows to, int most) {
+  extern __shared__ int kinds[];
+  wait_for_previous(most);
+  const int row = static_cast<int>(blockIdx.x) - 1;
+  if (row < 0) {
+    sort_rows(a, to, most, kinds, kinds + a.slots + 2);
+  } else {
+    write_digits(a, to, row);
+  }
+}
 
 // A warp's part of a step.
 template <int TILES, bool GROUPED>
@@ -74,7 +87,8 @@ __device__ __forceinline__ void collect(float (&own)[OWN], Sums& sums, float (&s
 
 // What a thread needs of `base` for an item, and what it leaves of it.
 template <typename Do>
-__device__ __forceinline__ void each_result(const hfl_delta& a, const DeltaRows& of, const DeltaStep& s, int tiles, Do act) {
+__device__ __forceinline__ void each_result(const hfl_delta& a, const DeltaRows& of, const DeltaStep& s, int tiles,
+                                            Do act) {
   const int thread = static_cast<int>(threadIdx.x), output = s.item % tiles * OUTPUTS + thread % OUTPUTS;
 #pragma unroll
   for (int j = 0; j < OWN; ++j) {
@@ -84,11 +98,13 @@ __device__ __forceinline__ void each_result(const hfl_delta& a, const DeltaRows&
 }
 
 template <bool GROUPED>
-__global__ void __launch_bounds__(DELTA_THREADS, 1) delta_kernel(const hfl_delta a, const DeltaRows of, int piece, int tiles) {
+__global__ void __launch_bounds__(DELTA_THREADS, 1)
+    delta_kernel(const hfl_delta a, const DeltaRows of, int piece, int tiles) {
   extern __shared__ __align__(128) unsigned char shared[];
   wait_for_previous(piece);
   const int64_t items = static_cast<int64_t>(*of.pieces) * tiles;
-  const int first = static_cast<int>(items * blockIdx.x / gridDim.x), end = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
+  const int first = static_cast<int>(items * blockIdx.x / gridDim.x),
+            end = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
   if (first == end) return;
   const int bytes = stage_bytes(piece), chunks = of.padded / CHUNK;
   const uint32_t stages = shared_address(shared);
@@ -99,7 +115,9 @@ __global__ void __launch_bounds__(DELTA_THREADS, 1) delta_kernel(const hfl_delta
   bool more = true;
 #pragma unroll 1
   for (int i = 0; i < STAGES - 1; ++i) {
-    if (more) fetch(ahead, a, of, tiles, stages + static_cast<uint32_t>(i * bytes)), more = advance(ahead, a, of, tiles, chunks, end);
+    if (more)
+      fetch(ahead, a, of, tiles, stages + static_cast<uint32_t>(i * bytes)),
+          more = advance(ahead, a, of, tiles, chunks, end);
     copy_commit();
   }
   Sums sums;
@@ -155,11 +173,13 @@ const char* check(const hfl_delta& a) {
   }
   if (a.groups < 1 || a.inputs / BLOCK % a.groups) return "delta_linear: expected groups of a multiple of 128 inputs";
   if (a.slots > 4096) return "delta_linear: expected at most 4096 slots";
-  if (a.scale_rows != 1 && a.scale_rows != a.outputs) return "delta_linear: expected a scale for each output, or for all";
+  if (a.scale_rows != 1 && a.scale_rows != a.outputs)
+    return "delta_linear: expected a scale for each output, or for all";
   const int64_t tiles = (static_cast<int64_t>(a.outputs) + OUTPUTS - 1) / OUTPUTS;
   if (tiles * a.rows > INT32_MAX - 65536) return "delta_linear: expected fewer than 2^31 tiles of results";
   for (const void* x : {a.x, static_cast<const void*>(a.bits)}) {
-    if (reinterpret_cast<uintptr_t>(x) % 16) return "delta_linear: expected tensors that begin at multiples of 16 bytes";
+    if (reinterpret_cast<uintptr_t>(x) % 16)
+      return "delta_linear: expected tensors that begin at multiples of 16 bytes";
   }
   return a.x_r % 8 ? "delta_linear: expected rows that begin at multiples of 16 bytes" : nullptr;
 }
@@ -209,8 +229,8 @@ cudaError_t run(const hfl_delta& a) {
   hfl_delta task = a;
   void* arguments[] = {&task, &rows, &piece, &tiles};
   const size_t kinds = static_cast<size_t>(a.slots + 2) * 2 * sizeof(int);
-  error = launch(reinterpret_cast<const void*>(&delta_rows_kernel), static_cast<unsigned>(a.rows) + 1, ROW_THREADS, kinds,
-                 a.stream, arguments);
+  error = launch(reinterpret_cast<const void*>(&delta_rows_kernel), static_cast<unsigned>(a.rows) + 1, ROW_THREADS,
+                 kinds, a.stream, arguments);
   if (error != cudaSuccess) return error;
   const void* kernel = a.groups > 1 ? reinterpret_cast<const void*>(&delta_kernel<true>)
                                     : reinterpret_cast<const void*>(&delta_kernel<false>);

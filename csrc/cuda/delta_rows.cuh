@@ -12,14 +12,14 @@ constexpr int ROW_THREADS = 512, ROW_WARPS = ROW_THREADS / 32;
 
 // Where everything lies in the scratch memory.
 struct DeltaRows {
-  uint8_t* digits;   // [R, DIGITS, padded K]: the 32 bytes of a word of bits are words 4, 0, 5, 1, 6, 2, 7, 3:
-                     // byte i of word j is input 8 i + j
-  float* sums;       // [R, DIGITS, padded K / BLOCK], of digits
-  float* totals;     // [R, DIGITS]
-  float* units;      // [R], worth of a whole number; NaN where an input is not finite
-  int32_t* order;    // [R], rows, those with the same slots next to each other
-  int32_t* starts;   // [R + 1], where each piece begins in it
-  int32_t* pieces;   // [1], how many there are
+  uint8_t* digits;  // [R, DIGITS, padded K]: the 32 bytes of a word of bits are words 4, 0, 5, 1, 6, 2, 7, 3:
+                    // byte i of word j is input 8 i + j
+  float* sums;      // [R, DIGITS, padded K / BLOCK], of digits
+  float* totals;    // [R, DIGITS]
+  float* units;     // [R], worth of a whole number; NaN where an input is not finite
+  int32_t* order;   // [R], rows, those with the same slots next to each other
+  int32_t* starts;  // [R + 1], where each piece begins in it
+  int32_t* pieces;  // [1], how many there are
   int32_t padded;
   int64_t bytes;
 
@@ -70,14 +70,29 @@ __device__ __forceinline__ int count_before(int x, int& total) {
   return before + running - x;
 }
 
+// The places of some threads' rows among those of their kind; counts: shared, how many there were before.
+__device__ __forceinline__ int place_of(int kind, bool there, int* counts) {
+  const uint32_t same = __match_any_sync(0xffffffffu, there ? kind : -1);
+  const int first = __ffs(same) - 1;
+  int before = 0;
+  if (there && lane_of_thread() == first) before = atomicAdd(&counts[kind], __popc(same));
+  return __shfl_sync(0xffffffffu, before, first) + __popc(same & ((1u << lane_of_thread()) - 1));
+}
+
 // Sort rows by their first slot, and cut them into pieces of the same slots and at most `most` rows. One block.
-// counts, begins: shared, a place for each slot, before them one for none, behind them one for slots that are not there.
-__device__ __forceinline__ void sort_rows(const hfl_delta& a, const DeltaRows& to, int most, int* counts, int* begins) {
+// counts, begins: shared, a place for each slot, before them one for none, behind them one for slots that are not
+// there.
+template <typename To>
+__device__ __forceinline__ void sort_rows(const hfl_delta& a, const To& to, int most, int* counts, int* begins) {
   const int thread = static_cast<int>(threadIdx.x), kinds = a.slots + 2;
-  const auto kind = [&](int row) { return min(max(a.slots_of_rows[static_cast<int64_t>(row) * a.planes], -1), a.slots) + 1; };
+  const auto kind = [&](int row) {
+    return row < a.rows ? min(max(a.slots_of_rows[static_cast<int64_t>(row) * a.planes], -1), a.slots) + 1 : 0;
+  };
   for (int i = thread; i < kinds; i += ROW_THREADS) counts[i] = 0;
   __syncthreads();
-  for (int row = thread; row < a.rows; row += ROW_THREADS) atomicAdd(&counts[kind(row)], 1);
+  for (int first = 0; first < a.rows; first += ROW_THREADS) {
+    place_of(kind(first + thread), first + thread < a.rows, counts);
+  }
   __syncthreads();
   int before = 0, total = 0;
   for (int first = 0; first < kinds; first += ROW_THREADS, before += total) {
@@ -86,18 +101,20 @@ __device__ __forceinline__ void sort_rows(const hfl_delta& a, const DeltaRows& t
     if (i < kinds) begins[i] = begin, counts[i] = begin;
   }
   __syncthreads();
-  for (int row = thread; row < a.rows; row += ROW_THREADS) to.order[atomicAdd(&counts[kind(row)], 1)] = row;
+  for (int first = 0; first < a.rows; first += ROW_THREADS) {
+    const int row = first + thread, place = place_of(kind(row), row < a.rows, counts);
+    if (row < a.rows) to.order[place] = row;
+  }
   __syncthreads();
   before = 0;
   for (int first = 0; first < a.rows; first += ROW_THREADS, before += total) {
     const int i = first + thread;
     bool cut = false;
     if (i < a.rows) {
-      const int row = to.order[i], into = i - begins[kind(row)];
-      cut = into % most == 0;
-      for (int plane = 0; !cut && plane < a.planes; ++plane) {
-        const int64_t at = plane, other = to.order[i - 1];
-        cut = a.slots_of_rows[row * int64_t{a.planes} + at] != a.slots_of_rows[other * a.planes + at];
+      const int64_t row = to.order[i], other = i ? to.order[i - 1] : 0;
+      cut = (i - begins[kind(static_cast<int>(row))]) % most == 0;
+      for (int plane = 1; !cut && plane < a.planes; ++plane) {
+        cut = a.slots_of_rows[row * a.planes + plane] != a.slots_of_rows[other * a.planes + plane];
       }
     }
     const int piece = before + count_before(cut, total);
@@ -192,7 +209,8 @@ __device__ __forceinline__ void write_digits(const hfl_delta& a, const DeltaRows
     int sums[DIGITS];
     write_word(raw, a.dtype, unit.factor, digits + word * WORD, to.padded, 0, sums);
 #pragma unroll
-    for (int d = 0; d < DIGITS; ++d) {  // a block is 4 words, of 4 threads side by side; padded is so that whole warps are here
+    for (int d = 0; d < DIGITS;
+         ++d) {  // a block is 4 words, of 4 threads side by side; padded is so that whole warps are here
       sums[d] += __shfl_xor_sync(0xffffffffu, sums[d], 1);
       sums[d] += __shfl_xor_sync(0xffffffffu, sums[d], 2);
       if (word % 4) continue;
@@ -203,17 +221,6 @@ __device__ __forceinline__ void write_digits(const hfl_delta& a, const DeltaRows
   __syncthreads();
   if (thread < DIGITS) to.totals[row * DIGITS + thread] = static_cast<float>(totals[thread]);
   if (thread == 0) to.units[row] = unit.unit;
-}
-
-__global__ void __launch_bounds__(ROW_THREADS) delta_rows_kernel(const hfl_delta a, const DeltaRows to, int most) {
-  extern __shared__ int kinds[];
-  wait_for_previous(most);
-  const int row = static_cast<int>(blockIdx.x) - 1;
-  if (row < 0) {
-    sort_rows(a, to, most, kinds, kinds + a.slots + 2);
-  } else {
-    write_digits(a, to, row);
-  }
 }
 
 #endif

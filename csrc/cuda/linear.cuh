@@ -1,4 +1,4 @@
-// Common to the kernels of w4a8_linear: forms of weights, their integers in registers, and the way from sums to results.
+// Common to the kernels of w4a8_linear: forms of weights, their integers in registers, and results out of sums.
 #pragma once
 #include "../linear.h"
 #include "launch.cuh"
@@ -16,10 +16,25 @@ struct LinearTask {
   int panels, chunks, groups;  // of 64 rows; of 4096 bytes in a panel; in a chunk
   int bias;                    // what stored integers are too large by
   int tokens_from, tokens;     // what part of all tokens this launch computes
-  int steps, per;              // of a tile; of a block, where tiles are split
+  int steps, shares;           // of a tile; blocks that share the steps of tiles that are split
   int row_tiles, token_tiles, split_tiles, whole_tiles;
   int* counters;               // of tiles that are split; behind them lie their sums [tile][token][TILE_ROWS]
   int* partial;
+};
+
+// This block's steps of the tiles that are split, counted through: as many as others have, or one less.
+struct Share {
+  int first, last;
+  __device__ __forceinline__ explicit Share(const LinearTask& p) {
+    const int64_t all = static_cast<int64_t>(p.split_tiles) * p.steps;
+    const int64_t block = min(static_cast<int>(blockIdx.x), p.shares);
+    first = p.shares ? static_cast<int>(all * block / p.shares) : 0;
+    last = p.shares ? static_cast<int>(min(all, all * (block + 1) / p.shares)) : 0;
+  }
+  // How many of them are of a tile.
+  __device__ __forceinline__ int of(int tile, int steps) const {
+    return min(last, (tile + 1) * steps) - max(first, tile * steps);
+  }
 };
 
 // Scale and zero of rows g and g + 8, the zero in all four bytes.
@@ -64,30 +79,31 @@ struct OfRow {
   float scale, shift, bias;
 };
 
+// Of those behind the last, the last one's: nobody stores what comes out of them.
 __device__ __forceinline__ OfToken token_of(const LinearTask& p, int m) {
-  if (m >= p.tokens) return {};
-  const int sum = p.a.sums[p.tokens_from + m];
-  return {p.a.token_scale[p.tokens_from + m], __int2float_rn(sum), p.bias * sum};
+  const int at = p.tokens_from + min(m, p.tokens - 1), sum = p.a.sums[at];
+  return {p.a.token_scale[at], __int2float_rn(sum), p.bias * sum};
 }
 __device__ __forceinline__ OfRow row_of(const LinearTask& p, int n) {
-  if (n >= p.a.rows) return {};
-  return {p.a.scale[n], p.a.shift ? p.a.shift[n] : 0.0f, p.a.bias ? p.a.bias[n] : 0.0f};
+  const int at = min(n, p.a.rows - 1);
+  return {p.a.scale[at], p.a.shift ? p.a.shift[at] : 0.0f, p.a.bias ? p.a.bias[at] : 0.0f};
 }
 
 // Each step rounded, as in the definition.
-__device__ __forceinline__ float result(const LinearTask& p, int sum, const OfToken& token, const OfRow& row) {
-  float y = __fmul_rn(__int2float_rn(sum - token.bias), row.scale);
-  if (p.a.shift) y = __fsub_rn(y, __fmul_rn(token.sum, row.shift));
-  y = __fmul_rn(y, token.scale);
-  return p.a.bias ? __fadd_rn(y, row.bias) : y;
+__device__ __forceinline__ float result(int sum, const OfToken& token, const OfRow& row) {
+  const float y = __fmul_rn(__int2float_rn(sum - token.bias), row.scale);
+  return __fadd_rn(__fmul_rn(__fsub_rn(y, __fmul_rn(token.sum, row.shift)), token.scale), row.bias);
 }
 
 __device__ __forceinline__ uint32_t pack_results(const LinearTask& p, float low, float high) {
   return p.a.dtype == HFL_BF16 ? pack_bf16(low, high) : pack_f16(low, high);
 }
 
+__device__ __forceinline__ uint16_t* place_of(const LinearTask& p, int m, int n) {
+  return static_cast<uint16_t*>(p.a.out) + static_cast<int64_t>(p.tokens_from + m) * p.a.rows + n;
+}
 __device__ __forceinline__ void store_results(const LinearTask& p, int m, int n, const uint32_t* pairs, int count) {
-  uint16_t* to = static_cast<uint16_t*>(p.a.out) + static_cast<int64_t>(p.tokens_from + m) * p.a.rows + n;
+  uint16_t* to = place_of(p, m, n);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     if (i < count && n + i < p.a.rows) to[i] = static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16);
@@ -98,29 +114,52 @@ __device__ __forceinline__ void add_partial(int* to, int x) {
   asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
-// Results of a tile that several blocks have added to, by the last of them; leaves zeros behind.
-template <int THREADS>
+// Results of a tile that blocks have added to, by the last of them; leaves zeros behind. A thread has four rows, and of
+// several tokens all that it reads on its way at once.
+template <int THREADS, int AT_ONCE>
 __device__ __forceinline__ void finish_tile(const LinearTask& p, int* partial, int first_row, int first_token, int most,
                                             int thread) {
-  const int count = min(most, p.tokens - first_token) * (TILE_ROWS / 4);
-  const bool whole = p.a.rows % 4 == 0;
-  for (int i = thread; i < count; i += THREADS) {
-    const int m = first_token + i / (TILE_ROWS / 4), n = first_row + i % (TILE_ROWS / 4) * 4;
-    int4* at = reinterpret_cast<int4*>(partial) + i;
-    const int4 sums = __ldcg(at);
-    __stcg(at, make_int4(0, 0, 0, 0));
-    if (n >= p.a.rows) continue;
-    const OfToken token = token_of(p, m);
-    const float y[4] = {result(p, sums.x, token, row_of(p, n)), result(p, sums.y, token, row_of(p, n + 1)),
-                        result(p, sums.z, token, row_of(p, n + 2)), result(p, sums.w, token, row_of(p, n + 3))};
-    const uint32_t pairs[4] = {pack_results(p, y[0], y[1]), pack_results(p, y[2], y[3])};
-    if (whole) {
-      uint16_t* to = static_cast<uint16_t*>(p.a.out) + static_cast<int64_t>(p.tokens_from + m) * p.a.rows + n;
-      *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
-    } else {
-      store_results(p, m, n, pairs, 4);
+  constexpr int LINE = TILE_ROWS / 4, APART = THREADS / LINE;
+  const int n = first_row + thread % LINE * 4, count = min(most, p.tokens - first_token);
+  const OfRow rows[4] = {row_of(p, n), row_of(p, n + 1), row_of(p, n + 2), row_of(p, n + 3)};
+  int4* const own = reinterpret_cast<int4*>(partial) + thread % LINE;
+  for (int first = thread / LINE; first < count; first += AT_ONCE * APART) {
+    int4 sums[AT_ONCE];
+    OfToken tokens[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int m = min(first + i * APART, count - 1);
+      sums[i] = __ldcg(own + m * LINE), tokens[i] = token_of(p, first_token + m);
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int m = first + i * APART;
+      if (m >= count) break;
+      __stcg(own + m * LINE, make_int4(0, 0, 0, 0));
+      const float y[4] = {result(sums[i].x, tokens[i], rows[0]), result(sums[i].y, tokens[i], rows[1]),
+                          result(sums[i].z, tokens[i], rows[2]), result(sums[i].w, tokens[i], rows[3])};
+      const uint32_t pairs[4] = {pack_results(p, y[0], y[1]), pack_results(p, y[2], y[3])};
+      if (n + 3 < p.a.rows && p.a.rows % 4 == 0) {
+        uint16_t* to = place_of(p, first_token + m, n);
+        *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
+      } else {
+        store_results(p, first_token + m, n, pairs, 4);
+      }
     }
   }
+}
+
+// Of 32 tiles from `first` on those to which this block has added what was missing: bit i stands for tile first + i.
+// Asked by a warp, when the whole block has added its sums.
+__device__ __forceinline__ uint32_t complete_tiles(const LinearTask& p, const Share& share, int first, int lane) {
+  const int tile = first + lane;
+  bool complete = false;
+  if (tile * p.steps < share.last) {
+    const int own = share.of(tile, p.steps);
+    complete = add_in_order(p.counters + tile, own) + own == p.steps;
+    if (complete) p.counters[tile] = 0;
+  }
+  return __ballot_sync(0xffffffffu, complete);
 }
 
 // The next kernel may be set up at once; it waits for this one before it reads what is written here.
@@ -133,6 +172,12 @@ __device__ __forceinline__ void wait_for_last() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// All shared memory that there is. Kernels that follow each other share a multiprocessor only where they agree on how
+// much of its memory that is.
+inline cudaError_t keep_shared(const void* kernel) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
 }  // namespace hfl

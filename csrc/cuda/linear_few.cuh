@@ -86,11 +86,13 @@ struct FewBlock {
 
   // This thread's part of the tokens.
   __device__ __forceinline__ void copy_tokens(int stage, int step) {
-    constexpr int PIECES = R::LINE / 16;
+    constexpr int PIECES = R::LINE / 16, ALL = 8 * MT * PIECES, EACH = (ALL + R::THREADS - 1) / R::THREADS;
     const int8_t* from = p.a.values + static_cast<int64_t>(p.tokens_from) * p.a.columns;
     const uint32_t to = tokens_at(stage);
-#pragma unroll
-    for (int i = static_cast<int>(threadIdx.x); i < 8 * MT * PIECES; i += R::THREADS) {
+#pragma unroll(EACH < 4 ? EACH : 2)
+    for (int j = 0; j < EACH; ++j) {
+      const int i = static_cast<int>(threadIdx.x) + j * R::THREADS;
+      if (ALL % R::THREADS && i >= ALL) break;
       const int m = i / PIECES, piece = i % PIECES, column = step * R::LINE + piece * 16;
       const bool there = m < p.tokens && column < p.a.columns;
       const int64_t at = there ? static_cast<int64_t>(m) * p.a.columns + column : 0;
@@ -145,8 +147,8 @@ struct FewBlock {
     }
   }
 
-  // Add the sums to the tile's, and compute its results if all steps of it are there now.
-  __device__ __forceinline__ void leave(int tile, int steps, int* shared) {
+  // Add the sums to the tile's.
+  __device__ __forceinline__ void leave(int tile) {
     int* partial = p.partial + static_cast<int64_t>(tile) * (8 * MT * TILE_ROWS);
     if (panel_of(tile) < p.panels) {
 #pragma unroll
@@ -163,12 +165,25 @@ struct FewBlock {
       }
     }
     clear();
-    __syncthreads();
-    if (threadIdx.x == 0) *shared = add_in_order(p.counters + tile, steps) + steps;
-    __syncthreads();
-    if (*shared != p.steps) return;
-    if (threadIdx.x == 0) p.counters[tile] = 0;
-    finish_tile<R::THREADS>(p, partial, tile * TILE_ROWS, 0, 8 * MT, static_cast<int>(threadIdx.x));
+  }
+
+  // Results of those tiles whose last sums this block has added.
+  __device__ __forceinline__ void finish(const Share& share, uint32_t* shared) {
+    constexpr int EACH = 8 * MT * TILE_ROWS / 4 / R::THREADS;
+    for (int tile = share.first / p.steps; tile * p.steps < share.last; tile += 32) {
+      __syncthreads();
+      if (warp == 0) {
+        const uint32_t complete = complete_tiles(p, share, tile, lane);
+        if (lane == 0) *shared = complete;
+      }
+      __syncthreads();
+      for (uint32_t complete = *shared; complete; complete &= complete - 1) {
+        const int done = tile + __ffs(static_cast<int>(complete)) - 1;
+        int* partial = p.partial + static_cast<int64_t>(done) * (8 * MT * TILE_ROWS);
+        finish_tile<R::THREADS, (EACH < 8 ? EACH : 8)>(p, partial, done * TILE_ROWS, 0, 8 * MT,
+                                                       static_cast<int>(threadIdx.x));
+      }
+    }
   }
 };
 
@@ -176,13 +191,14 @@ template <Form F, int MT>
 __global__ void __launch_bounds__(FewRoom<F, MT>::THREADS, 2) linear_few_kernel(const __grid_constant__ LinearTask p) {
   using R = FewRoom<F, MT>;
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ int said;
+  __shared__ uint32_t said;
   let_next_begin();
   FewBlock<F, MT> block(p, shared_address(shared));
-  const int first = static_cast<int>(blockIdx.x) * p.per, last = min(first + p.per, p.row_tiles * p.steps);
+  const Share share(p);
+  const int first = share.first, last = share.last;
   int tile = first / p.steps, step = first % p.steps;
   const int began_step = step;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < R::STAGES - 1; ++i) {  // codes need not wait for the tokens
     if (first + i < last) {
       block.copy_codes(i, tile, step);
@@ -191,12 +207,12 @@ __global__ void __launch_bounds__(FewRoom<F, MT>::THREADS, 2) linear_few_kernel(
   }
   copy_commit();
   wait_for_last();
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < R::STAGES - 1; ++i) {
     if (first + i < last) block.copy_tokens(i, (began_step + i) % p.steps);
     copy_commit();
   }
-  int done_tile = first / p.steps, done_step = began_step, began = began_step, stage = 0;
+  int done_tile = first / p.steps, done_step = began_step, stage = 0;
 #pragma unroll 1
   for (int i = first; i < last; ++i) {
     copy_wait<R::STAGES - 2>();
@@ -211,11 +227,12 @@ __global__ void __launch_bounds__(FewRoom<F, MT>::THREADS, 2) linear_few_kernel(
     block.multiply(stage);
     if (++stage == R::STAGES) stage = 0;
     if (++done_step == p.steps || i == last - 1) {
-      block.leave(done_tile, done_step - began, &said);
-      done_step = began = 0, ++done_tile;
+      block.leave(done_tile);
+      done_step = 0, ++done_tile;
     }
   }
   copy_wait<0>();
+  block.finish(share, &said);
 }
 
 }  // namespace hfl

@@ -5,7 +5,7 @@
 //   other; before those, its share of tiles that are split along K, whose sums are added in memory, exactly.
 // Two groups of four warps have 64 rows each: they make the operand of the next 128 columns (one mask, and one
 //   multiplication where there are groups, for four codes) while the tensor cores multiply those before. Of a third
-//   group one thread copies: tokens by a tensor map, codes and scales as they lie.
+//   group two threads copy: one tokens, by a tensor map, the other codes and scales, as they lie.
 // Shared memory: STAGES times tokens, codes and scales of 128 columns, up to 206 KiB.
 // In code for other architectures the kernel is empty, which shows as one without static shared memory.
 #pragma once
@@ -43,15 +43,19 @@ struct ManyWork {
 // Every run of this block, in its order.
 template <class Do>
 __device__ __forceinline__ void each_work(const LinearTask& p, Do&& run) {
-  int at = static_cast<int>(blockIdx.x) * p.per;
-  const int end = min(at + p.per, p.split_tiles * p.steps);
-  while (at < end) {
-    const int tile = at / p.steps, first = at - tile * p.steps, last = min(p.steps, first + end - at);
-    run(ManyWork(p, tile, first, last, tile));
-    at += last - first;
-  }
-  for (int tile = static_cast<int>(blockIdx.x); tile < p.whole_tiles; tile += static_cast<int>(gridDim.x)) {
-    run(ManyWork(p, p.split_tiles + tile, 0, p.steps, -1));
+  const Share share(p);
+  int at = share.first, whole = static_cast<int>(blockIdx.x);
+#pragma unroll 1
+  while (at < share.last || whole < p.whole_tiles) {
+    int tile = p.split_tiles + whole, first = 0, last = p.steps, split = -1;
+    if (at < share.last) {
+      split = tile = at / p.steps;
+      first = at - tile * p.steps, last = min(p.steps, first + share.last - at);
+      at += last - first;
+    } else {
+      whole += static_cast<int>(gridDim.x);
+    }
+    run(ManyWork(p, tile, first, last, split));
   }
 }
 
@@ -59,14 +63,15 @@ template <Form F, int T>
 struct ManyBoard {
   using R = ManyRoom<F, T>;
   uint64_t full[R::STAGES], empty[R::STAGES];
-  int said;
+  uint32_t said;
+  OfToken tokens[2][T];  // of the tile that each group is at
   __device__ void init() {
-    for (int s = 0; s < R::STAGES; ++s) barrier_init(full[s], 1), barrier_init(empty[s], 8);
+    for (int s = 0; s < R::STAGES; ++s) barrier_init(full[s], 2), barrier_init(empty[s], 8);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 };
 
-// The thread that copies.
+// Two threads that copy: codes, which need not wait for what comes before this kernel, and tokens.
 template <Form F, int T>
 struct ManyFeeder {
   using R = ManyRoom<F, T>;
@@ -75,27 +80,28 @@ struct ManyFeeder {
   ManyBoard<F, T>& board;
   uint32_t base;
 
-  __device__ void run() {
-    int early = 0, filled = 0;
-    each_work(p, [&](const ManyWork& work) {  // codes that need not wait
-      for (int step = work.first; step < work.last && early < R::STAGES; ++step) put_codes(work, step, early++);
-    });
-    wait_for_last();
+  __device__ void run(bool of_tokens) {
+    int filled = 0;
+    if (of_tokens) wait_for_last();
     each_work(p, [&](const ManyWork& work) {
       for (int step = work.first; step < work.last; ++step, ++filled) {
         const int stage = filled % R::STAGES;
-        if (filled >= early) {
-          barrier_wait(board.empty[stage], (filled / R::STAGES & 1) ^ 1);
+        if (filled >= R::STAGES) barrier_wait(board.empty[stage], (filled / R::STAGES & 1) ^ 1);
+        if (of_tokens) {
+          barrier_expect(board.full[stage], R::TOKENS);
+          const int token = p.tokens_from + work.token_tile * T;
+          copy_tokens(base + stage * R::STAGE, &map, board.full[stage], step * 128, token);
+        } else {
           put_codes(work, step, stage);
         }
-        copy_tokens(base + stage * R::STAGE, &map, board.full[stage], step * 128, p.tokens_from + work.token_tile * T);
       }
     });
   }
 
  private:
   __device__ __forceinline__ void put_codes(const ManyWork& work, int step, int stage) {
-    barrier_expect(board.full[stage], R::TOKENS + 2 * R::CODES + 2 * p.groups * (R::LEVELS ? 2 * PANEL : 0));
+    const int levels = R::LEVELS ? p.groups * 2 * PANEL : 0;  // bytes of a panel
+    barrier_expect(board.full[stage], 2 * R::CODES + 2 * levels);
     const uint32_t to = base + stage * R::STAGE + R::TOKENS;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -103,8 +109,7 @@ struct ManyFeeder {
       const int64_t run = static_cast<int64_t>(panel) * p.steps + step;
       copy_bytes(to + half * R::CODES, p.a.codes + run * R::CODES, R::CODES, board.full[stage]);
       if constexpr (R::LEVELS) {
-        const int bytes = p.groups * 2 * PANEL;
-        copy_bytes(to + 2 * R::CODES + half * R::LEVELS, p.a.groups + run * bytes, bytes, board.full[stage]);
+        copy_bytes(to + 2 * R::CODES + half * R::LEVELS, p.a.groups + run * levels, levels, board.full[stage]);
       }
     }
   }
@@ -117,7 +122,7 @@ struct ManyGroup {
   const LinearTask& p;
   ManyBoard<F, T>& board;
   uint32_t base;
-  int group, warp, lane, filled;
+  int group, warp, lane, filled;  // filled: stages so far
   int acc[T / 2];
 
   __device__ ManyGroup(const LinearTask& p_, ManyBoard<F, T>& board_, uint32_t base_)
@@ -129,14 +134,26 @@ struct ManyGroup {
   __device__ void run() {
     wait_for_last();
     each_work(p, [&](const ManyWork& work) {
+      const int row = work.row_tile * TILE_ROWS + group * 64 + warp * 16, token = work.token_tile * T;
+      const OfRow rows[2] = {row_of(p, row + lane / 4), row_of(p, row + lane / 4 + 8)};
+      OfToken tokens[(T + 127) / 128];  // on their way while products are made
+#pragma unroll
+      for (int i = 0; i < (T + 127) / 128; ++i) tokens[i] = token_of(p, token + i * 128 + warp * 32 + lane);
       multiply(work.last - work.first);
-      const int row = work.row_tile * TILE_ROWS, token = work.token_tile * T;
+      meet(2 + group, 128);  // nobody needs those of the tile before any more
+#pragma unroll
+      for (int i = 0; i < (T + 127) / 128; ++i) {
+        const int m = i * 128 + warp * 32 + lane;
+        if (T % 128 == 0 || m < T) board.tokens[group][m] = tokens[i];
+      }
+      meet(2 + group, 128);
       if (work.split < 0) {
-        leave(row + group * 64 + warp * 16, token);
+        leave(rows, row, token);
       } else {
-        add(work, row, token);
+        add(work, token);
       }
     });
+    finish();
   }
 
  private:
@@ -201,8 +218,8 @@ struct ManyGroup {
 
   // Results of a whole tile, of 16 rows from n on: of four threads each has two rows of four 8x8 parts, and writes all
   // eight of one.
-  __device__ __forceinline__ void leave(int n, int first_token) {
-    const OfRow rows[2] = {row_of(p, n + lane / 4), row_of(p, n + lane / 4 + 8)};
+  __device__ __forceinline__ void leave(const OfRow (&rows)[2], int n, int first_token) {
+    const OfToken* tokens = board.tokens[group] + lane % 4 * 2;
     const int part = lane % 4, own = n + part % 2 * 8;
     const bool whole = p.a.rows % 8 == 0;
 #pragma unroll
@@ -210,20 +227,19 @@ struct ManyGroup {
       uint32_t two[4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int m = first_token + (q + i) * 8 + lane % 4 * 2, *x = acc + 4 * (q + i);
-        const OfToken low = token_of(p, m), high = token_of(p, m + 1);
+        const int* x = acc + 4 * (q + i);
+        const OfToken low = tokens[(q + i) * 8], high = tokens[(q + i) * 8 + 1];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float y0 = result(p, x[2 * h], low, rows[h]), y1 = result(p, x[2 * h + 1], high, rows[h]);
-          two[2 * i + h] = transpose(pack_results(p, y0, y1));
+          two[2 * i + h] =
+              transpose(pack_results(p, result(x[2 * h], low, rows[h]), result(x[2 * h + 1], high, rows[h])));
         }
       }
       const uint4 eight = together(two, lane);
       const int m = first_token + (q + part / 2) * 8 + lane / 4;
       if (m >= p.tokens || own >= p.a.rows) continue;
       if (whole) {
-        uint16_t* to = static_cast<uint16_t*>(p.a.out) + static_cast<int64_t>(p.tokens_from + m) * p.a.rows + own;
-        *reinterpret_cast<uint4*>(to) = eight;
+        *reinterpret_cast<uint4*>(place_of(p, m, own)) = eight;
       } else {
         const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
         store_results(p, m, own, pairs, 8);
@@ -231,32 +247,44 @@ struct ManyGroup {
     }
   }
 
-  // Add the sums to the tile's, and compute its results if all steps of it are there now.
-  __device__ __forceinline__ void add(const ManyWork& work, int row, int first_token) {
-    int* partial = p.partial + static_cast<int64_t>(work.split) * (T * TILE_ROWS);
-    if (2 * work.row_tile + group < p.panels) {
-      int* to = partial + group * 64 + warp * 16 + lane / 4;
+  // Add the sums to the tile's.
+  __device__ __forceinline__ void add(const ManyWork& work, int first_token) {
+    if (2 * work.row_tile + group >= p.panels) return;
+    int* to = p.partial + static_cast<int64_t>(work.split) * (T * TILE_ROWS) + group * 64 + warp * 16 + lane / 4;
 #pragma unroll
-      for (int i = 0; i < T / 2; ++i) {
-        const int m = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        if (first_token + m < p.tokens) add_partial(to + m * TILE_ROWS + i % 4 / 2 * 8, acc[i]);
+    for (int i = 0; i < T / 2; ++i) {
+      const int m = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      if (first_token + m < p.tokens) add_partial(to + m * TILE_ROWS + i % 4 / 2 * 8, acc[i]);
+    }
+  }
+
+  // Results of those tiles whose last sums this block has added; in the end, when most have been.
+  __device__ __forceinline__ void finish() {
+    constexpr int THREADS = R::THREADS - R::FEEDERS;
+    const Share share(p);
+    const int thread = static_cast<int>(threadIdx.x) - R::FEEDERS;
+    for (int tile = share.first / p.steps; tile * p.steps < share.last; tile += 32) {
+      meet(1, THREADS);
+      if (thread < 32) {
+        const uint32_t complete = complete_tiles(p, share, tile, lane);
+        if (lane == 0) board.said = complete;
+      }
+      meet(1, THREADS);
+      for (uint32_t complete = board.said; complete; complete &= complete - 1) {
+        const int done = tile + __ffs(static_cast<int>(complete)) - 1;
+        const ManyWork work(p, done, 0, 0, done);
+        int* partial = p.partial + static_cast<int64_t>(done) * (T * TILE_ROWS);
+        finish_tile<THREADS, 8>(p, partial, work.row_tile * TILE_ROWS, work.token_tile * T, T, thread);
       }
     }
-    const int thread = static_cast<int>(threadIdx.x) - R::FEEDERS, count = work.last - work.first;
-    meet(1, R::THREADS - R::FEEDERS);
-    if (thread == 0) board.said = add_in_order(p.counters + work.split, count) + count;
-    meet(1, R::THREADS - R::FEEDERS);
-    if (board.said != p.steps) return;
-    if (thread == 0) p.counters[work.split] = 0;
-    finish_tile<R::THREADS - R::FEEDERS>(p, partial, row, first_token, T, thread);
   }
 };
 
 #endif
 
 template <Form F, int T>
-__global__ void __launch_bounds__(ManyRoom<F, T>::THREADS, 1) linear_many_kernel(const __grid_constant__ LinearTask p,
-                                                                                 const __grid_constant__ CUtensorMap map) {
+__global__ void __launch_bounds__(ManyRoom<F, T>::THREADS, 1) linear_many_kernel(
+    const __grid_constant__ LinearTask p, const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ ManyBoard<F, T> board;
@@ -266,7 +294,7 @@ __global__ void __launch_bounds__(ManyRoom<F, T>::THREADS, 1) linear_many_kernel
   __syncthreads();
   if (threadIdx.x < ManyRoom<F, T>::FEEDERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == 0) ManyFeeder<F, T>{p, map, board, base}.run();
+    if (threadIdx.x % 32 == 0 && threadIdx.x < 64) ManyFeeder<F, T>{p, map, board, base}.run(threadIdx.x == 32);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     ManyGroup<F, T>(p, board, base).run();

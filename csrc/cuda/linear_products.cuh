@@ -16,10 +16,12 @@ __device__ __forceinline__ void in_flight(int (&x)[N]) {
   "+r"(x[i]), "+r"(x[i + 1]), "+r"(x[i + 2]), "+r"(x[i + 3]), "+r"(x[i + 4]), "+r"(x[i + 5]), "+r"(x[i + 6]), \
       "+r"(x[i + 7])
 #define HFL_32(i) HFL_8(i), HFL_8(i + 8), HFL_8(i + 16), HFL_8(i + 24)
-#define HFL_64_NAMES                                                                                                 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "  \
-  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
-  "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define HFL_32_NAMES                                                                                     \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define HFL_64_NAMES                                                                                                  \
+  HFL_32_NAMES ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "   \
+               "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define HFL_NEXT_64_NAMES                                                                                            \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
   "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, " \
@@ -34,6 +36,14 @@ __device__ __forceinline__ void product_u8(int (&x)[64], const uint32_t* a, uint
                : HFL_32(0), HFL_32(32)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
 }
+// The same with 64 tokens.
+__device__ __forceinline__ void product_u8(int (&x)[32], const uint32_t* a, uint64_t b, int more) {
+  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %37, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" HFL_32_NAMES
+               "}, {%32, %33, %34, %35}, %36, more;\n}"
+               : HFL_32(0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+}
 // The same with 256 tokens.
 __device__ __forceinline__ void product_u8(int (&x)[128], const uint32_t* a, uint64_t b, int more) {
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %133, 0;\n"
@@ -44,6 +54,7 @@ __device__ __forceinline__ void product_u8(int (&x)[128], const uint32_t* a, uin
 }
 #undef HFL_8
 #undef HFL_32
+#undef HFL_32_NAMES
 #undef HFL_64_NAMES
 #undef HFL_NEXT_64_NAMES
 

@@ -23,6 +23,7 @@
 
 #include "prefill_any.cuh"
 #include "prefill_wgmma.cuh"
+#include "tensor_map.cuh"
 
 namespace hfl {
 namespace {
@@ -102,24 +103,10 @@ const char* check(const hfl_prefill& a) {
   return nullptr;
 }
 
-// A tensor map of [B, H, T, D]; rows from T on are zeros. False where the driver does not make one.
-bool map_rows(CUtensorMap& map, const hfl_prefill& a, const void* data, int heads, int rows, int64_t batch_stride,
-              int64_t head_stride, int64_t row_stride) {
-  static const auto encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult how;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &how);
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(error == cudaSuccess ? found : nullptr);
-  }();
-  const CUtensorMapDataType type =
-      a.dtype == HFL_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const cuuint64_t sizes[4] = {cuuint64_t(a.dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(a.batch)};
-  const cuuint64_t strides[3] = {cuuint64_t(row_stride) * 2, cuuint64_t(head_stride) * 2, cuuint64_t(batch_stride) * 2};
-  const cuuint32_t box[4] = {64, 64, 1, 1}, steps[4] = {1, 1, 1, 1};
-  return encode && encode(&map, type, 4, const_cast<void*>(data), sizes, strides, box, steps,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+bool map_heads(CUtensorMap& map, const hfl_prefill& a, const void* data, int heads, int rows, int64_t batch_stride,
+               int64_t head_stride, int64_t row_stride) {
+  return map_rows(map, a.dtype == HFL_BF16, data, {a.dim, rows, heads, a.batch},
+                  {row_stride, head_stride, batch_stride}, 64);
 }
 
 template <int D>
@@ -136,9 +123,9 @@ bool wgmma_takes(const hfl_prefill& a, Kernel& kernel, PrefillMaps& maps) {
   kernel = a.dim == 128 ? wgmma_kernel_of<128>(a.dtype == HFL_BF16) : wgmma_kernel_of<64>(a.dtype == HFL_BF16);
   cudaFuncAttributes found;
   if (cudaFuncGetAttributes(&found, kernel.function) != cudaSuccess || !found.sharedSizeBytes) return false;
-  return map_rows(maps.q, a, a.q, a.q_heads, a.tokens, a.q_b, a.q_h, a.q_t) &&
-         map_rows(maps.k, a, a.k.data, a.kv_heads, a.stored, a.k.b, a.k.h, a.k.t) &&
-         map_rows(maps.v, a, a.v.data, a.kv_heads, a.stored, a.v.b, a.v.h, a.v.t);
+  return map_heads(maps.q, a, a.q, a.q_heads, a.tokens, a.q_b, a.q_h, a.q_t) &&
+         map_heads(maps.k, a, a.k.data, a.kv_heads, a.stored, a.k.b, a.k.h, a.k.t) &&
+         map_heads(maps.v, a, a.v.data, a.kv_heads, a.stored, a.v.b, a.v.h, a.v.t);
 }
 
 }  // namespace

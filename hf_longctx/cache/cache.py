@@ -224,6 +224,7 @@ class LongContextCache(Cache):
                 store.keep(index)
         self.angles.keep(index, shift, rotate)
         ledger = self.ledger
+        ledger.gone += ledger.columns - index.shape[1]
         ledger.columns, ledger.lengths, ledger.loose = index.shape[1], lengths, False
         ledger.tail = None if lengths is None else lengths.clone()
 
@@ -261,7 +262,7 @@ class LongContextCache(Cache):
         """Forget everything, and give the memory back."""
         super().reset()  # type: ignore[no-untyped-call]
         ledger = self.ledger
-        ledger.columns = ledger.rows = ledger.kv_bytes = ledger.host_bytes = 0
+        ledger.columns = ledger.gone = ledger.rows = ledger.kv_bytes = ledger.host_bytes = 0
         ledger.lookups = []
         ledger.lengths = ledger.tail = None
         ledger.loose = False

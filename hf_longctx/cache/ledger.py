@@ -13,7 +13,8 @@ class Ledger:
     """How many tokens a cache has seen; outlives the cache, so that a report can still speak of it.
 
     Attributes:
-        columns: columns of the batch so far, padding included.
+        columns: columns of the batch so far, padding included, but for those let go.
+        gone: columns that were let go, those behind them having moved up.
         lengths: `[B]`, int64, real tokens of each row, or None while all rows are alike.
         loose: `lengths` are there only because nobody looked whether the rows are still alike.
         tail: `[B]`, int64, real tokens of each row since its last padding, or None while there is none.
@@ -26,6 +27,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.columns = 0
+        self.gone = 0
         self.rows = 0
         self.lengths: Tensor | None = None
         self.loose = False

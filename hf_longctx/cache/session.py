@@ -23,6 +23,7 @@ def take_apart(cache: LongContextCache) -> tuple[dict[str, Tensor], dict[str, An
     tensors = {name: x for name, x in (("lengths", ledger.lengths), ("tail", ledger.tail)) if x is not None}
     values: dict[str, Any] = {
         "columns": ledger.columns,
+        "gone": ledger.gone,
         "rows": ledger.rows,
         "recording": cache.stacks[0].recording,
         "floors": [pack(retention) for retention in cache.floors],
@@ -57,7 +58,7 @@ def put_together(
     """
     cache = LongContextCache(plan)
     ledger = cache.ledger
-    ledger.columns, ledger.rows = values["columns"], values["rows"]
+    ledger.columns, ledger.gone, ledger.rows = values["columns"], values.get("gone", 0), values["rows"]
     ledger.lengths, ledger.tail = (_copy(tensors, name, devices[0]) for name in ("lengths", "tail"))
     for i, retention in enumerate(values["floors"]):
         cache.floors[cast(Retention, unpack(retention))] = tensors[f"floor.{i}"].clone().to(devices[0])

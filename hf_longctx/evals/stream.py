@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from ..streaming.source import FrameSource
@@ -53,25 +56,14 @@ class Row:
     bytes_held: int
 
 
-def measure(variant: str, runner: Runner, source: FrameSource) -> Iterator[Row]:
+def measure(variant: str, runner: Runner, source: FrameSource) -> Generator[Row, None, None]:
     """Run a stream, and yield a row after each round; the source is closed at the end."""
     with source, runner:
         began = time.thread_time()
         for event in runner.run(source):
             cpu_s = time.thread_time() - began
-            tokens, held = runner.held()
-            yield Row(
-                variant,
-                event.t,
-                event.t_end,
-                event.text,
-                event.frames,
-                event.tokens,
-                event.latency_s,
-                cpu_s,
-                tokens,
-                held,
-            )
+            said = (event.t, event.t_end, event.text, event.frames, event.tokens, event.latency_s)
+            yield Row(variant, *said, cpu_s, *runner.held())
             began = time.thread_time()
 
 
@@ -158,17 +150,8 @@ def run(
     found = []
     with bar(console) as shown:
         for name in variants:
-            source, mine = frames(), []
-            limit = (limits_s or {}).get(name, float("inf"))
-            total = None if source.duration is None else int(min(source.duration, limit))
-            task = shown.add_task(name, total=total, said="")
-            for row in measure(name, VARIANTS[name](model, processor, sizes), source):
-                mine.append(row)
-                if journal:
-                    journal.append([asdict(row)])
-                shown.update(task, completed=row.t_end, said=f"{1000 * row.latency_s:.0f} ms, {row.tokens_held} tokens")
-                if row.t_end >= limit:
-                    break
+            limit = (limits_s or {}).get(name, math.inf)
+            mine = _watched(name, VARIANTS[name](model, processor, sizes), frames(), limit, journal, shown)
             rows += mine
             found.append(summary(mine, reference, judge, tolerance_s))
             if out is not None:
@@ -178,6 +161,24 @@ def run(
     if out is not None and find_spec("matplotlib"):
         plot(rows, out / "stream.png", f"{settings['model']}: a stream, round by round")
     return found
+
+
+def _watched(
+    name: str, runner: Runner, source: FrameSource, limit: float, journal: Journal | None, shown: Progress
+) -> list[Row]:
+    """One variant's rounds until the stream or the limit ends, written as they come."""
+    total = None if source.duration is None else int(min(source.duration, limit))
+    task = shown.add_task(name, total=total, said="")
+    mine = []
+    with closing(measure(name, runner, source)) as rows:
+        for row in rows:
+            mine.append(row)
+            if journal:
+                journal.append([asdict(row)])
+            shown.update(task, completed=row.t_end, said=f"{1000 * row.latency_s:.0f} ms, {row.tokens_held} tokens")
+            if row.t_end >= limit:
+                break
+    return mine
 
 
 def check(variants: Sequence[str]) -> None:
@@ -259,7 +260,8 @@ def plot(rows: Sequence[Row], path: Path, title: str, window: int = 0) -> None:
         above.plot(t, [1000 * statistics.median(row.latency_s for row in part) for part in parts], label=name)
         below.plot(t, [max(row.bytes_held for row in part) / 2**20 for part in parts], label=name)
     above.set(ylabel="ms a round" + (f" (median of {size})" if size > 1 else ""), ylim=(0, None), title=title)
-    below.set(xlabel="seconds of the stream", ylabel="keys and values held, MiB", ylim=(0, None))
+    most = max(row.bytes_held for row in rows) / 2**20
+    below.set(xlabel="seconds of the stream", ylabel="keys and values held, MiB", ylim=(0, 1.2 * most))
     for axes in (above, below):
         axes.grid(alpha=0.3)
     above.legend()

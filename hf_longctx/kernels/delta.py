@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from . import dispatch
 from .reference.delta import gradients
 
 WORD = 32
 """Signs in a word."""
+
+MANY = 256
+"""Rows from which on it may pay to merge weights and deltas on their way into a product."""
 
 
 def delta_linear(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slot_of_row: Tensor) -> Tensor:
@@ -47,6 +51,40 @@ def delta_linear(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slot
         return out
     out = dispatch.call("delta_linear", x, base_out, bits, scales, slots)
     return out
+
+
+def linear_with_delta(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slot_of_row: Tensor
+) -> Tensor:
+    """`delta_linear` of a layer with that weight: `x weight^T + bias + sum over slots of x (scale * sign)^T`.
+
+    Where there are many rows, a backend may do with one product in place of two: then `weight + delta` is rounded to
+    the dtype of the weight, as if it had been merged.
+
+    Args:
+        x: `[R, K]`.
+        weight: `[N, K]`, dtype of x.
+        bias: `[N]`, or None.
+        bits: as in `delta_linear`, like the next two.
+        scales: of the slots.
+        slot_of_row: slots of the rows.
+
+    Returns:
+        `[R, N]`, dtype of x.
+
+    Raises:
+        ValueError: as `delta_linear`.
+        TypeError: likewise.
+    """
+    trains = (x, weight, scales) if bias is None else (x, weight, scales, bias)
+    if len(x) >= MANY and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trains)):
+        _check(x, x.new_empty(1, 1).expand(len(x), len(weight)), bits, scales, slot_of_row)
+        slots = slot_of_row[:, None] if slot_of_row.ndim == 1 else slot_of_row
+        arguments = (x, weight, bias, bits, scales, slots)
+        if dispatch.chosen("linear_with_delta", *arguments) == "compiled":
+            out: Tensor = dispatch.call("linear_with_delta", *arguments)
+            return out
+    return delta_linear(x, linear(x, weight, bias), bits, scales, slot_of_row)
 
 
 class _DeltaLinear(torch.autograd.Function):

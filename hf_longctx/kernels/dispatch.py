@@ -33,6 +33,7 @@ OPS = (
     "encode_kv",
     "decode_kv",
     "delta_linear",
+    "linear_with_delta",
     "quantize_tokens",
     "quantize_norm",
     "quantize_gated",
@@ -104,8 +105,8 @@ def use_backend(name: str) -> Iterator[None]:
         _WANTED.reset(token)
 
 
-def call(op: str, *args: Any) -> Any:
-    """Run `op` on the wanted backend, or on the first in `ORDER` that takes the arguments.
+def chosen(op: str, *args: Any) -> str:
+    """The wanted backend, or the first in `ORDER` that takes the arguments.
 
     Raises:
         UnsupportedError: the wanted backend does not take them; says why.
@@ -116,12 +117,22 @@ def call(op: str, *args: Any) -> Any:
         implementation = table[backend].get(op)
         reason = "does not have it" if implementation is None else implementation.reject(*args)
         if implementation is not None and reason is None:
-            _LAST[op] = backend
-            return implementation.run(*args)
+            return backend
         reasons.append(f"{backend}: {reason}.")
     raise UnsupportedError(
         f"{op}: no backend takes these arguments. {' '.join(reasons)} Leave the choice to us: unset HF_LONGCTX_BACKEND."
     )
+
+
+def call(op: str, *args: Any) -> Any:
+    """Run `op` on the backend that is `chosen`.
+
+    Raises:
+        UnsupportedError: as `chosen`.
+    """
+    backend = chosen(op, *args)
+    _LAST[op] = backend
+    return _table()[backend][op].run(*args)
 
 
 def last_used() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from . import products
 from .dispatch import Implementation
 from .reference.attend import blocks, take_columns, values_of
 from .reference.weigh import empty_out, join, positions, visible
@@ -79,4 +80,5 @@ def attend_pages(
 OPS = {
     "attend_blocks": Implementation(attend_blocks, reject),
     "attend_pages": Implementation(attend_pages, reject),
+    "w4a8_linear": Implementation(products.w4a8_linear, products.reject),
 }

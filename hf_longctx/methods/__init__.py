@@ -50,7 +50,7 @@ METHODS: dict[str, type[Any]] = {
     "lserve": LServe,
     "inf_llm": InfLLM,
 }
-"""Every method by its name."""
+"""Every method by its name; `StreamingVLM` is not among them, as `lc.stream.Session` decides what it lets go."""
 
 
 def make(method: str | Method | Plan, knobs: dict[str, Any]) -> Method | Plan:

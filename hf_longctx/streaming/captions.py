@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .events import Event
@@ -148,18 +148,9 @@ class Captions:
         *,
         overwrite: bool = False,
     ) -> None:
-        asked = {form: path for form, path in (("srt", srt), ("vtt", vtt), ("jsonl", jsonl)) if path is not None}
-        places = [Path(path).expanduser().absolute() for path in asked.values()]
-        if len(set(places)) < len(places):
-            raise ValueError(f"captions: expected a file for each format; got {places[0]} twice. Name them apart.")
-        there = [place for place in places if place.exists()]
-        if there and not overwrite:
-            raise FileExistsError(
-                f"captions: expected new files; got {there[0]}, which exists. Choose another, or overwrite it."
-            )
         self.files: list[CaptionFile] = []
         try:
-            for form, path in asked.items():
+            for form, path in check_places({"srt": srt, "vtt": vtt, "jsonl": jsonl}, overwrite).items():
                 self.files.append(CaptionFile(path, form, overwrite))
         except OSError:
             self.close()
@@ -185,6 +176,25 @@ class Captions:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def check_places(asked: Mapping[str, str | os.PathLike[str] | None], overwrite: bool) -> dict[str, Path]:
+    """Paths by format, of those that are asked for; touches nothing.
+
+    Raises:
+        ValueError: one path for two files.
+        FileExistsError: a file is there, and `overwrite` is False.
+    """
+    places = {form: Path(path).expanduser().absolute() for form, path in asked.items() if path is not None}
+    named = list(places.values())
+    if len(set(named)) < len(named):
+        raise ValueError(f"captions: expected a file for each format; got {named[0]} twice. Name them apart.")
+    there = [place for place in named if place.exists()]
+    if there and not overwrite:
+        raise FileExistsError(
+            f"captions: expected new files; got {there[0]}, which exists. Choose another, or overwrite it."
+        )
+    return places
 
 
 def _each(calls: list[Callable[[], None]]) -> None:

@@ -43,7 +43,7 @@ def stream(
     max_pixels: Annotated[
         int | None, typer.Option(help="Scale larger frames down.", show_default="as they are")
     ] = None,
-    start_s: Annotated[float, typer.Option(help="Seconds into a file to begin at.")] = 0.0,
+    start_s: Annotated[float, typer.Option(help="Seconds into a file to begin at; times count from there.")] = 0.0,
     stop_s: Annotated[float | None, typer.Option(help="Seconds into it to stop at.", show_default="its end")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -54,7 +54,7 @@ def stream(
     console = Console(highlight=False)
     with console.status("Loading the libraries"):
         from ..evals import assets
-        from .captions import Captions
+        from .captions import Captions, check_places
         from .session import Session
         from .settings import Settings
         from .source import frames
@@ -66,6 +66,7 @@ def stream(
     opened = partial(frames, video, fps, **knobs, start_s=start_s, stop_s=stop_s)  # type: ignore[arg-type]
     opened().close()  # what cannot be read is said before a model is loaded, and a live source is not left to run full
     Settings(query, max_new_tokens=new_tokens).check_window(window_s)
+    check_places({"srt": srt, "vtt": vtt, "jsonl": jsonl}, overwrite)
     loaded, processor = assets.load_vision(model, dtype, device)
     session = Session(
         loaded,
@@ -76,12 +77,11 @@ def stream(
         text_window=text_window,
         max_new_tokens=new_tokens,
     )
-    captions = Captions(srt, vtt, jsonl, overwrite=overwrite)
-    source = opened()
     summary = Summary()
-    try:
-        with session:
+    with session:
+        source, captions = opened(), Captions(srt, vtt, jsonl, overwrite=overwrite)
+        try:
             watch(session, source, captions, questions, summary, console)
-    finally:
-        for line in closing_lines(summary, source, captions):
-            console.print(line, style="dim", soft_wrap=True)
+        finally:
+            for line in closing_lines(summary, source, captions):
+                console.print(line, style="dim", soft_wrap=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -73,6 +74,7 @@ class Engine:
     ) -> None:
         self.model, self.cache, self.chat, self.window = model, cache, chat, window
         self.rows = [Row() for _ in range(rows)]
+        self._broken = False
         self._axes, self._sampler, self._stops = facts.axes, sampler, stops
         decoder = model.get_decoder()
         self._device = model.get_input_embeddings().weight.device
@@ -83,7 +85,8 @@ class Engine:
     def open(self, ids: Sequence[int]) -> None:
         """Read the beginning of the conversation, which stays for good."""
         new = [[row.new("text", 0.0, len(ids), pinned=True)] for row in self.rows]
-        self._read(Encoded([list(ids) for _ in self.rows], None), new)
+        with self._whole():
+            self._read(Encoded([list(ids) for _ in self.rows], None), new)
 
     @torch.inference_mode()
     def answer(
@@ -99,6 +102,7 @@ class Engine:
 
         Raises:
             ValueError: a turn that does not fit the window, before anything has changed.
+            RuntimeError: the turn before was interrupted.
         """
         began = time.perf_counter()
         encoded = self.chat.encode(turns)
@@ -110,30 +114,25 @@ class Engine:
             if kind == "text" and not pinned:
                 both[1].number += 1
             new.append([] if turn is None else both)
-        stays = [self._stays(row, more) for row, more in zip(self.rows, new, strict=True)]
-        self._let_go(stays)
-        logits = self._read(encoded, new)
-        return self._say(logits, [turn is not None for turn in turns], budget, began)
+        stays = [row.stays(self.window, more) for row, more in zip(self.rows, new, strict=True)]
+        with self._whole():
+            self._let_go(stays)
+            logits = self._read(encoded, new)
+            return self._say(logits, [turn is not None for turn in turns], budget, began)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A turn that breaks off inside leaves rows and cache at odds, so that none may follow it."""
+        if self._broken:
+            raise RuntimeError(
+                "stream.Session: expected every turn to run to its end; got one after a turn that was interrupted. "
+                "Start a new session, or load a saved one."
+            )
+        self._broken = True
+        yield
+        self._broken = False
 
     # what stays ---------------------------------------------------------------------------------------------------
-
-    def _stays(self, row: Row, new: Sequence[Held]) -> tuple[bool, ...]:
-        """Which of a row's spans stay when others come; refuses those that could not."""
-        window, turn = self.window, new[0] if new else None
-        if turn is not None and turn.kind == "vision":
-            size, limit, what = turn.reserved, window.vision_tokens, "vision_tokens"
-        elif turn is not None and turn.pinned:
-            pins = sum(len(held.ids) for held in row.spans if held.pinned)
-            size, limit, what = pins + turn.reserved, window.text_sink, "text_sink"
-        else:
-            size, limit, what = sum(held.reserved for held in new), window.text_window, "text_window"
-        if limit is not None and size > limit:
-            raise ValueError(
-                f"stream.Session: expected a turn that fits {what}={limit}, with what must stay beside it; got {size} "
-                f"tokens. Give {what}={size} or more, or a smaller turn."
-            )
-        stays = window.keep([held.span for held in (*row.spans, *new)])
-        return stays[: len(row.spans)]
 
     def _let_go(self, stays: Sequence[Sequence[bool]]) -> None:
         """Let spans go, in all rows at once."""
@@ -165,7 +164,7 @@ class Engine:
             kinds = [[0] * len(p[0]) + kind + [0] * len(p[2]) for p, kind in zip(parts, encoded.kinds, strict=True)]
         places = self._places(ids, kinds, encoded, width)
         for row, part, more, place in zip(self.rows, parts, new, places, strict=True):
-            _take_in(row, part, more, place)
+            row.take_in(part, more, place[0].tolist())  # spans begin and end with text, so one axis says it all
         pos = torch.zeros(self._axes, len(ids), width, dtype=torch.int64)
         for number, place in enumerate(places):
             pos[:, number, width - place.shape[1] :] = place
@@ -248,6 +247,9 @@ class Engine:
                     row.pending, running[i] = [token, *self.chat.closing], False
             if any(running):
                 logits = self._step(picked, running)
+        for row, is_asked in zip(self.rows, asked, strict=True):
+            if is_asked:
+                row.spans[-1].reserved = len(row.spans[-1].ids) + len(row.pending)
         return answers
 
     def _step(self, picked: Sequence[int], running: Sequence[bool]) -> Tensor:
@@ -264,35 +266,6 @@ class Engine:
         """What a repetition penalty remembers: kept words of each stream."""
         kept = [[held.ids for held in row.spans if held.kind == "text"] + [row.pending] for row in self.rows]
         return [[token for ids in row for token in ids] for row in kept]
-
-
-def _take_in(row: Row, parts: Sequence[list[int]], new: Sequence[Held], place: Tensor) -> None:
-    """Note in a row what it is about to read: the rest of its last span, and new ones.
-
-    Args:
-        row: of the engine.
-        parts: what is pending, the turn, and the wish for an answer.
-        new: spans of the turn and of the answer.
-        place: `[axes, T']`, where its tokens stand. Spans begin and end with text, so the first axis says it all.
-    """
-    if not new:
-        return
-    if parts[0]:
-        row.spans[-1].ids += parts[0]
-    row.pending = []
-    starts, at = place[0].tolist(), 0
-    ends = [*starts, starts[-1] + 1]
-    for number, part in enumerate(parts[: 1 + len(new)]):
-        extent = ends[at + len(part)] - ends[at]
-        if number == 0:
-            if part:
-                row.spans[-1].extent += extent
-        else:
-            held = new[number - 1]
-            row.add(held)
-            held.ids, held.extent = list(part), extent
-        at += len(part)
-    row.next = ends[-1]
 
 
 def _left(rows: Sequence[Sequence[int]], width: int) -> Tensor:

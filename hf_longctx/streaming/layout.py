@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..cache.retention import ModalityWindow
 from ..cache.spans import Span
 
 
@@ -72,6 +73,41 @@ class Row:
         if not held.pinned:
             self.counts[held.kind] += 1
 
+    def stays(self, window: ModalityWindow, new: Sequence[Held]) -> tuple[bool, ...]:
+        """Which spans stay when a turn and its answer come.
+
+        Raises:
+            ValueError: the window does not hold them.
+        """
+        if new:
+            turn, answer = new
+            pins = turn.reserved + sum(len(held.ids) for held in self.spans if held.pinned)
+            free = turn.kind == "text" and not turn.pinned
+            _check("vision_tokens", window.vision_tokens, turn.reserved if turn.kind == "vision" else 0)
+            _check("text_sink", window.text_sink, pins if turn.pinned else 0)
+            _check("text_window", window.text_window, answer.reserved + (turn.reserved if free else 0))
+        return window.keep([held.span for held in (*self.spans, *new)])[: len(self.spans)]
+
+    def take_in(self, parts: Sequence[list[int]], new: Sequence[Held], places: Sequence[int]) -> None:
+        """Note what is about to be read: the rest of the last span, and new ones.
+
+        Args:
+            parts: what is pending, the turn, and the wish for an answer.
+            new: spans of the turn and of the answer; none: nothing is read.
+            places: where its tokens stand.
+        """
+        if not new:
+            return
+        ends, at = [*places, places[-1] + 1], 0
+        for number, part in enumerate(parts[: 1 + len(new)]):
+            if number:
+                self.add(new[number - 1])
+            if number or part:
+                self.spans[-1].ids += part
+                self.spans[-1].extent += ends[at + len(part)] - ends[at]
+            at += len(part)
+        self.next, self.pending = ends[-1], []
+
     def drop(self, stays: Sequence[bool]) -> tuple[list[int], list[int]]:
         """Let spans go.
 
@@ -100,3 +136,12 @@ class Row:
     def from_dict(values: dict[str, Any]) -> Row:
         """What `to_dict` gave."""
         return Row(**{**values, "spans": [Held(**held) for held in values["spans"]]})
+
+
+def _check(name: str, limit: int | None, size: int) -> None:
+    """Refuse a turn that what holds it is too small for."""
+    if limit is not None and size > limit:
+        raise ValueError(
+            f"stream.Session: expected a turn that fits {name}={limit}, with what must stay beside it; got {size} "
+            f"tokens. Give {name}={size} or more, or a smaller turn."
+        )

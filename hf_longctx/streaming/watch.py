@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -57,12 +58,14 @@ class Summary:
 
     Attributes:
         events: all of them, answers and silent rounds too.
-        latencies_s: of the rounds.
+        rounds: without answers.
+        latencies_s: of the last 4096 rounds.
         t: seconds of the stream that were seen.
     """
 
     events: int = 0
-    latencies_s: list[float] = field(default_factory=list)
+    rounds: int = 0
+    latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     t: float = 0.0
 
     def add(self, event: Event) -> None:
@@ -70,6 +73,7 @@ class Summary:
         self.events += 1
         self.t = max(self.t, event.t_end)
         if event.kind == "caption":
+            self.rounds += 1
             self.latencies_s.append(event.latency_s)
 
     def percentile_ms(self, percent: float) -> float:
@@ -150,7 +154,6 @@ def closing_lines(summary: Summary, source: FrameSource, captions: Captions) -> 
     lines = [
         f"{summary.t:g} s of stream, {counts.delivered} frames ({', '.join(lost) or 'none lost'}; "
         f"a full queue would {'drop the oldest' if source.when_full == 'drop' else 'make the source wait'})",
-        f"{len(summary.latencies_s)} rounds: p50 {summary.percentile_ms(50):.0f} ms, "
-        f"p99 {summary.percentile_ms(99):.0f} ms",
+        f"{summary.rounds} rounds: p50 {summary.percentile_ms(50):.0f} ms, p99 {summary.percentile_ms(99):.0f} ms",
     ]
     return lines + [f"{file.path}: {file.written} captions" for file in captions.files]

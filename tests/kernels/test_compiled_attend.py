@@ -241,7 +241,7 @@ def test_gradients_and_clamped_distances_are_for_others(monkeypatch: pytest.Monk
     with torch.no_grad():
         assert attend.reject(q, k, v, logits, see, None) is None
         turns = Turns(torch.zeros(1, 1, dtype=torch.int64), 100, 0, clamp=9)
-        assert attend.reject(q, k, v, logits, see, turns) == "cannot clamp distances"
+        assert attend.reject(q, k, v, logits, see, turns) == "cannot clamp distances on a CPU"
         several = Selection(torch.zeros(1, 1, 2, 1, dtype=torch.int32), 16, 2)
         assert attend.reject(q, k, v, logits, see, None, several) == "takes a selection for each query, or one for all"
 

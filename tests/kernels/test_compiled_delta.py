@@ -74,17 +74,17 @@ def test_rows_that_lie_apart(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_row_is_the_same_beside_any_others(device: str, groups: int) -> None:
     need(device)
-    case = Case(37, 1536, 150, 3, groups, planes=2, by_row=True)
+    case = Case(60, 1536, 150, 3, groups, planes=2, by_row=True)  # more rows than a kernel for few rows takes
     x, base, bits, scales, slots = make(case, torch.bfloat16, device=device)
     slots[:12] = slots[0]  # so that a piece is full
     whole = run(x, base, bits, scales, slots)
     made = torch.Generator().manual_seed(1)
-    for count in (1, 2, 7, 20, 37):
-        rows = torch.randperm(37, generator=made)[:count].to(device)
+    for count in (1, 2, 7, 32, 33, 60):
+        rows = torch.randperm(60, generator=made)[:count].to(device)
         assert torch.equal(run(x[rows], base[rows], bits, scales, slots[rows].contiguous()), whole[rows])
     x[7], x[9], base[3] = torch.nan, torch.inf, torch.inf
     broken = run(x, base, bits, scales, slots)
-    others = torch.tensor([row for row in range(37) if row not in (3, 7, 9)], device=device)
+    others = torch.tensor([row for row in range(60) if row not in (3, 7, 9)], device=device)
     assert torch.equal(broken[others], whole[others])
     assert broken[7].isnan().all()
     assert not broken[9].isfinite().any()

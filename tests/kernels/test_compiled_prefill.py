@@ -118,6 +118,24 @@ def test_definition(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_decode_steps_with_clamped_distances_are_read_by_it(tokens: int, bits: int) -> None:
+    need("cuda")
+    case = replace(LISTS, sizes=(2, 2, 3, tokens, 1500, 64), lists=(128, tokens, "some"), lap=390, clamp=300, bits=bits)
+    arguments = made(replace(case, ends=(1499, 700)), "cuda")
+    q, k, v = arguments[0], *map(_finite, arguments[1:3])
+    with use_backend("reference"):
+        exact = ops.attend_pages(*map(_exactly, (q, k, v)), *arguments[3:])
+        same = ops.attend_pages(q, k, v, *arguments[3:])
+    got = ops.attend_pages(*arguments)
+    assert dispatch.last_used()["attend_pages"] == "compiled"
+    ulp = torch.finfo(case.dtype).eps * float(exact.abs().max())
+    yardstick = float((same.double() - exact).abs().max())
+    assert float((got.double() - exact).abs().max()) <= 2 * yardstick + 2 * ulp
+
+
+@pytest.mark.cuda
 def test_a_long_text_is_what_the_definition_says_at_its_last_queries() -> None:
     need("cuda")
     k, v = torch.randn(2, 1, 2, 1 << 17, 128, dtype=BF16, device="cuda")

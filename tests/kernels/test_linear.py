@@ -18,7 +18,7 @@ from hf_longctx.kernels import linear, ops, packing
 from hf_longctx.kernels.dispatch import use_backend
 from hf_longctx.kernels.linear import Codes, PackedWeight
 
-from .weights import FORMS, random_codes, random_tokens
+from .weights import FORMS, moved, random_codes, random_tokens
 
 FEW = settings(deadline=None, max_examples=25)
 forms = pytest.mark.parametrize("form", FORMS)
@@ -218,3 +218,15 @@ def test_products_that_are_refused() -> None:
         linear.w4a8_linear(tokens, later, None, torch.float32)
     with pytest.raises(ValueError, match="unpack: expected a weight of layout 1; got 2"):
         packing.unpack(later)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@forms
+@pytest.mark.parametrize("rows", [1, 17, 40])
+def test_products_of_torch_are_those_of_the_definition(form: str, rows: int, device: str) -> None:
+    weight, tokens = packing.pack(random_codes(form, 37, 384)), random_tokens(rows, 384)
+    there = moved(tokens, device), moved(weight, device), torch.randn(37).to(device)
+    with use_backend("torch"):
+        got = linear.w4a8_linear(*there, torch.bfloat16)
+    with use_backend("reference"):
+        assert torch.equal(got, linear.w4a8_linear(*there, torch.bfloat16))

@@ -122,6 +122,22 @@ def test_an_error_of_the_source_comes_after_the_rounds_before_it(vlm: tuple[Any,
     assert session.stats.rounds == 4
 
 
+def test_after_a_turn_that_broke_off_there_is_no_other(vlm: tuple[Any, Any]) -> None:
+    def broken(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with Session(*vlm, **SMALL) as session:
+        list(session.run(clip(2)))
+        hook = vlm[0].get_encoder(modality="image").register_forward_pre_hook(broken)
+        with pytest.raises(torch.OutOfMemoryError):
+            list(session.run(clip(1)))
+        hook.remove()
+        with pytest.raises(RuntimeError, match="expected every turn to run to its end"):
+            list(session.run(clip(1)))
+    with Session(*vlm, **SMALL) as session:
+        assert len(list(session.run(clip(1)))) == 1
+
+
 # questions ------------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from ..dispatch import Implementation
 from ..reference.rotate import rotate
 from ..reference.weigh import empty_out, positions
 from ..types import Logits, Packed, Selection, Turns, Visibility
-from . import library
+from . import library, prefill
 from .library import HflAttend, pointer
 
 CUDA_DIMS = (64, 96, 128, 256)
@@ -32,6 +32,8 @@ def reject(
         return reason
     if q.shape[2] > library.FEW:
         return f"takes at most {library.FEW} queries a row"
+    if _clamped(turns) and q.is_cuda:
+        return prefill.reject(q, k, v, logits, see, turns, selection)
     if 0 in (q.numel(), k.shape[2]):
         return "takes no empty tensors"
     inputs = [x for x in (q, k, v, logits.sink_logits) if isinstance(x, Tensor)]
@@ -50,9 +52,14 @@ def reject(
     )
 
 
+def _clamped(turns: Turns | None) -> bool:
+    """True where far keys are turned, which on CUDA only the kernel of many queries does."""
+    return turns is not None and turns.clamp is not None
+
+
 def _reject_turns(logits: Logits, turns: Turns | None) -> str | None:
-    if turns is not None and turns.clamp is not None:
-        return "cannot clamp distances"
+    if _clamped(turns):
+        return "cannot clamp distances on a CPU"
     if turns is not None and logits.slopes is not None:
         return "has no ALiBi at lap positions"
     return None
@@ -92,6 +99,8 @@ def attend_pages(
     selection: Selection | None = None,
 ) -> Tensor:
     """`ops.attend_pages`."""
+    if _clamped(turns):
+        return prefill.attend_blocks(q, k, v, logits, see, turns, selection)
     q = library.laid_out(q)
     out = empty_out(q, v.shape[3])
     block, held = arguments(out, q, k, v, logits, see, turns, selection)

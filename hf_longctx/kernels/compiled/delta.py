@@ -13,6 +13,9 @@ from . import library
 BLOCK = 128
 """Inputs of which a CUDA device reads a multiple."""
 
+HALF_BLOCK = 64
+"""The same where weights and deltas are merged."""
+
 MOST_INPUTS, MOST_SLOTS = 1 << 16, 1 << 12
 
 
@@ -26,6 +29,18 @@ class HflDelta(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "base")),
         *((name, ctypes.c_int64) for name in ("x_r", "base_r")),
         *((name, ctypes.c_void_p) for name in ("bits", "scales", "slots_of_rows", "out", "scratch", "stream")),
+    )
+
+
+class HflMerged(ctypes.Structure):
+    """`hfl_merged`."""
+
+    __slots__ = ()
+    _fields_ = (
+        ("delta", HflDelta),
+        ("weight", ctypes.c_void_p),
+        ("weight_r", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
     )
 
 
@@ -53,6 +68,31 @@ def _reject_on_cuda(x: Tensor, bits: Tensor, scales: Tensor) -> str | None:
     return None if bits.data_ptr() % 16 == 0 else "needs bits that begin at a multiple of 16 bytes"
 
 
+def reject_merged(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor
+) -> str | None:
+    """Why the library does not take these arguments of `linear_with_delta`, or None."""
+    reason = library.reason_on_cuda(x, "is for CUDA: elsewhere there is nothing to gain")
+    if reason is not None:
+        return reason
+    if torch.cuda.get_device_capability(x.device) != (9, 0) or "sm_90a" not in library.about():
+        return "is for devices of sm_90"
+    inputs = [tensor for tensor in (weight, bias, bits, scales, slots) if tensor is not None]
+    if any(other.device != x.device for other in inputs):
+        return "needs all tensors on one device"
+    if x.dtype not in (torch.float16, torch.bfloat16) or {t.dtype for t in (weight, bias) if t is not None} != {
+        x.dtype
+    }:
+        return "needs x, weight and bias in float16 or bfloat16"
+    if 0 in (*x.shape, *weight.shape, *bits.shape, *slots.shape) or len(weight) % 2:
+        return "takes an even number of outputs, and no empty tensors"
+    if x.shape[1] % (HALF_BLOCK * scales.shape[2]) or len(bits) > MOST_SLOTS:
+        return f"takes inputs, and groups of them, that are a multiple of {HALF_BLOCK}, and at most {MOST_SLOTS} slots"
+    if not bits.is_contiguous() or not scales.is_contiguous() or bits.data_ptr() % 16:
+        return "needs bits and scales that are contiguous, and bits that begin at a multiple of 16 bytes"
+    return None
+
+
 def delta_linear(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slots: Tensor) -> Tensor:
     """`delta.delta_linear`; slots: `[R, P]`."""
     x, slots = library.laid_out(x), slots.contiguous()
@@ -71,4 +111,29 @@ def delta_linear(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slot
     return out
 
 
-OPS = {"delta_linear": Implementation(delta_linear, reject)}
+def linear_with_delta(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor
+) -> Tensor:
+    """`delta.linear_with_delta`; slots: `[R, P]`."""
+    x, weight, slots = library.laid_out(x), library.laid_out(weight), slots.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+    block = HflMerged(HflDelta(*x.shape, len(weight), len(bits), slots.shape[1], scales.shape[2], scales.shape[1]))
+    task = block.delta
+    task.dtype, task.x, task.x_r = library.DTYPES[x.dtype], x.data_ptr(), x.stride(0)
+    task.bits, task.scales, task.slots_of_rows = bits.data_ptr(), scales.data_ptr(), slots.data_ptr()
+    task.out = out.data_ptr()
+    block.weight, block.weight_r, block.bias = weight.data_ptr(), weight.stride(0), library.pointer(bias)
+    size = library.library().hfl_merged_scratch(ctypes.byref(block))
+    scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
+    task.scratch = scratch.data_ptr()
+    with torch.cuda.device(x.device):
+        task.stream = library.stream(x.device)
+        library.call("hfl_merged_cuda", block)
+    return out
+
+
+OPS = {
+    "delta_linear": Implementation(delta_linear, reject),
+    "linear_with_delta": Implementation(linear_with_delta, reject_merged),
+}

@@ -116,7 +116,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
-    **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "layer"), ("cuda",)),
+    **dict.fromkeys(
+        ("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "merged", "layer"), ("cuda",)
+    ),
 }
 
 
@@ -127,6 +129,7 @@ _SIZES = (
     "layer_scratch",
     "antidiagonal_scratch",
     "delta_scratch",
+    "merged_scratch",
     "linear_scratch",
 )
 

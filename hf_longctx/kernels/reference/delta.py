@@ -1,4 +1,4 @@
-"""`ops.delta_linear` and its gradients; of all deltas, a few rows of one are unpacked at a time."""
+"""Linear layers with deltas, and gradients; of all deltas, a few rows of one are unpacked at a time."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ def delta_linear(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slot
             product = torch.cat([tile @ weight.t() for tile in tiles])[: len(rows)]
             out[rows, some] += product
     return out.to(base_out.dtype)
+
+
+def linear_with_delta(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor
+) -> Tensor:
+    """The definition of `delta.linear_with_delta`; slots: `[R, P]`."""
+    wide = scales.dtype
+    base = torch.cat([tile @ weight.to(wide).t() for tile in _tiles(x.to(wide))])[: len(x)]
+    return delta_linear(x, base if bias is None else base + bias.to(wide), bits, scales, slots).to(x.dtype)
 
 
 def gradients(

@@ -11,6 +11,9 @@ from torch import Tensor
 _STRIDE = 0x9E3779B97F4A7C15 - 2**64
 """Odd: then each place has a factor of its own, and a change of any one word changes the sum."""
 
+DIGITS = 16
+"""Of a checksum."""
+
 _CHUNK = 1 << 20
 
 
@@ -26,12 +29,19 @@ def checksum(tensor: Tensor) -> str:
         places = torch.arange(start, start + len(part), dtype=torch.int64, device=words.device)
         total += ((2 * places + 1) * _STRIDE * (part + 1)).sum()
     about = f"{int(total)} {tuple(tensor.shape)} {tensor.dtype}"
-    return hashlib.sha256(about.encode()).hexdigest()[:16]
+    return hashlib.sha256(about.encode()).hexdigest()[:DIGITS]
 
 
 def weight_checksum(weight: Tensor) -> str:
-    """The checksum of a weight as it is in bfloat16: the same whether a model was loaded in 32 or 16 bits."""
-    return checksum(weight.detach().to(torch.bfloat16))
+    """Two checksums of a weight one after the other: as it is in bfloat16, and as it is in float16."""
+    return checksum(weight.detach().to(torch.bfloat16)) + checksum(weight.detach().to(torch.float16))
+
+
+def same_weight(weight: Tensor, known: str) -> bool:
+    """True if a weight, in 32 or 16 bits, is the one of a `weight_checksum`, which may be of one in another type."""
+    if weight.dtype == torch.float16:
+        return checksum(weight) == known[DIGITS:]
+    return checksum(weight.detach().to(torch.bfloat16)) == known[:DIGITS]
 
 
 def of_model(checksums: Mapping[str, str]) -> str:

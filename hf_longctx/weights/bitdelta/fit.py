@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from .checkpoint import end_names
-from .digest import weight_checksum
+from .digest import same_weight
 from .experts import EXPERT, find
 from .format import Delta
 from .message import say
@@ -33,13 +33,13 @@ class Known:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.ends = end_names(model)
-        self._checksums: dict[str, str] = {}
+        self._same: dict[tuple[str, str], bool] = {}
 
-    def checksum(self, name: str, weight: Tensor) -> str:
-        """As in the files of deltas; computed once, as nothing trains a base that has tenants."""
-        if name not in self._checksums:
-            self._checksums[name] = weight_checksum(weight)
-        return self._checksums[name]
+    def is_same(self, name: str, weight: Tensor, expected: str) -> bool:
+        """Whether a weight is the one of a checksum; looked at once, as nothing trains a base that has tenants."""
+        if (name, expected) not in self._same:
+            self._same[name, expected] = same_weight(weight, expected)
+        return self._same[name, expected]
 
 
 def check(where: str, delta: Delta, known: Known) -> None:
@@ -118,7 +118,7 @@ def _check_base(where: str, delta: Delta, known: Known) -> None:
                 raise UnsupportedError(
                     say(where, "a base whose weights are in memory", f"{name} elsewhere", "Do not offload")
                 )
-            if known.checksum(name, weight) != expected:
+            if not known.is_same(name, weight, expected):
                 other.append(name)
     if other:
         shown = ", ".join(other[:_SHOWN]) + (f" and {len(other) - _SHOWN} more" if len(other) > _SHOWN else "")

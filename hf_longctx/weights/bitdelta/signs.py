@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...kernels.delta import delta_linear
+from ...kernels.delta import MANY, delta_linear, linear_with_delta
 from .bits import Matrix
-from .hooks import Hook
+from .hooks import Hook, Where
 from .route import Route
 
 
@@ -27,6 +28,18 @@ class Signs(Hook):
     bits: Tensor | None = None
     scales: Tensor | None = None
     bias: Tensor | None = None
+
+    def __init__(self, module: nn.Module, where: Where) -> None:
+        super().__init__(module, where)
+        self.joined = False
+        if type(module) is nn.Linear and "forward" not in vars(module):
+            module.__dict__["forward"] = _Joined(self)
+
+    def remove(self) -> None:
+        """As above."""
+        super().remove()
+        if isinstance(vars(self.module).get("forward"), _Joined):
+            del self.module.__dict__["forward"]
 
     def takes(self, parts: Mapping[str, Any]) -> bool:
         """As above."""
@@ -68,19 +81,45 @@ class Signs(Hook):
         """As above."""
         x = args[0] if args else kwargs["input"]
         flat, made = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
-        if self.bits is not None and self.scales is not None:
-            scales = self.scales.flatten(0, 1)
-            slots = route.slots_of(len(flat), self.bits.shape[1], flat.device)
-            wide = scales.double() if flat.dtype == torch.float64 else scales
-            made = delta_linear(flat, made, self.bits.flatten(0, 1), wide, slots)
+        if not self.joined and self.bits is not None:
+            made = delta_linear(flat, made, *self.arguments(route, flat))
+        self.joined = False
         if self.bias is not None:
             made = made + self.bias[route.index(len(flat), flat.device) + 1].to(made.dtype)
         return made.reshape(out.shape)
+
+    def arguments(self, route: Route, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bits, scales and slots, as `delta_linear` takes them, for an input `[R, K]`."""
+        assert self.bits is not None
+        assert self.scales is not None
+        scales = self.scales.flatten(0, 1)
+        slots = route.slots_of(len(flat), self.bits.shape[1], flat.device)
+        return self.bits.flatten(0, 1), scales.double() if flat.dtype == torch.float64 else scales, slots
 
     @property
     def nbytes(self) -> int:
         """As above."""
         return sum(x.nbytes for x in (self.bits, self.scales, self.bias) if x is not None)
+
+
+@dataclass(eq=False)
+class _Joined:
+    """In place of a layer's `forward`: of many rows, the product with the weights and that with the signs are one."""
+
+    hook: Signs
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """The layer's output; where the call has tenants and many rows, with their signs."""
+        hook, module = self.hook, self.hook.module
+        route = hook.where.route()
+        if route is None or hook.bits is None or input.shape[:-1].numel() < MANY:
+            return nn.Linear.forward(module, input)  # type: ignore[arg-type]
+        flat, own = input.reshape(-1, input.shape[-1]), module._parameters
+        weight, bias = own["weight"], own.get("bias")
+        assert weight is not None
+        made = linear_with_delta(flat, weight, bias, *hook.arguments(route, flat))
+        hook.joined = True
+        return made.reshape(*input.shape[:-1], len(weight))
 
 
 def finest(held: Tensor | None, matrix: Matrix) -> torch.Size:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_longctx.weights.bitdelta.bits import Grain, compress, pack, restore, unpack
-from hf_longctx.weights.bitdelta.digest import checksum, of_model, weight_checksum
+from hf_longctx.weights.bitdelta.digest import checksum, of_model, same_weight, weight_checksum
 
 
 def test_words_written_out_by_hand() -> None:
@@ -99,6 +99,12 @@ def test_a_checksum_is_that_of_its_chunks(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_base_is_known_in_16_and_32_bits() -> None:
-    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert weight_checksum(x) == weight_checksum(x.float())
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    for stored in (x, x.bfloat16(), x.half()):
+        known = weight_checksum(stored)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert same_weight(stored.to(dtype), known)
+            other = stored.to(dtype, copy=True)
+            other[3, 4] *= 1.01
+            assert not same_weight(other, known)
     assert of_model({"a": "1", "b": "2"}) == of_model({"b": "2", "a": "1"}) != of_model({"a": "2", "b": "1"})

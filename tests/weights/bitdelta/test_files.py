@@ -245,8 +245,9 @@ def test_a_delta_of_another_base_is_refused(llama_pairs: dict[str, Any]) -> None
         lc.deltas.load(model, {"law": llama_pairs["law"].folder})
 
 
-def test_a_base_in_16_bits_is_the_same_base(llama_pairs: dict[str, Any]) -> None:
-    model = LlamaForCausalLM.from_pretrained(llama_pairs["law"].base_folder, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_16_bits_is_the_same_base(llama_pairs: dict[str, Any], dtype: torch.dtype) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama_pairs["law"].base_folder, dtype=dtype)
     lc.deltas.load(model, {"law": llama_pairs["law"].folder})
     assert model.deltas() == {"law": "device"}
 

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import hf_longctx as lc
+from hf_longctx.kernels.delta import MANY
 
 TOLERANCE = 5e-6
 """Of logits, float32: sums run in another order than in the merged model."""
@@ -65,6 +66,18 @@ def test_a_mixed_batch_generates_what_merged_models_do(model: Any, llama_pairs: 
 
 
 @torch.no_grad()
+def test_many_rows_are_as_few(model: Any, llama_pairs: dict[str, Any]) -> None:
+    """Where the product with the weights and that with the signs are one operation."""
+    inputs = batch(len(NAMES), length=100)
+    logits = model(**inputs, adapter_names=NAMES).logits
+    assert logits.shape[0] * logits.shape[1] >= MANY
+    for row, name in enumerate(NAMES):
+        alone = {key: x[row : row + 1] for key, x in inputs.items()}
+        wanted, real = dense(llama_pairs, name)(**alone).logits[0], inputs["attention_mask"][row].bool()
+        torch.testing.assert_close(logits[row, real, : wanted.shape[-1]], wanted[real], atol=2 * TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
 def test_beams_are_rows_of_their_tenant(model: Any, llama_pairs: dict[str, Any]) -> None:
     inputs = batch(2)
     knobs: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
@@ -76,7 +89,7 @@ def test_beams_are_rows_of_their_tenant(model: Any, llama_pairs: dict[str, Any])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_row_does_not_depend_on_the_others(llama_pairs: dict[str, Any], dtype: torch.dtype) -> None:
     base = LlamaForCausalLM.from_pretrained(llama_pairs["law"].base_folder, dtype=dtype)
     model = lc.deltas.load(base, {name: pair.folder for name, pair in llama_pairs.items()})
@@ -99,6 +112,7 @@ def test_base_rows_are_the_base_bit_for_bit(model: Any, llama_pairs: dict[str, A
     assert torch.equal(model(**inputs).logits, wanted)
     assert not any(name in vars(model) for name in ("generate", "add_delta", "deltas"))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @torch.no_grad()
@@ -112,16 +126,16 @@ def test_the_active_tenant_has_the_rows_that_nobody_names(model: Any) -> None:
 
 
 class Watch:
-    """A stopping criterion that counts, and does something once."""
+    """A stopping criterion that does something once."""
 
-    def __init__(self, do: Any = lambda: None) -> None:
-        self.do, self.calls = do, 0
+    def __init__(self, do: Any, at: int = 2) -> None:
+        self.do, self.at, self.calls = do, at, 0
 
     def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.calls += 1
-        if self.calls == 2:
+        if self.calls == self.at:
             self.do()
-        return torch.zeros(len(ids), dtype=torch.bool)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 def test_what_is_wrong_with_names_is_said_before_anything_is_computed(model: Any) -> None:

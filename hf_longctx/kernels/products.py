@@ -1,0 +1,31 @@
+"""Quantized linears through torch's own products of int8 matrices (`torch._int_mm`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .linear import PackedWeight, Tokens
+from .packing import int8_values, unpack
+from .reference.linear import scaled
+
+LEAST_ROWS, STEP = 32, 8
+"""What cuBLAS takes: more than 16 rows, and columns in multiples of 8."""
+
+
+def reject(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> str | None:
+    """Why torch does not take these arguments, or None."""
+    if tokens.values.device.type not in ("cpu", "cuda"):
+        return f"has no products of int8 on {tokens.values.device.type}"
+    return "takes no empty tensors" if not tokens.values.numel() else None
+
+
+def w4a8_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`linear.w4a8_linear`; the weight is brought to int8 and natural order in every call."""
+    x, w = tokens.values, int8_values(unpack(weight))
+    if not x.is_cuda:
+        return scaled(torch._int_mm(x, w.T), tokens, weight, bias, dtype)
+    rows = pad(x, (0, 0, 0, max(0, LEAST_ROWS - len(x))))
+    sums = torch._int_mm(rows, pad(w, (0, 0, 0, -len(w) % STEP)).T)[: len(x), : len(w)]
+    return scaled(sums, tokens, weight, bias, dtype)

@@ -1,0 +1,74 @@
+"""Tenants on a GPU: the same rows, whoever else is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import hf_longctx as lc
+
+from .test_tenants import NAMES, TOLERANCE, Watch, batch, dense
+
+pytestmark = pytest.mark.cuda
+
+
+def on_gpu(pairs: dict[str, Any], dtype: torch.dtype, slots: int | None = None) -> Any:
+    base = LlamaForCausalLM.from_pretrained(pairs["law"].base_folder, dtype=dtype).cuda()
+    return lc.deltas.load(base, {name: pair.folder for name, pair in pairs.items()}, slots=slots)
+
+
+def there(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: x.cuda() for key, x in inputs.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [9, 100])
+def test_each_row_has_the_logits_of_its_merged_model(llama_pairs: dict[str, Any], length: int) -> None:
+    inputs, model = there(batch(len(NAMES), length)), on_gpu(llama_pairs, torch.float32)
+    logits = model(**inputs, adapter_names=NAMES).logits
+    for row, name in enumerate(NAMES):
+        alone = {key: x[row : row + 1] for key, x in inputs.items()}
+        wanted = dense(llama_pairs, name).cuda()(**alone).logits[0]
+        real = alone["attention_mask"][0].bool()
+        torch.testing.assert_close(logits[row, real, : wanted.shape[-1]], wanted[real], atol=4 * TOLERANCE, rtol=0)
+        assert (logits[row, :, wanted.shape[-1] :] == -torch.inf).all()
+    llama_pairs["law"].base.cpu()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [9, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_does_not_depend_on_the_others(llama_pairs: dict[str, Any], dtype: torch.dtype, length: int) -> None:
+    model, first, second = on_gpu(llama_pairs, dtype), there(batch(4, length)), there(batch(4, length, seed=1))
+    second["input_ids"][0] = first["input_ids"][0]
+    one = model(**first, adapter_names=["law", "code", "__base__", "maths"]).logits[0]
+    for names in (["law"] * 4, ["law", "poems", "maths", "code"], ["law", "__base__", "__base__", "__base__"]):
+        assert torch.equal(one[:, :64], model(**second, adapter_names=names).logits[0, :, :64]), names
+
+
+@torch.no_grad()
+def test_patched_it_runs_as_on_the_cpu_and_says_why_nothing_is_recorded(llama_pairs: dict[str, Any]) -> None:
+    inputs = there(batch(4, length=16))
+    knobs: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    plain, patched = on_gpu(llama_pairs, torch.float32), on_gpu(llama_pairs, torch.float32, slots=3)
+    lc.patch(patched, "dense")
+    for names in (["law", "code", "__base__", "maths"], ["poems", "law", "law", "__base__"], None, ["maths"] * 4):
+        asked = {} if names is None else {"adapter_names": names}
+        wanted = plain.generate(**inputs, **asked, **knobs)
+        assert torch.equal(patched.generate(**inputs, **asked, **knobs), wanted), names
+    assert "a module has a hook" in lc.report(patched).eager
+
+
+@torch.no_grad()
+def test_tenants_come_and_go_while_others_generate(llama_pairs: dict[str, Any]) -> None:
+    inputs = there(batch(2))
+    knobs: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "adapter_names": ["law", "__base__"]}
+    wanted = on_gpu(llama_pairs, torch.float32).generate(**inputs, **knobs)
+    hot = LlamaForCausalLM.from_pretrained(llama_pairs["law"].base_folder).cuda()
+    lc.deltas.load(hot, {name: llama_pairs[name].folder for name in ("law", "maths")}, slots=3)
+    stop = Watch(lambda: (hot.add_delta("poems", llama_pairs["poems"].folder), hot.delete_delta("maths")), at=6)
+    assert torch.equal(hot.generate(**inputs, **knobs, stopping_criteria=[stop]), wanted)
+    assert set(hot.deltas()) == {"law", "poems"}

@@ -1,0 +1,52 @@
+"""Tenants over a base of few bits: the base computes as it does, signs are added to what comes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import hf_longctx as lc
+from hf_longctx.weights.bitdelta.bits import restore
+from hf_longctx.weights.bitdelta.format import read
+
+IDS = torch.randint(2, 64, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+def quantized(pair: Any) -> Any:
+    return LlamaForCausalLM.from_pretrained(pair.base_folder, quantization_config=lc.QoQConfig(wbits=8, group_size=-1))
+
+
+@torch.no_grad()
+def test_rows_over_a_quantized_base(llama_pairs: dict[str, Any]) -> None:
+    """Each layer's output is the quantized layer's, plus the product with the difference, as its definition has it."""
+    names = ["maths", "__base__", "law"]
+    model, bare = quantized(llama_pairs["law"]), quantized(llama_pairs["law"])
+    lc.deltas.load(model, {name: llama_pairs[name].folder for name in ("maths", "law")})
+    logits = model(IDS, adapter_names=names).logits
+    assert torch.equal(logits[1], bare(IDS).logits[1])
+    delta = read(llama_pairs["maths"].folder)  # of attention alone
+    for name, matrix in delta.matrices.items():
+        difference = restore(matrix)
+        bare.get_submodule(name.removesuffix(".weight")).register_forward_hook(
+            lambda module, args, out, difference=difference: out + args[0] @ difference.T
+        )
+    torch.testing.assert_close(logits[0], bare(IDS).logits[0], atol=1e-5, rtol=0)
+    assert not torch.equal(logits[2], logits[0])
+
+
+def test_what_can_be_compared_is(llama_pairs: dict[str, Any]) -> None:
+    model = quantized(llama_pairs["law"])
+    with torch.no_grad():
+        model.model.norm.weight[3] += 0.1
+    with pytest.raises(ValueError, match=r"other weights in model\.norm\.weight\. Load"):
+        lc.deltas.load(model, {"law": llama_pairs["law"].folder})
+
+
+def test_it_cannot_be_merged(llama_pairs: dict[str, Any]) -> None:
+    model = lc.deltas.load(quantized(llama_pairs["law"]), {"law": llama_pairs["law"].folder})
+    with pytest.raises(NotImplementedError, match="merge into the base in 16 bits, then quantize"):
+        model.merge_delta("law")
+    assert model.deltas() == {"law": "device"}
