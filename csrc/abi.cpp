@@ -17,6 +17,7 @@ extern "C" int32_t hfl_has_cuda(void) { return 0; }
 extern "C" int64_t hfl_attend_scratch(const hfl_attend*, int32_t* splits) { return *splits = 0; }
 extern "C" int64_t hfl_attend_counters(const hfl_attend*) { return 0; }
 extern "C" int64_t hfl_pick_scratch(const hfl_pick*) { return 0; }
+extern "C" int64_t hfl_layer_scratch(const hfl_layer*, int64_t* counters) { return *counters = 0; }
 extern "C" int64_t hfl_antidiagonal_scratch(const hfl_antidiagonal*) { return 0; }
 extern "C" int64_t hfl_delta_scratch(const hfl_delta*) { return 0; }
 extern "C" int64_t hfl_merged_scratch(const hfl_merged*) { return 0; }
@@ -31,6 +32,7 @@ extern "C" const char* hfl_copy_cuda(const hfl_copy*) { return kNone; }
 extern "C" const char* hfl_norm_cuda(const hfl_norm*) { return kNone; }
 extern "C" const char* hfl_turn_cuda(const hfl_turn*) { return kNone; }
 extern "C" const char* hfl_prefill_cuda(const hfl_prefill*) { return kNone; }
+extern "C" const char* hfl_layer_cuda(const hfl_layer*) { return kNone; }
 extern "C" const char* hfl_delta_cuda(const hfl_delta*) { return kNone; }
 extern "C" const char* hfl_merged_cuda(const hfl_merged*) { return kNone; }
 extern "C" int64_t hfl_linear_scratch(const hfl_linear*) { return 0; }

@@ -13,7 +13,7 @@
 
 #include "delta.h"
 
-#define HFL_ABI 4
+#define HFL_ABI 5
 
 #pragma GCC visibility push(default)  // all else is hidden
 #ifdef __cplusplus
@@ -107,6 +107,24 @@ typedef struct {
   int32_t capacity;
   void* stream;
 } hfl_append;
+
+// ops.attend_layer, of one group of heads: one token a row, at q_pos, in float16 or bfloat16, on CUDA.
+typedef struct {
+  hfl_append append;  // heads of the group: stores, and bounds
+  hfl_attend attend;  // keys, values and selection of the group; q, out, sink_logits and slopes of all heads of the layer
+  hfl_score score;    // likewise; scores NULL: the choice stands, or there is none
+  hfl_pick pick;      // what is scored, into the attention's ids
+  uint8_t heads[128];  // which KV head of the layer each one of the group is; fresh keys are those of the layer, too
+} hfl_layer_group;
+
+typedef struct {
+  hfl_layer_group* groups;
+  int32_t count;
+  // scratch of hfl_layer_scratch bytes, and as many counters as it says, zero before and after every call.
+  void* scratch;
+  int32_t* counters;
+  void* stream;
+} hfl_layer;
 
 // ops.score_antidiagonal; float16 or bfloat16, on CUDA. stride is 4, 8, 16 or 32, block 4 to 64 times that.
 typedef struct {
@@ -238,6 +256,8 @@ int32_t hfl_has_cuda(void);          // 1 if the library holds CUDA code
 int64_t hfl_attend_scratch(const hfl_attend* a, int32_t* splits);  // bytes; writes the number of splits that it is for
 int64_t hfl_attend_counters(const hfl_attend* a);                  // int32 elements
 int64_t hfl_pick_scratch(const hfl_pick* a);
+// Bytes, or -1: its blocks, which wait for each other, have no room on the device at a time. Writes how many counters.
+int64_t hfl_layer_scratch(const hfl_layer* a, int64_t* counters);
 int64_t hfl_antidiagonal_scratch(const hfl_antidiagonal* a);
 int64_t hfl_delta_scratch(const hfl_delta* a);
 int64_t hfl_merged_scratch(const hfl_merged* a);
@@ -259,6 +279,7 @@ const char* hfl_copy_cuda(const hfl_copy* a);
 const char* hfl_norm_cuda(const hfl_norm* a);
 const char* hfl_turn_cuda(const hfl_turn* a);
 const char* hfl_prefill_cuda(const hfl_prefill* a);
+const char* hfl_layer_cuda(const hfl_layer* a);
 const char* hfl_delta_cuda(const hfl_delta* a);
 const char* hfl_merged_cuda(const hfl_merged* a);
 

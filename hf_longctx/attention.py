@@ -17,6 +17,7 @@ from .context import NAME, Forward, current
 from .errors import UnsupportedError
 from .group import attend_group
 from .kernels import ops
+from .layer import attend_layer
 from .models import WANTS_MASK, spans_all
 
 
@@ -104,6 +105,9 @@ def _attend(forward: Forward, layer: int, query: Tensor, key: Tensor, value: Ten
     """Group of heads by group of heads: `[B, T, Hq, D]`."""
     plan = forward.plan.layers[layer]
     stores = [None] * len(plan.groups) if forward.cache is None else forward.cache.stacks[layer].stores
+    at_once = attend_layer(forward, layer, stores, query, key, value, logits)
+    if at_once is not None:
+        return at_once
     if len(plan.groups) == 1:
         out = attend_group(forward, layer, plan.groups[0], stores[0], query, key, value, logits)
         return out.transpose(1, 2).contiguous()

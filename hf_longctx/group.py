@@ -53,8 +53,8 @@ def attend_group(
     if step.order is not None:
         q, k, v = (ops.take_tokens(x, step.order) for x in (q, k, v))
     policy = group.policy
-    selector = _here(policy.decode if step.decodes else policy.prefill, step)
-    in_turn = selector is not None and _in_turn(policy, selector, step)
+    selector = selector_for(policy.decode if step.decodes else policy.prefill, step)
+    in_turn = selector is not None and goes_in_turn(policy, selector, step)
     store = None if stored is None else stored[1]
     if store is None and (in_turn or policy.kv is not None):
         store = Store(policy)  # for this call alone, so on the device
@@ -62,7 +62,7 @@ def attend_group(
         store.kept.forget()
     call = Call(forward, layer, group, store, logits)
     cut_off = step.columns > 0 or in_turn  # some of what is read carries no gradient
-    if selector is None or (not in_turn and _reads_all(selector, step)):
+    if selector is None or (not in_turn and reads_all(selector, step)):
         out = _read_all(call, step, q, k, v)
     elif in_turn:
         out = _read_in_turn(call, selector, step, q, k, v)
@@ -74,14 +74,14 @@ def attend_group(
     return out if step.restore is None else ops.take_tokens(out, step.restore)
 
 
-def _here(selector: Selector | None, step: Step) -> Selector | None:
+def selector_for(selector: Selector | None, step: Step) -> Selector | None:
     """The selector as far as it concerns the call."""
     if selector is None or not selector.dense_below or step.ragged or step.columns < selector.dense_below:
         return selector
     return selector.beyond
 
 
-def _in_turn(policy: HeadPolicy, selector: Selector, step: Step) -> bool:
+def goes_in_turn(policy: HeadPolicy, selector: Selector, step: Step) -> bool:
     """True if a block of queries must be read before the next can choose, or before its blocks can be brought in."""
     summary = selector.scorer.summary
     if summary is not None and summary.local:
@@ -89,7 +89,7 @@ def _in_turn(policy: HeadPolicy, selector: Selector, step: Step) -> bool:
     return step.decodes and (selector.refresh_every > 1 or (policy.placement is not None and step.tokens > 1))
 
 
-def _reads_all(selector: Selector, step: Step) -> bool:
+def reads_all(selector: Selector, step: Step) -> bool:
     """True if no query of the call leaves a block out, as its number alone says."""
     return step.end <= reads_all_to(selector)
 
@@ -136,12 +136,12 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
         last = min(blocks.number, first + each)
         pos = blocks.pos[:, first * blocks.size : last * blocks.size]
         asked = blocks.take(q, first, last)
-        near, visible = _near(selector, step, pos, blocks.size, q.shape[0], first)
+        near, visible = forced_near(selector, step, pos, blocks.size, q.shape[0], first)
         look = _look(call, selector, asked, pos, blocks.size, keys, turns, near[0])
         ids = choose(selector, look, near)
         pages = store.locate(ids, selector.block, step) if store is not None and step.decodes else None
         read = ops.Selection(ids, selector.block, blocks.size, pages)
-        _note(call, selector, pos, read, near[1], visible)
+        note(call, selector, pos, read, near[1], visible)
         see = ops.Visibility(q_pos=pos)
         attend = ops.attend_pages if step.decodes else ops.attend_blocks
         parts.append(attend(asked, keys, values, call.logits, see, turns, read))
@@ -158,14 +158,14 @@ def _read_in_turn(call: Call, selector: Selector, step: Step, q: Tensor, k: Tens
     for tokens, piece in step.once(("pieces", size), lambda: list(pieces(step, size))):
         asked, fresh_k, fresh_v = (_some(x, tokens) for x in (q, k, v))
         store.write(fresh_k, fresh_v, piece, turns)
-        near, visible = _near(selector, piece, piece.pos, piece.tokens, q.shape[0])
+        near, visible = forced_near(selector, piece, piece.pos, piece.tokens, q.shape[0])
         ids = _renew(call, selector, piece, asked, turns, near)
         far = most_far(selector, piece.tokens) if reaches else None
         pages = store.locate(ids, selector.block, piece)
         if pages is not None:
             ids = ids.expand_as(pages)  # every head has places of its own
         read = ops.Selection(ids, selector.block, piece.tokens, pages, far)
-        _note(call, selector, piece.pos, read, near[1], visible)
+        note(call, selector, piece.pos, read, near[1], visible)
         keys, values = store.memory
         see = ops.Visibility(q_pos=piece.pos)
         if summary is not None and summary.weighs:
@@ -228,7 +228,7 @@ def _put(out: Tensor, tokens: Tensor | slice, piece: Step, part: Tensor) -> None
     out.scatter_add_(2, index, part.masked_fill(~real, 0).to(out.dtype))
 
 
-def _near(
+def forced_near(
     selector: Selector, step: Step, pos: Tensor, size: int, rows: int, first: int = 0
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """What is forced for the blocks of queries from the `first` on, and `[]`, how many blocks they could have seen.
@@ -250,7 +250,7 @@ def _near(
     return near, visible
 
 
-def _note(call: Call, selector: Selector, pos: Tensor, read: ops.Selection, last: Tensor, visible: Tensor) -> None:
+def note(call: Call, selector: Selector, pos: Tensor, read: ops.Selection, last: Tensor, visible: Tensor) -> None:
     """Count what is read, and tell whoever watches."""
     forward = call.forward
     if forward.cache is not None:

@@ -103,7 +103,7 @@ const char* check(const hfl_attend& a) {
 
 AttendTask task_of(const hfl_attend& a) {
   AttendTask p = {};
-  p.a = a, p.group = a.q_heads / a.kv_heads, p.splits = a.splits, p.variants = 1;
+  p.turn.append = {}, p.a = a, p.group = a.q_heads / a.kv_heads, p.splits = a.splits, p.variants = 1;
   p.apart = a.ids && a.select_heads != a.kv_heads && a.select_heads != 1;
   const int queries = a.ids ? p.group : p.group * a.tokens;  // that may share a unit
   const int tiles = p.apart ? queries : (queries + ROWS - 1) / ROWS;
@@ -135,47 +135,66 @@ cudaError_t blocks_that_fit(const Kernel& kernel, int variants, int& blocks) {
 }
 
 }  // namespace
+
+int attend_units(const hfl_attend& a) { return check(a) ? 0 : task_of(a).units; }
+
+// One block of a unit for each place on the device that others leave, or fewer where there is little to do.
+int64_t attend_scratch(const hfl_attend& a, int others, int32_t* splits) {
+  *splits = 1;
+  if (check(a)) return 0;  // hfl_attend_cuda will say why
+  const AttendTask p = task_of(a);
+  const Kernel& kernel = kernel_of(a);
+  int fit = 0;
+  if (blocks_that_fit(kernel, p.variants, fit) != cudaSuccess) return 0;
+  const int64_t units = hfl_attend_counters(&a);
+  const int64_t keys = a.ids ? static_cast<int64_t>(a.chosen) * a.block : a.stored;
+  const int slabs = static_cast<int>((keys + kernel.slab - 1) / kernel.slab);
+  const int most = static_cast<int>(std::clamp<int64_t>((fit - others) / units, 1, MOST_SPLITS));
+  const int wanted = (slabs + most * kernel.warps - 1) / (most * kernel.warps);
+  const int each = slabs_of_warp(slabs, wanted, kernel.warps) * kernel.warps;
+  *splits = (slabs + each - 1) / each;
+  return *splits == 1 ? 0 : units * *splits * ROWS * (a.dim + 2) * static_cast<int64_t>(sizeof(float));
+}
+
+bool attend_fits(const hfl_attend& a) {
+  const AttendTask p = task_of(a);
+  int fit = 0;
+  if (blocks_that_fit(kernel_of(a), p.variants, fit) != cudaSuccess) return true;  // hfl_layer_cuda will say why
+  return static_cast<int64_t>(a.batch) * a.kv_heads * p.units * (a.splits + 1) <= fit;
+}
+
+const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn) {
+  const char* message = check(a);
+  if (message) return message;
+  AttendTask p = task_of(a);
+  p.turn = turn;
+  if (turn.appended && (a.tokens != 1 || !a.q_pos || p.apart)) {
+    return "attend_pages: expected, in a step, one token at a position and a selection for each KV head or for all";
+  }
+  if (p.splits < 1 || p.splits > MOST_SPLITS) return "attend_pages: expected the splits of hfl_attend_scratch";
+  if (p.splits > 1 && (!a.counters || !aligned(a.scratch, {}, 1) || !a.scratch)) {
+    return "attend_pages: expected counters, and scratch at a multiple of 16 bytes, for more than one split";
+  }
+  const Kernel& kernel = kernel_of(a);
+  int fit = 0;
+  cudaError_t error = blocks_that_fit(kernel, p.variants, fit);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const dim3 grid(static_cast<unsigned>(p.units), static_cast<unsigned>(p.splits) + (turn.appended ? 1u : 0u),
+                  static_cast<unsigned>(a.batch) * static_cast<unsigned>(a.kv_heads));
+  void* arguments[] = {&p};
+  error = launch(kernel.function, grid, kernel.threads, static_cast<size_t>(kernel.bytes[p.variants - 1]), a.stream,
+                 arguments);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 }  // namespace hfl
 
 extern "C" int64_t hfl_attend_counters(const hfl_attend* a) {
-  if (hfl::check(*a)) return 0;
-  return static_cast<int64_t>(a->batch) * a->kv_heads * hfl::task_of(*a).units;
+  return static_cast<int64_t>(a->batch) * a->kv_heads * hfl::attend_units(*a);
 }
 
-// One block of a unit for each place on the device, or fewer where there is little to do.
 extern "C" int64_t hfl_attend_scratch(const hfl_attend* a, int32_t* splits) {
-  *splits = 1;
-  if (hfl::check(*a)) return 0;  // hfl_attend_cuda will say why
-  const hfl::AttendTask p = hfl::task_of(*a);
-  const hfl::Kernel& kernel = hfl::kernel_of(*a);
-  int fit = 0;
-  if (hfl::blocks_that_fit(kernel, p.variants, fit) != cudaSuccess) return 0;
-  const int64_t units = hfl_attend_counters(a);
-  const int64_t keys = a->ids ? static_cast<int64_t>(a->chosen) * a->block : a->stored;
-  const int slabs = static_cast<int>((keys + kernel.slab - 1) / kernel.slab);
-  const int most = static_cast<int>(std::clamp<int64_t>(fit / units, 1, hfl::MOST_SPLITS));
-  const int wanted = (slabs + most * kernel.warps - 1) / (most * kernel.warps);
-  const int each = hfl::slabs_of_warp(slabs, wanted, kernel.warps) * kernel.warps;
-  *splits = (slabs + each - 1) / each;
-  return *splits == 1 ? 0 : units * *splits * hfl::ROWS * (a->dim + 2) * static_cast<int64_t>(sizeof(float));
+  return hfl::attend_scratch(*a, 0, splits);
 }
 
-extern "C" const char* hfl_attend_cuda(const hfl_attend* a) {
-  const char* message = hfl::check(*a);
-  if (message) return message;
-  hfl::AttendTask p = hfl::task_of(*a);
-  if (p.splits < 1 || p.splits > hfl::MOST_SPLITS) return "attend_pages: expected the splits of hfl_attend_scratch";
-  if (p.splits > 1 && (!a->counters || !hfl::aligned(a->scratch, {}, 1) || !a->scratch)) {
-    return "attend_pages: expected counters, and scratch at a multiple of 16 bytes, for more than one split";
-  }
-  const hfl::Kernel& kernel = hfl::kernel_of(*a);
-  int fit = 0;
-  cudaError_t error = hfl::blocks_that_fit(kernel, p.variants, fit);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  const dim3 grid(static_cast<unsigned>(p.units), static_cast<unsigned>(p.splits),
-                  static_cast<unsigned>(a->batch) * static_cast<unsigned>(a->kv_heads));
-  void* arguments[] = {&p};
-  error = hfl::launch(kernel.function, grid, kernel.threads, static_cast<size_t>(kernel.bytes[p.variants - 1]),
-                      a->stream, arguments);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
+extern "C" const char* hfl_attend_cuda(const hfl_attend* a) { return hfl::attend_in_turn(*a, hfl::AttendTurn()); }

@@ -6,6 +6,7 @@
 #include "../hf_longctx.h"
 #include "attend_tile.cuh"
 #include "divide.cuh"
+#include "step.cuh"
 
 namespace hfl {
 
@@ -28,6 +29,7 @@ struct AttendTask {
   bool apart;         // each query head has a list of its own
   // KV heads; queries of a head that share a unit; units of a query's list; tokens of a block; warps of a unit
   Divisor kv_heads, tokens, tiles, block, share;
+  AttendTurn turn;
 };
 
 // What one block does, beside its share of the columns: up to 8 queries of a KV head, each a column of operands.
@@ -45,7 +47,7 @@ struct Unit {
     return token + first + row - p.tokens.divide(first + row) * p.tokens.by;
   }
   __device__ int head(const AttendTask& p, int row) const {
-    return kv_head * p.group + p.tokens.divide(first + row);
+    return p.turn.heads.of(kv_head) * p.group + p.tokens.divide(first + row);
   }
   __device__ int position(const AttendTask& p, int row) const {
     if (row >= rows()) return -1;
@@ -61,6 +63,7 @@ struct Keys {
   int sink, window;         // INT_MAX: none
   int count, before, jump;  // slabs; of those the first `before` lie at their number, the others `jump` further on
   const int32_t* ids;
+  int row;                // of the selection
   const int64_t* places;  // positions of columns
 
   struct Found {
@@ -72,6 +75,7 @@ struct Keys {
     window = a.ids || a.window < 0 || a.window > INT_MAX ? INT_MAX : static_cast<int>(a.window);
     sink = a.ids ? 0 : static_cast<int>(a.sink < INT_MAX ? a.sink : INT_MAX);
     const int list = a.select_heads == 1 ? 0 : a.select_heads == a.kv_heads ? unit.kv_head : unit.head(p, 0);
+    row = unit.batch * a.select_heads + list;
     ids = a.ids ? a.ids + unit.batch * a.ids_b + list * a.ids_h + unit.token * a.ids_n : nullptr;
     places = a.k_pos ? a.k_pos + unit.batch * a.k_pos_b : nullptr;
     jump = 0, before = INT_MAX;

@@ -1,8 +1,8 @@
 // Decode attention: the kernel. attend.cu says what it computes and how the work is cut.
 #pragma once
+#include "append.cuh"
 #include "attend_merge.cuh"
 #include "attend_queries.cuh"
-#include "launch.cuh"
 
 namespace hfl {
 
@@ -25,16 +25,58 @@ __device__ void prepare_queries(const AttendTask& p, const Unit& unit, unsigned 
   }
 }
 
+// Store a step's token of a row and KV head, which `readers` units then read, and bound its sub-block: by a block, whose
+// first warp takes the key and whose second the value.
+template <int THREADS>
+__device__ __forceinline__ void append_token(const AttendTurn& turn, int batch, int head, int* stored, int readers,
+                                             float* room) {
+  const hfl_append& a = turn.append;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const bool active = warp < 2 && lane * 8 < (warp ? a.v_dim : a.dim);
+  Raw raw = {};
+  if (active) {
+    const int from = turn.heads.of(head);
+    const int64_t at = warp ? batch * a.fv_b + from * a.fv_h : batch * a.fk_b + from * a.fk_h;
+    raw = load(warp ? a.fresh_v : a.fresh_k, at + lane * 8, a.dtype);
+  }
+  const int64_t pos = a.pos[batch * a.pos_b], slot = slot_of(a, pos);
+  const bool written = pos >= 0 && slot < a.capacity;
+  if (written && warp < 2) write_token(warp ? a.v : a.k, batch, head, slot, raw, a.dtype, lane, active);
+  __syncthreads();
+  if (threadIdx.x == 0) store_in_order(stored, readers);
+  if (!a.bounds || !written) return;
+  const int entry = static_cast<int>(pos) / a.sub;
+  const int64_t at = batch * a.bounds_b + head * a.bounds_h + static_cast<int64_t>(entry) * 2 * a.dim;
+  bound<THREADS>(a, batch, head, static_cast<int64_t>(entry) * a.sub, pos, static_cast<char*>(a.bounds) + at * 2, room);
+}
+
+// The last of a unit's blocks to be done has read what it waited for.
+__device__ __forceinline__ void count_down(const AttendTurn& turn, int problem, int row) {
+  if (threadIdx.x != 0 || !turn.appended) return;
+  wait_until(turn.appended + problem, 1);  // a row without a query waited for no token
+  atomicSub(turn.appended + problem, 1);
+  if (turn.picked) atomicSub(turn.picked + row, 1);
+}
+
 template <int D, Format F>
 __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const __grid_constant__ AttendTask p) {
   using R = Room<D, F>;
   extern __shared__ __align__(128) unsigned char shared[];
+  const AttendTurn& turn = p.turn;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int index = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.y);
-  const int problem = static_cast<int>(blockIdx.z);
+  const int index = static_cast<int>(blockIdx.x), problem = static_cast<int>(blockIdx.z);
+  const int split = static_cast<int>(blockIdx.y) - (turn.appended ? 1 : 0);  // -1: stores the token
   const Unit unit(p, index, problem);
   Keys<Slab<D, F>::KEYS> keys(p, unit);
-  wait_for_previous(unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
+  begin_turn(turn.turn, unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
+  if (split < 0) {
+    if (index == 0) {
+      append_token<R::WARPS * 32>(turn, unit.batch, unit.kv_head, turn.appended + problem, p.units,
+                                  reinterpret_cast<float*>(shared));
+    }
+    end_turn(turn.turn);
+    return;
+  }
 
   const int place = unit.position(p, lane % ROWS);
   int each = 0;  // slabs of a block
@@ -46,18 +88,27 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
       const int wanted = p.share.divide(keys.count + p.share.by - 1);
       each = slabs_of_warp(keys.count, wanted, R::WARPS) * R::WARPS;
       first = split * each + warp, end = min(keys.count, (split + 1) * each);
+    };
+    const auto find = [&] {
 #pragma unroll
       for (int i = 0; i < R::STAGES; ++i) found[i] = mine.find(first + i * R::WARPS, end);
     };
     if (keys.listed()) share_out();
+    if (keys.listed() && !turn.picked) find();
     Queries<D, F>::copy(p, unit, shared);  // while positions, and what tells where keys lie, are on their way
     const int high = __reduce_max_sync(0xffffffffu, place);
     const int low = __reduce_min_sync(0xffffffffu, place < 0 ? INT_MAX : place);
     keys.bound(p.a, high < 0 ? 0 : low, high);
-    if (!keys.listed()) share_out();
+    if (!keys.listed()) share_out(), find();
     if (split > 0 && split * each >= keys.count) {
       copy_wait<0>();
+      end_turn(turn.turn);
       return;
+    }
+    if (turn.picked) {
+      if (threadIdx.x == 0) wait_until(turn.picked + keys.row, 1);
+      __syncthreads();
+      find();
     }
     mine.begin(first, end, found);
     prepare_queries<D, F>(p, unit, shared, place);  // while the first keys are on their way
@@ -69,12 +120,15 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
   const int blocks = max((keys.count + each - 1) / each, 1);  // that have something to do
   __syncthreads();
   const Scratch<D> scratch(p, problem, index);
-  merge_warps<D, F>(p, unit, shared, scratch, blocks == 1);
-  if (blocks == 1) return;
-  int* arrived = reinterpret_cast<int*>(shared + R::FACTORS);
-  if (last_to_arrive(p.a.counters + problem * p.units + index, blocks, arrived)) {
-    merge_blocks<D, F>(p, unit, shared, scratch, blocks);
+  merge_warps<D, F>(p, unit, shared, scratch, split, blocks == 1);
+  bool last = blocks == 1;
+  if (!last) {
+    int* arrived = reinterpret_cast<int*>(shared + R::FACTORS);
+    last = last_to_arrive(p.a.counters + problem * p.units + index, blocks, arrived);
+    if (last) merge_blocks<D, F>(p, unit, shared, scratch, blocks);
   }
+  if (last) count_down(turn, problem, keys.row);
+  end_turn(turn.turn);
 }
 
 }  // namespace hfl

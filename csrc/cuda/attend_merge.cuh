@@ -49,7 +49,7 @@ struct Scratch {
 // Merge what the warps left: into the output if the unit has but this block, else into scratch.
 template <int D, Format F>
 __device__ void merge_warps(const AttendTask& p, const Unit& unit, const unsigned char* shared,
-                            const Scratch<D>& scratch, bool alone) {
+                            const Scratch<D>& scratch, int split, bool alone) {
   using R = Room<D, F>;
   const int* places = reinterpret_cast<const int*>(shared + R::PLACES);
   const float* outs = reinterpret_cast<const float*>(shared);
@@ -71,7 +71,7 @@ __device__ void merge_warps(const AttendTask& p, const Unit& unit, const unsigne
     if (alone) {
       finish<D, F>(p, unit, row, channel, places[row], sum, state);
     } else {
-      const int at = static_cast<int>(blockIdx.y) * ROWS + row;
+      const int at = split * ROWS + row;
       *reinterpret_cast<float4*>(scratch.outs + static_cast<int64_t>(at) * D + channel) = sum;
       if (channel == 0) scratch.states[at] = state;
     }

@@ -148,6 +148,10 @@ struct Warp {
   // Write down the positions of a slab's keys; returns their columns.
   __device__ int note(int stage, int slab, const Found& found) {
     const int2 place = keys.place(p, slab, found, lane);
+    if (p.turn.appended && __any_sync(0xffffffffu, place.y == keys.high && place.y >= 0)) {  // the step's own token
+      if (lane == 0) wait_until(p.turn.appended + unit.batch * p.a.kv_heads + unit.kv_head, 1);
+      __syncwarp();
+    }
     int* notes = reinterpret_cast<int*>(ring + R::NOTED + stage * R::NOTES);
     const int all = __all_sync(0xffffffffu, keys.seen_by_all(place.y));
     if (lane < S::KEYS) notes[lane] = place.y;

@@ -12,8 +12,8 @@
 
 #include "../hf_longctx.h"
 #include "divide.cuh"
-#include "launch.cuh"
 #include "pick_ranks.cuh"
+#include "step.cuh"
 
 namespace hfl {
 namespace {
@@ -151,29 +151,17 @@ struct PickTask {
   hfl_pick a;
   Divisor queries, heads;
   bool held;  // ranks fit into shared memory
+  PickTurn turn;
 };
 
-__global__ void __launch_bounds__(THREADS, 1) pick_kernel(const __grid_constant__ PickTask p) {
-  extern __shared__ __align__(16) uint32_t ranks_of_row[];
-  __shared__ __align__(16) Room room;
+// What a row takes; `ahead`: scores of a thread's first blocks.
+__device__ __forceinline__ void pick_row(const hfl_pick& a, Ranks& ranks, int64_t low, int64_t high, int32_t* to,
+                                         float (&ahead)[EACH], Room& room) {
   const int thread = static_cast<int>(threadIdx.x);
-  reinterpret_cast<uint4*>(room.bins)[thread] = make_uint4(0, 0, 0, 0);
-  if (thread == 0) room.few = 0;
-  const hfl_pick& a = p.a;
-  const int row = static_cast<int>(blockIdx.x), line = p.queries.divide(row), n = row - line * a.queries;
-  const int b = p.heads.divide(line);
-  const float* scores = a.scores + static_cast<int64_t>(row) * a.blocks;
-  wait_for_previous(b | n);
-  const bool aligned = reinterpret_cast<uintptr_t>(scores) % 16 == 0;
-  Ranks ranks = {scores, p.held ? ranks_of_row : nullptr, a.blocks, aligned, 0, 0};
-  float ahead[EACH];
-  ranks.load(ahead, thread * EACH);  // before it is known which of them are candidates
-  const int64_t low = a.low[b * a.low_b + n], high = a.high[b * a.high_b + n];
   const int end = high < 0 ? 0 : static_cast<int>(high < a.blocks ? high + 1 : a.blocks);  // no block from here on
   const int first = ranks.first = min(a.sink, end);
   const int last = ranks.last = low < first ? first : static_cast<int>(low < end ? low : end);
   const int count = last - first, taken = min(a.take, count);
-  int32_t* to = a.ids + static_cast<int64_t>(row) * a.chosen;
 #pragma unroll 1
   for (int i = thread; i < min(first, a.chosen); i += THREADS) to[i] = i;
   const int before = first + taken, filled = before + end - last;
@@ -187,6 +175,37 @@ __global__ void __launch_bounds__(THREADS, 1) pick_kernel(const __grid_constant_
   if (taken == 0) return;
   const Threshold from = find(ranks, ahead, static_cast<uint32_t>(taken), room);
   emit(ranks, from, to + first, static_cast<int64_t>(a.chosen) - first, room);
+}
+
+__global__ void __launch_bounds__(THREADS, 1) pick_kernel(const __grid_constant__ PickTask p) {
+  extern __shared__ __align__(16) uint32_t ranks_of_row[];
+  __shared__ __align__(16) Room room;
+  const int thread = static_cast<int>(threadIdx.x);
+  reinterpret_cast<uint4*>(room.bins)[thread] = make_uint4(0, 0, 0, 0);
+  if (thread == 0) room.few = 0;
+  const hfl_pick& a = p.a;
+  const int row = static_cast<int>(blockIdx.x), line = p.queries.divide(row), n = row - line * a.queries;
+  const int b = p.heads.divide(line);
+  const float* scores = a.scores + static_cast<int64_t>(row) * a.blocks;
+  begin_turn(p.turn.turn, b | n);
+  const bool aligned = reinterpret_cast<uintptr_t>(scores) % 16 == 0;
+  Ranks ranks = {scores, p.held ? ranks_of_row : nullptr, a.blocks, aligned, 0, 0};
+  const int64_t low = a.low[b * a.low_b + n], high = a.high[b * a.high_b + n];
+  if (p.turn.scored) {
+    if (thread == 0) {
+      wait_until(p.turn.scored + row, p.turn.blocks);
+      p.turn.scored[row] = 0;
+    }
+    __syncthreads();
+  }
+  float ahead[EACH];
+  ranks.load(ahead, thread * EACH);  // before it is known which of them are candidates
+  pick_row(a, ranks, low, high, a.ids + static_cast<int64_t>(row) * a.chosen, ahead, room);
+  if (p.turn.picked) {
+    __syncthreads();
+    if (thread == 0) store_in_order(p.turn.picked + row, p.turn.readers);
+  }
+  end_turn(p.turn.turn);
 }
 
 // Bytes of dynamic shared memory that the current device allows the kernel, which it is then allowed.
@@ -217,23 +236,26 @@ const char* check(const hfl_pick& a) {
 }
 
 }  // namespace
+
+const char* pick_in_turn(const hfl_pick& a, const PickTurn& turn) {
+  const char* message = check(a);
+  if (message) return message;
+  if (a.chosen == 0) return nullptr;
+  int room = 0;
+  cudaError_t error = room_on_device(room);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const int64_t wanted = (static_cast<int64_t>(a.blocks) + EACH - 1) / EACH * EACH * 4;
+  PickTask task = {a, Divisor(a.queries), Divisor(a.heads), wanted <= room, turn};
+  const unsigned rows =
+      static_cast<unsigned>(a.batch) * static_cast<unsigned>(a.heads) * static_cast<unsigned>(a.queries);
+  void* arguments[] = {&task};
+  error = launch(reinterpret_cast<const void*>(&pick_kernel), dim3(rows), THREADS,
+                 task.held ? static_cast<size_t>(wanted) : 0, a.stream, arguments);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 }  // namespace hfl
 
 extern "C" int64_t hfl_pick_scratch(const hfl_pick*) { return 0; }
 
-extern "C" const char* hfl_pick_cuda(const hfl_pick* a) {
-  const char* message = hfl::check(*a);
-  if (message) return message;
-  if (a->chosen == 0) return nullptr;
-  int room = 0;
-  cudaError_t error = hfl::room_on_device(room);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int64_t wanted = (static_cast<int64_t>(a->blocks) + hfl::EACH - 1) / hfl::EACH * hfl::EACH * 4;
-  hfl::PickTask task = {*a, hfl::Divisor(a->queries), hfl::Divisor(a->heads), wanted <= room};
-  const unsigned rows = static_cast<unsigned>(a->batch) * static_cast<unsigned>(a->heads) *
-                        static_cast<unsigned>(a->queries);
-  void* arguments[] = {&task};
-  error = hfl::launch(reinterpret_cast<const void*>(&hfl::pick_kernel), dim3(rows), hfl::THREADS,
-                      task.held ? static_cast<size_t>(wanted) : 0, a->stream, arguments);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
+extern "C" const char* hfl_pick_cuda(const hfl_pick* a) { return hfl::pick_in_turn(*a, hfl::PickTurn()); }

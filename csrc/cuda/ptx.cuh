@@ -79,6 +79,16 @@ __device__ __forceinline__ int add_in_order(int* counter, int x) {
   return before;
 }
 
+// As `add_in_order`, for one who only sees what others did, and for one whom only others see.
+__device__ __forceinline__ int load_in_order(const int* counter) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(counter) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_in_order(int* counter, int x) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(x) : "memory");
+}
+
 // 2^x to about 2 ulp; 0 for -inf
 __device__ __forceinline__ float power_of_two(float x) {
   float y;

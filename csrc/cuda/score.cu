@@ -15,7 +15,6 @@
 #include <algorithm>
 #include <atomic>
 
-#include "launch.cuh"
 #include "score_tile.cuh"
 
 namespace hfl {
@@ -44,7 +43,7 @@ __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 5 : 4) score_kernel(con
   T* factors = reinterpret_cast<T*>(room + R::entry_bytes(length));
   float* products = reinterpret_cast<float*>(factors + R::ROWS * R::stride(length));
   float* reduced = products + R::ROWS * WIDE;
-  wait_for_previous(first | count | length | rows);
+  begin_turn(p.turn.turn, first | count | length | rows);
   for (int kv_head = all ? 0 : blockIdx.y; kv_head < (all ? a.kv_heads : static_cast<int>(blockIdx.y) + 1); ++kv_head) {
     const T* summary = static_cast<const T*>(a.summary) + b * a.s_b + kv_head * a.s_h + entry * length;
     const int there = static_cast<int>(min(a.entries - entry, int64_t{ENTRIES}));
@@ -106,6 +105,11 @@ __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 5 : 4) score_kernel(con
     const float sum = reduced[t * ENTRIES + j];
     a.scores[(line + t) * blocks + first + j] = a.vectors == 2 ? sum : sum / static_cast<float>(shared);
   }
+  if (p.turn.scored) {
+    __syncthreads();
+    if (thread == 0) add_in_order(p.turn.scored + line, 1);
+  }
+  end_turn(p.turn.turn);
 }
 
 const char* check(const hfl_score& a) {
@@ -142,11 +146,11 @@ cudaError_t allow(const void* kernel) {
 }
 
 template <typename T, int GROUPS>
-cudaError_t launch_score(const hfl_score& a) {
+cudaError_t launch_score(const hfl_score& a, const ScoreTurn& turn) {
   const int blocks = (a.entries - 1) / a.subs + 1, each = ENTRIES / a.subs;
   ScoreTask task = {a, a.q_heads / a.kv_heads, blocks, Divisor(a.tokens), Divisor(each),
-                    Divisor(std::max(a.vectors * a.dim / 8, 1))};
-  const dim3 grid(static_cast<unsigned>((blocks - 1) / each + 1),
+                    Divisor(std::max(a.vectors * a.dim / 8, 1)), turn};
+  const dim3 grid(static_cast<unsigned>(score_blocks(a)),
                   a.share == HFL_ALL ? 1u : static_cast<unsigned>(a.kv_heads), static_cast<unsigned>(a.batch));
   const void* kernel = reinterpret_cast<const void*>(&score_kernel<T, GROUPS>);
   const cudaError_t error = allow<T, GROUPS>(kernel);
@@ -157,19 +161,30 @@ cudaError_t launch_score(const hfl_score& a) {
 }
 
 }  // namespace
-}  // namespace hfl
 
-extern "C" const char* hfl_score_cuda(const hfl_score* a) {
-  const char* message = hfl::check(*a);
+int score_blocks(const hfl_score& a) {
+  const int blocks = (a.entries - 1) / a.subs + 1, each = ENTRIES / a.subs;
+  return (blocks - 1) / each + 1;
+}
+
+const char* score_in_turn(const hfl_score& a, const ScoreTurn& turn) {
+  const char* message = check(a);
   if (message) return message;
-  const bool few = a->q_heads / a->kv_heads * a->tokens <= 8;
+  if (turn.scored && (a.tokens != 1 || a.share == HFL_Q_HEAD)) {
+    return "score_pages: expected, in a step, one token and a selection for each KV head or for all";
+  }
+  const bool few = a.q_heads / a.kv_heads * a.tokens <= 8;
   cudaError_t error;
-  if (a->dtype == HFL_F32) {
-    error = hfl::launch_score<float, 1>(*a);
-  } else if (a->dtype == HFL_BF16) {
-    error = few ? hfl::launch_score<__nv_bfloat16, 1>(*a) : hfl::launch_score<__nv_bfloat16, 2>(*a);
+  if (a.dtype == HFL_F32) {
+    error = launch_score<float, 1>(a, turn);
+  } else if (a.dtype == HFL_BF16) {
+    error = few ? launch_score<__nv_bfloat16, 1>(a, turn) : launch_score<__nv_bfloat16, 2>(a, turn);
   } else {
-    error = few ? hfl::launch_score<__half, 1>(*a) : hfl::launch_score<__half, 2>(*a);
+    error = few ? launch_score<__half, 1>(a, turn) : launch_score<__half, 2>(a, turn);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
+
+}  // namespace hfl
+
+extern "C" const char* hfl_score_cuda(const hfl_score* a) { return hfl::score_in_turn(*a, hfl::ScoreTurn()); }

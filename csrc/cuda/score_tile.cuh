@@ -2,7 +2,7 @@
 #pragma once
 #include "../hf_longctx.h"
 #include "divide.cuh"
-#include "ptx.cuh"
+#include "step.cuh"
 
 namespace hfl {
 
@@ -12,6 +12,7 @@ struct ScoreTask {
   hfl_score a;
   int group, blocks;             // query heads of a KV head; blocks of entries
   Divisor tokens, each, chunks;  // queries of a head; blocks of a thread block; 16 bytes of an entry
+  ScoreTurn turn;
 };
 
 template <typename T, int GROUPS>
@@ -56,8 +57,9 @@ struct Factors {
   static constexpr int OWN = R::ROWS / WARPS, STEPS = 256 / (32 * R::PIECE);  // queries of a warp, pieces of a lane
   uint4 x[OWN][STEPS];
 
-  __device__ __forceinline__ void load(const ScoreTask& p, int64_t b, int kv_head, int first, int warp, int lane) {
+  __device__ __forceinline__ void load(const ScoreTask& p, int64_t b, int own_head, int first, int warp, int lane) {
     const hfl_score& a = p.a;
+    const int kv_head = p.turn.heads.of(own_head);
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
       const int row = first + i * WARPS + warp, head = p.tokens.divide(row), t = row - head * a.tokens;

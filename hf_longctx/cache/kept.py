@@ -38,10 +38,14 @@ class Kept:
 
     def put(self, ids: Tensor, columns: int) -> None:
         """Hold a choice, in the same memory where it has the size of the one before."""
-        if self._ids is None or self._ids.shape != ids.shape or self._ids.device != ids.device:
-            self._ids = torch.empty_like(ids)
-        self._ids.copy_(ids)
+        self.room(ids.shape, ids.device).copy_(ids)
         self.since = columns
+
+    def room(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Where a choice goes, int32: whoever writes one there sets `since`, too."""
+        if self._ids is None or self._ids.shape != shape or self._ids.device != device:
+            self._ids = torch.empty(shape, dtype=torch.int32, device=device)
+        return self._ids
 
     def buffers(self) -> list[Tensor | None]:
         """The live tensors."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy
+from .place import slot_of
 from .placement import HostLRU
-from .rows import slot_of
 from .step import FEW
 
 

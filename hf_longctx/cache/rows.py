@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels import ops
 from ..kernels.types import parts
 from ..plan import KVFormat
+from .place import slot_of
 from .step import Step
 
 PAGE = 64
@@ -87,11 +88,6 @@ def loaded(tensors: Mapping[str, Tensor], values: Mapping[str, Any], name: str) 
 def decoded(x: Stored) -> Tensor:
     """The values: `[B, H, S, D]`, in the model's dtype."""
     return x if isinstance(x, Tensor) else ops.decode_kv(x)
-
-
-def slot_of(pos: Tensor, sink: int, ring: int | None) -> Tensor:
-    """The slot of each position: its own, or beyond the sinks one of `ring` that go round."""
-    return pos if ring is None else torch.where(pos < sink, pos, sink + (pos - sink) % ring)
 
 
 def as_stored(x: Tensor, stored: Stored) -> Tensor:

@@ -18,7 +18,8 @@ from ..plan import HeadPolicy
 from .index import index_of
 from .kept import Kept
 from .marks import Marks
-from .rows import PAGE, Rows, Stored, View, as_stored, decoded, loaded, mixed, part, room, saved, slot_of, token_bytes
+from .place import Place, positions_in, slot_of
+from .rows import PAGE, Rows, Stored, View, as_stored, decoded, loaded, mixed, part, room, saved, token_bytes
 from .step import FEW, Step
 
 ROLLBACK = 128
@@ -131,6 +132,12 @@ class Store:
         self._fit(step)
         self._take_in(k, v, step, turns)
 
+    def place(self, k: Tensor, step: Step) -> tuple[Place, View]:
+        """Make room for a decode call of one token a row, which others store: say where, and what it sees then."""
+        self._fit(step)
+        bounds, sub = self._make_room(k, step)
+        return Place(self._ring, bounds, sub), self._in_place(step)
+
     def prepare(self, step: Step) -> None:
         """Let nothing move while one-token calls follow that `step` has room for."""
         self._fit(step)
@@ -213,16 +220,6 @@ class Store:
 
     # which token is where -----------------------------------------------------------------------------------------
 
-    def _held(self, lengths: Tensor, slots: int) -> Tensor:
-        """Position in each of the first slots when rows are `lengths` long, -1 for none: `[B or 1, slots]`."""
-        slot = torch.arange(slots, device=lengths.device)[None]
-        last = lengths[:, None] - 1
-        held = slot
-        if self._ring is not None:
-            turns = (last - slot).clamp(min=0) // self._ring
-            held = torch.where(slot < self.retention.sink, slot, slot + turns * self._ring)
-        return torch.where(slot <= last, held, -1)
-
     def _fit(self, step: Step) -> None:
         """Give the ring the size that this call needs, keeping what it holds."""
         reach = self.retention.reach(not step.decodes)
@@ -237,9 +234,9 @@ class Store:
         sink, slots = self.retention.sink, min(step.columns, self.retention.sink + size)
         if step.columns > sink + size:
             self._lost = max(self._lost, step.columns - size)
-        index = slot_of(self._held(step.lengths, slots).clamp(min=0), sink, old).expand(self.k.shape[0], -1)
-        self._keys.keep(index)
-        self._values.keep(index)
+        index = slot_of(positions_in(step.lengths, slots, sink, size).clamp(min=0), sink, old)
+        for rows in (self._keys, self._values):
+            rows.keep(index.expand(self.k.shape[0], -1))
 
     # reading --------------------------------------------------------------------------------------------------------
 
@@ -267,7 +264,7 @@ class Store:
         k_pos = None
         if self._ring is not None and (step.ragged or slots < step.end):
             ring = (self.retention.sink, self._ring, slots)
-            k_pos = step.once(("held", *ring), lambda: self._held(step.lengths_after, slots))
+            k_pos = step.once(("held", *ring), lambda: positions_in(step.lengths_after, slots, *ring[:2]))
         k, v = (part(rows.filled, slice(None), 0, slots) for rows in (self._keys, self._values))
         return View(k, v, k_pos) if step.tokens == 1 else View(decoded(k), decoded(v), k_pos)
 
@@ -278,10 +275,14 @@ class Store:
         if self.k is None or not step.decodes or isinstance(self.index, Marks) or step.tokens > (self._ring or FEW):
             self._write(self._keys.encode(k), self._values.encode(v), k, step, turns)
             return
-        self._reserve(*self.memory, step)
-        bounds, sub = (None, 1) if self.index is None else (self.index.reserve(k, step), self.index.sub)
+        bounds, sub = self._make_room(k, step)
         first = None if step.ragged else step.columns
         ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, first)
+
+    def _make_room(self, k: Tensor, step: Step) -> tuple[Tensor | None, int]:
+        self._reserve(*self.memory, step)
+        assert not isinstance(self.index, Marks)
+        return (None, 1) if self.index is None else (self.index.reserve(k, step), self.index.sub)
 
     def _write(self, keys: Stored, values: Stored, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
         self._reserve(keys, values, step)

@@ -8,9 +8,12 @@ from torch import Tensor
 from . import dispatch
 from .layers import rms_norm, rotate_heads
 from .moves import bring_blocks, copy_blocks
+from .step import Choice, GroupStep, attend_layer
 from .types import HostBlocks, Logits, Packed, Places, Selection, Turns, Visibility
 
 __all__ = [
+    "Choice",
+    "GroupStep",
     "HostBlocks",
     "Logits",
     "Packed",
@@ -21,6 +24,7 @@ __all__ = [
     "append",
     "append_pages",
     "attend_blocks",
+    "attend_layer",
     "attend_mass",
     "attend_pages",
     "bring_blocks",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import antidiagonal, attend, delta, host, library, linear, norm, prefill, rotary, select, store
+from . import antidiagonal, attend, delta, host, library, linear, norm, prefill, rotary, select, step, store
 
 OPS = {
     **antidiagonal.OPS,
@@ -17,6 +17,7 @@ OPS = {
     **delta.OPS,
     **linear.OPS,
     **rotary.OPS,
+    **step.OPS,
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..types import Packed
 
-ABI = 4
+ABI = 5
 FEW = 8
 """Queries, or fresh tokens, of a row that an operation takes."""
 
@@ -116,7 +116,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
-    **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "merged"), ("cuda",)),
+    **dict.fromkeys(
+        ("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "merged", "layer"), ("cuda",)
+    ),
 }
 
 
@@ -124,6 +126,7 @@ _SIZES = (
     "attend_scratch",
     "attend_counters",
     "pick_scratch",
+    "layer_scratch",
     "antidiagonal_scratch",
     "delta_scratch",
     "merged_scratch",
@@ -263,3 +266,9 @@ def counters(device: torch.device, count: int) -> Tensor:
     if not torch.cuda.is_current_stream_capturing():
         held.append(made)
     return made
+
+
+def forget_counters(device: torch.device) -> None:
+    """Use none of a device's counters again, as an operation that was not carried out may not have left them zero."""
+    for key in [key for key in _COUNTERS if key[0] == device]:
+        del _COUNTERS[key]

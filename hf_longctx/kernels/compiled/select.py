@@ -86,15 +86,21 @@ def reject_score(q: Tensor, summary: Tensor, subs: int, share: str) -> str | Non
 def score_pages(q: Tensor, summary: Tensor, subs: int, share: str) -> Tensor:
     """`ops.score_pages`."""
     q = library.laid_out(q)
-    (rows, heads, tokens, dim), (kv_heads, entries, vectors) = q.shape, summary.shape[1:4]
+    block, scores = score_arguments(q, summary, subs, share, q.shape[1])
+    library.run("score", block, q.device)
+    return scores
+
+
+def score_arguments(q: Tensor, summary: Tensor, subs: int, share: str, heads: int) -> tuple[HflScore, Tensor]:
+    """The argument block for so many of the queries' heads, and the scores that it points to."""
+    (rows, _, tokens, dim), (kv_heads, entries, vectors) = q.shape, summary.shape[1:4]
     chosen = {"kv_head": kv_heads, "q_head": heads, "all": 1}[share]
     scores = q.new_empty((rows, chosen, tokens, -(-entries // subs)), dtype=torch.float32)
     block = HflScore(rows, heads, kv_heads, tokens, dim, library.DTYPES[q.dtype], entries, vectors, subs, SHARES[share])
     block.q, (block.q_b, block.q_h, block.q_t) = q.data_ptr(), q.stride()[:3]
     block.summary, (block.s_b, block.s_h) = summary.data_ptr(), summary.stride()[:2]
     block.scores = scores.data_ptr()
-    library.run("score", block, q.device)
-    return scores
+    return block, scores
 
 
 def reject_pick(
@@ -123,17 +129,23 @@ def pick_blocks(
     rows, heads, count, blocks = scores.shape
     chosen = blocks if take is None else min(blocks, sink + forced + take)
     ids = torch.empty(rows, heads, count, chosen, dtype=torch.int32, device=scores.device)
-    places = (scores.data_ptr(), low.data_ptr(), high.data_ptr(), *(0 if len(x) == 1 else count for x in (low, high)))
     if take is None:
         assert tau is not None
+        places = [x.data_ptr() for x in (scores, low, high)] + [0 if len(x) == 1 else count for x in (low, high)]
         tau = tau.to(torch.float32).contiguous()
         mass = HflPickMass(rows, heads, count, blocks, *places, min(sink, blocks), tau.data_ptr(), ids.data_ptr())
         library.run("pick_mass", mass, scores.device)
     else:
-        block = HflPick(rows, heads, count, blocks, chosen, *places, min(sink, blocks), min(take, blocks))
-        block.ids = ids.data_ptr()
-        library.run("pick", block, scores.device)
+        library.run("pick", pick_arguments(scores, low, high, sink, take, ids), scores.device)
     return ids
+
+
+def pick_arguments(scores: Tensor, low: Tensor, high: Tensor, sink: int, take: int, ids: Tensor) -> HflPick:
+    """The argument block of a pick into `ids`; all of them contiguous."""
+    rows, heads, count, blocks = scores.shape
+    places = (scores.data_ptr(), low.data_ptr(), high.data_ptr(), *(0 if len(x) == 1 else count for x in (low, high)))
+    sizes = (min(sink, blocks), min(take, blocks))
+    return HflPick(rows, heads, count, blocks, ids.shape[3], *places, *sizes, ids.data_ptr())
 
 
 OPS = {

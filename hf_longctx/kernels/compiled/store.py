@@ -88,6 +88,23 @@ def append_pages(
     first: int | None,
 ) -> None:
     """`ops.append_pages`; positions are read where they lie, so that a captured call can be replayed."""
+    block, held = arguments(k_store, v_store, k, v, pos, sink, ring, bounds, sub)
+    library.run("append", block, k.device)
+    del held
+
+
+def arguments(
+    k_store: Tensor | Packed,
+    v_store: Tensor | Packed,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    sink: int,
+    ring: int | None,
+    bounds: Tensor | None,
+    sub: int,
+) -> tuple[HflAppend, list[Tensor]]:
+    """The argument block, and tensors made for it, which must live as long."""
     k, v = (library.laid_out(x.detach()) for x in (k, v))
     pos = pos.contiguous()
     block = HflAppend(*k.shape[:3], k.shape[3], v.shape[3], library.DTYPES[k.dtype])
@@ -99,7 +116,7 @@ def append_pages(
     if bounds is not None:
         block.bounds, (block.bounds_b, block.bounds_h) = pointer(bounds), bounds.stride()[:2]
     block.sub, block.capacity = sub, k_store.shape[2]
-    library.run("append", block, k.device)
+    return block, [k, v, pos]
 
 
 OPS = {"append_pages": Implementation(append_pages, reject)}

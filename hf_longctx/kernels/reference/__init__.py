@@ -14,11 +14,13 @@ from .pick import pick_blocks
 from .rotate import rotate, rotate_heads
 from .score import score_antidiagonal, score_pages
 from .selected import attend_mass
+from .step import attend_layer
 
 OPS = {
     "attend_blocks": Implementation(attend_blocks),
     "attend_pages": Implementation(attend_pages),
     "attend_mass": Implementation(attend_mass),
+    "attend_layer": Implementation(attend_layer),
     "score_pages": Implementation(score_pages),
     "score_antidiagonal": Implementation(score_antidiagonal),
     "pick_blocks": Implementation(pick_blocks),

@@ -1,0 +1,90 @@
+// How the kernels of ops.attend_layer hand over: row by row, through counters in global memory, not kernel by kernel.
+//
+// The first kernel of a step waits for all that came before it (`wait_for_previous`), and only then is the next one set
+// up. Each of the others is set up once all blocks of the one before it run or are done, so what it waits for is always
+// on its way, and no block that waits can be in the way of one that works. Where kernels cannot follow each other like
+// that, they come one after the other, and all that they wait for is there.
+// Counters are zero before and after a step. In the end each kernel waits for the one before it, which is done by then:
+// whoever waits for the last one has waited for all.
+#pragma once
+#include "../hf_longctx.h"
+#include "launch.cuh"
+#include "ptx.cuh"
+
+namespace hfl {
+
+constexpr int MOST_HEADS = 128;  // KV heads of a layer
+
+// Which KV head of the layer each one of a group is.
+struct Heads {
+  bool mapped = false;
+  uint8_t at[MOST_HEADS] = {};
+#ifdef __CUDACC__
+  __device__ __forceinline__ int of(int head) const { return mapped ? at[head] : head; }
+#endif
+};
+
+enum class Turn { alone, first, later };  // of a kernel: outside a step, and in it
+
+// Comes where `wait_for_previous` does.
+__device__ __forceinline__ void begin_turn(Turn turn, int prepared) {
+  if (turn != Turn::later) {
+    wait_for_previous(prepared);
+    return;
+  }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// The last that a block does.
+__device__ __forceinline__ void end_turn(Turn turn) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (turn == Turn::later) asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Until a counter has reached `least`; by one thread. What never comes, our own mistake, is an error after some seconds.
+__device__ __forceinline__ void wait_until(const int* counter, int least) {
+#pragma unroll 1
+  for (int polls = 0; load_in_order(counter) < least; ++polls) {
+    if (polls == 1 << 24) __trap();
+  }
+}
+
+// What a kernel of a step waits for and says; nullptr: nothing.
+struct ScoreTurn {
+  Turn turn = Turn::alone;
+  Heads heads;
+  int* scored = nullptr;  // [B * Hs], blocks that are done with a row
+};
+
+struct PickTurn {
+  Turn turn = Turn::alone;
+  int* scored = nullptr;  // as above; `blocks` of them are awaited
+  int blocks = 0;
+  int* picked = nullptr;  // [B * Hs], set to the number of `readers`: units that read the row, and count it down
+  int readers = 0;
+};
+
+struct AttendTurn {
+  Turn turn = Turn::alone;
+  Heads heads;
+  int* appended = nullptr;  // [B * Hkv], likewise of the token that this kernel stores; else it stores none
+  int* picked = nullptr;
+  hfl_append append;
+};
+
+// As hfl_*_cuda, as part of a step.
+const char* score_in_turn(const hfl_score& a, const ScoreTurn& turn);
+const char* pick_in_turn(const hfl_pick& a, const PickTurn& turn);
+const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn);
+
+// What is needed of them before.
+const char* wrong_append(const hfl_append& a);
+int score_blocks(const hfl_score& a);  // that work on a row
+int attend_units(const hfl_attend& a);  // of a KV head
+int64_t attend_scratch(const hfl_attend& a, int others, int32_t* splits);  // with so many other blocks beside
+bool attend_fits(const hfl_attend& a);  // all blocks of a step have room on the device at a time, so that they may wait
+
+}  // namespace hfl
