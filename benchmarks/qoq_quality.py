@@ -6,6 +6,7 @@ python benchmarks/qoq_quality.py --out benchmarks/results/qoq-quality-smollm2.js
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from dataclasses import replace
@@ -76,29 +77,60 @@ class Ladder:
         self.held = ids[-held:].view(chosen.windows, chosen.window)
         self.calib = ids[: len(ids) - held][: chosen.samples * chosen.seqlen].view(chosen.samples, chosen.seqlen)
         self.device = assets.pick_device(chosen.device)
-        self.rows: list[dict[str, Any]] = []
-        self.dense = 0.0
-        self.dense = self.add("as it is", model.to(self.device), "native")
+        self.rows: list[dict[str, Any]] = self.former()
+        self.dense = self.known("as it is") or 0.0
+        self.dense = self.dense or self.add("as it is", model.to(self.device), "native")
+
+    def settings(self) -> dict[str, Any]:
+        """What all rows share."""
+        found = {name: str(x) if isinstance(x, Path) else x for name, x in vars(self.chosen).items()}
+        own = {name: x for name, x in found.items() if name not in ("out", "cases", "resume")}
+        return {**own, "model": assets.display_name(self.chosen.model)}
+
+    def former(self) -> list[dict[str, Any]]:
+        """Rows of a run that was cut off."""
+        if not (self.chosen.resume and self.chosen.out.exists()):
+            return []
+        told = json.loads(self.chosen.out.read_text())
+        if told["meta"]["settings"] != self.settings():
+            raise SystemExit(f"--resume: {self.chosen.out} was made with other settings: {told['meta']['settings']}")
+        return list(told["rows"])
+
+    def known(self, case: str) -> float | None:
+        """The value of a case that is done."""
+        return next((row["value"] for row in self.rows if row["case"] == case), None)
 
     def load(self) -> tuple[Any, Any]:
         return assets.load(self.chosen.model, self.chosen.dtype, "cpu")
 
-    def add(self, case: str, model: Any, kv: str, seconds: float = 0.0, **facts: Any) -> float:
-        """Measure a case and write the file again."""
+    def add(
+        self, case: str, model: Any, kv: str, seconds: float = 0.0, least: float | None = None, must: Any = None
+    ) -> float:
+        """Measure a case and write the file again; `least` is the perplexity of weights to the nearest."""
         value = perplexity(model.to(self.device), self.held, self.chosen.chunk, kv)
         base = self.dense or value
-        row = {"case": case, "value": value, "unit": "perplexity", "baseline": "as it is", "baseline_value": base}
-        self.rows.append({**row, "ratio": value / base, "kv": kv, "quantize_seconds": round(seconds, 1), **facts})
-        print(f"{case:48} {value:9.3f} {value / base:7.4f} {seconds:6.1f} s", flush=True)
-        settings = {
-            name: str(x) if isinstance(x, Path) else x for name, x in vars(self.chosen).items() if name != "out"
+        row: dict[str, Any] = {
+            "case": case,
+            "value": value,
+            "unit": "perplexity",
+            "baseline": "as it is",
+            "baseline_value": base,
         }
-        settings["model"] = assets.display_name(self.chosen.model)
-        results.save_json(self.chosen.out, {"meta": results.meta(self.device, settings), "rows": self.rows})
+        row.update(ratio=value / base, kv=kv, quantize_seconds=round(seconds, 1))
+        if least is not None:
+            row["share_of_gap_closed"] = (least - value) / (least - base)
+        if must is not None:
+            row.update(zip(("of", "must", "met"), must(row), strict=True))
+        self.rows.append(row)
+        print(f"{case:48} {value:9.3f} {value / base:7.4f} {seconds:6.1f} s", flush=True)
+        results.save_json(self.chosen.out, {"meta": results.meta(self.device, self.settings()), "rows": self.rows})
         return value
 
-    def quantized(self, case: str, recipe: Recipe | None, config: lc.QoQConfig, **facts: Any) -> float:
+    def quantized(self, case: str, recipe: Recipe | None, config: lc.QoQConfig, **judge: Any) -> float:
         """Measure weights of a recipe, None: to the nearest; with keys and values of 4 bits."""
+        done = self.known(case)
+        if done is not None:
+            return done
         model, _ = self.load()
         begin = time.perf_counter()
         if recipe is None:
@@ -107,15 +139,14 @@ class Ladder:
             task = room.Task(*self.calib.shape, self.chosen.batch, "", "")
             with TemporaryDirectory() as folder:
                 room.run(model, self.calib, recipe, task, Path(folder), self.device, False, None)
-        return self.add(case, model, "int4", time.perf_counter() - begin, **facts)
+        return self.add(case, model, "int4", time.perf_counter() - begin, **judge)
 
     def keys(self) -> None:
         """Keys and values of 4 bits alone."""
         model, _ = self.load()
         self.add("KV4 alone", model.to(self.device), "int4")
         smooth_keys(model, self.calib, self.chosen.batch)
-        value = self.add("KV4 alone, SmoothAttention", model, "int4", must=1.01)
-        self.rows[-1]["met"] = value / self.dense <= 1.01
+        self.add("KV4 alone, SmoothAttention", model, "int4", must=lambda row: ("ratio", 1.01, row["ratio"] <= 1.01))
 
     def climb(self, name: str, config: lc.QoQConfig, whole: bool) -> None:
         """To the nearest, then one step after the other (`whole`), or all at once."""
@@ -126,10 +157,9 @@ class Ladder:
             last = number == len(STEPS) - 1
             if (step == "channel order" and config.group_size == -1) or not (whole or last):
                 continue
-            value = self.quantized(f"{name}: + {step}" if whole else f"{name}: QoQ", recipe, config)
-            self.rows[-1]["share_of_gap_closed"] = (least - value) / (least - self.dense)
-            if last and config.group_size != -1:
-                self.rows[-1].update(must=0.6, met=self.rows[-1]["share_of_gap_closed"] >= 0.6)
+            grouped = last and config.group_size != -1
+            must = (lambda row: ("share_of_gap_closed", 0.6, row["share_of_gap_closed"] >= 0.6)) if grouped else None
+            self.quantized(f"{name}: + {step}" if whole else f"{name}: QoQ", recipe, config, least=least, must=must)
 
 
 def main() -> None:
@@ -147,10 +177,11 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
     parser.add_argument("--cases", default="keys,w8,group,channel", help="group-steps, channel-steps: one by one")
     chosen = parser.parse_args()
     cases, ladder = chosen.cases.split(","), Ladder(chosen)
-    if "keys" in cases:
+    if "keys" in cases and ladder.known("KV4 alone, SmoothAttention") is None:
         ladder.keys()
     if "w8" in cases:
         ladder.quantized("W8A8: nearest", None, lc.QoQConfig(8))

@@ -102,17 +102,16 @@ def stream(session: Session, seconds: float, size: int) -> tuple[list[float], li
     return took, held, tokens
 
 
-def recomputed(session: Session, rounds: list[Any], times: int) -> list[float]:
+def recomputed(session: Session, ids: torch.Tensor, vision: list[Any], times: int) -> list[float]:
     """Seconds of a round in which the stock model reads all that the session holds, and says as much.
 
     Args:
         session: left already, so that its model is the stock model again.
-        rounds: what the vision tower reads of each round that is held.
+        ids: `[1, T]`, all that it held.
+        vision: what the vision tower reads of each round that it held.
         times: how often.
     """
-    engine, model = rounds[0], session.model
-    ids, vision = engine
-    device = model.device
+    model, device = session.model, session.model.device
     kinds = 2 * (ids == model.config.video_token_id)
     took = []
     for _ in range(times):
@@ -151,7 +150,7 @@ def row(case: str, value: float, unit: str, must: str, met: bool, **more: Any) -
 def table(
     took: list[float], held: list[int], tokens: list[int], base: list[float], floor: float
 ) -> list[dict[str, Any]]:
-    """The lines of issue's table that this run can speak of."""
+    """The rows of the results."""
     rounds, tenth = len(took), max(1, len(took) // 10)
     rate = FPS * rounds / sum(took)
     drift = statistics.mean(took[-tenth:]) / statistics.mean(took[:tenth])
@@ -228,7 +227,7 @@ def main() -> None:
         ids = torch.tensor([[token for span in session.engine.rows[0].spans for token in span.ids]])
         report = lc.report(model)
         print(report, flush=True)
-    base = recomputed(session, [(ids, vision)], 4)[1:]
+    base = recomputed(session, ids, vision, 4)[1:]
     weights = sum(x.nbytes for x in model.get_decoder().parameters()) + model.lm_head.weight.nbytes
     weights -= model.get_input_embeddings().weight.nbytes
     floor = NEW * (weights + held[-1]) / LAST

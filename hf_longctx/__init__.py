@@ -38,6 +38,7 @@ _HOME = {
     "Means": "select.summaries",
     "ModalityWindow": "cache.retention",
     "MinMax": "select.summaries",
+    "Outlook": "outlook",
     "Plan": "plan",
     "QoQConfig": "weights.qoq.config",
     "Quest": "methods",
@@ -60,6 +61,7 @@ _HOME = {
     "load_session": "session",
     "patch": "patch",
     "patched": "patch",
+    "plan": "outlook",
     "report": "report",
     "save_session": "session",
     "supports": "report",
@@ -97,6 +99,8 @@ if TYPE_CHECKING:
     from .methods import StreamingLLM as StreamingLLM
     from .methods import StreamingVLM as StreamingVLM
     from .methods import XAttention as XAttention
+    from .outlook import Outlook as Outlook
+    from .outlook import plan as plan
     from .patch import evict as evict
     from .patch import patch as patch
     from .patch import patched as patched

@@ -84,7 +84,7 @@ def check_room(
     in_memory = whole.host.get(None, 0)
     if cap is not None and in_memory > cap:
         raise MemoryError(
-            f"HostLRU: expected at most {_gib(cap)} of host memory for the whole cache (ram); needs {_gib(in_memory)} "
+            f"HostLRU: expected at most {gib(cap)} of host memory for the whole cache (ram); needs {gib(in_memory)} "
             f"for {seen} tokens in {rows} rows. Raise ram, give a folder as disk, store keys and values in fewer bits, "
             "or shorten the text."
         )
@@ -97,7 +97,7 @@ def check_room(
     per_token = max(1, dense_kv_bytes(facts, rows, 1, dtype))
     raise MemoryError(
         f"hf_longctx: expected room for the keys and values of {seen} tokens under plan '{plan.method}' on {device}; "
-        f"needs {_gib(needed)} more, {_gib(free)} are there. Shorten the text, or patch with "
+        f"needs {gib(needed)} more, {gib(free)} are there. Shorten the text, or patch with "
         f"'streaming_llm' and a window below {max(1, free // per_token)} tokens."
     )
 
@@ -117,11 +117,12 @@ def _check_host(whole: Needs, before: Needs, plan: Plan, tokens: int) -> None:
         if needed > free:
             raise MemoryError(
                 f"HostLRU: expected room for the keys and values of {tokens} tokens under plan '{plan.method}' in "
-                f"{'host memory' if disk is None else disk}; needs {_gib(needed)} more, {_gib(free)} are there. "
+                f"{'host memory' if disk is None else disk}; needs {gib(needed)} more, {gib(free)} are there. "
                 f"Give {'a' if disk is None else 'another'} folder as disk, store keys and values in fewer bits, or "
                 "shorten the text."
             )
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes for a message."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -61,6 +62,7 @@ class ModelFacts:
         device: name of the device that the model begins on.
         dtype: of the weights, such as `bfloat16`.
         has_sinks: its softmax has learned sinks already.
+        place: the device itself.
         vision: how it takes pictures, if it is a vision-language model that sessions know.
     """
 
@@ -73,6 +75,7 @@ class ModelFacts:
     device: str
     dtype: str
     has_sinks: bool
+    place: torch.device
     vision: VisionFacts | None = None
 
 
@@ -103,8 +106,9 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
     name = str(getattr(model.config, "_name_or_path", "") or "")
     dtype = str(decoder.dtype).removeprefix("torch.")
     has_sinks = any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in modules)
-    vision, device = VISION.get(base.config.model_type), device_name(decoder.device)
-    return ModelFacts(family, name, config, layers, longest, reason, device, dtype, has_sinks, vision)
+    place = decoder.device
+    vision, device = VISION.get(base.config.model_type), device_name(place)
+    return ModelFacts(family, name, config, layers, longest, reason, device, dtype, has_sinks, place, vision)
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -63,7 +63,8 @@ def patch(
         prefill: by whose choice prompts are read, in place of the method's.
         decode: by whose choice decode steps are read, in place of the method's.
         heads: which heads stream, whatever the methods choose.
-        kv: how keys and values are stored: `"native"`, `"int8"` or `"int4"`; None: as the method says.
+        kv: how keys and values are stored: `"native"`, `"int8"` or `"int4"`; None: as the method
+            says, or, where that is native, as a quantized checkpoint does (`QoQConfig(kv_bits=4)`).
         placement: where blocks are stored that a step may leave out; None: as the method says.
         cuda_graph: on a GPU, record the step of one token as a CUDA graph and replay it; `report` says if it could not.
         zero_sink: add 1 to the denominator of every softmax, so that a head may attend to nothing (StreamingLLM,
@@ -82,6 +83,8 @@ def patch(
     made = None if method is None and not knobs else make("auto" if method is None else method, knobs)
     decoder, base = decoder_of(model)
     facts = inspect_model(model)
+    if kv is None and not train:
+        made, kv = _as_quantized(base, made, all(value is None for value in (prefill, decode, heads, placement)))
     plan = plan_for(facts, made, prefill, decode, heads, kv, placement)
     plan = replace(plan, zero_sink=plan.zero_sink or zero_sink)
     check_plan(plan, facts)
@@ -110,6 +113,23 @@ def patch(
         if facts.family in NO_CACHE_BY_DEFAULT:
             base.__dict__[_SETTLE] = PrepareSettings(base)
     return model
+
+
+def _as_quantized(
+    base: PreTrainedModel, made: Method | Plan | None, alone: bool
+) -> tuple[Method | Plan | None, str | None]:
+    """The method and `kv` of a model whose checkpoint says how many bits keys and values should have (`kv_bits`).
+
+    A plan, and a method that has bits of its own, stay as they are.
+    """
+    bits = getattr(getattr(base.config, "quantization_config", None), "kv_bits", None)
+    if bits is None or isinstance(made, Plan):
+        return made, None
+    stored = f"int{bits}"
+    if made is None:
+        return (Auto(kv=stored), None) if alone else (None, stored)
+    own: Any = made
+    return (replace(own, kv=stored), None) if own.kv == "native" else (made, None)
 
 
 def plan_for(

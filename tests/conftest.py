@@ -12,6 +12,7 @@ import torch
 from hf_longctx import cli
 from hf_longctx.evals import assets, clip
 
+from . import operators  # noqa: F401  before what imports transformers
 from .evals import tiny_folder
 
 torch.set_num_threads(1)

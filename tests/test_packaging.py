@@ -54,3 +54,26 @@ def test_the_licence_is_the_standard_text() -> None:
         "http://www.apache.org/licenses/",
     ]
     assert (ROOT / "hf_longctx" / "py.typed").exists()
+
+
+def test_build_toml_names_what_setup_builds() -> None:
+    described = tomllib.loads((ROOT / "csrc" / "build.toml").read_text())
+    kernels = described["kernel"].values()
+    named = [source for kernel in kernels for source in kernel["src"]]
+    there = [
+        file.relative_to(ROOT / "csrc").as_posix() for kind in ("*.cu", "*.cpp") for file in (ROOT / "csrc").rglob(kind)
+    ]
+    assert sorted(named) == sorted(there)
+    archs = re.search(r'^ARCHS = "(.*)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert archs is not None
+    built = {arch for arch in archs[1].split(";") if not arch.endswith("+ptx")}
+    for kernel in kernels:
+        assert kernel["backend"] in described["general"]["backends"]
+        if kernel["backend"] == "cuda":
+            assert {capability.replace(".", "") for capability in kernel["cuda-capabilities"]} == built
+
+
+def test_the_citation_names_every_paper_that_the_readme_links() -> None:
+    cited = set(re.findall(r'"arXiv:(\d{4}\.\d{5})"', (ROOT / "CITATION.cff").read_text()))
+    assert len(cited) == 10
+    assert set(re.findall(r"arxiv\.org/abs/(\d{4}\.\d{5})", (ROOT / "README.md").read_text())) <= cited

@@ -1,8 +1,8 @@
 // linear.quantize_tokens and linear.w4a8_linear on the host; integers are those of the definition, and so is each
 // rounding after them.
 //
-// A task is 16 rows of the weight: their codes become bytes once, and meet all tokens. With AVX-512 VNNI one instruction
-// multiplies and adds 64 bytes.
+// A task is 16 rows of the weight: their codes become bytes once, and meet all tokens. With AVX-512 VNNI one
+// instruction multiplies and adds 64 bytes.
 #include <math.h>
 #include <stdint.h>
 

@@ -49,8 +49,8 @@ inline void quantize_row(const hfl_quantize& a, int64_t row, float* x) {
   a.scale[row] = finite ? most / 127.0f : of_bits(0x7fc00000);
 }
 
-// 16 rows of a weight as unsigned bytes: for each pair of rows g and g + 8, and each run of 64 columns, two vectors of 64
-// bytes. to: [8, runs, 2, 64].
+// 16 rows of a weight as unsigned bytes: for each pair of rows g and g + 8, and each run of 64 columns, two vectors of
+// 64 bytes. to: [8, runs, 2, 64].
 inline void expand_strip(uint8_t* to, const hfl_linear& a, int64_t panel, int strip) {
   const int64_t runs = (a.columns + 127) / 128 * 2, chunks = a.bits == 8 ? runs : runs / 2;
   const uint8_t* codes = a.codes + panel * chunks * 4096 + strip * 1024;
@@ -81,8 +81,8 @@ inline void expand_strip(uint8_t* to, const hfl_linear& a, int64_t panel, int st
   }
 }
 
-// Sums of products of two rows of a strip with a token: bytes w and x in vectors of 64, in which words of both rows take
-// turns.
+// Sums of products of two rows of a strip with a token: bytes w and x in vectors of 64, in which words of both rows
+// take turns.
 inline void multiply_rows(int32_t* to, const uint8_t* w, const int8_t* x, int64_t vectors) {
 #if HFL_LANES == 16
   __m512i sums = _mm512_setzero_si512();
@@ -96,7 +96,8 @@ inline void multiply_rows(int32_t* to, const uint8_t* w, const int8_t* x, int64_
 #elif HFL_LANES == 8
   __m256i sums = _mm256_setzero_si256();
   for (int64_t i = 0; i < vectors * 4; ++i) {
-    const __m256i a = _mm256_cvtepu8_epi16(raw<__m128i>(w + i * 16)), b = _mm256_cvtepi8_epi16(raw<__m128i>(x + i * 16));
+    const __m256i a = _mm256_cvtepu8_epi16(raw<__m128i>(w + i * 16));
+    const __m256i b = _mm256_cvtepi8_epi16(raw<__m128i>(x + i * 16));
     sums = _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
   }
   alignas(32) int32_t part[8];

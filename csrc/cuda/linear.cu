@@ -5,13 +5,16 @@
 // Codes are operand a, tokens operand b: so a fragment of codes is as it was stored, and few tokens fill what they use.
 //   Integers in registers are unsigned, too large by 128 where there are two levels or 8 bits; the sum of the token's
 //   values, times that, goes off in the end.
-// Up to 64 tokens, and everywhere but on sm_90a: linear_few.cuh. Bound by: bytes of the weight.
-// More on sm_90a: linear_many.cuh. Bound by: tensor cores.
+// Up to 32 tokens, and everywhere but on sm_90a: linear_few.cuh. Bound by: bytes of the weight, but for a matrix of
+//   Llama-3-8B rather by loads, sums and barriers that wait for each other: 64 us for the four of a layer and one token
+//   on an H200, 27 of them for the bytes.
+// More on sm_90a: linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens on an H200.
 #include <algorithm>
 #include <initializer_list>
 
 #include "linear_few.cuh"
 #include "linear_many.cuh"
+#include "linear_plan.h"
 
 namespace hfl {
 namespace {
@@ -38,12 +41,12 @@ Kernel many() {
   using R = ManyRoom<F, T>;
   return {reinterpret_cast<const void*>(&linear_many_kernel<F, T>), T, R::THREADS, R::BYTES, true};
 }
+// tokens: of the call, or of a tile where there are many.
 template <Form F>
 Kernel of_form(int tokens, bool is_many) {
   if (!is_many) return few<F>(tokens);
-  if (tokens <= 64) return many<F, 64>();
-  const int half = (tokens + 127) / 128;
-  return half % 2 && half < 8 ? many<F, 128>() : many<F, 256>();
+  if (tokens == 64) return many<F, 64>();
+  return tokens == 128 ? many<F, 128>() : many<F, 256>();
 }
 Kernel kernel_of(const hfl_linear& a, int tokens, bool is_many) {
   if (a.bits == 8) return of_form<Form::BYTES>(tokens, is_many);
@@ -64,10 +67,14 @@ struct Device {
   }
 };
 
+ManyPlan plan_of(const hfl_linear& a, int processors) {
+  return plan_many(a.tokens, (a.rows + TILE_ROWS - 1) / TILE_ROWS, (a.columns + 127) / 128, processors);
+}
+
 // The kernel that takes the call: of many tokens only where the device runs it.
 Kernel choose(const hfl_linear& a, const Device& device) {
   if (a.tokens > a.few) {
-    const Kernel kernel = kernel_of(a, a.tokens, true);
+    const Kernel kernel = kernel_of(a, plan_of(a, device.processors).tokens, true);
     cudaFuncAttributes found;
     if (cudaFuncGetAttributes(&found, kernel.function) == cudaSuccess && found.sharedSizeBytes) return kernel;
   }
@@ -86,12 +93,9 @@ LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
   p.tokens = kernel.many ? a.tokens : std::min(a.tokens, kernel.tokens);
   p.row_tiles = (a.rows + TILE_ROWS - 1) / TILE_ROWS;
   p.token_tiles = (p.tokens + kernel.tokens - 1) / kernel.tokens;
-  const int tiles = p.row_tiles * p.token_tiles, rest = tiles % processors;
-  if (!kernel.many) {
-    p.steps = (p.chunks + 1) / 2, p.split_tiles = tiles;
-  } else {  // a last round in which few have nothing to do is not split
-    p.steps = runs, p.split_tiles = 5 * rest < 4 * processors ? rest : 0;
-  }
+  const int tiles = p.row_tiles * p.token_tiles;
+  p.steps = kernel.many ? runs : (p.chunks + 1) / 2;
+  p.split_tiles = kernel.many ? plan_of(a, processors).split_tiles : tiles;
   p.whole_tiles = tiles - p.split_tiles;
   p.shares = static_cast<int>(std::min<int64_t>(static_cast<int64_t>(p.split_tiles) * p.steps, processors));
   const int counters = (p.split_tiles + 31) / 32 * 32;

@@ -1,4 +1,4 @@
-// Common to the kernels of w4a8_linear: forms of weights, their integers in registers, and the way from sums to results.
+// Common to the kernels of w4a8_linear: forms of weights, their integers in registers, and results out of sums.
 #pragma once
 #include "../linear.h"
 #include "launch.cuh"
@@ -26,7 +26,8 @@ struct LinearTask {
 struct Share {
   int first, last;
   __device__ __forceinline__ explicit Share(const LinearTask& p) {
-    const int64_t all = static_cast<int64_t>(p.split_tiles) * p.steps, block = min(static_cast<int>(blockIdx.x), p.shares);
+    const int64_t all = static_cast<int64_t>(p.split_tiles) * p.steps;
+    const int64_t block = min(static_cast<int>(blockIdx.x), p.shares);
     first = p.shares ? static_cast<int>(all * block / p.shares) : 0;
     last = p.shares ? static_cast<int>(min(all, all * (block + 1) / p.shares)) : 0;
   }

@@ -5,7 +5,7 @@
 //   other; before those, its share of tiles that are split along K, whose sums are added in memory, exactly.
 // Two groups of four warps have 64 rows each: they make the operand of the next 128 columns (one mask, and one
 //   multiplication where there are groups, for four codes) while the tensor cores multiply those before. Of a third
-//   group one thread copies: tokens by a tensor map, codes and scales as they lie.
+//   group two threads copy: one tokens, by a tensor map, the other codes and scales, as they lie.
 // Shared memory: STAGES times tokens, codes and scales of 128 columns, up to 206 KiB.
 // In code for other architectures the kernel is empty, which shows as one without static shared memory.
 #pragma once
@@ -89,7 +89,8 @@ struct ManyFeeder {
         if (filled >= R::STAGES) barrier_wait(board.empty[stage], (filled / R::STAGES & 1) ^ 1);
         if (of_tokens) {
           barrier_expect(board.full[stage], R::TOKENS);
-          copy_tokens(base + stage * R::STAGE, &map, board.full[stage], step * 128, p.tokens_from + work.token_tile * T);
+          const int token = p.tokens_from + work.token_tile * T;
+          copy_tokens(base + stage * R::STAGE, &map, board.full[stage], step * 128, token);
         } else {
           put_codes(work, step, stage);
         }
@@ -282,8 +283,8 @@ struct ManyGroup {
 #endif
 
 template <Form F, int T>
-__global__ void __launch_bounds__(ManyRoom<F, T>::THREADS, 1) linear_many_kernel(const __grid_constant__ LinearTask p,
-                                                                                 const __grid_constant__ CUtensorMap map) {
+__global__ void __launch_bounds__(ManyRoom<F, T>::THREADS, 1) linear_many_kernel(
+    const __grid_constant__ LinearTask p, const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ ManyBoard<F, T> board;

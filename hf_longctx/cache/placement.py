@@ -43,7 +43,7 @@ class HostLRU:
     @property
     def ram_bytes(self) -> int | None:
         """The cap in bytes."""
-        return None if self.ram is None else _bytes(self.ram)
+        return None if self.ram is None else size_bytes(self.ram, "HostLRU: expected ram")
 
     def describe(self) -> str:
         """One phrase for a table."""
@@ -54,12 +54,10 @@ class HostLRU:
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def _bytes(size: int | str) -> int:
-    """`32GiB` as a number of bytes."""
+def size_bytes(size: int | str, expected: str) -> int:
+    """`32GiB` as a number of bytes; a message about one that is none begins with `expected`."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
     count = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
     if count < 1 or isinstance(size, bool):
-        raise ValueError(
-            f"HostLRU: expected ram as a number of bytes or like '32GiB'; got {size!r}. Say for example '8GiB'."
-        )
+        raise ValueError(f"{expected} as a number of bytes or like '32GiB'; got {size!r}. Say for example '8GiB'.")
     return count

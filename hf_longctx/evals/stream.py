@@ -260,7 +260,8 @@ def plot(rows: Sequence[Row], path: Path, title: str, window: int = 0) -> None:
         above.plot(t, [1000 * statistics.median(row.latency_s for row in part) for part in parts], label=name)
         below.plot(t, [max(row.bytes_held for row in part) / 2**20 for part in parts], label=name)
     above.set(ylabel="ms a round" + (f" (median of {size})" if size > 1 else ""), ylim=(0, None), title=title)
-    below.set(xlabel="seconds of the stream", ylabel="keys and values held, MiB", ylim=(0, None))
+    most = max(row.bytes_held for row in rows) / 2**20
+    below.set(xlabel="seconds of the stream", ylabel="keys and values held, MiB", ylim=(0, 1.2 * most))
     for axes in (above, below):
         axes.grid(alpha=0.3)
     above.legend()

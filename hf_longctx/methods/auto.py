@@ -1,4 +1,4 @@
-"""What `patch(model)` does when nothing is asked for: dense while that is fastest, then what the model supports."""
+"""What `patch(model)` does when nothing is asked for: dense while that is fastest, and what fits a length."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..memory import available_bytes
 from ..models import ModelFacts
-from ..plan import KVFormat, Plan
+from ..plan import KVFormat, Plan, require_whole
 from ..tune.crossover import Crossover, cached_path, read_crossover
 from .compose import compose
 from .dense import Dense
+from .fitting import first_that_fits
 from .quest import Quest
 from .xattention import XAttention
 
@@ -24,7 +26,8 @@ class Auto:
     """Dense and equal to the unpatched model up to where another method is faster; nothing is ever evicted.
 
     Beyond, decode steps read `budget` tokens. Prompts are read whole, unless it was measured from which length on
-    `XAttention` reads them faster.
+    `XAttention` reads them faster. With a `context`, the first of these and of what holds less that fits on the device;
+    beyond the trained length, methods with positions that the model knows come first.
 
     Args:
         budget: tokens that a decode step reads; whole pages of 16.
@@ -32,6 +35,8 @@ class Auto:
         crossover: from which lengths on methods are faster, as `hf-longctx tune crossover` measured it with keys and
             values as the model makes them: its file, or what that holds; None: what it left in the cache folder for
             this device, family and dtype, or else decode steps that choose from `budget` tokens on.
+        context: tokens that each row will have in the end; None: unknown, and nothing is ever dropped.
+        batch: rows.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -41,8 +46,11 @@ class Auto:
     budget: int = BUDGET
     kv: str | KVFormat = "native"
     crossover: str | os.PathLike[str] | Mapping[str, Any] | None = None
+    context: int | None = None
+    batch: int = 1
 
     def __post_init__(self) -> None:
+        require_whole("Auto", batch=self.batch, context=1 if self.context is None else self.context)
         Quest(self.budget, kv=self.kv)
         if self.crossover is not None:
             read_crossover(self.crossover)
@@ -52,7 +60,15 @@ class Auto:
 
         Raises:
             ValueError: a measurement of another family, device, dtype or budget.
+            MemoryError: no method fits.
         """
+        if self.context is None:
+            return self.fastest(facts)
+        found = first_that_fits(facts, self, self.context, self.batch, available_bytes(facts.place))
+        return replace(found.plan, method=f"auto: {found.plan.method.removeprefix('auto: ')}", why=found.why)
+
+    def fastest(self, facts: ModelFacts) -> Plan:
+        """The plan that drops nothing, whatever the length."""
         full = sum(layer.window is None for layer in facts.layers)
         quest = Quest(self.budget, kv=self.kv)
         if full <= quest.dense_layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 
@@ -15,7 +16,7 @@ from ..weights.qoq.quantizer import chosen_linears, declare
 def found(folder: Path) -> bool:
     """Whether a folder is such a model: `pytorch_model.bin` with quantized layers. A stale index beside it is none."""
     file = folder / omniserve.FILE
-    return file.is_file() and omniserve.config_of(omniserve.open_file(file)) is not None
+    return is_zipfile(file) and omniserve.config_of(omniserve.open_file(file)) is not None
 
 
 def read(folder: Path) -> tuple[Any, Any]:

@@ -120,14 +120,22 @@ class Engine:
             logits = self._read(encoded, new)
             return self._say(logits, [turn is not None for turn in turns], budget, began)
 
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """A turn that breaks off inside leaves rows and cache at odds, so that none may follow it."""
+    def require_whole(self) -> None:
+        """Refuse to go on after a turn that broke off: rows and cache are at odds.
+
+        Raises:
+            RuntimeError: there was one.
+        """
         if self._broken:
             raise RuntimeError(
-                "stream.Session: expected every turn to run to its end; got one after a turn that was interrupted. "
+                "stream.Session: expected every turn to run to its end; got a session after one that was interrupted. "
                 "Start a new session, or load a saved one."
             )
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A turn: if it breaks off inside, it was the last one."""
+        self.require_whole()
         self._broken = True
         yield
         self._broken = False

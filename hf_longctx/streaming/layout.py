@@ -59,10 +59,6 @@ class Row:
         """Tokens in the cache."""
         return sum(len(held.ids) for held in self.spans)
 
-    def of(self, kind: str) -> int:
-        """Tokens of a kind in the cache."""
-        return sum(len(held.ids) for held in self.spans if held.kind == kind)
-
     def new(self, kind: Literal["text", "vision"], t: float, reserved: int, pinned: bool = False) -> Held:
         """A span that may be added, with nothing in it."""
         return Held(kind, 0 if pinned else self.counts[kind], t, pinned, reserved=reserved)

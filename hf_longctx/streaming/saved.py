@@ -18,6 +18,9 @@ def save_session(session: Session, path: str | os.PathLike[str]) -> None:
     Args:
         session: inside its `with`.
         path: of the file; its folder must be there.
+
+    Raises:
+        RuntimeError: outside `with`, or after a turn that broke off.
     """
     save_cache(session.model, path, session.engine.cache, session.state())
 

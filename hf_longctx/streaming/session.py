@@ -242,7 +242,8 @@ class Session:
         self._sampler.generator.set_state(torch.tensor(list(bytes.fromhex(notes["draws"])), dtype=torch.uint8))
 
     def state(self) -> dict[str, Any]:
-        """All that a session is beside its cache, as JSON can hold it."""
+        """All that a session is beside its cache, as JSON can hold it; RuntimeError after a turn that broke off."""
+        self.engine.require_whole()
         return {
             "method": asdict(self.method),
             "settings": asdict(self.settings),

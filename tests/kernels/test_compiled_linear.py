@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +27,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 devices = pytest.mark.parametrize("device", DEVICES)
 forms = pytest.mark.parametrize("form", FORMS)
 SIXTEEN = [torch.bfloat16, torch.float16]
+PLANNED = [(64, 64), (100, 128), (140, 256)]
+"""Tokens, and those of a tile, where 14336 columns of 2112 rows meet them on 132 multiprocessors."""
 
 
 def dtypes(device: str) -> list[torch.dtype]:
@@ -149,6 +155,54 @@ def test_many_tokens(form: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("form", ["channel", "group 128", "bytes"])
+def test_tiles_that_are_split(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many columns and few rows: of 64, 128 and 256 tokens a tile (`PLANNED`)."""
+    need("cuda")
+    monkeypatch.setattr(compiled, "FEW", 0)
+    weight = moved(packing.pack(random_codes(form, 2112, 14336)), "cuda")
+    for rows, _ in PLANNED:
+        tokens = moved(random_tokens(rows, 14336), "cuda")
+        with use_backend("reference"):
+            expected = linear.w4a8_linear(tokens, weight, None, torch.bfloat16)
+        for _ in range(3):
+            with use_backend("compiled"):
+                assert torch.equal(linear.w4a8_linear(tokens, weight, None, torch.bfloat16), expected)
+
+
+def test_which_tiles_are_split(tmp_path: Path) -> None:
+    """On 132 multiprocessors; a last round is split whole, or not at all."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++ on the PATH")
+    code = """
+#include <cstdio>
+#include "linear_plan.h"
+int main() {
+  for (int tokens : {1, 17, 64, 65, 100, 140, 256, 300, 2048, 8192}) {
+    for (int rows : {1, 17, 32, 48, 224, 1002}) {
+      for (int steps : {1, 9, 32, 112}) {
+        const hfl::ManyPlan plan = hfl::plan_many(tokens, rows, steps, 132);
+        std::printf("%d %d %d %d %d\\n", tokens, rows, steps, plan.tokens, plan.split_tiles);
+      }
+    }
+  }
+}
+"""
+    folder = Path(__file__).parents[2] / "csrc" / "cuda"
+    command = [compiler, "-std=c++17", "-I", str(folder), "-x", "c++", "-", "-o", str(tmp_path / "plan")]
+    subprocess.run(command, input=code, text=True, check=True)
+    said = subprocess.run([str(tmp_path / "plan")], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for tokens, rows, steps, tile, split in (map(int, line.split()) for line in said.splitlines()):
+        assert tile in (64, 128, 256)
+        assert split in (0, -(-tokens // tile) * rows % 132)
+        found[tokens, rows, steps] = tile, split > 0
+    assert [found[rows, 17, 112] for rows, _ in PLANNED] == [(tile, True) for _, tile in PLANNED]
+    assert found[8192, 224, 32] == (256, False)
+
+
+@pytest.mark.cuda
 @forms
 def test_many_tokens_where_only_the_kernel_of_few_is(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One launch for every 64 of them."""
@@ -215,6 +269,20 @@ def test_a_weight_that_was_just_written_is_read_as_it_is_now() -> None:
         changed.codes.copy_(codes)
         now = dataclasses.replace(weight, codes=changed.codes)
         assert torch.equal(linear.w4a8_linear(tokens, now, None, torch.bfloat16), result)
+
+
+def test_when_a_weight_is_known() -> None:
+    """Read before, at the same place, and not written to since."""
+    weight = packing.pack(random_codes("group 128", 64, 128))
+    assert weight.groups is not None
+    assert [compiled._is_known(weight) for _ in range(3)] == [False, True, True]
+    for part in (weight.codes, weight.groups):
+        part.add_(1)
+        assert [compiled._is_known(weight) for _ in range(2)] == [False, True]
+    assert not compiled._is_known(copy.deepcopy(weight))
+    with torch.inference_mode():
+        uncounted = packing.pack(random_codes("channel", 64, 128))
+        assert [compiled._is_known(uncounted) for _ in range(2)] == [False, False]
 
 
 @devices

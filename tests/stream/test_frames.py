@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -268,3 +271,46 @@ def test_a_damaged_film_gives_what_can_be_read(tmp_path: Path) -> None:
     got = list(frames(path, fps=2))
     assert [frame.t for frame in got] == [k / 2 for k in range(len(got))]
     assert len(got) >= 5
+
+
+def test_a_video_over_http(tmp_path: Path) -> None:
+    film(tmp_path / "greys.mkv", 20, rate=10)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        source = frames(f"{address}/greys.mkv", fps=2)
+        assert [number(frame.image) for frame in source] == [0, 5, 10, 15]
+        assert source.when_full == "wait"
+        with pytest.raises(ConnectionError, match=r"none\.mkv; got: .*404"):
+            frames(f"{address}/none.mkv")
+        server.shutdown()
+
+
+@pytest.mark.slow
+def test_a_live_stream_drops_what_nobody_takes_and_stalls_when_it_ends() -> None:
+    stop = threading.Event()
+
+    def send() -> None:
+        with av.open("udp://127.0.0.1:34567?pkt_size=1316", "w", format="mpegts") as container:
+            stream = container.add_stream("mpeg2video", rate=25, width=64, height=48, pix_fmt="yuv420p")
+            stream.codec_context.gop_size = 5
+            while not stop.wait(0.04):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(grey(7), format="rgb24")))
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    try:
+        source = frames("udp://127.0.0.1:34567", fps=5, queue=4, stall_s=5)
+        assert source.live
+        assert source.when_full == "drop"
+        got = [next(source) for _ in range(8)]
+        assert [round(later.t - sooner.t, 6) for sooner, later in pairwise(got)] == [0.2] * 7
+        assert number(got[-1].image) == 7
+        time.sleep(3)
+        assert source.counts.dropped > 3
+    finally:
+        stop.set()
+        sender.join()
+    with pytest.raises(TimeoutError, match="within 5 s"):
+        list(source)

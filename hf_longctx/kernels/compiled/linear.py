@@ -12,7 +12,7 @@ from ..linear import PackedWeight, Tokens
 from . import library
 
 MOST_CHANNELS = 32768
-FEW = 64
+FEW = 32
 """Tokens up to which the time on CUDA is that of reading the weight."""
 
 
@@ -130,13 +130,15 @@ def reject_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dty
     return None
 
 
-def _is_known(codes: Tensor) -> bool:
-    """True if the codes were read before and have not been written to since, so that no kernel can still do so."""
-    if codes.is_inference():
+def _is_known(weight: PackedWeight) -> bool:
+    """True if the weight was read before and has not been written to since, so that no kernel can still do so."""
+    read = [x for x in (weight.codes, weight.groups) if x is not None]
+    if any(x.is_inference() for x in read):  # nobody counts how often it is written to
         return False
-    version, known = codes._version, getattr(codes, "_hfl_version", None)
-    codes._hfl_version = version  # type: ignore[attr-defined]
-    return known == version
+    now, codes = [(x.data_ptr(), x._version) for x in read], weight.codes
+    known = getattr(codes, "_hfl_read", None)
+    codes._hfl_read = now  # type: ignore[attr-defined]
+    return known == now
 
 
 def w4a8_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -152,7 +154,7 @@ def w4a8_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype
         with torch.cuda.device(values.device):
             count = library.library().hfl_linear_scratch(ctypes.byref(block))
         block.scratch = library.counters(values.device, count).data_ptr()
-        block.ahead = _is_known(weight.codes)
+        block.ahead = _is_known(weight)
     library.run("linear", block, values.device)
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,19 @@ from .grids import Grid
 
 _TOKENS = "_qoq_tokens"
 """Where an input carries its own 8-bit form: q, k and v read the same one."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The 8-bit form of a tensor as it was: at a version, made in a CUDA graph or not, and which layers have read it.
+
+    A layer that comes a second time begins another pass over a tensor that stays, whose content a graph may replace.
+    """
+
+    tokens: Tokens
+    version: int
+    captured: bool
+    readers: set[int] = field(default_factory=set)
 
 
 class QoQLinear(nn.Module):
@@ -33,8 +47,6 @@ class QoQLinear(nn.Module):
         weight_groups: `[panels, K' / group, 64, 2]` uint8: two levels; None otherwise.
         bias: `[N]` or None.
     """
-
-    _hf_quantized_needs_local_tp = True
 
     def __init__(
         self,
@@ -104,7 +116,7 @@ class QoQLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {of}"
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        out = w4a8_linear(_tokens(x), self.packed, bias, x.dtype)
+        out = w4a8_linear(_tokens(x, id(self)), self.packed, bias, x.dtype)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QoQLinear:
@@ -148,16 +160,17 @@ def parts_of(packed: PackedWeight) -> dict[str, Tensor]:
     return {name: x for name, x in found.items() if x is not None}
 
 
-def _tokens(x: Tensor) -> Tokens:
+def _tokens(x: Tensor, reader: int) -> Tokens:
     """An input in 8 bits; kept with it, for the next layer that reads the same one."""
     if x.is_inference() or torch.compiler.is_compiling():  # no version tells whether it was written to
         return quantize_tokens(x.reshape(-1, x.shape[-1]))
-    known = getattr(x, _TOKENS, None)
-    if known is None or known[0] != x._version:
-        known = (x._version, quantize_tokens(x.reshape(-1, x.shape[-1])))
-        setattr(x, _TOKENS, known)
-    tokens: Tokens = known[1]
-    return tokens
+    kept: _Kept | None = getattr(x, _TOKENS, None)
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if kept is None or (kept.version, kept.captured) != (x._version, captured) or reader in kept.readers:
+        kept = _Kept(quantize_tokens(x.reshape(-1, x.shape[-1])), x._version, captured)
+        setattr(x, _TOKENS, kept)
+    kept.readers.add(reader)
+    return kept.tokens
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:

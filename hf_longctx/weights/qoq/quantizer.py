@@ -66,6 +66,11 @@ class QoQQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from .linear import QoQLinear
 
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise UnsupportedError(
+                f"QoQ: expected weights that are whole on a device; got tensor parallelism over {model._tp_size}. "
+                "Leave out tp_plan; device_map='auto' spreads layers over devices."
+            )
         lost = [f"{name}.weight" for name in self._chosen if isinstance(model.get_submodule(name), nn.Linear)]
         for name, module in model.named_modules():
             if isinstance(module, QoQLinear):

@@ -198,8 +198,9 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="a file of tensors alone"):
         room.found(tmp_path)
     (tmp_path / omniserve.FILE).write_bytes(pickle.dumps(_Code()))
+    assert not room.found(tmp_path)
     with pytest.raises(ValueError, match="a file of tensors alone"):
-        room.found(tmp_path)
+        omniserve.open_file(tmp_path / omniserve.FILE)
     assert not (tmp_path / "was_run").exists()
 
 

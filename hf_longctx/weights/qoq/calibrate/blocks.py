@@ -45,7 +45,7 @@ class Block:
         norms: before attention and before the MLP.
         q, k, v, o: of attention; `o` reads the heads' outputs.
         up: rows of the MLP that are multiplied, whole channel by whole channel, into the input of `down`.
-        gate: rows that go through the activation first, None without.
+        gate: rows that go through the activation first.
         down: last layer of the MLP.
         q_norm, k_norm: over the channels of each head, None without.
         q_heads, kv_heads, head_dim: of attention.

@@ -21,7 +21,7 @@ class Recipe:
         reorder: sort the inputs of `down` by size; only with groups.
         clip: search how far a grid reaches.
         gptq: round by GPTQ; else to the nearest.
-        seed: of the rotation and of the places of the texts.
+        seed: of the signs of the rotation.
     """
 
     config: QoQConfig
