@@ -207,8 +207,7 @@ def _kind(decoder: Any, inputs: Mapping[str, Tensor], others: Mapping[str, Any],
     """What two calls have in common whose graph is the same."""
     shapes = tuple((name, x.shape, x.dtype) for name, x in sorted(inputs.items()))
     weight = next(decoder.parameters())
-    beside = vars(decoder).get("_hf_longctx_weights")  # what tenants of the weights have put beside them
-    mode = (step.real is None, torch.is_inference_mode_enabled(), weight.dtype, weight.data_ptr(), beside)
+    mode = (step.real is None, torch.is_inference_mode_enabled(), weight.dtype, weight.data_ptr())
     return step.lengths.device, shapes, tuple(sorted(others.items())), mode
 
 

@@ -105,7 +105,7 @@ class _Enter(_OfState):
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if tokens is not None:
-            self.state.enter(*tokens.shape[:2])
+            self.state.enter(len(tokens))
 
 
 class _Generate(_OfState):

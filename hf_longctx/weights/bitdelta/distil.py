@@ -155,7 +155,7 @@ def _whole(delta: Delta, teacher: Any) -> Delta:
 
 def _trained(state: Deltas, train: str) -> Iterator[nn.Parameter]:
     """What is trained, put into the hooks as parameters."""
-    state.enter(1, 1)  # brings the tenant
+    state.enter(1)  # brings the tenant
     for hook in state.hooks.values():
         if isinstance(hook, Experts):
             raise UnsupportedError(

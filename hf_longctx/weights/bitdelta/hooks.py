@@ -2,7 +2,7 @@
 
 The layers stay as they are, whatever they are made of: linears of 16 bits or quantized ones compute the base's output,
 and what is here adds or replaces what is a tenant's own. No hook looks at values: what it does depends on shapes and on
-the route alone, so that it can be recorded, and a row never depends on another row.
+the route alone, and a row never depends on another row.
 """
 
 from __future__ import annotations

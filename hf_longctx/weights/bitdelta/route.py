@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,6 @@ BASE = "__base__"
 """The name of no tenant: PEFT's word for a row of the base model."""
 
 _KEPT = 16
-_SERIAL = itertools.count()
 
 
 @dataclass(eq=False)
@@ -26,13 +24,11 @@ class Route:
         names: of each row of the batch, or of the batch.
         slots: likewise; -1 for the base.
         planes: bits of each tenant's weights; 0 for the base.
-        serial: tells two routes apart, for whatever is recorded with one of them.
     """
 
     names: tuple[str, ...]
     slots: tuple[int, ...]
     planes: tuple[int, ...]
-    serial: int = field(default_factory=lambda: next(_SERIAL))
     _made: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
 
     @property
@@ -63,11 +59,6 @@ class Route:
         if key not in self._made:
             self._made[key] = self._spread(list(self.slots), rows, torch.int64, device)
         return self._made[key]
-
-    def address(self, rows: int, device: torch.device) -> tuple[int, ...]:
-        """Where the numbers for an input of so many rows lie: what was recorded reads them there."""
-        self.index(rows, device)
-        return tuple(x.data_ptr() for (n, _, where), x in self._made.items() if n == rows and where == device)
 
     def check(self, rows: int) -> None:
         """Refuse a batch that the names do not fit."""

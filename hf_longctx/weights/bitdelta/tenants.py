@@ -21,9 +21,6 @@ from .tables import Table
 _KEPT = 64
 """Routes that are remembered: a service has other names in every batch."""
 
-STAMP = "_hf_longctx_weights"
-"""On a decoder: changes with everything that a recorded call has taken as given about its weights."""
-
 
 class Deltas:
     """The tenants of one model.
@@ -48,7 +45,6 @@ class Deltas:
         self._known = Known(model)
         self._calls: list[tuple[str, ...]] = []
         self._routes: dict[tuple[str, ...], Route] = {}
-        self._epoch = 0
         self._places: dict[str, dict[str, Place]] = {}
         self._first = end_names(model)[0].removesuffix(".weight")
         self._here = decoder.device, decoder.dtype
@@ -195,27 +191,22 @@ class Deltas:
             found = self._routes[names] = Route(names, slots, planes)
         return found
 
-    def enter(self, rows: int, tokens: int) -> None:
-        """Before the decoder runs: bring its tenants, and make what is recorded of it know its rows.
+    def enter(self, rows: int) -> None:
+        """Before the decoder runs: bring its tenants to where it is.
 
         Args:
             rows: of the batch.
-            tokens: of each row.
 
         Raises:
             ValueError: the names do not fit the rows.
         """
         self._follow()
         self.batch, route = rows, self.route()
-        if route is None:
-            self.decoder.__dict__[STAMP] = None
-            return
-        route.check(rows)
-        for name in route.names:
-            if name in self.resident:
-                self.resident.move_to_end(name)
-        where = route.address(rows * tokens, self.decoder.device), route.address(rows, self.decoder.device)
-        self.decoder.__dict__[STAMP] = self._epoch, route.serial, *where
+        if route is not None:
+            route.check(rows)
+            for name in route.names:
+                if name in self.resident:
+                    self.resident.move_to_end(name)
 
     # who is on the device
 
@@ -262,8 +253,7 @@ class Deltas:
             self._changed()
 
     def _changed(self) -> None:
-        """What was recorded or remembered holds no more."""
-        self._epoch += 1
+        """What was remembered of slots holds no more."""
         self._routes.clear()
 
     def remove(self) -> None:
@@ -272,7 +262,6 @@ class Deltas:
             hook.remove()
         for handle in self.handles:
             handle.remove()
-        self.decoder.__dict__.pop(STAMP, None)
 
     @property
     def device_bytes(self) -> int:
