@@ -15,6 +15,7 @@
 #include "linear_few.cuh"
 #include "linear_many.cuh"
 #include "linear_plan.h"
+#include "tensor_map.cuh"
 
 namespace hfl {
 namespace {
@@ -129,13 +130,7 @@ const char* check(const hfl_linear& a) {
 
 // A tensor map of tokens [M, K]; what lies outside is zero. False where the driver does not make one.
 bool map_tokens(CUtensorMap& map, const hfl_linear& a, int tokens) {
-  static const auto encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult how;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &how);
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(error == cudaSuccess ? found : nullptr);
-  }();
+  const auto encode = tensor_map_maker();
   const cuuint64_t sizes[2] = {cuuint64_t(a.columns), cuuint64_t(a.tokens)}, strides[1] = {cuuint64_t(a.columns)};
   const cuuint32_t box[2] = {128, cuuint32_t(tokens)}, steps[2] = {1, 1};
   return encode && encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<int8_t*>(a.values), sizes, strides, box,

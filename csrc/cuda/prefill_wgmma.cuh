@@ -215,18 +215,6 @@ struct PrefillGroup {
     release(board.values[tile % S::STAGES]);
   }
 
-  // Of four threads each has two channels in four times eight; it gets all eight of its own.
-  __device__ __forceinline__ uint4 together(const uint32_t (&two)[4]) const {
-    const bool odd = thread & 1, far = thread & 2;
-    const uint32_t low = __shfl_xor_sync(0xffffffffu, odd ? two[0] : two[1], 1);
-    const uint32_t high = __shfl_xor_sync(0xffffffffu, odd ? two[2] : two[3], 1);
-    const uint2 near_by = odd ? make_uint2(low, two[1]) : make_uint2(two[0], low);
-    const uint2 farther = odd ? make_uint2(high, two[3]) : make_uint2(two[2], high);
-    const uint2 mine = far ? farther : near_by, other = far ? near_by : farther;
-    const uint32_t x = __shfl_xor_sync(0xffffffffu, other.x, 2), y = __shfl_xor_sync(0xffffffffu, other.y, 2);
-    return far ? make_uint4(x, y, mine.x, mine.y) : make_uint4(mine.x, mine.y, x, y);
-  }
-
   __device__ __forceinline__ void leave(const Keys& keys, const QueryTile& queries) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -245,7 +233,7 @@ struct PrefillGroup {
           const float* x = out + 4 * (n + i) + 2 * h;
           two[i] = share == 0.0f ? 0u : pack(x[0] * share, x[1] * share);
         }
-        const uint4 eight = together(two);
+        const uint4 eight = together(two, thread);
         if (t < p.a.tokens) *reinterpret_cast<uint4*>(to + n * 8) = eight;
       }
     }

@@ -6,11 +6,8 @@
 
 namespace hfl {
 
-// A map of a tensor [B, H, T, D] of 16-bit floats, for boxes of 64 channels of some rows, whose chunks of 16 bytes are
-// permuted within eight rows; rows from T on are zeros. sizes: D, T, H, B; strides: of T, H and B, in elements. False
-// where the driver does not make one.
-inline bool map_rows(CUtensorMap& map, bool bf16, const void* data, const int64_t (&sizes)[4],
-                     const int64_t (&strides)[3], int rows) {
+// The driver's function that makes them; null where it has none.
+inline auto tensor_map_maker() {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult how;
@@ -18,6 +15,15 @@ inline bool map_rows(CUtensorMap& map, bool bf16, const void* data, const int64_
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &how);
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(error == cudaSuccess ? found : nullptr);
   }();
+  return encode;
+}
+
+// A map of a tensor [B, H, T, D] of 16-bit floats, for boxes of 64 channels of some rows, whose chunks of 16 bytes are
+// permuted within eight rows; rows from T on are zeros. sizes: D, T, H, B; strides: of T, H and B, in elements. False
+// where the driver does not make one.
+inline bool map_rows(CUtensorMap& map, bool bf16, const void* data, const int64_t (&sizes)[4],
+                     const int64_t (&strides)[3], int rows) {
+  const auto encode = tensor_map_maker();
   const CUtensorMapDataType type = bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const cuuint64_t counts[4] = {cuuint64_t(sizes[0]), cuuint64_t(sizes[1]), cuuint64_t(sizes[2]), cuuint64_t(sizes[3])};
   const cuuint64_t bytes[3] = {cuuint64_t(strides[0]) * 2, cuuint64_t(strides[1]) * 2, cuuint64_t(strides[2]) * 2};

@@ -128,6 +128,18 @@ __device__ __forceinline__ void come_by(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Of four threads each has two channels in four times eight; it gets all eight of its own.
+__device__ __forceinline__ uint4 together(const uint32_t (&two)[4], int thread) {
+  const bool odd = thread & 1, far = thread & 2;
+  const uint32_t low = __shfl_xor_sync(0xffffffffu, odd ? two[0] : two[1], 1);
+  const uint32_t high = __shfl_xor_sync(0xffffffffu, odd ? two[2] : two[3], 1);
+  const uint2 near_by = odd ? make_uint2(low, two[1]) : make_uint2(two[0], low);
+  const uint2 farther = odd ? make_uint2(high, two[3]) : make_uint2(two[2], high);
+  const uint2 mine = far ? farther : near_by, other = far ? near_by : farther;
+  const uint32_t x = __shfl_xor_sync(0xffffffffu, other.x, 2), y = __shfl_xor_sync(0xffffffffu, other.y, 2);
+  return far ? make_uint4(x, y, mine.x, mine.y) : make_uint4(mine.x, mine.y, x, y);
+}
+
 #endif
 
 }  // namespace hfl
