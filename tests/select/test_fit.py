@@ -53,6 +53,7 @@ def test_every_primitive_survives_json() -> None:
         lc.HeadPolicy(KEEP_ALL, CLAMPED, together, together, Int4KV(), HostLRU(2, ram="3GiB", disk="kv.bin")),
         lc.HeadPolicy(lc.SinkWindow(1, 2, 3), IN_CACHE, kv=Int4KV()),
         lc.HeadPolicy(KEEP_ALL, ABSOLUTE, RUNS, RUNS),
+        lc.HeadPolicy(lc.ModalityWindow(5, 6, 1.5, 7), lc.Contiguous()),
     ]
     text = ""
     for policy in policies:
