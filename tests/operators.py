@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 
+import pytest
 import torch
 
 
@@ -27,3 +28,7 @@ def _named() -> list[torch.library.Library]:
 
 
 OPERATORS = _named()
+HAS_TORCHVISION = find_spec("torchvision") is not None
+"""Video processors of transformers need it; the extra `video` brings it, and `.ci/run` last of all."""
+
+needs_torchvision = pytest.mark.skipif(not HAS_TORCHVISION, reason="torchvision is not installed")

@@ -18,8 +18,11 @@ from hf_longctx.streaming.source import FrameSource, frames
 from hf_longctx.streaming.subtitles import Cue
 from hf_longctx.testing.vision import tiny_qwen2_5_vl
 
+from ..operators import needs_torchvision
 from ..stream.films import film
 from ..stream.vlms import BY_NAME
+
+pytestmark = needs_torchvision
 
 SIZES = Sizes(window_s=3, text_sink=60, text_window=40, max_new_tokens=4)
 

@@ -13,7 +13,10 @@ from hf_longctx.streaming.events import Event
 from hf_longctx.streaming.subtitles import read
 from hf_longctx.testing.vision import tiny_qwen2_5_vl
 
+from ..operators import needs_torchvision
 from .films import film
+
+pytestmark = needs_torchvision
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from hf_longctx.streaming.frames import Frame
 from hf_longctx.streaming.session import Session
 
 from ..integration.tiny import _widen
+from ..operators import HAS_TORCHVISION, needs_torchvision
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}"
@@ -268,17 +268,13 @@ VLMS = (
 )
 BY_NAME = {vlm.name: vlm for vlm in VLMS}
 
-HAS_TORCHVISION = find_spec("torchvision") is not None
-"""The video processors of transformers need it; the extra `video` brings it."""
-
 ANY = "qwen2_5_vl" if HAS_TORCHVISION else "idefics3"
 """A family for tests of what all have in common."""
 
 
 def families(*names: str) -> list[Any]:
     """Parameters of a test: families by name, all if none is given; those that cannot be made here are skipped."""
-    skip = pytest.mark.skipif(not HAS_TORCHVISION, reason="torchvision is not installed")
-    return [pytest.param(name, marks=() if name == "idefics3" else skip) for name in names or BY_NAME]
+    return [pytest.param(name, marks=() if name == "idefics3" else needs_torchvision) for name in names or BY_NAME]
 
 
 def clip(rounds: float, fps: float = 2, size: tuple[int, int] = (24, 32), seed: int = 0, t: float = 0.0) -> list[Frame]:

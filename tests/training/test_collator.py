@@ -14,7 +14,10 @@ from hf_longctx.training.adapt import freeze_vision, text_linears
 from hf_longctx.training.chunks import Asked, Chunk, Word
 from hf_longctx.training.collator import StreamCollator
 
+from ..operators import needs_torchvision
 from ..stream.films import film
+
+pytestmark = needs_torchvision
 
 TALK = Chunk("a", 2, 5, "Say.", "", (Word(2.1, 2.4, "Kick"), Word(2.5, 2.6, "off"), Word(4.0, 4.1, "goal")))
 ASKED = Chunk("b", 0, 2, "Name it.", "before", (), (Asked(None, 1.5, "Who?", "She."),))

@@ -8,6 +8,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from ..operators import needs_torchvision
+
+pytestmark = needs_torchvision
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "stream_sft.py"
 
 
