@@ -99,9 +99,7 @@ def attend_layer(q: Tensor, k: Tensor, v: Tensor, logits: Logits, groups: Sequen
     with torch.cuda.device(q.device):
         counters = ctypes.c_int64()
         scratch_bytes = library.library().hfl_layer_scratch(ctypes.byref(layer), ctypes.byref(counters))
-        if (
-            scratch_bytes < 0
-        ):  # blocks that wait for each other must all run: then nothing waits but for whole operations
+        if scratch_bytes < 0:  # blocks that wait for each other must all run at once: these would not
             return one_by_one(q, k, v, logits, groups)
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=q.device)
         layer.scratch = scratch.data_ptr()
