@@ -68,6 +68,7 @@ ROOMS = {
     "streaming/captions": {"streaming"},
     "streaming/subtitles": set(),
     "streaming/watch": {"streaming"},
+    "vllm": {"errors", "kernels", "methods", "plan", "select", "vllm", "weights"},
     "training": {"errors", "files", "models", "streaming", "training"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""

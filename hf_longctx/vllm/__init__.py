@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from .settings import VARIABLE, PageChoice
 
 TESTED = ("0.32",)
 """Releases of vLLM that the plugin was run with: beside others it steps aside."""
+
+
+_log = logging.getLogger("vllm.hf_longctx")
 
 
 def register() -> None:
@@ -17,11 +21,9 @@ def register() -> None:
         ValueError: the variable does not hold knobs of `PageChoice`.
     """
     import vllm
-    from vllm.logger import init_logger
 
-    log = init_logger("vllm.hf_longctx")
     if not vllm.__version__.startswith(tuple(f"{release}." for release in TESTED)):
-        log.warning("hf_longctx was tested with vLLM %s, not %s: not used.", ", ".join(TESTED), vllm.__version__)
+        _log.warning("hf_longctx was tested with vLLM %s, not %s: not used.", ", ".join(TESTED), vllm.__version__)
         return
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.platforms import current_platform
@@ -32,11 +34,10 @@ def register() -> None:
     said = os.environ.get(VARIABLE)
     if said is None:
         return
-    chosen = PageChoice.read(said)
+    PageChoice.read(said)
     if not current_platform.is_cpu():
-        log.warning("%s: pages are chosen on the CPU platform only; attention stays vLLM's own.", VARIABLE)
+        _log.warning("%s: pages are chosen on the CPU platform only; attention stays vLLM's own.", VARIABLE)
         return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.attention.PageBackend")
-    log.info("%s: %s", VARIABLE, chosen)

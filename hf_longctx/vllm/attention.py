@@ -48,6 +48,7 @@ class PageBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
         super().__init__(*args, **more)
         self.choice = PageChoice.read(os.environ[VARIABLE])
         self.selector = self.choice.selector(self.block_size)
+        _log.info_once("%s: %s, blocks of %d", VARIABLE, self.choice, self.block_size)
         self.ledger = Ledger(self.selector.scorer.summary)  # type: ignore[attr-defined]
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> PageMetadata:
@@ -136,7 +137,9 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         """Whether this layer is one that ever chooses."""
         return self.reason is None and bool(extract_layer_index(layer.layer_name) >= self.choice.dense_layers)
 
-    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
         """Write keys and values, and widen the bounds."""
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         known = get_forward_context().attn_metadata

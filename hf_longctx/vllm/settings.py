@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from ..methods.pages import best_pages
-from ..plan import Selector, require_whole
-from ..select.summaries import MinMax
+from ..plan.whole import require_whole
+
+if TYPE_CHECKING:
+    from ..plan import Selector
 
 VARIABLE = "HF_LONGCTX_VLLM_QUEST"
 """Set to a JSON object of knobs (`{}`: the defaults), it has decode steps read chosen pages."""
@@ -67,4 +68,7 @@ class PageChoice:
         Raises:
             ValueError: a budget that is not whole blocks, or has no room; a `sub` that does not divide the block.
         """
+        from ..methods.pages import best_pages
+        from ..select.summaries import MinMax
+
         return best_pages(VARIABLE, self.token_budget, MinMax(block, self.sub), self.sink, self.local, self.share, 1)
