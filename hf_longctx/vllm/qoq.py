@@ -20,6 +20,7 @@ from ..kernels.linear import ROWS, PackedWeight, quantize_tokens, w4a8_linear
 from ..weights.qoq.config import QoQConfig
 from ..weights.qoq.linear import QoQLinear
 
+_PARTS = ("weight", "weight_scale", "weight_shift", "weight_groups")
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 _ADVICE = "Is it of this model? Quantize it again: hf-longctx quantize"
 
@@ -104,14 +105,14 @@ class QoQMethod(LinearMethodBase):  # type: ignore[misc]
             )
         layer.qoq_sizes, layer.qoq_columns, layer.qoq_loaded = output_partition_sizes, input_size, set()
         shapes = [QoQLinear(input_size, size, False, self.settings, "meta") for size in output_partition_sizes]
-        for name in ("weight", "weight_scale", "weight_shift", "weight_groups"):
+        for name in _PARTS:
             parts = [getattr(shape, name) for shape in shapes]
             if parts[0] is None:
                 continue
             ends = [0, *accumulate(len(part) for part in parts)]
             room = torch.empty(ends[-1], *parts[0].shape[1:], dtype=parts[0].dtype)
             param = nn.Parameter(room, requires_grad=False)
-            set_weight_attrs(param, {"weight_loader": partial(_load, layer, name, ends), **more_of(more)})
+            set_weight_attrs(param, {"weight_loader": partial(_load, layer, name, ends)})
             layer.register_parameter(name, param)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -120,7 +121,7 @@ class QoQMethod(LinearMethodBase):  # type: ignore[misc]
         Raises:
             ValueError: a part that no file had.
         """
-        names = [name for name in ("weight", "weight_scale", "weight_shift", "weight_groups") if hasattr(layer, name)]
+        names = [name for name in _PARTS if hasattr(layer, name)]
         sizes: list[int] = layer.qoq_sizes
         lost = {(name, i) for name in names for i in range(len(sizes))} - layer.qoq_loaded
         if lost:
@@ -130,15 +131,10 @@ class QoQMethod(LinearMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[..., K]` to `[..., N]`, dtype of x."""
-        parts = (getattr(layer, name, None) for name in ("weight", "weight_scale", "weight_shift", "weight_groups"))
+        parts = (getattr(layer, name, None) for name in _PARTS)
         flat = x.reshape(-1, x.shape[-1])
         out: Tensor = torch.ops.hf_longctx_vllm.qoq_linear(flat, *parts, bias, layer.qoq_pieces)
         return out.view(*x.shape[:-1], -1)
-
-
-def more_of(attrs: dict[str, Any]) -> dict[str, Any]:
-    """Attributes that vLLM wants on each parameter, without its loader: ours knows panels."""
-    return {name: value for name, value in attrs.items() if name != "weight_loader"}
 
 
 def _load(layer: Any, name: str, ends: Sequence[int], param: Tensor, loaded: Tensor, shard: Any = None) -> None:
@@ -168,20 +164,18 @@ def qoq_linear(
     pieces: Sequence[int],
 ) -> Tensor:
     """An operation that compilers take as it is; `x`: `[M, K]`, of layers with so many outputs each."""
-    tokens, made, row = quantize_tokens(x), [], 0
+    tokens, made, row, panel = quantize_tokens(x), [], 0, 0
     for size in pieces:
-        first, panels = -(-row // ROWS) if len(pieces) == 1 else sum(-(-n // ROWS) for n in pieces[: len(made)]), 0
-        panels = first + -(-size // ROWS)
+        own, panels = slice(row, row + size), slice(panel, panel - (-size // ROWS))
         weight = PackedWeight(
-            codes[first:panels].view((panels - first) * ROWS, -1),
-            scale[row : row + size],
-            None if shift is None else shift[row : row + size],
-            None if groups is None else groups[first:panels],
+            codes[panels].view((panels.stop - panel) * ROWS, -1),
+            scale[own],
+            None if shift is None else shift[own],
+            None if groups is None else groups[panels],
             x.shape[1],
         )
-        own = None if bias is None else bias[row : row + size].float()
-        made.append(w4a8_linear(tokens, weight, own, x.dtype))
-        row += size
+        made.append(w4a8_linear(tokens, weight, None if bias is None else bias[own].float(), x.dtype))
+        row, panel = own.stop, panels.stop
     return made[0] if len(made) == 1 else torch.cat(made, 1)
 
 
