@@ -49,7 +49,7 @@ class PageBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
         self.choice = PageChoice.read(os.environ[VARIABLE])
         self.selector = self.choice.selector(self.block_size)
         _log.info_once("%s: %s, blocks of %d", VARIABLE, self.choice, self.block_size)
-        self.ledger = Ledger(self.selector.scorer.summary)  # type: ignore[attr-defined]
+        self.ledger = Ledger(self.choice.summary(self.block_size))
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> PageMetadata:
         """For each step of the engine."""
@@ -168,8 +168,8 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
             part = output[tokens]
             super().forward(layer, *(x[tokens] for x in batch), kv_cache, others, part, *scales, **more)
             output[tokens] = part
-        tokens = attn_metadata.rows.tokens
-        at = slice(attn_metadata.num_actual_tokens) if tokens is None else tokens
+        own = attn_metadata.rows.tokens
+        at = slice(attn_metadata.num_actual_tokens) if own is None else own
         output[at] = self._read(layer, query[at], kv_cache, attn_metadata).view_as(output[at])
         return output
 
@@ -211,8 +211,7 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         """The bounds beside a cache, which is another one once the engine has measured the memory."""
         blocks, heads, block, _ = kv_cache.shape
         if self.bounds is None or len(self.bounds.values) != blocks:
-            summary: Any = self.choice.selector(block).scorer.summary  # type: ignore[attr-defined]
-            self.bounds = BlockBounds(blocks, heads, self.head_size, kv_cache.dtype, summary)
+            self.bounds = BlockBounds(blocks, heads, self.head_size, kv_cache.dtype, self.choice.summary(block))
         return self.bounds
 
     def _keys(self, layer: Any, kv_cache: Tensor, blocks: Tensor) -> Tensor:

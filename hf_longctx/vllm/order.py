@@ -27,7 +27,7 @@ def find_order(write: Callable[[Tensor], Tensor], block: int, dim: int, dtype: t
         ValueError: what lies there is not a permutation of what was written.
     """
     numbers = torch.arange(block * dim)
-    digits = []
+    digits: list[Tensor] = []
     while len(digits) < 1 or _DIGITS ** len(digits) < len(numbers):
         digit = numbers // _DIGITS ** len(digits) % _DIGITS
         digits.append(write(digit.to(dtype).view(block, dim)).long() * _DIGITS ** len(digits))

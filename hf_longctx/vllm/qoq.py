@@ -164,7 +164,8 @@ def qoq_linear(
     pieces: Sequence[int],
 ) -> Tensor:
     """An operation that compilers take as it is; `x`: `[M, K]`, of layers with so many outputs each."""
-    tokens, made, row, panel = quantize_tokens(x), [], 0, 0
+    tokens, row, panel = quantize_tokens(x), 0, 0
+    made: list[Tensor] = []
     for size in pieces:
         own, panels = slice(row, row + size), slice(panel, panel - (-size // ROWS))
         weight = PackedWeight(

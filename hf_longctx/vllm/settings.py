@@ -10,6 +10,7 @@ from ..plan.whole import require_whole
 
 if TYPE_CHECKING:
     from ..plan import Selector
+    from ..select.summaries import MinMax
 
 VARIABLE = "HF_LONGCTX_VLLM_QUEST"
 """Set to a JSON object of knobs (`{}`: the defaults), it has decode steps read chosen pages."""
@@ -62,6 +63,12 @@ class PageChoice:
             raise ValueError(f"{VARIABLE}: expected a JSON object of {', '.join(known)}; got {text!r}. Try {example}.")
         return cls(**said)
 
+    def summary(self, block: int) -> MinMax:
+        """What is kept beside vLLM's blocks of so many tokens; errors as `selector`."""
+        from ..select.summaries import MinMax
+
+        return MinMax(block, self.sub)
+
     def selector(self, block: int) -> Selector:
         """The choice for vLLM's blocks of so many tokens.
 
@@ -69,6 +76,5 @@ class PageChoice:
             ValueError: a budget that is not whole blocks, or has no room; a `sub` that does not divide the block.
         """
         from ..methods.pages import best_pages
-        from ..select.summaries import MinMax
 
-        return best_pages(VARIABLE, self.token_budget, MinMax(block, self.sub), self.sink, self.local, self.share, 1)
+        return best_pages(VARIABLE, self.token_budget, self.summary(block), self.sink, self.local, self.share, 1)
