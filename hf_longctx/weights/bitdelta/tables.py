@@ -41,10 +41,9 @@ class Weights(Hook):
                 out = choose(route, slot, with_parameters(self.module, **self.held[slot])(*args, **kwargs), out)
         return out
 
-    @property
-    def nbytes(self) -> int:
+    def buffers(self) -> list[Tensor]:
         """As above."""
-        return sum(x.nbytes for own in self.held.values() for x in own.values())
+        return [x for own in self.held.values() for x in own.values()]
 
 
 class Norm(Hook):
@@ -82,10 +81,9 @@ class Norm(Hook):
         made = made * rows["weight"] + rows.get("bias", 0)
         return torch.where(wide(index == 0, x.ndim), out, made)
 
-    @property
-    def nbytes(self) -> int:
+    def buffers(self) -> list[Tensor]:
         """As above."""
-        return sum(x.nbytes for x in (self.tables or {}).values())
+        return list((self.tables or {}).values())
 
 
 class Table(Hook):
@@ -160,10 +158,9 @@ class Table(Hook):
         assert self._mine is not None
         return wide(self._mine[route.index(len(ids), ids.device) + 1], ids.ndim)
 
-    @property
-    def nbytes(self) -> int:
+    def buffers(self) -> list[Tensor]:
         """As above."""
-        return 0 if self.table is None else self.table.nbytes
+        return [x for x in (self.table, self._mine) if x is not None]
 
 
 class Head(Weights):
