@@ -1,8 +1,8 @@
 """Where tenants differ: hooks on layers of the base, each with what all tenants have there, by slot.
 
 The layers stay as they are, whatever they are made of: linears of 16 bits or quantized ones compute the base's output,
-and what is here adds or replaces what is a tenant's own. What a hook does depends on shapes and on the route alone; experts
-look at values, too. A row never depends on another row.
+and what is here adds or replaces what is a tenant's own. What a hook does depends on shapes and on the route alone, but
+that of experts looks at values, too. A row never depends on another row.
 """
 
 from __future__ import annotations
