@@ -139,7 +139,7 @@ class Table(Hook):
             return None
         ids = args[0] if len(args[0]) % len(route.names) == 0 else args[0].expand(self.where.batch, -1)
         self._asked = ids
-        return torch.where(self._has(route, ids), 0, ids), *args[1:]
+        return ids.masked_fill(self._has(route, ids), 0), *args[1:]
 
     def after(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """As above; a token that nobody has is out of range here as it is in the base."""
@@ -148,9 +148,9 @@ class Table(Hook):
             return out
         slots, rows = self.table.shape[:2]
         slot = wide(route.index(len(ids), ids.device), ids.ndim)
-        place = torch.where(ids < rows, slot.clamp(min=0) * rows + ids, slots * rows)
+        place = (slot.clamp(min=0) * rows + ids).masked_fill(ids >= rows, slots * rows)
         has = self._has(route, ids)
-        found = with_parameters(self.module, weight=self.table.flatten(0, 1))(torch.where(has, place, 0))
+        found = with_parameters(self.module, weight=self.table.flatten(0, 1))(place.masked_fill(~has, 0))
         return torch.where(has.unsqueeze(-1), found, out)
 
     def _has(self, route: Route, ids: Tensor) -> Tensor:
