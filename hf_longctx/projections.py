@@ -23,6 +23,8 @@ from .shortcut import DTYPES, ShortCut, gives, random
 
 _TOGETHER = ("q_proj", "k_proj", "v_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
+_LARGE, _ROWS_OF_LARGE = 1 << 25, 2
+"""Elements of weights from which torch's product is as fast for more rows than that: there is little to launch."""
 
 
 @dataclass(eq=False)
@@ -108,7 +110,10 @@ def _product(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _few(x: Any, *layers: nn.Linear) -> bool:
     """True for few rows and weights of the same 16 bits; all else is left to torch."""
-    if not isinstance(x, Tensor) or x.dtype not in DTYPES[1:] or x.numel() > MOST_ROWS * x.shape[-1]:
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES[1:]:
+        return False
+    large = sum(y.in_features * y.out_features for y in layers) > _LARGE
+    if x.numel() > (_ROWS_OF_LARGE if large else MOST_ROWS) * x.shape[-1]:
         return False
     return all(type(y.weight) is nn.Parameter and y.weight.dtype == x.dtype for y in layers)
 
