@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..errors import UnsupportedError
 from ..memory import available_bytes
 from ..models import ModelFacts
 from ..plan import KVFormat, Plan, require_whole
@@ -61,9 +62,15 @@ class Auto:
         Raises:
             ValueError: a measurement of another family, device, dtype or budget.
             MemoryError: no method fits.
+            UnsupportedError: a context, for a model over several processes.
         """
         if self.context is None:
             return self.fastest(facts)
+        if facts.ranks > 1:
+            raise UnsupportedError(
+                f"auto: expected no context on a model over {facts.ranks} processes, each of which would choose for "
+                f"itself; got {self.context}. Name a method."
+            )
         found = first_that_fits(facts, self, self.context, self.batch, available_bytes(facts.place))
         return replace(found.plan, method=f"auto: {found.plan.method.removeprefix('auto: ')}", why=found.why)
 
