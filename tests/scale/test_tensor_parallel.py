@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,6 @@ def test_a_model_over_several_processes_writes_what_it_writes_whole(processes: i
 
 
 def split_facts(rank: int, ranks: int) -> Any:
-    from dataclasses import replace
-
     return replace(inspect_model(world.LLAMA.make()), rank=rank, ranks=ranks)
 
 
@@ -78,10 +77,9 @@ def test_thresholds_of_single_heads_go_with_their_heads() -> None:
 
 
 def test_a_plan_whose_processes_would_rotate_otherwise_is_refused() -> None:
-    window = lc.SinkWindow(2, 8)
     groups = tuple(
-        lc.HeadGroup((2 * i, 2 * i + 1), lc.HeadPolicy(window, positions))
-        for i, positions in enumerate((lc.InCache(), lc.Absolute()))
+        lc.HeadGroup((2 * i, 2 * i + 1), lc.HeadPolicy(lc.SinkWindow(sinks, 8), positions))
+        for i, (sinks, positions) in enumerate(((2, lc.InCache()), (0, lc.Absolute())))
     )
     plan = lc.Plan("mine", (lc.LayerPlan(groups),) * world.LAYERS)
     assert own_plan(plan, split_facts(0, 1)) is plan
