@@ -22,7 +22,8 @@ def find_shard(model: Any, modules: Sequence[nn.Module], q_heads: int, kv_heads:
     Args:
         model: as `from_pretrained(..., distributed_config=DistributedConfig(tp_size=...))` gives it.
         modules: its attention modules.
-        q_heads, kv_heads: of the whole model.
+        q_heads: of the whole model.
+        kv_heads: likewise.
 
     Returns:
         (rank, ranks): heads `rank * heads / ranks` and those after are here; (0, 1) where each process has all heads.
