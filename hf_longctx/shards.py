@@ -49,8 +49,7 @@ def find_shard(model: Any, modules: Sequence[nn.Module], q_heads: int, kv_heads:
             f"hf_longctx: expected whole KV heads on each of {ranks} processes; got {kv_heads} KV heads and {q_heads} "
             f"query heads in '{model.config.model_type}'. Use a tp_size that divides {kv_heads}."
         )
-    mesh = model._device_mesh
-    return int(mesh.get_local_rank() if mesh.ndim == 1 else mesh["tp"].get_local_rank()), ranks
+    return int(mesh_of(model).get_local_rank()), ranks
 
 
 def _style(model: Any, name: str, module: nn.Module) -> bool | None:
@@ -62,6 +61,14 @@ def _style(model: Any, name: str, module: nn.Module) -> bool | None:
     if found == {_SPLIT} and set(wanted) <= names:
         return True
     return False if found and found <= {None, *_GATHERED} else None
+
+
+def mesh_of(model: Any) -> Any:
+    """transformers' own mesh of the processes among which the model is split; None: it is whole."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or (getattr(model, "_tp_size", None) or 1) == 1:
+        return None
+    return mesh if mesh.ndim == 1 else mesh["tp"]
 
 
 def style_of(model: Any, name: str) -> str | None:
