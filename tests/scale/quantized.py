@@ -12,7 +12,6 @@ import torch
 import transformers as hf
 from transformers.distributed import DistributedConfig
 
-import hf_longctx as lc
 from hf_longctx.weights.qoq.config import QoQConfig
 
 from . import world

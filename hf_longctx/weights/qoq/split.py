@@ -41,9 +41,7 @@ class Split:
         plan: dict[str, str] = model._tp_plan or {}
         keys = {_rule(name) for name in styles}
         made = cls(styles, {key: plan.pop(key) for key in keys if key in plan})
-        made._others = [
-            name for name, _ in model.named_modules() if _rule(name) in made.rules and name not in styles
-        ]
+        made._others = [name for name, _ in model.named_modules() if _rule(name) in made.rules and name not in styles]
         return made
 
     def __post_init__(self) -> None:
