@@ -64,7 +64,7 @@ def _style(model: Any, name: str, module: nn.Module) -> bool | None:
 
 
 def mesh_of(model: Any) -> Any:
-    """transformers' own mesh of the processes among which the model is split; None: it is whole."""
+    """Transformers' own mesh of the processes among which the model is split; None: it is whole."""
     mesh = getattr(model, "_device_mesh", None)
     if mesh is None or (getattr(model, "_tp_size", None) or 1) == 1:
         return None

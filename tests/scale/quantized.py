@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from transformers.distributed import DistributedConfig
 
+import hf_longctx as lc
 from hf_longctx.weights.qoq.config import QoQConfig
 
 from . import world
@@ -27,10 +28,27 @@ def asked(model: Any) -> Any:
     return [logits.flatten().tolist(), world.ask(model, world.methods("int8")["duo_attention"])]
 
 
+def rows_of(model: Any, tenants: dict[str, Path]) -> Any:
+    """Logits of a batch of whose rows each has another tenant, and what they write."""
+    ids = world.LLAMA.prompt(20, rows=len(tenants) + 1) % 60
+    names = [*tenants, "__base__"]
+    lc.deltas.load(model, tenants, slots=len(tenants))
+    with torch.no_grad():
+        logits = model(ids, adapter_names=names).logits
+    lc.patch(model, "streaming_llm", sinks=2, window=12)
+    written = model.generate(ids, adapter_names=names, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    lc.unpatch(model)
+    return [logits.nan_to_num(neginf=-1e4).tolist(), written[:, 20:].tolist()]
+
+
 def main(folder: Path) -> None:
-    """All forms, as they are saved and rounded while they are loaded."""
+    """All forms, as they are saved and rounded while they are loaded; then tenants."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
+    base = load(folder / "base")
+    found["tenants"] = rows_of(base, {path.name: path for path in sorted(folder.glob("tenant-*"))})
+    found["merged"] = refusal(lambda: base.merge_delta("tenant-a"))
+    found["odd"] = refusal(lambda: lc.deltas.load(load(folder / "odd-base"), {"odd": folder / "odd"}))
     for form in FORMS:
         model = load(folder / form)
         found[form] = asked(model)

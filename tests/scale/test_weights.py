@@ -10,10 +10,12 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+import hf_longctx as lc
 from hf_longctx.weights.qoq import split
 from hf_longctx.weights.qoq.config import QoQConfig
 from hf_longctx.weights.qoq.linear import QoQLinear
 
+from ..weights.bitdelta import pairs
 from . import quantized, world
 
 
@@ -53,7 +55,25 @@ def load(folder: Path, **more: Any) -> Any:
     return hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more).eval()
 
 
-def test_two_processes_share_quantized_layers(tmp_path: Path) -> None:
+def save_tenants(folder: Path) -> Any:
+    """Three fine-tunes of a base with biases, and one whose channels do not fit; what rows of the three write."""
+    base = pairs.make("qwen2, biases, tied", intermediate_size=128)
+    pairs.save(base, folder / "base")
+    kinds: dict[str, Any] = {"a": {}, "b": {"bits": 2, "scales": "row"}, "c": {"scales": "32"}}
+    for seed, (name, settings) in enumerate(kinds.items()):
+        tuned = pairs.tune(base, seed + 1, vocabulary=70 if name == "b" else None)
+        pairs.save(tuned, folder / f"tuned-{name}")
+        out = folder / f"tenant-{name}"
+        lc.deltas.compress(folder / "base", folder / f"tuned-{name}", out, dense="native", **settings)
+    odd = pairs.make("llama")
+    pairs.save(odd, folder / "odd-base")
+    pairs.save(pairs.tune(odd, 1), folder / "odd-tuned")
+    lc.deltas.compress(folder / "odd-base", folder / "odd-tuned", folder / "odd", dense="native")
+    whole = {path.name: path for path in sorted(folder.glob("tenant-*"))}
+    return quantized.rows_of(load(folder / "base"), whole)
+
+
+def test_two_processes_share_quantized_layers_and_the_signs_of_tenants(tmp_path: Path) -> None:
     source = dense(tmp_path / "dense")
     load(source, quantization_config=QoQConfig(4, 64)).save_pretrained(tmp_path / "g64")
     expected: dict[str, Any] = {}
@@ -65,9 +85,14 @@ def test_two_processes_share_quantized_layers(tmp_path: Path) -> None:
             if name.endswith(("o_proj", "down_proj")):
                 model.set_submodule(name, Parts(module, 2))
         expected[form] = quantized.asked(model), held
+    tenants = save_tenants(tmp_path)
     world.launch(2, "quantized", tmp_path)
     for rank in range(2):
         found = json.loads((tmp_path / f"found-{rank}.json").read_text())
+        torch.testing.assert_close(torch.tensor(found["tenants"][0]), torch.tensor(tenants[0]), rtol=1e-4, atol=1e-4)
+        assert found["tenants"][1] == tenants[1]
+        assert "merge_delta: expected a model that is whole in this process" in found["merged"]
+        assert "mlp.down_proj: expected multiples of 32 inputs, and whole groups, on each of 2 p" in found["odd"]
         for form in quantized.FORMS:
             (logits, tokens), held = expected[form]
             torch.testing.assert_close(torch.tensor(found[form][0]), torch.tensor(logits), rtol=1e-4, atol=1e-4)
