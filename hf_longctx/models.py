@@ -67,6 +67,7 @@ class ModelFacts:
         vision: how it takes pictures, if it is a vision-language model that sessions know.
         rank: under tensor parallelism: which part of the heads this process has; `layers` says what the whole has.
         ranks: parts that there are.
+        places: the device of each layer, where `device_map` spreads them over several; empty where they are on one.
     """
 
     family: str
@@ -82,6 +83,7 @@ class ModelFacts:
     vision: VisionFacts | None = None
     rank: int = 0
     ranks: int = 1
+    places: tuple[torch.device, ...] = ()
 
 
 def inspect_model(model: PreTrainedModel) -> ModelFacts:
@@ -114,7 +116,11 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
     place = decoder.device
     vision, device = VISION.get(base.config.model_type), device_name(place)
     shard = find_shard(base, modules, layers[0].q_heads, layers[0].kv_heads)
-    return ModelFacts(family, name, config, layers, longest, reason, device, dtype, has_sinks, place, vision, *shard)
+    places = tuple(next(module.parameters()).device for module in sorted(modules, key=lambda m: int(m.layer_idx)))  # type: ignore[arg-type]
+    places = () if len(set(places)) == 1 or any(x.type == "meta" for x in places) else places
+    return ModelFacts(
+        family, name, config, layers, longest, reason, device, dtype, has_sinks, place, vision, *shard, places
+    )
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UnsupportedError
-from ..memory import available_bytes
+from ..memory import available_beside
 from ..models import ModelFacts
 from ..plan import KVFormat, Plan, require_whole
 from ..tune.crossover import Crossover, cached_path, read_crossover
@@ -71,7 +71,7 @@ class Auto:
                 f"auto: expected no context on a model over {facts.ranks} processes, each of which would choose for "
                 f"itself; got {self.context}. Name a method."
             )
-        found = first_that_fits(facts, self, self.context, self.batch, available_bytes(facts.place))
+        found = first_that_fits(facts, self, self.context, self.batch, available_beside(facts))
         return replace(found.plan, method=f"auto: {found.plan.method.removeprefix('auto: ')}", why=found.why)
 
     def fastest(self, facts: ModelFacts) -> Plan:

@@ -24,13 +24,13 @@ FORMS = {"w8": QoQConfig(8), "channel": QoQConfig(4, -1), "g32": QoQConfig(4, 32
 def asked(model: Any) -> Any:
     """Logits of a prompt and the tokens that follow, with keys and values in 8 bits."""
     with torch.no_grad():
-        logits = model(world.LLAMA.prompt(24)).logits
+        logits = model(world.LLAMA.prompt(24).to(model.device)).logits
     return [logits.flatten().tolist(), world.ask(model, world.methods("int8")["duo_attention"])]
 
 
 def rows_of(model: Any, tenants: dict[str, Path]) -> Any:
     """Logits of a batch of whose rows each has another tenant, and what they write."""
-    ids = world.LLAMA.prompt(20, rows=len(tenants) + 1) % 60
+    ids = world.LLAMA.prompt(20, rows=len(tenants) + 1).to(model.device) % 60
     names = [*tenants, "__base__"]
     lc.deltas.load(model, tenants, slots=len(tenants))
     with torch.no_grad():

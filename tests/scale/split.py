@@ -48,7 +48,7 @@ def refused(model: Any) -> dict[str, str]:
 def kept(model: Any, folder: Path) -> list[int]:
     """What is written after a cache was saved and read again, each process its own."""
     lc.patch(model, world.methods("int8")["duo_attention"])
-    ids = world.LLAMA.prompt(40)
+    ids = world.LLAMA.prompt(40).to(model.device)
     cache = model(ids[:, :39]).past_key_values
     path = folder / f"session-{os.environ['RANK']}.safetensors"
     lc.save_session(model, path, cache)
@@ -65,12 +65,12 @@ def main(folder: Path) -> None:
     """All of it."""
     torch.set_num_threads(1)
     model = load(folder / "llama")
-    stock = model(world.LLAMA.prompt(20)).logits
+    stock = model(world.LLAMA.prompt(20).to(model.device)).logits
     found: dict[str, Any] = {"answers": world.answers(model), "refused": refused(model), "kept": kept(model, folder)}
     lc.patch(model, "duo_attention", pattern=world.GATES)
     found["groups"] = [[group.kv_heads for group in layer.groups] for layer in lc.report(model).plan.layers]
     found["eager"] = of_model(model.get_decoder(), lc.report(model).plan).now()
-    assert torch.equal(lc.unpatch(model)(world.LLAMA.prompt(20)).logits, stock)
+    assert torch.equal(lc.unpatch(model)(world.LLAMA.prompt(20).to(model.device)).logits, stock)
     if int(os.environ["WORLD_SIZE"]) == 2:
         found["others"] = {case.name: world.ask(load(folder / case.name), "dense") for case in world.OTHERS}
     one = load(folder / "one_head")
