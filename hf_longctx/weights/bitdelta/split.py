@@ -100,13 +100,13 @@ def check_split(where: str, model: Any, linears: Mapping[str, tuple[Matrix | Non
 
 def whole_weight(weight: Tensor) -> Tensor:
     """A weight that processes share, put together in each of them; others as they are."""
-    full: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # type: ignore[operator]
+    full: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
     return full
 
 
 def local_weight(weight: Tensor) -> Tensor:
     """What of a weight that processes share is here; others as they are."""
-    local: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight  # type: ignore[operator]
+    local: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
     return local
 
 
