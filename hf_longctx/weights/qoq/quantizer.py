@@ -83,7 +83,7 @@ class QoQQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         """As any model's, where it is whole."""
         require_whole_model(model, "save_pretrained")
-        found: tuple[Any, dict[str, str]] = super().get_state_dict_and_metadata(model)
+        found: tuple[Any, dict[str, str]] = super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call]
         return found
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

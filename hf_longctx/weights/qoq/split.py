@@ -6,12 +6,13 @@ then handed to the style that transformers' plan has for them, which moves input
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import UnsupportedError
+from ...kernels.linear import Codes
 from ...kernels.packing import pack, unpack
 from ...shards import mesh_of, style_of
 
@@ -65,13 +66,14 @@ class Split:
             )
         for name, style in self.styles.items():
             _check(name, model.get_submodule(name), style, ranks)
-        from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+        from transformers.distributed import tensor_parallel
 
+        ways: Any = tensor_parallel.ALL_PARALLEL_STYLES  # type: ignore[attr-defined] # it is only handed on there
         for name, style in self.styles.items():
             module: Any = model.get_submodule(name)
             _cut(module, style, int(mesh.get_local_rank()), ranks)
             module._hf_quantized_needs_local_tp = True  # transformers: it computes on what is here
-            ALL_PARALLEL_STYLES[style].install_forward(module, mesh)
+            ways[style].install_forward(module, mesh)
 
 
 def require_whole_model(model: Any, where: str) -> None:
@@ -116,17 +118,14 @@ def _cut(module: QoQLinear, style: str, rank: int, ranks: int) -> None:
     rows, columns = codes.values.shape
     if style in _BY_ROWS:
         here = slice(rank * rows // ranks, (rank + 1) * rows // ranks)
-        part = replace(codes, **{name: None if x is None else x[here] for name, x in vars(codes).items()})
+        part = Codes(*(None if x is None else x[here] for x in vars(codes).values()))  # type: ignore[arg-type]
         if module.bias is not None:
             module.bias = nn.Parameter(module.bias.data[here].clone(), module.bias.requires_grad)
     else:
         module.width = columns // ranks
-
-        def some(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.chunk(ranks, 1)[rank].contiguous()
-
-        values = codes.values.chunk(ranks, 1)[rank].contiguous()
-        groups = {name: some(getattr(codes, name)) for name in ("group_scale", "group_zero")}
-        part = replace(codes, values=values, **groups)
+        levels = (codes.values, codes.group_scale, codes.group_zero)
+        values, scale, zero = (None if x is None else x.chunk(ranks, 1)[rank].contiguous() for x in levels)
+        assert values is not None
+        part = Codes(values, codes.scale, codes.shift, scale, zero)
     for name, tensor in parts_of(pack(part)).items():
         setattr(module, name, nn.Parameter(tensor, requires_grad=False))
