@@ -10,7 +10,7 @@ from . import shortcuts
 from .errors import UnsupportedError
 from .kernels import dispatch
 from .memory import dense_kv_bytes
-from .methods import METHODS, check_plan
+from .methods import METHODS, check_plan, own_plan
 from .models import inspect_model
 from .patch import state_of
 from .plan import Plan
@@ -161,7 +161,9 @@ def supports(model: PreTrainedModel) -> list[Support]:
     for name, method in METHODS.items():
         try:
             facts = inspect_model(model)
-            check_plan(method().plan(facts), facts)
+            plan = method().plan(facts)
+            check_plan(plan, facts)
+            own_plan(plan, facts)
             rows.append(Support(name, True, ""))
         except (UnsupportedError, ValueError) as error:
             rows.append(Support(name, False, str(error)))
