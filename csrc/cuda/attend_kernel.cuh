@@ -61,7 +61,7 @@ __device__ __forceinline__ void count_down(const AttendTurn& turn, int problem, 
 template <int D, Format F>
 __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const __grid_constant__ AttendTask p) {
   using R = Room<D, F>;
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   const AttendTurn& turn = p.turn;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int index = static_cast<int>(blockIdx.x), problem = static_cast<int>(blockIdx.z);
@@ -90,6 +90,7 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
       first = split * each + warp, end = min(keys.count, (split + 1) * each);
     };
     const auto find = [&] {
+      if (mine.plain()) return;
 #pragma unroll
       for (int i = 0; i < R::STAGES; ++i) found[i] = mine.find(first + i * R::WARPS, end);
     };
