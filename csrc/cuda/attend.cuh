@@ -10,6 +10,9 @@
 
 namespace hfl {
 
+#ifndef HFL_MOST
+#define HFL_MOST 3
+#endif
 constexpr int MOST_SPLITS = 128;
 constexpr int ROWS = 8;          // queries of a unit, at most
 constexpr int FEW_SPLITS = 32;  // whose results the last block reads all at once
@@ -135,7 +138,7 @@ template <int D, Format F>
 struct Room {
   using S = Slab<D, F>;
   static constexpr int WARPS = D == 256 ? 2 : 4;
-  static constexpr int WANTED = 65536 / (WARPS * 2 * S::BYTES), MOST = F == Format::int4 ? 3 : 4;
+  static constexpr int WANTED = 65536 / (WARPS * 2 * S::BYTES), MOST = F == Format::int4 ? HFL_MOST : 4;
   static constexpr int STAGES = WANTED < 2 ? 2 : WANTED > MOST ? MOST : WANTED;
   static constexpr int SIDE = S::PACKED ? 8 * S::KEYS : 0;  // scales and zeros of keys and of their values
   static constexpr int NOTES = S::KEYS * 4 + 16;            // positions of keys; whether all queries see all of them

@@ -24,6 +24,7 @@ struct Warp {
   Found next;                        // of the slab after those in the ring
   const unsigned char *sides = nullptr;  // plain: of lane's eight keys, scales and zeros of keys, then of values
   int lane;
+  int step = 0;                      // slabs from one that the warp attends to to the next
   int eights = -1;                   // packed: columns that 8 keys, those of group lane % 4, lie at begin here
   float out[D / 16][4];              // channels g of eights 2i and 2i + 1, queries 2c and 2c + 1
   float base[2], limit[2];           // a logit near the largest, less LIFT; what a logit, less `base`, may be
@@ -50,20 +51,20 @@ struct Warp {
     return S::PACKED && !keys.listed() && keys.jump == 0 && p.a.k.t == S::ROW && p.a.v.t == S::ROW;
   }
 
-  // Fill the ring with slabs slab, slab + WARPS, ... below `end`, which were found unless this is plain.
+  // Fill the ring with slabs slab, slab + step, ... below `end`, which were found unless this is plain.
   __device__ void begin(int slab, int end, const Found (&found)[R::STAGES]) {
     if (plain()) {
       k += static_cast<int64_t>(slab) * S::BYTES + lane * 16, v += static_cast<int64_t>(slab) * S::BYTES + lane * 16;
       sides = reinterpret_cast<const unsigned char*>(sides_of(lane & 8 ? p.a.v : p.a.k) + slab * S::KEYS + lane % 4 * 8);
 #pragma unroll 1
-      for (int i = 0; i < R::STAGES; ++i) copy_plain(i, slab + i * R::WARPS, end);
+      for (int i = 0; i < R::STAGES; ++i) copy_plain(i, slab + i * step, end);
       return;
     }
 #pragma unroll
     for (int i = 0; i < R::STAGES; ++i) {
-      copy<true, true>(i, slab + i * R::WARPS, end, found[i], -1);
+      copy<true, true>(i, slab + i * step, end, found[i], -1);
     }
-    next = find(slab + R::STAGES * R::WARPS, end);
+    next = find(slab + R::STAGES * step, end);
   }
 
   // Attend to those slabs; the queries are in shared memory.
@@ -127,7 +128,7 @@ struct Warp {
   }
 
   __device__ void walk_noted(int slab, int end) {
-    for (int stage = 0; slab < end; slab += R::WARPS, stage = stage + 1 == R::STAGES ? 0 : stage + 1) {
+    for (int stage = 0; slab < end; slab += step, stage = stage + 1 == R::STAGES ? 0 : stage + 1) {
       copy_wait<2 * R::STAGES - 1>();
       __syncwarp();
       float x[S::TILES][4];
@@ -135,9 +136,9 @@ struct Warp {
       bool missing = false;
       if constexpr (S::PACKED) missing = !all && logits.template missing<true>(stage, 0);
       __syncwarp();  // all lanes have read the keys: others may take their place
-      const int ahead = slab + R::STAGES * R::WARPS;
+      const int ahead = slab + R::STAGES * step;
       const int column = copy<true, false>(stage, ahead, end, next, -1);
-      next = find(ahead + R::WARPS, end);
+      next = find(ahead + step, end);
       weigh(x);
       copy_wait<2 * R::STAGES - 1>();
       __syncwarp();
@@ -152,7 +153,7 @@ struct Warp {
 
   __device__ void walk_plain(int slab, int end) {
     if constexpr (S::PACKED) {
-      for (int stage = 0; slab < end; slab += R::WARPS, stage = stage + 1 == R::STAGES ? 0 : stage + 1) {
+      for (int stage = 0; slab < end; slab += step, stage = stage + 1 == R::STAGES ? 0 : stage + 1) {
         copy_wait<2 * R::STAGES - 2>();
         __syncwarp();
         float x[S::TILES][4];
@@ -161,7 +162,7 @@ struct Warp {
         weigh(x);
         add_values(x, stage);
         __syncwarp();
-        copy_plain(stage, slab + R::STAGES * R::WARPS, end);
+        copy_plain(stage, slab + R::STAGES * step, end);
       }
     }
   }
@@ -198,7 +199,7 @@ struct Warp {
         if (lane < 16 && lane % 4 * 8 < there) {
           copy_async(shared_address(ring) + R::SIDES + stage * R::SIDE + lane * 16, sides, true);
         }
-        k += R::WARPS * S::BYTES, v += R::WARPS * S::BYTES, sides += R::WARPS * S::KEYS * 2;
+        k += step * S::BYTES, v += step * S::BYTES, sides += step * S::KEYS * 2;
       }
       copy_commit();
       copy_commit();
