@@ -24,7 +24,7 @@ struct Warp {
   Found next;                        // of the slab after those in the ring
   const unsigned char *sides = nullptr;  // plain: of lane's eight keys, scales and zeros of keys, then of values
   int lane;
-  int step = 0;                      // slabs from one that the warp attends to to the next
+  int step = R::WARPS;               // slabs from one that the warp attends to to the next
   int eights = -1;                   // packed: columns that 8 keys, those of group lane % 4, lie at begin here
   float out[D / 16][4];              // channels g of eights 2i and 2i + 1, queries 2c and 2c + 1
   float base[2], limit[2];           // a logit near the largest, less LIFT; what a logit, less `base`, may be
