@@ -52,13 +52,18 @@ struct Slab {
     const int at = row * CHUNKS + chunk;
     return PACKED ? packed_chunk(row, chunk) : LINES ? at ^ (row & 7) : at ^ ((row >> 1) & 3);
   }
-  // The chunk that lane l copies i-th of a packed slab, which begins at a multiple of 1 KiB: address less that of the
-  // slab, a constant of the lane changed by one of i.
+  // The chunk that lane l copies i-th of a slab, at `slab`, a multiple of 128 or, of packed keys, 1024 bytes: a constant
+  // of the lane changed by one of i where there is such.
+  template <bool OF_VALUES>
   __device__ static uint32_t copied_place(uint32_t slab, int i, int lane) {
-    if constexpr (POWER) {
-      return ((slab + ((lane ^ lane / (4 * CHUNKS)) * 16)) ^ ((8 * i / CHUNKS & 7) * 16)) + i * 512;
+    constexpr bool APART = PACKED || OF_VALUES;  // eight rows lie apart, else two
+    constexpr int ROWS = PACKED ? 4 : 1, MASK = APART ? 7 : 1, FACTOR = APART ? 1 : 4;
+    if constexpr (POWER && (PACKED || LINES)) {
+      const int own = lane ^ (lane / (ROWS * CHUNKS) & MASK) * FACTOR, by = (i * 32 / (ROWS * CHUNKS) & MASK) * FACTOR;
+      return ((slab + own * 16) ^ (by * 16)) + i * 512;
     } else {
-      return slab + packed_chunk((i * 32 + lane) / CHUNKS, (i * 32 + lane) % CHUNKS) * 16;
+      const int row = (i * 32 + lane) / CHUNKS, chunk = (i * 32 + lane) % CHUNKS;
+      return slab + (OF_VALUES ? value_chunk(row, chunk) : key_chunk(row, chunk)) * 16;
     }
   }
   // Likewise the chunk beside, or, for lane 0, in `row`, a multiple of 1, 2 or 4, that ldmatrix reads.
@@ -94,11 +99,11 @@ struct Slab {
   }
 
   // Where rows follow on each other: the first `there` of them; ALL: all are there. `from` is the lane's first chunk.
-  template <bool ALL>
+  template <bool ALL, bool OF_VALUES>
   __device__ static void copy_rows(uint32_t to, const unsigned char* from, int there, int lane) {
 #pragma unroll
     for (int i = 0; i < KEYS * CHUNKS / 32; ++i) {
-      copy_async(copied_place(to, i, lane), from + i * 512, ALL || (i * 32 + lane) / CHUNKS < there);
+      copy_async(copied_place<OF_VALUES>(to, i, lane), from + i * 512, ALL || (i * 32 + lane) / CHUNKS < there);
     }
   }
 

@@ -48,14 +48,17 @@ struct Warp {
 
   // Whether all rows follow on each other, so that nothing needs to be noted.
   __device__ bool plain() const {
-    return S::PACKED && !keys.listed() && keys.jump == 0 && p.a.k.t == S::ROW && p.a.v.t == S::ROW;
+    return !keys.listed() && keys.jump == 0 && stride(p.a.k) == S::ROW && stride(p.a.v) == S::ROW;
   }
 
   // Fill the ring with slabs slab, slab + step, ... below `end`, which were found unless this is plain.
   __device__ void begin(int slab, int end, const Found (&found)[R::STAGES]) {
     if (plain()) {
       k += static_cast<int64_t>(slab) * S::BYTES + lane * 16, v += static_cast<int64_t>(slab) * S::BYTES + lane * 16;
-      sides = reinterpret_cast<const unsigned char*>(sides_of(lane & 8 ? p.a.v : p.a.k) + slab * S::KEYS + lane % 4 * 8);
+      if constexpr (S::PACKED) {
+        const __half* from = sides_of(lane & 8 ? p.a.v : p.a.k) + slab * S::KEYS + lane % 4 * 8;
+        sides = reinterpret_cast<const unsigned char*>(from);
+      }
 #pragma unroll 1
       for (int i = 0; i < R::STAGES; ++i) copy_plain(i, slab + i * step, end);
       return;
@@ -152,18 +155,18 @@ struct Warp {
   }
 
   __device__ void walk_plain(int slab, int end) {
-    if constexpr (S::PACKED) {
-      for (int stage = 0; slab < end; slab += step, stage = stage + 1 == R::STAGES ? 0 : stage + 1) {
-        copy_wait<2 * R::STAGES - 2>();
-        __syncwarp();
-        float x[S::TILES][4];
-        const bool all = logits.template compute<false>(x, stage, slab * S::KEYS, base);
+    for (int stage = 0; slab < end; slab += step, stage = stage + 1 == R::STAGES ? 0 : stage + 1) {
+      copy_wait<2 * R::STAGES - 2>();
+      __syncwarp();
+      float x[S::TILES][4];
+      const bool all = logits.template compute<false>(x, stage, slab * S::KEYS, base);
+      if constexpr (S::PACKED) {
         if (!all) logits.clear(stage, logits.template missing<false>(stage, slab * S::KEYS));
-        weigh(x);
-        add_values(x, stage);
-        __syncwarp();
-        copy_plain(stage, slab + R::STAGES * step, end);
       }
+      weigh(x);
+      add_values(x, stage);
+      __syncwarp();
+      copy_plain(stage, slab + R::STAGES * step, end);
     }
   }
 
@@ -184,26 +187,27 @@ struct Warp {
 
   // Begin to copy the warp's next slab, or nothing beyond the end, where keys follow on each other; as two groups.
   __device__ void copy_plain(int stage, int slab, int end) {
-    if constexpr (S::PACKED) {
-      if (slab < end) {
-        const int start = slab * S::KEYS, there = p.a.stored - start;
-        if (p.turn.appended && keys.high < start + S::KEYS) wait_for_token();
-        const uint32_t to = shared_address(ring) + stage * S::BYTES;
-        if (there >= S::KEYS) {
-          S::template copy_rows<true>(to + R::KEYS, k, there, lane);
-          S::template copy_rows<true>(to + R::VALUES, v, there, lane);
-        } else {
-          S::template copy_rows<false>(to + R::KEYS, k, there, lane);
-          S::template copy_rows<false>(to + R::VALUES, v, there, lane);
-        }
+    if (slab < end) {
+      const int there = keys.end - slab * S::KEYS;
+      if (p.turn.appended && keys.high < (slab + 1) * S::KEYS) wait_for_token();
+      const uint32_t to = shared_address(ring) + stage * S::BYTES;
+      if (there >= S::KEYS) {
+        S::template copy_rows<true, false>(to + R::KEYS, k, there, lane);
+        S::template copy_rows<true, true>(to + R::VALUES, v, there, lane);
+      } else {
+        S::template copy_rows<false, false>(to + R::KEYS, k, there, lane);
+        S::template copy_rows<false, true>(to + R::VALUES, v, there, lane);
+      }
+      if constexpr (S::PACKED) {
         if (lane < 16 && lane % 4 * 8 < there) {
           copy_async(shared_address(ring) + R::SIDES + stage * R::SIDE + lane * 16, sides, true);
         }
-        k += step * S::BYTES, v += step * S::BYTES, sides += step * S::KEYS * 2;
+        sides += step * S::KEYS * 2;
       }
-      copy_commit();
-      copy_commit();
+      k += step * S::BYTES, v += step * S::BYTES;
     }
+    copy_commit();
+    copy_commit();
   }
   __device__ void wait_for_token() const {
     if (lane == 0) wait_until(p.turn.appended + unit.batch * p.a.kv_heads + unit.kv_head, 1);
