@@ -46,9 +46,9 @@ struct Warp {
     return slab < end ? keys.find(p, slab, lane) : Found{-1, -1};
   }
 
-  // Whether all rows follow on each other, so that nothing needs to be noted.
+  // Whether all rows from the first to the last that is seen follow on each other, so that nothing needs to be noted.
   __device__ bool plain() const {
-    return !keys.listed() && keys.jump == 0 && stride(p.a.k) == S::ROW && stride(p.a.v) == S::ROW;
+    return !keys.listed() && keys.low < keys.window && stride(p.a.k) == S::ROW && stride(p.a.v) == S::ROW;
   }
 
   // Fill the ring with slabs slab, slab + step, ... below `end`, which were found unless this is plain.
@@ -189,7 +189,7 @@ struct Warp {
   __device__ void copy_plain(int stage, int slab, int end) {
     if (slab < end) {
       const int there = keys.end - slab * S::KEYS;
-      if (p.turn.appended && keys.high < (slab + 1) * S::KEYS) wait_for_token();
+      if (p.turn.appended && keys.high - slab * S::KEYS < S::KEYS) wait_for_token();
       const uint32_t to = shared_address(ring) + stage * S::BYTES;
       if (there >= S::KEYS) {
         S::template copy_rows<true, false>(to + R::KEYS, k, there, lane);
