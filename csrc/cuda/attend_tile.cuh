@@ -3,8 +3,8 @@
 //
 // Keys are the 16 rows of q.k, channels those of p.v; queries are the 8 columns of both.
 // Which channel stands at which place of the inner axis of q.k does not matter as long as q and k agree, nor the order
-// of the output's channels, nor which key of a slab is which row. Where keys are packed both matrices come out of shared
-// memory as ldmatrix gives them, and scales of a lane's four keys lie side by side:
+// of the output's channels, nor which key of a slab is which row. Where keys are packed both matrices come out of
+// shared memory as ldmatrix gives them, and scales of a lane's four keys lie side by side:
 //   q.k:  lane (g, c) holds keys token(i, g); of every 16 bytes the c-th four. Else of every 64 those from 16 c on.
 //   p.v:  lane (g, c) holds keys token(i, 2c) and token(i, 2c+1); of every 16 bytes the g-th two.
 //
@@ -52,8 +52,8 @@ struct Slab {
     const int at = row * CHUNKS + chunk;
     return PACKED ? packed_chunk(row, chunk) : LINES ? at ^ (row & 7) : at ^ ((row >> 1) & 3);
   }
-  // The chunk that lane l copies i-th of a slab, at `slab`, a multiple of 128 or, of packed keys, 1024 bytes: a constant
-  // of the lane changed by one of i where there is such.
+  // Where the chunk goes that a lane copies i-th to a slab at `slab`, a multiple of 128 or, of packed rows, 1024 bytes:
+  // what does not depend on i but for bits that a constant turns over.
   template <bool OF_VALUES>
   __device__ static uint32_t copied_place(uint32_t slab, int i, int lane) {
     constexpr bool APART = PACKED || OF_VALUES;  // eight rows lie apart, else two
@@ -66,7 +66,8 @@ struct Slab {
       return slab + (OF_VALUES ? value_chunk(row, chunk) : key_chunk(row, chunk)) * 16;
     }
   }
-  // Likewise the chunk beside, or, for lane 0, in `row`, a multiple of 1, 2 or 4, that ldmatrix reads.
+  // Likewise where a chunk of packed rows lies: of row own_row + row, number own_chunk + chunk, which have no bits in
+  // common, nor have own_row * CHUNKS and the others.
   __device__ static uint32_t read_place(uint32_t slab, int own_row, int own_chunk, int row, int chunk) {
     if constexpr (POWER) {
       return (slab + packed_chunk(own_row, own_chunk) * 16) ^ ((row * CHUNKS + chunk) * 16);
@@ -75,8 +76,8 @@ struct Slab {
     }
   }
 
-  // The four channels of queries that lane c multiplies with word i (0 .. D/16 - 1) of rows, or eight where one holds
-  // as many; where keys are not packed, eight with two of them.
+  // Channels of queries that lane c multiplies with its word i of packed rows begin here: four of 8 bits, eight of 4;
+  // or eight with inner steps 2i and 2i + 1.
   __device__ static int channel(int i, int c) { return F == Format::int8 ? i * 16 + c * 4 : i * 32 + c * 8; }
   // The channel in row `row` (0 .. 7) of eight rows i (0 .. D/8 - 1) of the output.
   __device__ static int out_channel(int i, int row) {
@@ -149,9 +150,9 @@ struct Slab {
 #pragma unroll
         for (int e = 0; e < EACH; e += 2) {
           const uint32_t x = w[2 * tile], y = w[2 * tile + 1];
-          mma_f16(out[(chunk * EACH + e) / 2],
-                  make_uint4(value_operand(x, e), value_operand(x, e + 1), value_operand(y, e), value_operand(y, e + 1)),
-                  p[2 * tile], p[2 * tile + 1]);
+          const uint4 v = make_uint4(value_operand(x, e), value_operand(x, e + 1), value_operand(y, e),
+                                     value_operand(y, e + 1));
+          mma_f16(out[(chunk * EACH + e) / 2], v, p[2 * tile], p[2 * tile + 1]);
         }
       }
     }

@@ -253,8 +253,8 @@ struct Warp {
     return place.x;
   }
 
-  // From logits, less `base`, to weights of at most 2^(LIFT + SLACK), scaling down what is there where a much larger one
-  // has come.
+  // From logits, less `base`, to weights of at most 2^(LIFT + SLACK), scaling down what is there where a much larger
+  // one has come.
   __device__ void weigh(float (&x)[S::TILES][4]) {
     float most[2] = {NOTHING, NOTHING};
 #pragma unroll

@@ -275,7 +275,9 @@ def test_packed_rows_that_do_not_follow_on_each_other(bits: int, device: str) ->
         payload = x.payload.repeat_interleave(2, 2)[:, :, ::2]
         assert payload.stride(2) == 2 * x.payload.stride(2)
         apart.append(replace(x, payload=payload))
-    assert torch.equal(attend.attend_pages(q, *apart, logits, see, None), attend.attend_pages(q, k, v, logits, see, None))
+    assert torch.equal(
+        attend.attend_pages(q, *apart, logits, see, None), attend.attend_pages(q, k, v, logits, see, None)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
