@@ -13,7 +13,7 @@
 
 #include "delta.h"
 
-#define HFL_ABI 5
+#define HFL_ABI 6
 
 #pragma GCC visibility push(default)  // all else is hidden
 #ifdef __cplusplus
@@ -130,6 +130,7 @@ typedef struct {
 typedef struct {
   int32_t batch, q_heads, kv_heads, blocks, stored, dim, dtype;  // blocks: N
   int32_t block, stride, causal;
+  int32_t eight;  // 1: tiles are rounded to floats of 8 bits; on sm_90 alone
   const void* q;  // [B, Hq, N * block, D]
   int64_t q_b, q_h, q_t;
   const void* k;  // [B, Hkv, S, D]
@@ -138,7 +139,7 @@ typedef struct {
   int64_t q_pos_b;       // 0 where all rows are alike
   float scale;
   float* scores;  // [B, Hq, N, M] contiguous
-  void* scratch;  // hfl_antidiagonal_scratch bytes
+  void* scratch;  // hfl_antidiagonal_scratch bytes, as it says while the device is current
   void* stream;
 } hfl_antidiagonal;
 

@@ -198,6 +198,7 @@ class Antidiagonal:
     Args:
         block: tokens of a block of queries and of keys.
         stride: tokens of a tile; divides the block.
+        fp8: tiles are rounded to 8 bits (e4m3) before they are multiplied.
 
     Raises:
         ValueError: a size that is no whole number from one on, or a stride that does not divide the block.
@@ -205,6 +206,7 @@ class Antidiagonal:
 
     block: int = 128
     stride: int = 16
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         require_whole("Antidiagonal", block=self.block, stride=self.stride)
@@ -241,11 +243,12 @@ class Antidiagonal:
 
     def describe(self) -> str:
         """One phrase for a table."""
-        return f"antidiagonals ({self.block}, stride {self.stride})"
+        return f"antidiagonals ({self.block}, stride {self.stride}{', fp8' if self.fp8 else ''})"
 
     def score(self, look: Look) -> Tensor:
         """Score every block: `[B, Hs, N, M]`, float32 or better; a row adds up to the block's tiles."""
-        scores = ops.score_antidiagonal(look.q, look.k, look.q_pos, self.block, self.stride, look.scale, True)
+        sizes = (self.block, self.stride, look.scale)
+        scores = ops.score_antidiagonal(look.q, look.k, look.q_pos, *sizes, True, self.fp8)
         if look.share == "q_head":
             return scores
         rows, _, blocks, columns = scores.shape

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..types import Packed
 
-ABI = 5
+ABI = 6
 FEW = 8
 """Queries, or fresh tokens, of a row that an operation takes."""
 
