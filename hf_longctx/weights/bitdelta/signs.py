@@ -96,10 +96,9 @@ class Signs(Hook):
         slots = route.slots_of(len(flat), self.bits.shape[1], flat.device)
         return self.bits.flatten(0, 1), scales.double() if flat.dtype == torch.float64 else scales, slots
 
-    @property
-    def nbytes(self) -> int:
+    def buffers(self) -> list[Tensor]:
         """As above."""
-        return sum(x.nbytes for x in (self.bits, self.scales, self.bias) if x is not None)
+        return [x for x in (self.bits, self.scales, self.bias) if x is not None]
 
 
 @dataclass(eq=False)
