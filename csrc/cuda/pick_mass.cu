@@ -174,7 +174,7 @@ __device__ __forceinline__ double sum_of_warp(double x) {
 
 // The same of rows of up to 32 * EACH blocks: a warp has a row.
 template <int EACH>
-__global__ void __launch_bounds__(THREADS) pick_few_kernel(const hfl_pick_mass a, int rows) {
+__global__ void __launch_bounds__(THREADS, EACH > 32 ? 2 : 3) pick_few_kernel(const hfl_pick_mass a, int rows) {
   const int index = static_cast<int>(blockIdx.x * WARPS + threadIdx.x / 32), lane = static_cast<int>(threadIdx.x) % 32;
   if (index >= rows) return;
   const Row row(a, index);
@@ -196,7 +196,11 @@ __global__ void __launch_bounds__(THREADS) pick_few_kernel(const hfl_pick_mass a
     const auto above = [&](uint32_t rank, int) {
       double sum = 0.0;
 #pragma unroll
-      for (int n = 0; n < EACH; ++n) sum += ranks[n] > rank ? static_cast<double>(score_of(ranks[n])) : 0.0;
+      for (int n = 0; n < EACH; ++n) {
+        uint32_t mine = ranks[n];
+        asm volatile("" : "+r"(mine));  // else all are held as float64, too
+        sum += mine > rank ? static_cast<double>(score_of(mine)) : 0.0;
+      }
       return held + sum_of_warp(sum);
     };
     const Threshold from = find(above, static_cast<double>(row.share) * (held + own), count);
