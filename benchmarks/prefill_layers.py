@@ -51,15 +51,23 @@ class Line:
 
 
 SHARES = lc.XAttention(stride=STRIDE, tau=0.9, dense_below=0)
-EIGHT = replace(SHARES, scores="fp8")
 WIDER = replace(SHARES, tau=0.95)
 LINES = (
-    Line("XAttention in all, S=16, 32K at 25 %", 32 * K, WIDER, 2.6, topics=4),
-    Line("XAttention in all, S=16, fp8, 32K at 25 %", 32 * K, replace(WIDER, scores="fp8"), 2.6, topics=4),
-    Line("XAttention in all, S=16, 128K at 7.3 %", 128 * K, SHARES, 6.5, topics=12),
-    Line("XAttention in all, S=16, fp8, 128K at 7.3 %", 128 * K, EIGHT, 6.5, topics=12),
-    Line("XAttention in all, S=16, 256K at 7.3 %", 256 * K, SHARES, 6.5, topics=12),
-    Line("XAttention in all, S=16, fp8, 256K at 7.3 %", 256 * K, EIGHT, 6.5, topics=12),
+    *(
+        Line(
+            f"XAttention in all, S=16, {size} at {density} %, {scores} scores",
+            tokens,
+            replace(method, scores=scores),
+            must,
+            topics,
+        )
+        for size, tokens, density, method, must, topics in (
+            ("32K", 32 * K, 25, WIDER, 2.6, 4),
+            ("128K", 128 * K, 7.3, SHARES, 6.5, 12),
+            ("256K", 256 * K, 7.3, SHARES, 6.5, 12),
+        )
+        for scores in ("native", "fp8", "int8")
+    ),
     Line("Duo 50 %, 128K", 128 * K, lc.DuoAttention(pattern=GATES, sparsity=0.5), 1.8, of_dense_plan=True),
 )
 
@@ -96,19 +104,20 @@ def prefill(plan_of: Callable[[Any], Any], q: Tensor, k: Tensor, v: Tensor) -> f
     return cache.ledger.density("prefill")
 
 
-def choice(q: Tensor, k: Tensor, fp8: bool) -> Tensor:
+def choice(q: Tensor, k: Tensor, scores: str) -> Tensor:
     """All that is done before blocks are read: scores, and the blocks that hold nine tenths of them; returns these."""
     blocks = q.shape[2] // BLOCK
     own, pos = torch.arange(blocks, device=DEVICE)[None], torch.arange(q.shape[2], device=DEVICE)[None]
-    scores = ops.score_antidiagonal(q, k, pos, BLOCK, STRIDE, DIM**-0.5, True, fp8)
-    return ops.pick_blocks(scores, own, own, 1, None, torch.full((Q_HEADS,), 0.9, device=DEVICE), 1)
+    rounded = "" if scores == "native" else scores
+    found = ops.score_antidiagonal(q, k, pos, BLOCK, STRIDE, DIM**-0.5, True, rounded)
+    return ops.pick_blocks(found, own, own, 1, None, torch.full((Q_HEADS,), 0.9, device=DEVICE), 1)
 
 
-def alike(q: Tensor, k: Tensor) -> float:
-    """Of the blocks that 16 or 8 bits choose, the share that both do."""
+def alike(q: Tensor, k: Tensor, scores: str) -> float:
+    """Of the blocks that are chosen with tiles as they are, or rounded to 8 bits, the share that are in both cases."""
     chosen = []
-    for fp8 in (False, True):
-        ids = choice(q, k, fp8).long()
+    for kind in ("native", scores):
+        ids = choice(q, k, kind).long()
         marks = torch.zeros(*ids.shape[:3], ids.shape[3] + 1, dtype=torch.bool, device=DEVICE)
         chosen.append(marks.scatter_(3, ids % marks.shape[3], True)[..., :-1])  # -1 marks the last, which is no block
     return float((chosen[0] & chosen[1]).sum() / (chosen[0] | chosen[1]).sum())
@@ -135,23 +144,19 @@ def layer_rows(
             base, name = time_of(lambda: prefill(lc.Dense().plan, q, k, v), 3) / LAYERS, "the dense plan"  # noqa: B023
         yield _row(line.name, line.tokens, value, name, base, f">= {line.must}x", base / value >= line.must, read)
         if line.tokens == 128 * K and line.topics:
-            fp8 = line.method is EIGHT
-            value = time_of(lambda: choice(q, k, fp8), 3)  # noqa: B023
-            met, case = value <= 0.055 * base, f"scoring + selection, S=16,{' fp8,' * fp8} 128K"
-            yield _row(case, line.tokens, value, name, base, "<= 5.5 %", met, read)
-        if line.tokens == 128 * K and line.method is EIGHT:
-            share = alike(q, k)
-            row = _row(
-                "blocks chosen alike, fp8 and bf16, S=16, 128K",
-                line.tokens,
-                share,
-                "bf16",
-                1.0,
-                ">= 0.99",
-                share >= 0.99,
-                read,
-            )
-            yield {**row, "unit": "Jaccard"}
+            taken = time_of(lambda: choice(q, k, line.method.scores), 3)  # noqa: B023
+            yield from _choice_rows(line, q, k, taken, name, base)
+
+
+def _choice_rows(line: Line, q: Tensor, k: Tensor, value: float, name: str, base: float) -> Iterator[dict[str, Any]]:
+    """That it takes `value` milliseconds to choose, and how much rounding changes the choice."""
+    scores = line.method.scores
+    case = f"scoring + selection, S=16, 128K, {scores} scores"
+    yield _row(case, line.tokens, value, name, base, "<= 5.5 %", value <= 0.055 * base, None)
+    if scores != "native":
+        share, case = alike(q, k, scores), f"blocks chosen with native and {scores} scores, S=16, 128K"
+        row = _row(case, line.tokens, share, "all chosen with either", 1.0, ">= 0.99", share >= 0.99, None)
+        yield {**row, "unit": "share"}
 
 
 def _row(
@@ -159,7 +164,7 @@ def _row(
 ) -> dict[str, Any]:
     return {
         "case": case,
-        "value": round(value, 3),
+        "value": round(value, 4),
         "unit": "ms",
         "density": read and round(read, 4),
         "baseline": baseline,

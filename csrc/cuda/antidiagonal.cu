@@ -95,6 +95,7 @@ const char* check(const hfl_antidiagonal& a) {
   if (a.stride != 4 && a.stride != 8 && a.stride != 16 && a.stride != MOST_STRIDE) {
     return "score_antidiagonal: expected a stride of 4, 8, 16 or 32";
   }
+  if (a.rounded < 0 || a.rounded > HFL_WHOLE) return "score_antidiagonal: expected a kind of rounding";
   const int tiles = a.block / a.stride;
   if (a.block != tiles * a.stride || tiles < 4 || tiles > MOST_TILES || (tiles & (tiles - 1))) {
     return "score_antidiagonal: expected a block of 4, 8, 16, 32 or 64 strides";
@@ -112,7 +113,7 @@ const char* check(const hfl_antidiagonal& a) {
 
 // Whether tiles are put side by side on the current device.
 bool packs(const hfl_antidiagonal& a) {
-  if (a.eight) return has_wgmma<Eight>();
+  if (a.rounded) return a.rounded == HFL_WHOLE ? has_wgmma<Whole>() : has_wgmma<Eight>();
   return a.dtype == HFL_BF16 ? has_wgmma<__nv_bfloat16>() : has_wgmma<__half>();
 }
 
@@ -142,9 +143,9 @@ int64_t lay_out(const hfl_antidiagonal& a, Call& call) {
   call.sums = reinterpret_cast<float*>(take(lines * call.key_blocks));
   call.queries = call.keys = nullptr;
   if (packs(a)) {
-    const int64_t words = int64_t{a.stride} * a.dim / (a.eight ? 4 : 2);
-    call.query_sizes = reinterpret_cast<float*>(take(a.eight ? lines : 0));
-    call.key_sizes = reinterpret_cast<float*>(take(a.eight ? columns : 0));
+    const int64_t words = int64_t{a.stride} * a.dim / (a.rounded ? 4 : 2);
+    call.query_sizes = reinterpret_cast<float*>(take(a.rounded ? lines : 0));
+    call.key_sizes = reinterpret_cast<float*>(take(a.rounded ? columns : 0));
     call.queries = reinterpret_cast<char*>(take(lines * words));
     call.keys = reinterpret_cast<char*>(take(columns * words));
   }
@@ -163,12 +164,13 @@ cudaError_t cut(Call& call, int columns) {
   return works < INT32_MAX / 2 ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
-template <typename T>
+// The product of a part, of T in the precision of F.
+template <typename T, typename F>
 cudaError_t multiply(Call& call, cudaStream_t stream) {
   using W = Warps<T>;
   cudaError_t error = cut(call, call.queries ? COLUMNS : W::COLUMNS);
   if (error != cudaSuccess) return error;
-  if (call.queries) return call.a.eight ? launch_wgmma<T, Eight>(call, stream) : launch_wgmma<T, T>(call, stream);
+  if (call.queries) return launch_wgmma<T, F>(call, stream);
   const size_t bytes = W::bytes(call.a.stride);
   error = cudaFuncSetAttribute(mma_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
@@ -176,7 +178,7 @@ cudaError_t multiply(Call& call, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename T>
+template <typename T, typename F>
 cudaError_t run(Call& call, cudaStream_t stream) {
   const hfl_antidiagonal& a = call.a;
   const int alike = a.q_pos_b ? a.batch : 1, all = a.blocks * call.tiles, most = call.rows;
@@ -184,15 +186,21 @@ cudaError_t run(Call& call, cudaStream_t stream) {
   cudaError_t error = cudaMemsetAsync(call.last, 0xff, cleared, stream);  // and `reach`
   if (error != cudaSuccess) return error;
   places_kernel<<<dim3(a.blocks, alike), PLACE_THREADS, 0, stream>>>(call);
-  if (call.queries) error = a.eight ? pack<T, false, true>(call, stream) : pack<T, false, false>(call, stream);
+  if (call.queries) error = pack<T, F, false>(call, stream);
   for (; error == cudaSuccess && call.first < all; call.first += most) {
     call.rows = std::min(most, all - call.first);
-    error = multiply<T>(call, stream);
+    error = multiply<T, F>(call, stream);
     if (error != cudaSuccess) return error;
     shares_kernel<<<dim3(call.rows / call.tiles, a.q_heads, a.batch), SHARE_THREADS, 0, stream>>>(call);
     error = cudaGetLastError();
   }
   return error;
+}
+
+template <typename T>
+cudaError_t run(Call& call, cudaStream_t stream) {
+  if (!call.a.rounded) return run<T, T>(call, stream);
+  return call.a.rounded == HFL_WHOLE ? run<T, Whole>(call, stream) : run<T, Eight>(call, stream);
 }
 
 }  // namespace
@@ -209,7 +217,7 @@ extern "C" const char* hfl_antidiagonal_cuda(const hfl_antidiagonal* a) {
   if (message) return message;
   hfl::antidiagonal::Call call;
   hfl::antidiagonal::lay_out(*a, call);
-  if (a->eight && !call.queries) return "score_antidiagonal: expected a device that multiplies floats of 8 bits, sm_90";
+  if (a->rounded && !call.queries) return "score_antidiagonal: expected a device of sm_90 for tiles of 8 bits";
   const auto stream = static_cast<cudaStream_t>(a->stream);
   const cudaError_t error = a->dtype == HFL_BF16 ? hfl::antidiagonal::run<__nv_bfloat16>(call, stream)
                                                  : hfl::antidiagonal::run<__half>(call, stream);

@@ -1,8 +1,8 @@
 // ops.score_antidiagonal: tiles of queries and of keys side by side, the rows of one product, for antidiagonal_wgmma.cuh.
 //
 // A row has the stride * D channels of a tile, keys in their order and queries last first; zeros stand for queries that
-// are not in the call and for keys after the last query. As floats of 8 bits (e4m3) a row is divided by its largest
-// channel over 448, the largest such float, which is kept beside it.
+// are not in the call and for keys after the last query. Rounded to 8 bits, a row is divided by its largest channel over
+// the largest of such numbers, which is kept beside it.
 // Grid: (tiles / 4, heads, B). Block: 128 threads, a warp has a tile. Bound by: bytes.
 #pragma once
 #include "antidiagonal_tile.cuh"
@@ -10,6 +10,13 @@
 
 namespace hfl {
 namespace antidiagonal {
+
+struct Eight {};  // floats of 8 bits, e4m3
+struct Whole {};  // whole numbers of 8 bits
+template <typename F>
+constexpr bool IS_EIGHT = std::is_same<F, Eight>::value || std::is_same<F, Whole>::value;
+template <typename F>
+using SumOf = std::conditional_t<std::is_same<F, Whole>::value, int32_t, float>;
 
 constexpr int PACK_THREADS = 128, HELD = 8;  // chunks of 8 channels that a thread holds at a time
 
@@ -21,10 +28,25 @@ __device__ __forceinline__ float2 two_of(uint32_t x) {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Two floats as e4m3; NaN stays NaN.
-__device__ __forceinline__ uint32_t two_eights(float low, float high) {
-  uint16_t x;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(x) : "f"(high), "f"(low));
+// Four numbers rounded to 8 bits each.
+template <typename F>
+__device__ __forceinline__ uint32_t four_eights(float2 low, float2 high) {
+  if constexpr (std::is_same<F, Eight>::value) {
+    uint16_t x, y;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(x) : "f"(low.y), "f"(low.x));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(high.y), "f"(high.x));
+    return x | static_cast<uint32_t>(y) << 16;
+  } else {
+    uint32_t x;
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(x) : "r"(__float2int_rn(high.y)), "r"(__float2int_rn(high.x)));
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %0;" : "+r"(x) : "r"(__float2int_rn(low.y)), "r"(__float2int_rn(low.x)));
+    return x;
+  }
+}
+
+// The larger one; NaN if either is.
+__device__ __forceinline__ float larger(float x, float y) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
   return x;
 }
 
@@ -73,47 +95,50 @@ __device__ __forceinline__ float largest(const uint4 (&held)[HELD]) {
 #pragma unroll
     for (const uint32_t two : {held[i].x, held[i].y, held[i].z, held[i].w}) {
       const float2 x = two_of<T>(two);
-      most = fmaxf(most, fmaxf(fabsf(x.x), fabsf(x.y)));
+      most = larger(most, larger(fabsf(x.x), fabsf(x.y)));
     }
   }
   return most;
 }
 
-template <typename T>
+template <typename T, typename F>
 __device__ __forceinline__ uint32_t four_eights(uint32_t low, uint32_t high, float factor) {
   const float2 x = two_of<T>(low), y = two_of<T>(high);
-  return two_eights(x.x * factor, x.y * factor) | two_eights(y.x * factor, y.y * factor) << 16;
+  return four_eights<F>(make_float2(x.x * factor, x.y * factor), make_float2(y.x * factor, y.y * factor));
 }
 
 #endif
 
-template <typename T, bool QUERIES, bool EIGHT>
+template <typename T, typename F, bool QUERIES>
 __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const Call call) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const int count = QUERIES ? call.rows : call.columns, tile = static_cast<int>(blockIdx.x * 4 + threadIdx.x / 32);
   const Tile<T, QUERIES> from(call, min(tile, count - 1), static_cast<int>(blockIdx.y), blockIdx.z);
   if (tile >= count || (!QUERIES && from.key > from.last)) return;  // nobody sees keys after the last
-  const int64_t row = (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * (QUERIES ? call.rows : call.padded) + tile;
-  char* to = (QUERIES ? call.queries : call.keys) + row * from.chunks() * (EIGHT ? 8 : 16);
+  const int64_t head = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+  const int64_t row = head * (QUERIES ? call.rows : call.padded) + tile;
+  char* to = (QUERIES ? call.queries : call.keys) + row * from.chunks() * (IS_EIGHT<F> ? 8 : 16);
   const int groups = (from.chunks() - 1) / (32 * HELD) + 1;
   uint4 held[HELD];
   float factor = 1.0f;
-  if (EIGHT) {
+  if (IS_EIGHT<F>) {
+    constexpr float MOST = std::is_same<F, Eight>::value ? 448.0f : 127.0f;
     float most = 1e-20f;
-    for (int group = 0; group < groups; ++group) from.load(group, held), most = fmaxf(most, largest<T>(held));
-    most = most_of<16>(most);
-    factor = 448.0f / most;
-    if (from.lane == 0) (QUERIES ? call.query_sizes : call.key_sizes)[row] = most / 448.0f;
+    for (int group = 0; group < groups; ++group) from.load(group, held), most = larger(most, largest<T>(held));
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) most = larger(most, __shfl_xor_sync(0xffffffffu, most, step));
+    factor = MOST / most;
+    if (from.lane == 0) (QUERIES ? call.query_sizes : call.key_sizes)[row] = most / MOST;
   }
   for (int group = 0; group < groups; ++group) {
-    if (!EIGHT || groups > 1) from.load(group, held);
+    if (!IS_EIGHT<F> || groups > 1) from.load(group, held);
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
       const int at = from.chunk(group, i);
       if (at >= from.chunks()) continue;
       const uint4 x = held[i];
-      if (EIGHT) {
-        const uint2 eight = make_uint2(four_eights<T>(x.x, x.y, factor), four_eights<T>(x.z, x.w, factor));
+      if constexpr (IS_EIGHT<F>) {
+        const uint2 eight = make_uint2(four_eights<T, F>(x.x, x.y, factor), four_eights<T, F>(x.z, x.w, factor));
         *reinterpret_cast<uint2*>(to + static_cast<int64_t>(at) * 8) = eight;
       } else {
         *reinterpret_cast<uint4*>(to + static_cast<int64_t>(at) * 16) = x;
@@ -123,12 +148,12 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const Call call) {
 #endif
 }
 
-template <typename T, bool QUERIES, bool EIGHT>
+template <typename T, typename F, bool QUERIES>
 cudaError_t pack(const Call& call, cudaStream_t stream) {
   const unsigned count = static_cast<unsigned>(QUERIES ? call.rows : call.columns);
   const unsigned heads = static_cast<unsigned>(QUERIES ? call.a.q_heads : call.a.kv_heads);
   const dim3 grid((count - 1) / 4 + 1, heads, static_cast<unsigned>(call.a.batch));
-  pack_kernel<T, QUERIES, EIGHT><<<grid, PACK_THREADS, 0, stream>>>(call);
+  pack_kernel<T, F, QUERIES><<<grid, PACK_THREADS, 0, stream>>>(call);
   return cudaGetLastError();
 }
 

@@ -140,6 +140,14 @@ __device__ __forceinline__ float sum_of(float x) {
   return x;
 }
 
+// A place where a sum of products becomes a logit; sums of whole numbers stay where they are as bits.
+__device__ __forceinline__ float get(float sum) { return sum; }
+__device__ __forceinline__ float get(int32_t sum) { return static_cast<float>(sum); }
+__device__ __forceinline__ void put(float& place, float x) { place = x; }
+__device__ __forceinline__ void put(int32_t& place, float x) { place = __float_as_int(x); }
+__device__ __forceinline__ float logit(float place) { return place; }
+__device__ __forceinline__ float logit(int32_t place) { return __int_as_float(place); }
+
 // Of four numbers in each of the four lanes of a row, lane c gets the sum of those at c.
 __device__ __forceinline__ float sum_of_own(const float (&x)[4], int c) {
   const bool odd = c & 1, far = c & 2;
@@ -152,8 +160,8 @@ __device__ __forceinline__ float sum_of_own(const float (&x)[4], int c) {
 // columns 2c and 2c + 1 of each eight), to log2 sums over blocks of TILES. `seen`: columns that each row sees; `room`:
 // blocks that exist; `to`: where a row's first block goes, NULL: the row does not exist. NaN comes out of NaN and of
 // +inf. What is less than 2^-126 of the row's largest here is nothing.
-template <int TILES, int NT>
-__device__ __forceinline__ void write_sums(float (&x)[NT][4], const int (&seen)[2], float* const (&to)[2], int room,
+template <int TILES, int NT, typename A>
+__device__ __forceinline__ void write_sums(A (&x)[NT][4], const int (&seen)[2], float* const (&to)[2], int room,
                                            int lane) {
   constexpr int BLOCKS = NT * 8 / TILES, EACH = TILES / 8;  // steps of eight columns in a block; TILES 4: half of one
   const int c = lane % 4;
@@ -164,16 +172,16 @@ __device__ __forceinline__ void write_sums(float (&x)[NT][4], const int (&seen)[
     if (__any_sync(0xffffffffu, seen[half] < NT * 8)) {
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        if (n * 8 >= left) x[n][2 * half] = -INFINITY;
-        if (n * 8 + 1 >= left) x[n][2 * half + 1] = -INFINITY;
+        if (n * 8 >= left) put(x[n][2 * half], -INFINITY);
+        if (n * 8 + 1 >= left) put(x[n][2 * half + 1], -INFINITY);
       }
     }
 #pragma unroll
-    for (int n = 0; n < NT; ++n) most = fmaxf(most, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
+    for (int n = 0; n < NT; ++n) most = fmaxf(most, fmaxf(logit(x[n][2 * half]), logit(x[n][2 * half + 1])));
     most = most_of<2>(most);
     const float base = most == -INFINITY ? 0.0f : most;
     const auto of_step = [&](int n) {
-      return power_of_two(x[n][2 * half] - base) + power_of_two(x[n][2 * half + 1] - base);
+      return power_of_two(logit(x[n][2 * half]) - base) + power_of_two(logit(x[n][2 * half + 1]) - base);
     };
     const auto of_block = [&](int block) {
       float sum = 0.0f;
@@ -212,8 +220,8 @@ __device__ __forceinline__ int thread_anew() {
 }
 
 // The same of products, for a call's size of blocks. EIGHT: of what was divided by `query_sizes` and `key_sizes`.
-template <bool EIGHT, int NT>
-__device__ __forceinline__ void write_sums(const Call& call, const Work& work, float (&x)[NT][4], int row, int column,
+template <bool EIGHT, int NT, typename A>
+__device__ __forceinline__ void write_sums(const Call& call, const Work& work, A (&x)[NT][4], int row, int column,
                                            int lane) {
   const float scale = call.a.scale / static_cast<float>(call.a.stride) * LOG2E;
   float factor[2] = {scale, scale};
@@ -235,8 +243,8 @@ __device__ __forceinline__ void write_sums(const Call& call, const Work& work, f
     const float2 size = EIGHT ? *reinterpret_cast<const float2*>(sizes + n * 8) : make_float2(1.0f, 1.0f);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      x[n][2 * half] *= EIGHT ? factor[half] * size.x : factor[half];
-      x[n][2 * half + 1] *= EIGHT ? factor[half] * size.y : factor[half];
+      put(x[n][2 * half], get(x[n][2 * half]) * (EIGHT ? factor[half] * size.x : factor[half]));
+      put(x[n][2 * half + 1], get(x[n][2 * half + 1]) * (EIGHT ? factor[half] * size.y : factor[half]));
     }
   }
   switch (call.tiles) {

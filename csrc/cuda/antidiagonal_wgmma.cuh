@@ -17,7 +17,6 @@
 namespace hfl {
 namespace antidiagonal {
 
-struct Eight {};  // floats of 8 bits, e4m3
 constexpr int PAIR = 2, COLUMNS = 256;
 
 struct Maps {
@@ -25,12 +24,12 @@ struct Maps {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define HFL_FOUR(i) "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])
-#define HFL_SIXTEEN(i) HFL_FOUR(i), HFL_FOUR(i + 1), HFL_FOUR(i + 2), HFL_FOUR(i + 3)
-#define HFL_ALL_OF_X \
-  HFL_SIXTEEN(0), HFL_SIXTEEN(4), HFL_SIXTEEN(8), HFL_SIXTEEN(12), HFL_SIXTEEN(16), HFL_SIXTEEN(20), HFL_SIXTEEN(24), \
-      HFL_SIXTEEN(28)
-#define HFL_WGMMA(types, turned) \
+#define HFL_FOUR(kind, i) kind(x[i][0]), kind(x[i][1]), kind(x[i][2]), kind(x[i][3])
+#define HFL_SIXTEEN(kind, i) HFL_FOUR(kind, i), HFL_FOUR(kind, i + 1), HFL_FOUR(kind, i + 2), HFL_FOUR(kind, i + 3)
+#define HFL_ALL_OF_X(kind) \
+  HFL_SIXTEEN(kind, 0), HFL_SIXTEEN(kind, 4), HFL_SIXTEEN(kind, 8), HFL_SIXTEEN(kind, 12), HFL_SIXTEEN(kind, 16), \
+      HFL_SIXTEEN(kind, 20), HFL_SIXTEEN(kind, 24), HFL_SIXTEEN(kind, 28)
+#define HFL_WGMMA(kind, types, turned) \
   asm volatile( \
       "{\n.reg .pred more;\nsetp.ne.b32 more, %130, 0;\n" \
       "wgmma.mma_async.sync.aligned.m64n256" types " {" \
@@ -41,25 +40,31 @@ struct Maps {
       "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, " \
       "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, " \
       "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127" \
-      "}, %128, %129, more, 1, 1" turned ";\n}" \
-      : HFL_ALL_OF_X \
+      "}, %128, %129, more" turned ";\n}" \
+      : HFL_ALL_OF_X(kind) \
       : "l"(a), "l"(b), "r"(more))
 
 // x[64, 256] = a[64, 32 bytes] b[32 bytes, 256], plus x if `more`.
 template <typename F>
-__device__ __forceinline__ void multiply_step(float (&x)[32][4], uint64_t a, uint64_t b, int more) {
-  if constexpr (std::is_same<F, Eight>::value) {
-    HFL_WGMMA("k32.f32.e4m3.e4m3", "");
+__device__ __forceinline__ void multiply_step(SumOf<F> (&x)[32][4], uint64_t a, uint64_t b, int more) {
+  if constexpr (std::is_same<F, Whole>::value) {
+    HFL_WGMMA("+r", "k32.s32.s8.s8", "");
+  } else if constexpr (std::is_same<F, Eight>::value) {
+    HFL_WGMMA("+f", "k32.f32.e4m3.e4m3", ", 1, 1");
   } else if constexpr (std::is_same<F, __half>::value) {
-    HFL_WGMMA("k16.f32.f16.f16", ", 0, 0");
+    HFL_WGMMA("+f", "k16.f32.f16.f16", ", 1, 1, 0, 0");
   } else {
-    HFL_WGMMA("k16.f32.bf16.bf16", ", 0, 0");
+    HFL_WGMMA("+f", "k16.f32.bf16.bf16", ", 1, 1, 0, 0");
   }
 }
 // Until at most N groups of products are under way, which write x.
 template <int N>
 __device__ __forceinline__ void wait_for(float (&x)[32][4]) {
-  asm volatile("wgmma.wait_group.sync.aligned %128;" : HFL_ALL_OF_X : "n"(N) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %128;" : HFL_ALL_OF_X("+f") : "n"(N) : "memory");
+}
+template <int N>
+__device__ __forceinline__ void wait_for(int32_t (&x)[32][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %128;" : HFL_ALL_OF_X("+r") : "n"(N) : "memory");
 }
 #undef HFL_WGMMA
 #undef HFL_ALL_OF_X
@@ -93,8 +98,7 @@ __device__ __forceinline__ void copy_box_to_both(uint32_t to, const CUtensorMap*
 
 template <typename F>
 struct Groups {
-  static constexpr bool EIGHT = std::is_same<F, Eight>::value;
-  static constexpr int FEEDERS = 128, THREADS = 384, STAGES = 4, NT = 32, LEAD = 2, FLOAT = EIGHT ? 1 : 2;
+  static constexpr int FEEDERS = 128, THREADS = 384, STAGES = 4, NT = 32, LEAD = 2, SIZE = IS_EIGHT<F> ? 1 : 2;
   static constexpr int QUERIES = ROWS * LINE, HALF = COLUMNS / PAIR * LINE, STAGE = QUERIES + PAIR * HALF;
   static constexpr int BYTES = 1024 + STAGES * STAGE;
   static_assert(COLUMNS / PAIR == ROWS, "boxes of queries and of keys are alike");
@@ -108,7 +112,7 @@ struct Groups {
   Barriers& barriers;
   uint32_t stages, rank;
 
-  __device__ int steps() const { return (call.a.stride * call.a.dim * FLOAT - 1) / LINE + 1; }
+  __device__ int steps() const { return (call.a.stride * call.a.dim * SIZE - 1) / LINE + 1; }
 
   // Calls `f` with all works of this block of which it or the other of the pair sees a key.
   template <typename Each>
@@ -130,8 +134,8 @@ struct Groups {
         uint64_t& full = barriers.full[stage];
         barrier_wait(barriers.empty[stage], (filled / STAGES & 1) ^ 1);
         barrier_expect(full, STAGE);
-        copy_box(to, &maps.queries, full, step * (LINE / FLOAT), work.strip * ROWS, work.head, work.b);
-        copy_box_to_both(to + QUERIES + rank * HALF, &maps.keys, full, step * (LINE / FLOAT), keys, work.head / group,
+        copy_box(to, &maps.queries, full, step * (LINE / SIZE), work.strip * ROWS, work.head, work.b);
+        copy_box_to_both(to + QUERIES + rank * HALF, &maps.keys, full, step * (LINE / SIZE), keys, work.head / group,
                          work.b);
       }
     });
@@ -145,7 +149,7 @@ struct Groups {
   __device__ void multiply(int group, int lane) const {
     const int count = steps();
     const bool in_turn = count >= 2 * STAGES;  // else the first group could come by twice before the other
-    float x[NT][4];
+    SumOf<F> x[NT][4];
     uint32_t used = 0;
     for_works([&](const Work& work) {
       if (in_turn && group == 1) meet(1, 256);
@@ -164,7 +168,7 @@ struct Groups {
       wait_for<0>(x);
       release(used - 1, lane);
       const int thread = thread_anew();
-      write_sums<EIGHT>(call, work, x, (thread - FEEDERS) / 32 * 16, 0, thread % 32);
+      write_sums<IS_EIGHT<F>>(call, work, x, (thread - FEEDERS) / 32 * 16, 0, thread % 32);
     });
   }
 #endif
@@ -211,13 +215,13 @@ bool has_wgmma() {
 
 template <typename F>
 bool map_tiles(Maps& maps, const Call& call) {
-  constexpr CUtensorMapDataType type = std::is_same<F, Eight>::value    ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+  constexpr CUtensorMapDataType type = IS_EIGHT<F>                      ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                        : std::is_same<F, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const hfl_antidiagonal& a = call.a;
   const auto map = [&](CUtensorMap& to, const char* data, int64_t tiles, int64_t heads) {
     const int64_t channels = int64_t{a.stride} * a.dim;
-    return map_rows(to, type, Groups<F>::FLOAT, data, {channels, tiles, heads, a.batch},
+    return map_rows(to, type, Groups<F>::SIZE, data, {channels, tiles, heads, a.batch},
                     {channels, channels * tiles, channels * tiles * heads}, ROWS);
   };
   return map(maps.queries, call.queries, call.rows, a.q_heads) && map(maps.keys, call.keys, call.padded, a.kv_heads);
@@ -229,7 +233,7 @@ cudaError_t launch_wgmma(const Call& call, cudaStream_t stream) {
   using G = Groups<F>;
   Maps maps;
   if (!map_tiles<F>(maps, call)) return cudaErrorInvalidValue;
-  cudaError_t error = pack<T, true, G::EIGHT>(call, stream);
+  cudaError_t error = pack<T, F, true>(call, stream);
   int device = 0, processors = 0;
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(wgmma_kernel<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, G::BYTES);

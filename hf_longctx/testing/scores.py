@@ -83,10 +83,10 @@ def antidiagonal(scene: Scene, first: int, last: int, scorer: Any) -> Tensor:
     block, stride = scorer.block, scorer.stride
     out = scene.q.new_zeros(len(scene.q), last // block + 1)
     for r in range(first // stride, last // stride + 1):
-        q = _tile(scene.q_in_text, r, stride, first, last, scorer.fp8).flip(1)
+        q = _tile(scene.q_in_text, r, stride, first, last, scorer.rounded).flip(1)
         logits = []
         for c in range(r + 1):
-            k = _tile(scene.k_in_text, c, stride, 0, last, scorer.fp8).repeat_interleave(scene.per_kv, 0)
+            k = _tile(scene.k_in_text, c, stride, 0, last, scorer.rounded).repeat_interleave(scene.per_kv, 0)
             logits.append((q * k).sum((1, 2)) * scene.logits.scale / stride)
         shares = torch.stack(logits, 1).softmax(1)
         for c in range(r + 1):
@@ -94,13 +94,15 @@ def antidiagonal(scene: Scene, first: int, last: int, scorer: Any) -> Tensor:
     return out
 
 
-def _tile(x: Tensor, index: int, stride: int, first: int, last: int, fp8: bool) -> Tensor:
+def _tile(x: Tensor, index: int, stride: int, first: int, last: int, rounded: str) -> Tensor:
     """`[H, stride, D]`, a tile's tokens, zero where they are not among `first` to `last`; or what 8 bits hold of it."""
     out = x.new_zeros(len(x), stride, x.shape[-1])
     for i in range(stride):
         if first <= index * stride + i <= last:
             out[:, i] = x[:, index * stride + i]
-    if not fp8:
+    if not rounded:
         return out
+    most = {"fp8": 448.0, "int8": 127.0}[rounded]
     largest = out.float().abs().amax((1, 2), keepdim=True).clamp(min=1e-20)
-    return (out.float() * (448.0 / largest)).to(torch.float8_e4m3fn).to(x.dtype) * (largest / 448.0)
+    part = out.float() * (most / largest)
+    return (part.round() if rounded == "int8" else part.to(torch.float8_e4m3fn)).to(x.dtype) * (largest / most)

@@ -102,7 +102,7 @@ class Tiles:
     stride: int
     scale: float
     causal: bool
-    fp8: bool = False
+    rounded: str = ""
 
     def result(self) -> Tensor:
         """What the operation is defined to give: a loop over blocks, tiles and antidiagonals."""
@@ -135,12 +135,13 @@ class Tiles:
             out[c * stride // self.block] += math.exp(x - max(logits)) / total
 
     def _tile(self, tokens: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Each channel over a 448th of the tile's largest as the nearest number with three bits after the first."""
-        most = max((float(x.abs().amax()) for x in tokens.values()), default=0.0)
-        if not self.fp8 or not most:
+        """Each channel, over a part of the tile's largest, as the nearest number of 8 bits."""
+        largest = np.float32(max((float(x.abs().amax()) for x in tokens.values()), default=0.0))
+        if not self.rounded or not largest:
             return tokens
-        step = np.float32(448) / np.float32(most), np.float32(most) / np.float32(448)
-        rounded = {y: [eight(float(np.float32(c) * step[0])) * float(step[1]) for c in x] for y, x in tokens.items()}
+        nearest, most = (eight, np.float32(448)) if self.rounded == "fp8" else (round, np.float32(127))
+        part, whole = most / largest, float(largest / most)
+        rounded = {y: [nearest(float(np.float32(c) * part)) * whole for c in x] for y, x in tokens.items()}
         return {y: torch.tensor(x, dtype=torch.float64) for y, x in rounded.items()}
 
 
@@ -172,12 +173,13 @@ def tiles(draw: st.DrawFn) -> Tiles:
     made = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     q = torch.randn(rows, kv_heads * group, count * block, 3, generator=made, dtype=torch.float64)
     k = torch.randn(rows, kv_heads, stored, 3, generator=made, dtype=torch.float64)
-    scale, causal, fp8 = draw(st.sampled_from([0.5, 3.0])), draw(st.booleans()), draw(st.booleans())
-    return Tiles(q.float().double(), k.float().double(), torch.tensor(q_pos), block, stride, scale, causal, fp8)
+    scale, causal = draw(st.sampled_from([0.5, 3.0])), draw(st.booleans())
+    rounded = draw(st.sampled_from(["", "fp8", "int8"]))
+    return Tiles(q.float().double(), k.float().double(), torch.tensor(q_pos), block, stride, scale, causal, rounded)
 
 
 def antidiagonal(t: Tiles, q: Tensor, k: Tensor | ops.Packed) -> Tensor:
-    return ops.score_antidiagonal(q, k, t.q_pos, t.block, t.stride, t.scale, t.causal, t.fp8)
+    return ops.score_antidiagonal(q, k, t.q_pos, t.block, t.stride, t.scale, t.causal, t.rounded)
 
 
 @pytest.mark.parametrize("budget", [score.LOGITS_PER_BLOCK, 1])
