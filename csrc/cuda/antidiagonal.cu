@@ -20,9 +20,6 @@ namespace {
 constexpr int SHARE_THREADS = 256, PLACE_THREADS = 128, MOST_TILES = 64;
 constexpr int64_t MOST_SUMS = int64_t{256} << 20;  // bytes
 
-// Strips of all queries of a row.
-__host__ __device__ __forceinline__ int strips_of(const Call& call) { return (call.a.blocks * call.tiles - 1) / ROWS + 1; }
-
 // Where the queries stand, from their positions; `last` and `reach` begin as -1.
 __global__ void __launch_bounds__(PLACE_THREADS) places_kernel(const Call call) {
   const int thread = static_cast<int>(threadIdx.x), block = call.a.block, n = static_cast<int>(blockIdx.x);
@@ -128,7 +125,8 @@ int64_t lay_out(const hfl_antidiagonal& a, Call& call) {
   const int64_t alike = a.q_pos_b ? a.batch : 1, all = static_cast<int64_t>(a.blocks) * call.tiles;
   const int64_t strip = int64_t{4} * ROWS * a.batch * a.q_heads * call.key_blocks;
   const int64_t rows = std::min(all, std::max<int64_t>(1, MOST_SUMS / strip) * ROWS);
-  call.first = 0, call.rows = static_cast<int32_t>(rows), call.padded = (call.columns - 1) / COLUMNS * COLUMNS + COLUMNS;
+  call.first = 0, call.rows = static_cast<int32_t>(rows);
+  call.padded = (call.columns - 1) / COLUMNS * COLUMNS + COLUMNS;
   int64_t used = 0;
   const auto take = [&](int64_t words) {
     const int64_t from = used;

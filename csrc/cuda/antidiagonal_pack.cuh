@@ -1,8 +1,8 @@
-// ops.score_antidiagonal: tiles of queries and of keys side by side, the rows of one product, for antidiagonal_wgmma.cuh.
+// ops.score_antidiagonal: tiles of queries and of keys side by side, rows of one product, for antidiagonal_wgmma.cuh.
 //
 // A row has the stride * D channels of a tile, keys in their order and queries last first; zeros stand for queries that
-// are not in the call and for keys after the last query. Rounded to 8 bits, a row is divided by its largest channel over
-// the largest of such numbers, which is kept beside it.
+// are not in the call and for keys after the last query. Rounded to 8 bits, a row is divided by its largest channel
+// over the largest of such numbers, which is kept beside it.
 // Grid: (tiles / 4, heads, B). Block: 128 threads, a warp has a tile. Bound by: bytes.
 #pragma once
 #include "antidiagonal_tile.cuh"

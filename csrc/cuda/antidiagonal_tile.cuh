@@ -1,5 +1,5 @@
-// What the kernels of ops.score_antidiagonal share: which tile of the product is computed when, and how its logits become
-// sums; and how its factors come to shared memory where they have not been put side by side before.
+// What the kernels of ops.score_antidiagonal share: which tile of the product is computed when, and how its logits
+// become sums; and how its factors come to shared memory where they have not been put side by side before.
 //
 // The logits of a head are one product over an inner axis of stride * D: chunk i of D channels of tile r of queries is
 // the query at place r * stride + stride - 1 - i, chunk i of tile c of keys is key c * stride + i. A stage holds 64
@@ -38,6 +38,11 @@ struct Call {
   int32_t works;
 };
 
+// Strips of all queries of a row.
+__host__ __device__ __forceinline__ int strips_of(const Call& call) {
+  return (call.a.blocks * call.tiles - 1) / ROWS + 1;
+}
+
 // One strip of a head against one part of the keys.
 struct Work {
   int32_t b, head, strip, column;  // `column`: first tile of keys
@@ -61,9 +66,8 @@ struct Work {
   }
   // The last of the strip's tiles.
   __device__ int reach(const Call& call) const {
-    const int strips = (call.a.blocks * call.tiles - 1) / ROWS + 1;
     const int64_t own = call.a.q_pos_b ? b : 0;
-    return strip < call.strips ? call.reach[own * strips + call.first / ROWS + strip] : -1;
+    return strip < call.strips ? call.reach[own * strips_of(call) + call.first / ROWS + strip] : -1;
   }
   // How many tiles of keys, from `column` on, a row sees; at most 0: none.
   __device__ int seen(const Call& call, int tile) const {
@@ -140,13 +144,13 @@ __device__ __forceinline__ float sum_of(float x) {
   return x;
 }
 
-// A place where a sum of products becomes a logit; sums of whole numbers stay where they are as bits.
-__device__ __forceinline__ float get(float sum) { return sum; }
-__device__ __forceinline__ float get(int32_t sum) { return static_cast<float>(sum); }
-__device__ __forceinline__ void put(float& place, float x) { place = x; }
-__device__ __forceinline__ void put(int32_t& place, float x) { place = __float_as_int(x); }
-__device__ __forceinline__ float logit(float place) { return place; }
-__device__ __forceinline__ float logit(int32_t place) { return __int_as_float(place); }
+// Sums of products become logits where they are; those of whole numbers too, or there would be twice as many registers.
+__device__ __forceinline__ float sum_in(float place) { return place; }
+__device__ __forceinline__ float sum_in(int32_t place) { return static_cast<float>(place); }
+__device__ __forceinline__ float logit_in(float place) { return place; }
+__device__ __forceinline__ float logit_in(int32_t place) { return __int_as_float(place); }
+__device__ __forceinline__ void put(float& place, float logit) { place = logit; }
+__device__ __forceinline__ void put(int32_t& place, float logit) { place = __float_as_int(logit); }
 
 // Of four numbers in each of the four lanes of a row, lane c gets the sum of those at c.
 __device__ __forceinline__ float sum_of_own(const float (&x)[4], int c) {
@@ -177,11 +181,11 @@ __device__ __forceinline__ void write_sums(A (&x)[NT][4], const int (&seen)[2], 
       }
     }
 #pragma unroll
-    for (int n = 0; n < NT; ++n) most = fmaxf(most, fmaxf(logit(x[n][2 * half]), logit(x[n][2 * half + 1])));
+    for (int n = 0; n < NT; ++n) most = fmaxf(most, fmaxf(logit_in(x[n][2 * half]), logit_in(x[n][2 * half + 1])));
     most = most_of<2>(most);
     const float base = most == -INFINITY ? 0.0f : most;
     const auto of_step = [&](int n) {
-      return power_of_two(logit(x[n][2 * half]) - base) + power_of_two(logit(x[n][2 * half + 1]) - base);
+      return power_of_two(logit_in(x[n][2 * half]) - base) + power_of_two(logit_in(x[n][2 * half + 1]) - base);
     };
     const auto of_block = [&](int block) {
       float sum = 0.0f;
@@ -243,8 +247,8 @@ __device__ __forceinline__ void write_sums(const Call& call, const Work& work, A
     const float2 size = EIGHT ? *reinterpret_cast<const float2*>(sizes + n * 8) : make_float2(1.0f, 1.0f);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      put(x[n][2 * half], get(x[n][2 * half]) * (EIGHT ? factor[half] * size.x : factor[half]));
-      put(x[n][2 * half + 1], get(x[n][2 * half + 1]) * (EIGHT ? factor[half] * size.y : factor[half]));
+      put(x[n][2 * half], sum_in(x[n][2 * half]) * (EIGHT ? factor[half] * size.x : factor[half]));
+      put(x[n][2 * half + 1], sum_in(x[n][2 * half + 1]) * (EIGHT ? factor[half] * size.y : factor[half]));
     }
   }
   switch (call.tiles) {

@@ -5,8 +5,8 @@
 //   of queries and the same keys, of which each block copies half to both. Block: 384 threads; one copies stages ahead,
 //   by tensor maps, and two groups of four warps have 64 x 256 logits each. The first group is some stages ahead, so
 //   that one group multiplies while the other makes sums.
-// Shared memory: four stages of 48 KiB. In code for other architectures the kernel is empty, which shows as a kernel
-// without static shared memory.
+// Shared memory: four stages of 48 KiB. In code for other architectures the kernel is empty, which shows as one without
+// static shared memory.
 // Bound by: the L2, which a multiprocessor asks for 32 KiB a stage of 1024 cycles: without the other's half it is 48.
 #pragma once
 #include <algorithm>
@@ -83,15 +83,16 @@ __device__ __forceinline__ void meet_cluster() {
 // Arrive at the barrier of that block of the cluster.
 __device__ __forceinline__ void arrive_at(uint64_t& bar, uint32_t rank) {
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(&bar)), "r"(rank)
+               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(&bar)),
+               "r"(rank)
                : "memory");
 }
 // As copy_box, to the same place in both blocks of a pair, and counted by the barriers of both.
 __device__ __forceinline__ void copy_box_to_both(uint32_t to, const CUtensorMap* map, uint64_t& bar, int channel,
                                                  int row, int head, int batch) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-               "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to), "l"(map), "r"(shared_address(&bar)), "r"(channel), "r"(row),
-               "r"(head), "r"(batch), "h"(static_cast<uint16_t>(3))
+               "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to), "l"(map), "r"(shared_address(&bar)), "r"(channel),
+               "r"(row), "r"(head), "r"(batch), "h"(static_cast<uint16_t>(3))
                : "memory");
 }
 #endif
@@ -117,8 +118,9 @@ struct Groups {
   // Calls `f` with all works of this block of which it or the other of the pair sees a key.
   template <typename Each>
   __device__ __forceinline__ void for_works(Each f) const {
-    for (int index = static_cast<int>(blockIdx.x - rank); index < call.works; index += static_cast<int>(gridDim.x)) {
-      const Work work(call, index + static_cast<int>(rank), COLUMNS), other(call, index + 1 - static_cast<int>(rank), COLUMNS);
+    const int own = static_cast<int>(rank);
+    for (int index = static_cast<int>(blockIdx.x) - own; index < call.works; index += static_cast<int>(gridDim.x)) {
+      const Work work(call, index + own, COLUMNS), other(call, index + 1 - own, COLUMNS);
       if (max(work.seen(call, work.reach(call)), other.seen(call, other.reach(call))) > 0) f(work);
     }
   }

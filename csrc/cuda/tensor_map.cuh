@@ -19,8 +19,8 @@ inline auto tensor_map_maker() {
 }
 
 // A map of a tensor [B, H, T, D], for boxes of 128 bytes of the channels of some rows, whose chunks of 16 bytes are
-// permuted within eight rows; rows from T on are zeros. sizes: D, T, H, B; strides: of T, H and B, in elements of `bytes`
-// bytes. False where the driver does not make one.
+// permuted within eight rows; rows from T on are zeros. sizes: D, T, H, B; strides: of T, H and B, in elements of so
+// many bytes. False where the driver does not make one.
 inline bool map_rows(CUtensorMap& map, CUtensorMapDataType type, int bytes, const void* data,
                      const int64_t (&sizes)[4], const int64_t (&strides)[3], int rows) {
   const auto encode = tensor_map_maker();
