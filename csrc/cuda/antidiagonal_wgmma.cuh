@@ -3,8 +3,8 @@
 //
 // Grid: as many blocks as multiprocessors, in clusters of two, which take one pair of tiles after the other: two strips
 //   of queries and the same keys, of which each block copies half to both. Block: 384 threads; one copies stages ahead,
-//   by tensor maps, and two groups of four warps have 64 x 256 logits each. The first group is some stages ahead, so
-//   that one group multiplies while the other makes sums.
+//   by tensor maps, and two groups of four warps have 64 x 256 logits each. The first group is a stage ahead, so that
+//   one group multiplies while the other makes sums.
 // Shared memory: four stages of 48 KiB. In code for other architectures the kernel is empty, which shows as one without
 // static shared memory.
 // Bound by: the L2, which a multiprocessor asks for 32 KiB a stage of 1024 cycles: without the other's half it is 48.
@@ -99,7 +99,7 @@ __device__ __forceinline__ void copy_box_to_both(uint32_t to, const CUtensorMap*
 
 template <typename F>
 struct Groups {
-  static constexpr int FEEDERS = 128, THREADS = 384, STAGES = 4, NT = 32, LEAD = 2, SIZE = IS_EIGHT<F> ? 1 : 2;
+  static constexpr int FEEDERS = 128, THREADS = 384, STAGES = 4, NT = 32, LEAD = 1, SIZE = IS_EIGHT<F> ? 1 : 2;
   static constexpr int QUERIES = ROWS * LINE, HALF = COLUMNS / PAIR * LINE, STAGE = QUERIES + PAIR * HALF;
   static constexpr int BYTES = 1024 + STAGES * STAGE;
   static_assert(COLUMNS / PAIR == ROWS, "boxes of queries and of keys are alike");

@@ -174,7 +174,7 @@ __device__ __forceinline__ double sum_of_warp(double x) {
 
 // The same of rows of up to 32 * EACH blocks: a warp has a row.
 template <int EACH>
-__global__ void __launch_bounds__(THREADS, EACH > 32 ? 2 : 3) pick_few_kernel(const hfl_pick_mass a, int rows) {
+__global__ void __launch_bounds__(THREADS, EACH > 32 ? 1 : 2) pick_few_kernel(const hfl_pick_mass a, int rows) {
   const int index = static_cast<int>(blockIdx.x * WARPS + threadIdx.x / 32), lane = static_cast<int>(threadIdx.x) % 32;
   if (index >= rows) return;
   const Row row(a, index);

@@ -104,5 +104,5 @@ def _tile(x: Tensor, index: int, stride: int, first: int, last: int, rounded: st
         return out
     most = {"fp8": 448.0, "int8": 127.0}[rounded]
     largest = out.float().abs().amax((1, 2), keepdim=True).clamp(min=1e-20)
-    part = out.float() * (most / largest)
+    part = out.float() * (torch.full_like(largest, most) / largest)
     return (part.round() if rounded == "int8" else part.to(torch.float8_e4m3fn)).to(x.dtype) * (largest / most)

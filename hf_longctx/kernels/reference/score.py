@@ -112,7 +112,7 @@ def _rounded(x: Tensor, to: str) -> Tensor:
     most = 448.0 if to == "fp8" else 127.0
     x32 = x.float()  # whatever x is
     largest = x32.abs().amax(-1, keepdim=True).clamp(min=1e-20)
-    eight = x32 * (most / largest)
+    eight = x32 * (torch.full_like(largest, most) / largest)  # a number over a tensor would be rounded twice
     eight = eight.to(torch.float8_e4m3fn) if to == "fp8" else eight.round()
     return eight.to(x.dtype) * (largest / most)
 
