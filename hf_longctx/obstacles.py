@@ -81,6 +81,8 @@ def _of_plan(plan: Plan) -> str | None:
 def _of_modules(decoder: Any, inside: list[Any]) -> str | None:
     if any("_hf_hook" in vars(module) for module in (decoder, *inside)):
         return "accelerate moves what goes into a module"
+    if any(hasattr(x, "device_mesh") for x in decoder.parameters()):
+        return "the model's weights are split over several processes"
     if len({x.device for x in decoder.parameters()}) > 1:
         return "the model lies on several devices"
     if any(hasattr(type(module), "merged_adapters") for module in inside):

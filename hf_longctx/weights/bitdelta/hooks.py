@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .route import Route
+from .split import Part
 
 if TYPE_CHECKING:
     from .tables import Table
@@ -32,6 +33,9 @@ class Where(Protocol):
 
     def table(self) -> Table | None:
         """The hook on the input embeddings, if there is one."""
+
+    def part(self, module: nn.Module) -> Part | None:
+        """What this process has of a linear layer; None: all of it."""
 
     def same(self) -> Hashable:
         """Equal for two calls in which hooks do the same."""
