@@ -50,7 +50,7 @@ class Line:
     of_dense_plan: bool = False
 
 
-SHARES = lc.XAttention(stride=STRIDE, tau=0.9, dense_below=0)
+SHARES = lc.XAttention(stride=STRIDE, tau=0.91, dense_below=0)
 WIDER = replace(SHARES, tau=0.95)
 LINES = (
     *(
@@ -63,8 +63,8 @@ LINES = (
         )
         for size, tokens, density, method, must, topics in (
             ("32K", 32 * K, 25, WIDER, 2.6, 4),
-            ("128K", 128 * K, 7.3, SHARES, 6.5, 12),
-            ("256K", 256 * K, 7.3, SHARES, 6.5, 12),
+            ("128K", 128 * K, 7.3, SHARES, 6.5, 13),
+            ("256K", 256 * K, 7.3, SHARES, 6.5, 13),
         )
         for scores in ("native", "fp8", "int8")
     ),

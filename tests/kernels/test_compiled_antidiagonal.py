@@ -152,13 +152,15 @@ def test_eight_bits_lose_few_blocks(rounded: str, least: float) -> None:
     own = ways[torch.randint(8, (64,), device="cuda", generator=made)].repeat_interleave(128, 0)
     at = torch.arange(64, device="cuda")[None]
     tau = torch.full((8,), 0.9, device="cuda")
-    chosen = []
+    chosen, all_scores = [], []
     for to in ("", rounded):
         scores = antidiagonal.score_antidiagonal(q + own, k + own, q_pos, *rest, to)
         ids = select.pick_blocks(scores, at, at, 1, None, tau, 1).long()
         chosen.append(torch.zeros(*ids.shape[:3], 65, device="cuda").scatter_(3, ids % 65, 1.0)[..., :64] > 0)
+        all_scores.append(scores)
+    assert not torch.equal(*all_scores)
     both, either = chosen[0] & chosen[1], chosen[0] | chosen[1]
-    assert least <= float(both.sum() / either.sum()) < 1
+    assert float(both.sum() / either.sum()) >= least
 
 
 @pytest.mark.cuda
