@@ -39,6 +39,8 @@ class InfLLM:
             that got most attention from the queries near them.
         share: which heads share a choice: `all` of a layer, or those of a `kv_head`.
         q_block: queries of a prompt that share a choice.
+        q_mean: of these, queries whose mean looks for blocks: what any of the means finds counts; None: all of them.
+            `place` only.
         resident_blocks: blocks that stay on the device, as in `HostLRU`.
         host_ram: most host memory, in bytes or as "32GiB"; None: no cap.
         disk: folder for a file in its place.
@@ -54,6 +56,7 @@ class InfLLM:
     by: Literal["place", "attention"] = "place"
     share: Literal["all", "kv_head"] = "all"
     q_block: int = 512
+    q_mean: int | None = None
     resident_blocks: int = 32
     host_ram: int | str | None = None
     disk: str | None = None
@@ -81,7 +84,7 @@ class InfLLM:
     def _scorer(self) -> RepresentativeShare | RepresentativeDot:
         if self.by == "attention":
             return RepresentativeDot(Representatives(self.block, self.representatives), self.q_block)
-        return RepresentativeShare(Means(self.block, self.block // self.representatives), self.q_block)
+        return RepresentativeShare(Means(self.block, self.block // self.representatives), self.q_block, self.q_mean)
 
     def _policy(self, local: int) -> HeadPolicy:
         reads = Selector(self._scorer, TopK(self.topk * self.block), self.init, local, self.share)
