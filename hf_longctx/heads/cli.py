@@ -193,7 +193,7 @@ def show(
     top: Annotated[int, typer.Option(help="Heads in a table, and to compare.")] = 10,
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")] = Path("heads.png"),
 ) -> None:
-    """Show the top heads of one or two files, whether they agree, and a map of layers and heads."""
+    """Show the top heads of one or two files, whether they agree, a map of layers and heads, and how gates lie."""
     from rich.console import Console
 
     from . import show as room
