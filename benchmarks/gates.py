@@ -63,9 +63,10 @@ def agreement(pattern: HeadPattern, path: Path) -> list[dict[str, Any]]:
     means = {tuple(map(int, name.split("-"))): (float(score),) for name, score in heads.items()}
     detected = to_pattern(HeadScores(means, path.stem), len(pattern.gates[0]))
     ours, theirs = show.values(pattern), show.values(detected)
+    top = min(20, len(ours))
     return [
         row("rank correlation with the detector", spearman(ours, theirs), "Spearman", heads=len(ours)),
-        row("top 20 in common with the detector's", overlap(ours, theirs, 20), "share", heads=len(ours)),
+        row(f"top {top} in common with the detector's", overlap(ours, theirs, top), "share", heads=len(ours)),
     ]
 
 

@@ -75,6 +75,7 @@ class InfLLM:
         self._policy(_LOCAL if self.local is None else self.local)
         for name, holds, wanted in (
             ("init", self.init % self.block == 0, f"in whole blocks of {self.block}"),
+            ("q_mean", self.q_mean is None or self.by == "place", "None beside by='attention'"),
             ("offload", self.offload or (self.host_ram or self.disk) is None, "True beside host_ram or disk"),
         ):
             if not holds:

@@ -286,6 +286,16 @@ def test_a_resumed_training_ends_as_one_that_was_never_interrupted(
     assert (broken / STATE_FILE).read_bytes() == (tmp_path / "whole" / STATE_FILE).read_bytes()
 
 
+@pytest.mark.cuda
+def test_no_length_of_a_lesson_is_compiled_for(tmp_path: Path, tiny: tuple[Any, Any], lessons: Lessons) -> None:
+    from torch._dynamo.utils import counters
+
+    before = dict(counters["stats"])
+    train.run(tiny[0].cuda(), lessons, QUICK, tmp_path)
+    assert len({len(lessons[i].ids) for i in range(QUICK.steps)}) > 2
+    assert dict(counters["stats"]) == before
+
+
 def test_a_damaged_state_is_named(tiny: tuple[Any, Any], lessons: Lessons, tmp_path: Path) -> None:
     (tmp_path / STATE_FILE).write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match=rf"{STATE_FILE}: expected a state of `heads train`"):
