@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--shortest", type=int, default=1024)
     parser.add_argument("--longest", type=int, default=4096)
     parser.add_argument("--keys", type=int, default=4)
-    parser.add_argument("--lengths", default="1k,2k,4k")
+    parser.add_argument("--lengths", default="2k,3k,4k", help="of prompts: far longer than what streaming heads see")
     parser.add_argument("--trials", type=int, default=10, help="for each length")
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--dtype", default="bfloat16")
