@@ -40,7 +40,8 @@ class Replay:
         own = self._lessons.get(tokens)
         if own is None:
             own = self._lessons[tokens] = Lesson(*(x.to(self._device, copy=True) for x in (lesson.ids, lesson.shares)))
-            return recorder.first(partial(self._run, own), self._device).clone()
+            out: Tensor = recorder.first(partial(self._run, own), self._device)
+            return out.clone()
         own.ids.copy_(lesson.ids)
         own.shares.copy_(lesson.shares)
         if tokens not in self._graphs:
@@ -50,4 +51,5 @@ class Replay:
                 self.reason = str(error).strip().partition("\n")[0]
                 self._graphs.clear()
                 return self._run(lesson)
-        return self._graphs[tokens].replay().clone()
+        replayed: Tensor = self._graphs[tokens].replay()
+        return replayed.clone()

@@ -8,7 +8,7 @@ clamped after each step, so that those that are written are in [0, 1]; streaming
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ class _Steps:
     settings: Settings
     here: Accelerator
     state: State
-    ahead: dict[int, Lesson] = field(default_factory=dict)
+    ahead: tuple[int, Lesson] | None = None  # its number, and the next one, made while the device was at work
 
     def __post_init__(self) -> None:
         self.replay = Replay(self._compare, self.model.device)
@@ -172,10 +172,9 @@ class _Steps:
         # Lessons are dealt out: two processes read in a step what one reads with `accumulate` twice as large.
         first = state.step * settings.accumulate
         numbers = [turn * here.num_processes + here.process_index for turn in range(first, first + settings.accumulate)]
-        read = (self.replay(self.ahead.pop(number, None) or self.lessons[number]) for number in numbers)
+        read = (self.replay(self.lesson(number)) for number in numbers)
         both: Tensor = here.reduce(sum(read) / settings.accumulate, "mean")
-        following = numbers[-1] + here.num_processes
-        self.ahead[following] = self.lessons[following]  # made while the device is at work
+        self.ahead = numbers[-1] + here.num_processes, self.lessons[numbers[-1] + here.num_processes]
         loss, *gradient = both.tolist()
         _check_finite(loss, gradient, state, settings)
         for group in state.optimizer.param_groups:
@@ -184,6 +183,10 @@ class _Steps:
         state.optimizer.step()
         state.gates.clamp()
         state.losses.append(loss)
+
+    def lesson(self, number: int) -> Lesson:
+        """The lesson of a number, which may be there already."""
+        return self.ahead[1] if self.ahead is not None and self.ahead[0] == number else self.lessons[number]
 
     def _compare(self, lesson: Lesson) -> Tensor:
         """The distance with a price for every gate that is open, and the gradient: `[1 + gates]`."""

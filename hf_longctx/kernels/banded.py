@@ -48,11 +48,11 @@ def attend_beyond(q: Tensor, k: Tensor, v: Tensor, scale: float, sink: int, wind
     (block, band), edge = _sizes(sink, window), edge_of(sink, window)
     rows, heads, tokens, _ = q.shape
     fill = (edge - tokens) % block
-    asked = pad(q[:, :, edge:], (0, 0, 0, fill)).unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)
+    asked = torch.unflatten(pad(q[:, :, edge:], (0, 0, 0, fill)), 2, (-1, block)).transpose(1, 2).flatten(0, 1)
     keys, values = (_bands(x, heads, sink, edge + block - band, fill, block, band) for x in (k, v))
     mask = _mask(sink, window, q.device, q.dtype)
-    out = scaled_dot_product_attention(asked, keys, values, attn_mask=mask[None, None], scale=scale)
-    return out.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)[:, :, : tokens - edge]
+    read = scaled_dot_product_attention(asked, keys, values, attn_mask=mask[None, None], scale=scale)
+    return torch.unflatten(read, 0, (rows, -1)).transpose(1, 2).flatten(2, 3)[:, :, : tokens - edge]
 
 
 def _bands(x: Tensor, heads: int, sink: int, start: int, fill: int, block: int, band: int) -> Tensor:

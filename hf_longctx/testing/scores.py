@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..plan import Selector
 from .scene import Scene
+from .storage import read_back
 
 
 def score(selector: Selector, scene: Scene, first: int, last: int, mass: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def shares(scene: Scene, first: int, last: int, far: range, summary: Any, mass: 
     """`[Hq, len(far)]`: of a softmax over the means of all far blocks, what those of each block have."""
     dots = [representative_dots(scene, first, last, j, summary, mass) for j in far]  # of each [Hq, n]
     weights = torch.cat(dots, 1).mul(scene.logits.scale).softmax(1)
-    return weights.unflatten(1, (len(far), -1)).sum(2)
+    return torch.unflatten(weights, 1, (len(far), -1)).sum(2)
 
 
 def upper_bound(scene: Scene, query: int, j: int, block: int, sub: int) -> Tensor:
@@ -73,11 +74,15 @@ def representative_dots(scene: Scene, first: int, last: int, j: int, summary: An
         kv = head // scene.per_kv
         of_block = range(j * summary.block, (j + 1) * summary.block)
         runs: list[Sequence[int]]
+        bits: int | None = None
         if type(summary).__name__ == "Means":
             runs = [of_block[i : i + summary.sub] for i in range(0, summary.block, summary.sub)]
+            bits = summary.bits
         else:
             runs = [sorted(of_block, key=lambda y: -float(mass[kv, y]))[: summary.count]]
-        products.append(torch.stack([(q[head] @ k[kv, list(run)].mean(0)).mean() for run in runs]))
+        entries = torch.stack([k[kv, list(run)].mean(0) for run in runs])
+        entries = entries if bits is None else read_back(entries, bits)
+        products.append((entries @ q[head].T).mean(1))
     return torch.stack(products)
 
 

@@ -104,7 +104,8 @@ def representatives(draw: st.DrawFn) -> Selector:
     """For both."""
     block = draw(BLOCKS)
     most = st.builds(Representatives, st.just(block), st.integers(1, min(4, block)))
-    runs = st.builds(Means, st.just(block), st.sampled_from([n for n in (1, 2, 4, block) if block % n == 0]))
+    sub = st.sampled_from([n for n in (1, 2, 4, block) if block % n == 0])
+    runs = st.builds(Means, st.just(block), sub, st.sampled_from([None, None, 8, 4]))
     summary = draw(most | runs)
     kind = draw(st.sampled_from([RepresentativeDot, RepresentativeShare]))
     scorer = kind(summary, draw(st.sampled_from([4, 6, 8])))

@@ -35,6 +35,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (Means, {"sub": 0}, "Means: expected sub as a whole number >= 1; got 0."),
     (Means, {"block": 128.0}, "Means: expected block as a whole number >= 1; got 128.0."),
     (Means, {"block": 16, "sub": 5}, "Means: expected a block of whole runs of keys; got block=16, sub=5."),
+    (Means, {"bits": 2}, "Means: expected bits of 4, 8 or None; got 2."),
     (Representatives, {"count": 0}, "Representatives: expected count as a whole number >= 1; got 0."),
     (Representatives, {"count": 4.0}, "Representatives: expected count as a whole number >= 1; got 4.0."),
     (Representatives, {"count": True}, "Representatives: expected count as a whole number >= 1; got True."),
