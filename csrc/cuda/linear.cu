@@ -5,9 +5,7 @@
 // Codes are operand a, tokens operand b: so a fragment of codes is as it was stored, and few tokens fill what they use.
 //   Integers in registers are unsigned, too large by 128 where there are two levels or 8 bits; the sum of the token's
 //   values, times that, goes off in the end.
-// Up to 32 tokens, and everywhere but on sm_90a: linear_few.cuh. Bound by: bytes of the weight, but for a matrix of
-//   Llama-3-8B rather by loads, sums and barriers that wait for each other: 64 us for the four of a layer and one token
-//   on an H200, 27 of them for the bytes.
+// Up to 16 tokens: linear_rows.cuh. Up to 32, and everywhere but on sm_90a: linear_few.cuh. Bound by: bytes of the weight.
 // More on sm_90a: linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens on an H200.
 #include <algorithm>
 #include <initializer_list>
@@ -15,44 +13,63 @@
 #include "linear_few.cuh"
 #include "linear_many.cuh"
 #include "linear_plan.h"
+#include "linear_rows.cuh"
 #include "tensor_map.cuh"
 
 namespace hfl {
 namespace {
 
+enum class Kind { ROWS, FEW, MANY };
+
 struct Kernel {
   const void* function;
-  int tokens, threads, bytes;  // of a tile; of a block
-  bool many;
+  int tokens, threads, bytes;  // of a tile, or at most; of a block
+  Kind kind;
+  int rows;  // of a tile
 };
 
+constexpr int SHARED = 113 * 1024;  // of a block of which two fit on a multiprocessor
+
+int chunks_of(const hfl_linear& a) { return (a.columns + 127) / 128 * (a.bits / 4); }
+
+template <Form F, int MT, bool STREAM>
+Kernel rows(const hfl_linear& a, int tokens) {
+  using R = RowsRoom<F, MT, STREAM>;
+  const int bytes = rows_bytes<F, MT, STREAM>(chunks_of(a), std::min(a.tokens, tokens));
+  return {reinterpret_cast<const void*>(&linear_rows_kernel<F, MT, STREAM>), 8 * MT, R::THREADS, bytes, Kind::ROWS,
+          R::ROWS};
+}
+template <Form F, int MT>
+Kernel rows(const hfl_linear& a, int shared_bytes) {
+  const Kernel kept = rows<F, MT, false>(a, 8 * MT);
+  return kept.bytes <= std::min(SHARED, shared_bytes) ? kept : rows<F, MT, true>(a, 8 * MT);
+}
 template <Form F, int MT>
 Kernel few() {
   using R = FewRoom<F, MT>;
-  return {reinterpret_cast<const void*>(&linear_few_kernel<F, MT>), 8 * MT, R::THREADS, R::BYTES, false};
-}
-template <Form F>
-Kernel few(int tokens) {
-  if (tokens <= 8) return few<F, 1>();
-  if (tokens <= 16) return few<F, 2>();
-  return tokens <= 32 ? few<F, 4>() : few<F, 8>();
+  return {reinterpret_cast<const void*>(&linear_few_kernel<F, MT>), 8 * MT, R::THREADS, R::BYTES, Kind::FEW, TILE_ROWS};
 }
 template <Form F, int T>
 Kernel many() {
   using R = ManyRoom<F, T>;
-  return {reinterpret_cast<const void*>(&linear_many_kernel<F, T>), T, R::THREADS, R::BYTES, true};
+  return {reinterpret_cast<const void*>(&linear_many_kernel<F, T>), T, R::THREADS, R::BYTES, Kind::MANY, TILE_ROWS};
 }
-// tokens: of the call, or of a tile where there are many.
+
+// The first that a device has shared memory for.
 template <Form F>
-Kernel of_form(int tokens, bool is_many) {
-  if (!is_many) return few<F>(tokens);
+Kernel few(const hfl_linear& a, int shared_bytes) {
+  if (a.tokens > 32 && few<F, 8>().bytes <= shared_bytes) return few<F, 8>();
+  if (a.tokens > 16 && few<F, 4>().bytes <= shared_bytes) return few<F, 4>();
+  if (a.tokens > 8) {
+    const Kernel found = rows<F, 2>(a, shared_bytes);
+    if (found.bytes <= shared_bytes) return found;
+  }
+  return rows<F, 1>(a, shared_bytes);
+}
+template <Form F>
+Kernel many(int tokens) {
   if (tokens == 64) return many<F, 64>();
   return tokens == 128 ? many<F, 128>() : many<F, 256>();
-}
-Kernel kernel_of(const hfl_linear& a, int tokens, bool is_many) {
-  if (a.bits == 8) return of_form<Form::BYTES>(tokens, is_many);
-  if (a.group == 0) return of_form<Form::CHANNEL>(tokens, is_many);
-  return a.group == 128 ? of_form<Form::GROUP>(tokens, is_many) : of_form<Form::FINE>(tokens, is_many);
 }
 
 struct Device {
@@ -72,31 +89,36 @@ ManyPlan plan_of(const hfl_linear& a, int processors) {
   return plan_many(a.tokens, (a.rows + TILE_ROWS - 1) / TILE_ROWS, (a.columns + 127) / 128, processors);
 }
 
-// The kernel that takes the call: of many tokens only where the device runs it.
-Kernel choose(const hfl_linear& a, const Device& device) {
+template <Form F>
+Kernel of_form(const hfl_linear& a, const Device& device) {
   if (a.tokens > a.few) {
-    const Kernel kernel = kernel_of(a, plan_of(a, device.processors).tokens, true);
+    const Kernel kernel = many<F>(plan_of(a, device.processors).tokens);
     cudaFuncAttributes found;
     if (cudaFuncGetAttributes(&found, kernel.function) == cudaSuccess && found.sharedSizeBytes) return kernel;
   }
-  Kernel kernel = kernel_of(a, a.tokens, false);
-  while (kernel.bytes > device.shared_bytes && kernel.tokens > 8) kernel = kernel_of(a, kernel.tokens / 2, false);
-  return kernel;
+  return few<F>(a, device.shared_bytes);
+}
+
+// The kernel that takes the call: of many tokens only where the device runs it.
+Kernel choose(const hfl_linear& a, const Device& device) {
+  if (a.bits == 8) return of_form<Form::BYTES>(a, device);
+  if (a.group == 0) return of_form<Form::CHANNEL>(a, device);
+  return a.group == 128 ? of_form<Form::GROUP>(a, device) : of_form<Form::FINE>(a, device);
 }
 
 LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
   LinearTask p = {};
-  const int runs = (a.columns + 127) / 128;  // of 128 columns
+  const bool many = kernel.kind == Kind::MANY;
   p.a = a, p.panels = (a.rows + PANEL - 1) / PANEL;
-  p.chunks = a.bits == 8 ? 2 * runs : runs;
+  p.chunks = chunks_of(a);
   p.groups = a.group ? 128 / a.group : 0;
   p.bias = a.group || a.bits == 8 ? 128 : 0;
-  p.tokens = kernel.many ? a.tokens : std::min(a.tokens, kernel.tokens);
-  p.row_tiles = (a.rows + TILE_ROWS - 1) / TILE_ROWS;
+  p.tokens = many ? a.tokens : std::min(a.tokens, kernel.tokens);
+  p.row_tiles = (a.rows + kernel.rows - 1) / kernel.rows;
   p.token_tiles = (p.tokens + kernel.tokens - 1) / kernel.tokens;
   const int tiles = p.row_tiles * p.token_tiles;
-  p.steps = kernel.many ? runs : (p.chunks + 1) / 2;
-  p.split_tiles = kernel.many ? plan_of(a, processors).split_tiles : tiles;
+  p.steps = many ? (a.columns + 127) / 128 : (p.chunks + 1) / 2;
+  p.split_tiles = many ? plan_of(a, processors).split_tiles : kernel.kind == Kind::FEW ? tiles : 0;
   p.whole_tiles = tiles - p.split_tiles;
   p.shares = static_cast<int>(std::min<int64_t>(static_cast<int64_t>(p.split_tiles) * p.steps, processors));
   const int counters = (p.split_tiles + 31) / 32 * 32;
@@ -147,14 +169,14 @@ const char* run(const hfl_linear& a) {
     return "w4a8_linear: expected fewer than 2^30 steps of 128 rows and columns";
   }
   CUtensorMap map;
-  if (kernel.many && !map_tokens(map, a, kernel.tokens)) return "w4a8_linear: the driver makes no map of the tokens";
+  if (kernel.kind == Kind::MANY && !map_tokens(map, a, kernel.tokens)) return "w4a8_linear: the driver makes no map of the tokens";
   if (p.split_tiles && !a.scratch) return "w4a8_linear: expected scratch memory";
   cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes);
   if (error == cudaSuccess) error = keep_shared(kernel.function);
   const dim3 grid(static_cast<unsigned>(std::max(p.shares, std::min(p.whole_tiles, device.processors))));
   void* arguments[] = {&p, &map};  // a kernel of few tokens has one parameter
   for (; error == cudaSuccess && p.tokens_from < a.tokens; p.tokens_from += p.tokens) {
-    if (!kernel.many) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);
+    if (kernel.kind != Kind::MANY) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);
     if (a.ahead || p.tokens_from) {
       error = launch(kernel.function, grid, kernel.threads, static_cast<size_t>(kernel.bytes), a.stream, arguments);
     } else {

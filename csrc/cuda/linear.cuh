@@ -66,8 +66,22 @@ __device__ __forceinline__ uint4 load_shared(uint32_t at) {
 }
 __device__ __forceinline__ uint32_t load_word(uint32_t at) {
   uint32_t x;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at));
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
   return x;
+}
+__device__ __forceinline__ void store_word(uint32_t at, int x) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+}
+__device__ __forceinline__ void add_shared(uint32_t at, int x) {
+  asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+}
+
+// a is unsigned, b signed: c[16, 8] += a[16, 32] b[32, 8]
+__device__ __forceinline__ void mma_u8(int (&c)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // What belongs to a token, and to a row of the weight.

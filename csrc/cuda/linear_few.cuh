@@ -1,10 +1,9 @@
-// w4a8_linear of up to 64 tokens: weights go once from memory to the tensor cores. linear.cu says what it computes.
+// w4a8_linear of 17 to 64 tokens: weights go once from memory to the tensor cores. linear.cu says what it computes.
 //
 // Work: tiles of 128 rows, in steps of two chunks of columns, of which every block has equally many in a row; sums of a
 //   tile that is shared are added in memory, exactly, and who adds last computes the results.
-// Block: a warp has 32 rows (64 where there are more than 16 tokens) and one of the two chunks, whose codes it copies
-//   itself, some steps ahead; tokens are copied by all. Two blocks fit on a multiprocessor, so that the next kernel's
-//   codes come while this one ends.
+// Block: a warp has 64 rows and one of the two chunks, whose codes it copies itself, some steps ahead; tokens are copied
+//   by all. Two blocks fit on a multiprocessor, so that the next kernel's codes come while this one ends.
 // Products: mma.m16n8k32, codes as operand a, which one mask takes out of 16 stored bytes.
 // Shared memory: STAGES times codes, scales and tokens of a step, up to 110 KiB.
 #pragma once
@@ -14,7 +13,7 @@ namespace hfl {
 
 template <Form F, int MT>
 struct FewRoom {
-  static constexpr int TILES = MT >= 4 ? 4 : 2;  // of 16 rows, of a warp
+  static constexpr int TILES = 4;  // of 16 rows, of a warp
   static constexpr int WARPS = 16 / TILES, THREADS = WARPS * 32;
   static constexpr int CHUNK = F == Form::BYTES ? 64 : 128;  // columns
   static constexpr int LINE = 2 * CHUNK;                     // bytes of a token
@@ -24,14 +23,6 @@ struct FewRoom {
   static constexpr int STAGES = 110 * 1024 / STAGE < 6 ? 110 * 1024 / STAGE : 6;
   static constexpr int BYTES = STAGES * STAGE;
 };
-
-// a is unsigned, b signed: c[16, 8] += a[16, 32] b[32, 8]
-__device__ __forceinline__ void mma_u8(int (&c)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 template <Form F, int MT>
 struct FewBlock {

@@ -59,6 +59,7 @@ class QoQLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.width = in_features  # input channels that are here: fewer where processes share a layer
         self.wbits, self.group_size = config.wbits, config.group_size
         panels, columns = -(-out_features // ROWS), -(-in_features // COLUMNS) * COLUMNS
         self.weight = _fixed(torch.empty(panels, ROWS * columns * config.wbits // 8, dtype=torch.uint8, device=device))
@@ -91,7 +92,7 @@ class QoQLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """The weight as kernels take it; no copy."""
         codes = self.weight.view(len(self.weight) * ROWS, -1)
-        return PackedWeight(codes, self.weight_scale, self.weight_shift, self.weight_groups, self.in_features)
+        return PackedWeight(codes, self.weight_scale, self.weight_shift, self.weight_groups, self.width)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the weight stands for: `[N, K]`."""
@@ -117,7 +118,7 @@ class QoQLinear(nn.Module):
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         out = w4a8_linear(_tokens(x, id(self)), self.packed, bias, x.dtype)
-        return out.view(*x.shape[:-1], self.out_features)
+        return out.view(*x.shape[:-1], len(self.weight_scale))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QoQLinear:
         """Move to a device; scales stay float32 whatever dtype the model is brought to."""

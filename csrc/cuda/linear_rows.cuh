@@ -1,0 +1,246 @@
+// w4a8_linear of up to 16 tokens: no two blocks share a row of the weight, so that nothing is added in memory. linear.cu
+// says what it computes.
+//
+// Work: units of 16 rows (32 where tokens do not stay in shared memory), one of each block after the other. Of the 4096,
+//   6144, 14336 and 28672 rows of a Llama-3-8B layer, 132 multiprocessors get equally many, but for 3 %.
+// Block: of a unit, every warp has each eighth chunk of columns; it copies the codes, scales and tokens of those itself,
+//   some chunks ahead and over the end of a unit, and waits for no other warp but once a unit, when sums are added in
+//   shared memory. Two blocks fit on a multiprocessor, so that the next kernel's codes come while this one ends.
+// Products: mma.m16n8k32, codes as operand a, which one mask takes out of 16 stored bytes.
+// Shared memory: codes and scales of STAGES chunks of each warp; tokens, all of them or of as many chunks; up to 113 KiB.
+#pragma once
+#include "linear.cuh"
+
+namespace hfl {
+
+// STREAM: tokens are copied again for every unit.
+template <Form F, int MT, bool STREAM>
+struct RowsRoom {
+  static constexpr int WARPS = 8, THREADS = WARPS * 32;
+  static constexpr int TILES = STREAM ? 2 : 1, ROWS = 16 * TILES;           // of a unit
+  static constexpr int CHUNK = F == Form::BYTES ? 64 : 128;                 // columns, and bytes of a token
+  static constexpr int LEVELS = F == Form::GROUP ? 32 : F == Form::FINE ? 128 : 0;  // of a tile
+  static constexpr int TILE = 1024 + LEVELS, STAGE = TILES * TILE;
+  static constexpr int STAGES = STREAM ? 3 : MT == 1 ? 9 : 5;
+  static constexpr int RING = WARPS * STAGES * STAGE;
+  static constexpr int LINE = ROWS + 4, SUMS = 8 * MT * LINE;               // of a token, so that banks differ; of a unit
+  static constexpr int EACH = (8 * MT * ROWS + THREADS - 1) / THREADS;      // results of a thread
+  static constexpr int BYTES = RING + 2 * SUMS * 4;                         // without tokens
+};
+
+// How many chunks of tokens a warp has room for.
+template <Form F, int MT, bool STREAM>
+__host__ __device__ __forceinline__ int rows_slots(int chunks) {
+  using R = RowsRoom<F, MT, STREAM>;
+  return STREAM ? R::STAGES : (chunks + R::WARPS - 1) / R::WARPS;
+}
+template <Form F, int MT, bool STREAM>
+inline int rows_bytes(int chunks, int tokens) {
+  using R = RowsRoom<F, MT, STREAM>;
+  return R::BYTES + R::WARPS * rows_slots<F, MT, STREAM>(chunks) * tokens * R::CHUNK;
+}
+
+template <Form F, int MT, bool STREAM>
+struct RowsBlock {
+  using R = RowsRoom<F, MT, STREAM>;
+  const LinearTask& p;
+  uint32_t ring, tokens, sums;  // of this warp; of this warp; of the block
+  int warp, lane;
+  int acc[R::TILES][MT][4];
+
+  __device__ RowsBlock(const LinearTask& p_, uint32_t base)
+      : p(p_), sums(base + R::RING), warp(static_cast<int>(threadIdx.x) / 32),
+        lane(static_cast<int>(threadIdx.x) % 32) {
+    ring = base + warp * R::STAGES * R::STAGE;
+    tokens = base + R::BYTES + warp * rows_slots<F, MT, STREAM>(p.chunks) * p.tokens * R::CHUNK;
+    clear();
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < R::TILES; ++i) {
+#pragma unroll
+      for (int m = 0; m < MT; ++m) acc[i][m][0] = acc[i][m][1] = acc[i][m][2] = acc[i][m][3] = 0;
+    }
+  }
+
+  // Sums of both units at a time begin with nothing.
+  __device__ __forceinline__ void clear_sums() const {
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * R::SUMS; i += R::THREADS) store_word(sums + i * 4, 0);
+  }
+
+  __device__ __forceinline__ void copy_codes(int stage, int unit, int chunk) const {
+#pragma unroll
+    for (int i = 0; i < R::TILES; ++i) {
+      const int tile = unit * R::TILES + i, panel = tile / 4, part = tile % 4;
+      const bool there = R::TILES == 1 || panel < p.panels;
+      const int64_t run = there ? static_cast<int64_t>(panel) * p.chunks + chunk : 0;
+      const uint8_t* from = p.a.codes + run * CHUNK_BYTES + part * 1024 + lane * 16;
+      const uint32_t to = ring + stage * R::STAGE + i * R::TILE + lane * 16;
+      copy_async(to, from, there);
+      copy_async(to + 512, from + 512, there);
+      if constexpr (R::LEVELS != 0) {
+        const uint8_t* levels = p.a.groups + (run * p.groups + lane / 2) * (2 * PANEL) + part * 32;
+        if (lane < 2 * p.groups) copy_async(to + 1024, levels + lane % 2 * 16, there);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static int turn(int token) { return R::CHUNK == 128 ? token % 8 : token / 2 % 4; }
+
+  __device__ __forceinline__ void copy_tokens(int slot, int chunk) const {
+    constexpr int PIECES = R::CHUNK / 16;
+    const uint32_t to = tokens + slot * p.tokens * R::CHUNK;
+    const int8_t* from = p.a.values + static_cast<int64_t>(p.tokens_from) * p.a.columns;
+    for (int i = lane; i < p.tokens * PIECES; i += 32) {
+      const int m = i / PIECES, piece = i % PIECES, column = chunk * R::CHUNK + piece * 16;
+      const bool there = column < p.a.columns;
+      const int64_t at = there ? static_cast<int64_t>(m) * p.a.columns + column : 0;
+      copy_async(to + m * R::CHUNK + (piece ^ turn(m)) * 16, from + at, there);
+    }
+  }
+
+  // 64 columns of the chunk: two registers for each of 32, of token tile m; of no more tokens than there are.
+  __device__ __forceinline__ void operand(uint32_t (&b)[4], int slot, int m, int half) const {
+    const int token = min(m * 8 + lane % 8, p.tokens - 1), piece = half * 4 + lane / 8;
+    load_matrices(b, tokens + (slot * p.tokens + token) * R::CHUNK + (piece ^ turn(token)) * 16);
+  }
+
+  // Operand a of 64 columns of a tile.
+  __device__ __forceinline__ void codes(uint32_t (&a)[8], int stage, int i, int half) const {
+    const uint32_t tile = ring + stage * R::STAGE + i * R::TILE, at = tile + lane * 16;
+    if constexpr (F == Form::BYTES) {
+      const uint4 x = load_shared(at), y = load_shared(at + 512);
+      a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w, a[4] = y.x, a[5] = y.y, a[6] = y.z, a[7] = y.w;
+    } else {
+      const uint4 x = load_shared(at + half * 512);
+      if constexpr (F == Form::CHANNEL) {
+        expand(a, x.x, x.y), expand(a + 4, x.z, x.w);
+      } else {
+        const uint32_t levels = tile + 1024 + lane / 4 * 4;
+        const Levels first(load_word(levels + (F == Form::FINE ? 2 * half * p.groups / 4 * 32 : 0)));
+        expand(a, x.x, x.y, first);
+        expand(a + 4, x.z, x.w,
+               F == Form::FINE ? Levels(load_word(levels + (2 * half + 1) * p.groups / 4 * 32)) : first);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply(int stage, int slot) {
+#pragma unroll
+    for (int half = 0; half < R::CHUNK / 64; ++half) {
+      uint32_t a[R::TILES][8];
+#pragma unroll
+      for (int i = 0; i < R::TILES; ++i) codes(a[i], stage, i, half);
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        uint32_t b[4];
+        operand(b, slot, m, half);
+#pragma unroll
+        for (int i = 0; i < R::TILES; ++i) mma_u8(acc[i][m], a[i], b[0], b[1]);
+#pragma unroll
+        for (int i = 0; i < R::TILES; ++i) mma_u8(acc[i][m], a[i] + 4, b[2], b[3]);
+      }
+    }
+  }
+
+  // Add this warp's sums to the unit's.
+  __device__ __forceinline__ void add(uint32_t to) {
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int token = m * 8 + lane % 4 * 2 + r % 2;
+        if (token >= p.tokens) continue;
+#pragma unroll
+        for (int i = 0; i < R::TILES; ++i) {
+          add_shared(to + (token * R::LINE + i * 16 + lane / 4 + r / 2 * 8) * 4, acc[i][m][r]);
+        }
+      }
+    }
+    clear();
+  }
+
+  // Results of a unit whose sums are complete, which become zero.
+  __device__ __forceinline__ void finish(uint32_t from, int n, const OfRow& row, const OfToken (&of)[R::EACH]) const {
+    const int first = static_cast<int>(threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < R::EACH; ++i) {
+      const int m = first / R::ROWS + i * (R::THREADS / R::ROWS);
+      if (m >= p.tokens) break;
+      const uint32_t at = from + (m * R::LINE + first % R::ROWS) * 4;
+      const float y = result(static_cast<int>(load_word(at)), of[i], row);
+      store_word(at, 0);
+      if (n < p.a.rows) *place_of(p, m, n) = static_cast<uint16_t>(pack_results(p, y, 0.0f));
+    }
+  }
+};
+
+// Chunks of this warp, unit after unit.
+struct RowsCursor {
+  int unit, chunk, slot;
+  __device__ __forceinline__ void next(const LinearTask& p, int warps, int warp) {
+    chunk += warps, ++slot;
+    if (chunk >= p.chunks) chunk = warp, slot = 0, unit += static_cast<int>(gridDim.x);
+  }
+  __device__ __forceinline__ bool there(const LinearTask& p) const { return chunk < p.chunks && unit < p.whole_tiles; }
+};
+
+template <Form F, int MT, bool STREAM>
+__global__ void __launch_bounds__(256, 2) linear_rows_kernel(const __grid_constant__ LinearTask p) {
+  using R = RowsRoom<F, MT, STREAM>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  let_next_begin();
+  RowsBlock<F, MT, STREAM> block(p, shared_address(shared));
+  const RowsCursor first = {static_cast<int>(blockIdx.x), block.warp, 0};
+  RowsCursor ahead = first;
+#pragma unroll 1
+  for (int i = 0; i < R::STAGES && ahead.there(p); ++i) {  // codes need not wait for the tokens
+    block.copy_codes(i, ahead.unit, ahead.chunk);
+    ahead.next(p, R::WARPS, block.warp);
+  }
+  block.clear_sums();
+  wait_for_last();
+  RowsCursor behind = first;
+#pragma unroll 1
+  for (int i = 0; i < (STREAM ? R::STAGES : p.chunks) && behind.there(p); ++i) {
+    if (!STREAM && behind.unit != first.unit) break;
+    block.copy_tokens(i, behind.chunk);
+    behind.next(p, R::WARPS, block.warp);
+  }
+  copy_commit();
+  OfToken tokens[R::EACH];
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < R::EACH; ++i) tokens[i] = token_of(p, thread / R::ROWS + i * (R::THREADS / R::ROWS));
+  copy_wait<0>();
+  __syncthreads();
+  int stage = 0, turn = 0;
+#pragma unroll 1
+  for (int unit = first.unit; unit < p.whole_tiles; unit += static_cast<int>(gridDim.x)) {
+    const int n = unit * R::ROWS + thread % R::ROWS;
+    const OfRow row = row_of(p, n);
+    int slot = 0;
+#pragma unroll 1
+    for (int chunk = block.warp; chunk < p.chunks; chunk += R::WARPS, ++slot) {
+      copy_wait<R::STAGES - 1>();
+      __syncwarp();
+      block.multiply(stage, STREAM ? stage : slot);
+      __syncwarp();
+      if (ahead.there(p)) {
+        block.copy_codes(stage, ahead.unit, ahead.chunk);
+        if (STREAM) block.copy_tokens(stage, ahead.chunk);
+        ahead.next(p, R::WARPS, block.warp);
+      }
+      copy_commit();
+      if (++stage == R::STAGES) stage = 0;
+    }
+    const uint32_t sums = block.sums + turn * R::SUMS * 4;
+    block.add(sums);
+    __syncthreads();
+    block.finish(sums, n, row, tokens);
+    turn ^= 1;
+  }
+}
+
+}  // namespace hfl
