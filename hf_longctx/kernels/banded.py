@@ -6,7 +6,7 @@ that all blocks are a batch of one call under one mask.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def _sizes(sink: int, window: int) -> tuple[int, int]:
     return block, window - 1 + block + (1 - window - block - sink) % ALIGN
 
 
-@lru_cache(maxsize=16)
+@cache  # never let go: what was recorded reads it where it is
 def _mask(sink: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`[block, sink + band]`, 0 where a query of a block sees a key and -inf elsewhere; made once for all layers."""
     block, band = _sizes(sink, window)
