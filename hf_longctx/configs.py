@@ -27,6 +27,8 @@ def read_config(source: str | Path | None) -> Any:
     here = assets.fetch() if source is None else Path(source).expanduser()
     place: str | Path = here if here.exists() else str(source)
     kwargs: dict[str, Any] = {}
+    if here.suffix in (".json", ".gguf") and not here.is_file():
+        raise assets.AssetError(f"config of '{source}': expected a file; there is none. {_ADVICE}")
     if here.is_file() and here.suffix == ".gguf":
         place, kwargs["gguf_file"] = here.parent, here.name
     try:

@@ -62,6 +62,9 @@ class Row:
     dense_score: float | None = None
     error: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefill_runs_s", tuple(self.prefill_runs_s))  # a list in JSON
+
 
 def of_costs(method: str, length: int, batch: int, tokens: int, costs: list[Cost], score: float | None) -> Row:
     """The row of some runs; the baseline's columns are empty."""

@@ -39,10 +39,10 @@ def others(names: str) -> list[peers.Peer]:
 def test_every_cell_has_a_row_beside_dense(tiny: tuple[Any, Any], tmp_path: Path) -> None:
     loaded, tokenizer = tiny
     wanted = "streaming_llm(sinks=4,window=60)"
-    rows = model.run(loaded, tokenizer, wanted, others("unpatched,hf:static"), [200, 128], SETTINGS, tmp_path)
+    rows = model.run(loaded, tokenizer, wanted, others("unpatched,hf:static"), [300, 280], SETTINGS, tmp_path)
     assert state_of(loaded) is None
     names = ["dense", wanted, "unpatched", "hf:static"]
-    assert [(row.length, row.method) for row in rows] == [(n, name) for n in (128, 200) for name in names]
+    assert [(row.length, row.method) for row in rows] == [(n, name) for n in (280, 300) for name in names]
     for row in rows:
         dense = next(base for base in rows if base.length == row.length and base.method == "dense")
         assert row.error is None
@@ -53,8 +53,8 @@ def test_every_cell_has_a_row_beside_dense(tiny: tuple[Any, Any], tmp_path: Path
         assert len(row.prefill_runs_s) == 2
         assert row.score == 0.0
         assert row.peak_bytes is None
-    by_name = {row.method: row.kv_bytes for row in rows if row.length == 200}
-    assert by_name["unpatched"] == A_TOKEN * (200 + NEW)
+    by_name = {row.method: row.kv_bytes for row in rows if row.length == 300}
+    assert by_name["unpatched"] == A_TOKEN * (300 + NEW)
     assert by_name[wanted] < 0.5 * by_name["unpatched"]
     assert by_name["dense"] >= by_name["unpatched"]
     written = [json.loads(line) for line in (tmp_path / "bench_model.jsonl").read_text().splitlines()]
@@ -113,15 +113,15 @@ def test_keys_that_are_found_are_counted(
     tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, tokenizer = tiny
-    prompts = list(model._prompts(loaded, tokenizer, 150, Settings(tokens=3, runs=1, batch=2)))
+    prompts = list(model._prompts(loaded, tokenizer, 290, Settings(tokens=3, runs=1, batch=2)))
     ((ids, keys),) = prompts
-    assert ids.shape == (2, 150)
+    assert ids.shape == (2, 290)
     assert keys[0] != keys[1]
     said = [tokenizer(f" {key} is it.", add_special_tokens=False)["input_ids"] for key in (keys[0], "12345")]
     said[1] += [0] * (len(said[0]) - len(said[1]))
     found = cost.Cost(1.0, 1.0, (1.0, 2.0), 8, 0, 16, None, None, torch.tensor(said)[:, : len(said[0])])
     monkeypatch.setattr(cost, "cost", lambda *args: found)
-    (row,) = model.run(loaded, tokenizer, "dense", [], [150], Settings(tokens=3, runs=1, batch=2), tmp_path)
+    (row,) = model.run(loaded, tokenizer, "dense", [], [290], Settings(tokens=3, runs=1, batch=2), tmp_path)
     assert row.score == 0.5
     assert row.kv_share == 0.5
 
@@ -195,7 +195,7 @@ def test_both_plots_show_every_method(tmp_path: Path) -> None:
 @pytest.mark.parametrize("random", [True, False])
 def test_the_command(call: Any, folder: Path, config: Path, tmp_path: Path, random: bool) -> None:
     source = ("--random", "-m", str(config)) if random else ("-m", str(folder))
-    sizes = ("--methods", "quest(token_budget=32)", "--lengths", "100,150", "--tokens", "2", "--runs", "1")
+    sizes = ("--methods", "quest(token_budget=48)", "--lengths", "280,300", "--tokens", "2", "--runs", "1")
     code, out, err = call("bench", "model", *source, *sizes, "--device", "cpu", "-o", str(tmp_path / "o"))
     assert code == 0, err
     assert {path.name for path in (tmp_path / "o").iterdir()} == {
@@ -203,9 +203,9 @@ def test_the_command(call: Any, folder: Path, config: Path, tmp_path: Path, rand
     }  # fmt: skip
     assert len((tmp_path / "o" / "bench_model.jsonl").read_text().splitlines()) == 6
     found = json.loads((tmp_path / "o" / "bench_model_crossover.json").read_text())
-    assert [one["method"] for one in found] == ["quest(token_budget=32)", "unpatched"]
-    assert "quest(token_budget=32): decodes" in out
-    assert "150 tokens" in out
+    assert [one["method"] for one in found] == ["quest(token_budget=48)", "unpatched"]
+    assert "quest(token_budget=48): decodes" in out
+    assert "300 tokens" in out
     assert ("found" in out) is not random
     assert str(tmp_path) not in (tmp_path / "o" / "run_meta.json").read_text()
 

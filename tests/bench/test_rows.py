@@ -49,7 +49,7 @@ def test_medians_and_tenths_are_over_all_steps() -> None:
         return Cost(prefill, prefill + 1, gaps, 50, 7, 100, peak, None, torch.zeros(1, 1))
 
     made = of_costs("x", 64, 2, 5, [cost(3, (1, 2, 3, 4, 5), 10), cost(9, (6, 7, 8, 9, 10, 11), 30)], 0.5)
-    assert (made.prefill_s, made.prefill_runs_s, made.ttft_s) == (6, [3, 9], 7)
+    assert (made.prefill_s, made.prefill_runs_s, made.ttft_s) == (6, (3, 9), 7)
     assert (made.token_p10_ms, made.token_ms, made.token_p90_ms) == (2, 6, 10)
     assert made.tokens_per_s == pytest.approx(2000 / 6)
     assert (made.kv_bytes, made.host_bytes, made.kv_share, made.peak_bytes, made.score) == (50, 7, 0.5, 30, 0.5)
