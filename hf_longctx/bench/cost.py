@@ -63,9 +63,9 @@ def cost(model: Any, ids: Tensor, tokens: int, extra: dict[str, Any]) -> Cost:
         tokens: decode steps that are counted.
         extra: for `generate`.
     """
-    free()
     on_gpu = ids.is_cuda
     if on_gpu:
+        free()  # a cache may be part of a cycle, and would count for the next
         torch.cuda.reset_peak_memory_stats(ids.device)
         torch.cuda.synchronize(ids.device)
     start = time.perf_counter()
