@@ -20,7 +20,11 @@ def run(call):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ((), ("doctor", "demo", "eval")),
+        ((), ("doctor", "demo", "eval", "bench", "plan")),
+        (("plan",), ("--context", "--batch", "--memory", "--json", "config.json")),
+        (("bench",), ("model", "op")),
+        (("bench", "model"), ("--methods", "--lengths", "--peers", "--random", "--resume", "kvpress:snapkv")),
+        (("bench", "op"), ("--lengths", "--bits", "attend_chosen", "antidiagonal")),
         (("doctor",), ("--json",)),
         (("demo",), ("--length", "--sparsity", "SmolLM2-135M-Instruct")),
         (("eval",), ("ppl", "needle", "passkey", "ruler", "stream")),

@@ -20,33 +20,33 @@ def _bench() -> None:
     """Time a model, or one operation, beside dense and what others have."""
 
 
+_Source = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Hub id, folder or .gguf; with --random a config.json will do.",
+        show_default="SmolLM2-135M-Instruct",
+    ),
+]
+_Methods = Annotated[str, typer.Option(help="Methods, knobs in parentheses; dense runs in any case.")]
+_Lengths = Annotated[str, typer.Option(help="Tokens in a prompt, with commas between; 1k is 1024, 1m 1024 times that.")]
+_Peers = Annotated[
+    str, typer.Option(help="Others: unpatched, hf:static, hf:offloaded, hf:quantized, kvpress:snapkv; all; none.")
+]
+_Random = Annotated[bool, typer.Option("--random", help="Random weights and prompts, from the configuration alone.")]
+
+
 @app.command()
 def model(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Hub id, folder or .gguf; with --random a config.json will do.",
-            show_default="SmolLM2-135M-Instruct",
-        ),
-    ] = None,
-    methods: Annotated[
-        str, typer.Option(help="Methods with commas between, knobs in parentheses; dense runs in any case.")
-    ] = "dense,quest,streaming_llm",
-    lengths: Annotated[
-        str, typer.Option(help="Tokens in a prompt, with commas between; 1k is 1024, 1m a million.")
-    ] = "1k,2k,4k",
-    peers: Annotated[
-        str,
-        typer.Option(help="Others: unpatched, hf:static, hf:offloaded, hf:quantized, kvpress:snapkv; all; none."),
-    ] = "unpatched",
+    model: _Source = None,
+    methods: _Methods = "dense,quest,streaming_llm",
+    lengths: _Lengths = "1k,2k,4k",
+    peers: _Peers = "unpatched",
     tokens: Annotated[int, typer.Option(help="Decode steps that are counted in a run.")] = 64,
     runs: Annotated[int, typer.Option(help="Prompts of each length, one after the other.")] = 3,
     batch: Annotated[int, typer.Option(help="Prompts of one length that run together.")] = 1,
-    random: Annotated[
-        bool, typer.Option("--random", help="Random weights and prompts, from the configuration alone.")
-    ] = False,
+    random: _Random = False,
     seed: Annotated[int, typer.Option(help="Draws prompts, and random weights.")] = 0,
     text: Text = None,
     device: Device = "auto",
@@ -63,26 +63,21 @@ def model(
 
     console = Console()
     with console.status("Loading the libraries"):
-        from ..configs import build
         from ..evals import assets, grammar
         from ..evals import text as texts
         from . import model as cells
+        from . import show
         from .peers import choose
-        from .show import publish
     quiet()
     grammar.methods(methods)
     texts.read(text)
     sizes, settings = grammar.lengths(lengths), cells.Settings(tokens, runs, batch, seed, text)
-    place = assets.pick_device(device)
-    others, absent = choose(peers, place)
+    others, absent = choose(peers, assets.pick_device(device))
     for line in absent:
         console.print(line, style="yellow", markup=False)
-    if random:
-        loaded, tokenizer = build(model, dtype, place, seed), None
-    else:
-        loaded, tokenizer = assets.load(model, dtype, device, on_step=console.print)
+    loaded, tokenizer = cells.load(model, dtype, device, seed if random else None, console)
     rows = cells.run(loaded, tokenizer, methods, others, sizes, settings, out, resume, console)
-    publish(rows, out, cells.title(loaded, settings), console)
+    show.publish(rows, out, cells.title(loaded, settings), console)
 
 
 @app.command()

@@ -14,6 +14,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..configs import build
+from ..evals import assets
 from ..evals import text as texts
 from ..evals.grammar import Choice
 from ..evals.journal import Journal
@@ -107,6 +109,13 @@ def run(
                     done[way.name, length] = row
                 shown.advance(task)
     return [done[way.name, length] for length in sorted(lengths) for way in ways]
+
+
+def load(source: str | None, dtype: str, device: str, seed: int | None, console: Console) -> tuple[Any, Any]:
+    """A model and its tokenizer; with a seed one of random weights, from its configuration, and None."""
+    if seed is None:
+        return assets.load(source, dtype, device, on_step=console.print)
+    return build(source, dtype, assets.pick_device(device), seed), None
 
 
 def title(model: Any, settings: Settings) -> str:

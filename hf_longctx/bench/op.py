@@ -19,7 +19,7 @@ from ..kernels import dispatch
 from ..machine import device_name
 from . import cost, stopwatch
 from .operations import OPERATIONS, SMALL, Operation, Size, arguments, difference
-from .rivals import Rival, rivals_of
+from .rivals import rivals_of
 
 NAME = "bench_op"
 BASELINE = "torch sdpa"
@@ -133,14 +133,7 @@ def run(
     settings = {"device": device_name(device), "repeats": repeats, **shape}
     journal = Journal(out, NAME, settings, device, resume)
     done = {(row.name, row.by, row.tokens): row for row in (Row(**row) for row in journal.rows)}
-    makers: dict[str, list[Maker]] = {}
-    missing: list[str] = []
-    for name in names:
-        others, absent = rivals_of(OPERATIONS[name], sizes[0], device)
-        makers[name] = [_rival(rival) for rival in others] + backends_of(OPERATIONS[name], sizes[0], device)
-        missing += absent
-    for line in dict.fromkeys(missing):
-        console.print(line, style="yellow", markup=False)
+    makers = _makers(names, sizes[0], device, console)
     rows = []
     with bar(console) as shown, torch.no_grad():
         task = shown.add_task("", total=len(sizes) * sum(map(len, makers.values())), said="")
@@ -181,8 +174,17 @@ def check(names: Sequence[str], sizes: Sequence[Size]) -> None:
         )
 
 
-def _rival(rival: Rival) -> Maker:
-    return Maker(rival.name, rival.prepare)
+def _makers(names: Sequence[str], size: Size, device: torch.device, console: Console) -> dict[str, list[Maker]]:
+    """Of every operation, rivals first, the baseline before all; those that are absent are named once."""
+    found, missing = {}, []
+    for name in names:
+        others, absent = rivals_of(OPERATIONS[name], size, device)
+        found[name] = [Maker(rival.name, rival.prepare) for rival in others]
+        found[name] += backends_of(OPERATIONS[name], size, device)
+        missing += absent
+    for line in dict.fromkeys(missing):
+        console.print(line, style="yellow", markup=False)
+    return found
 
 
 def _cell(one: Operation, maker: Maker, size: Size, device: torch.device, repeats: int, wrong: str | None) -> Row:
