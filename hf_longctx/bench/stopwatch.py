@@ -50,10 +50,10 @@ def _rounds_of_cuda(calls: Sequence[Call], repeats: int) -> list[float]:
     replay = _recorded(calls)
     times = []
     for _ in range(repeats + 1):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()  # type: ignore[no-untyped-call]
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
         replay()
-        stop.record()  # type: ignore[no-untyped-call]
+        stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop) / 1000)
     return times[1:]
@@ -66,7 +66,7 @@ def _recorded(calls: Sequence[Call]) -> Call:
         for call in calls:
             call()
 
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         eagerly()
