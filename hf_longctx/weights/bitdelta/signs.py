@@ -32,14 +32,18 @@ class Signs(Hook):
     def __init__(self, module: nn.Module, where: Where) -> None:
         super().__init__(module, where)
         self.joined = False
-        if type(module) is nn.Linear and "forward" not in vars(module):
-            module.__dict__["forward"] = _Joined(self)
+        before = vars(module).get("forward")
+        if type(module) is nn.Linear and (before is None or hasattr(before, "stock")):
+            module.__dict__["forward"] = _Joined(self, before)
 
     def remove(self) -> None:
         """As above."""
         super().remove()
-        if isinstance(vars(self.module).get("forward"), _Joined):
-            del self.module.__dict__["forward"]
+        own = self.module.__dict__.pop("forward", None)
+        if isinstance(own, _Joined):
+            own = own.before
+        if own is not None:
+            self.module.__dict__["forward"] = own
 
     def takes(self, parts: Mapping[str, Any]) -> bool:
         """As above."""
@@ -96,10 +100,9 @@ class Signs(Hook):
         slots = route.slots_of(len(flat), self.bits.shape[1], flat.device)
         return self.bits.flatten(0, 1), scales.double() if flat.dtype == torch.float64 else scales, slots
 
-    @property
-    def nbytes(self) -> int:
+    def buffers(self) -> list[Tensor]:
         """As above."""
-        return sum(x.nbytes for x in (self.bits, self.scales, self.bias) if x is not None)
+        return [x for x in (self.bits, self.scales, self.bias) if x is not None]
 
 
 @dataclass(eq=False)
@@ -107,13 +110,14 @@ class _Joined:
     """In place of a layer's `forward`: of many rows, the product with the weights and that with the signs are one."""
 
     hook: Signs
+    before: Any  # a short cut that was there
 
     def __call__(self, input: Tensor) -> Tensor:
         """The layer's output; where the call has tenants and many rows, with their signs."""
         hook, module = self.hook, self.hook.module
         route = hook.where.route()
         if route is None or hook.bits is None or input.shape[:-1].numel() < MANY:
-            return nn.Linear.forward(module, input)  # type: ignore[arg-type]
+            return self.before(input) if self.before else nn.Linear.forward(module, input)  # type: ignore[arg-type]
         flat, own = input.reshape(-1, input.shape[-1]), module._parameters
         weight, bias = own["weight"], own.get("bias")
         assert weight is not None

@@ -241,6 +241,16 @@ class Deltas:
         found = self.hooks.get(self._first)
         return found if isinstance(found, Table) else None
 
+    def same(self) -> Route | None:
+        """What calls have in common in which hooks do the same; a route holds until slots change."""
+        return self.route()
+
+    def buffers(self) -> list[Tensor]:
+        """Tensors that hooks read in a call of one token a row."""
+        route = self.route()
+        made = [] if route is None else route.buffers(self.batch)
+        return [*made, *(x for hook in self.hooks.values() for x in hook.buffers())]
+
     def _follow(self) -> None:
         """Begin anew on the device where the model is now, in its type."""
         here = self.decoder.device, self.decoder.dtype
