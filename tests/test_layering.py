@@ -72,7 +72,7 @@ ROOMS = {
     "streaming/watch": {"streaming"},
     "configs": {"evals"},
     "bench": {
-        *("configs", "errors", "evals", "kernels", "machine", "options", "plan", "bench"),
+        *("configs", "errors", "evals", "kernels", "machine", "options", "plan", "prompt", "bench"),
         *("LongContextCache", "patched", "report"),
     },
     "training": {"errors", "files", "models", "streaming", "training"},

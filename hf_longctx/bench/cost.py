@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..evals.respond import Ticks
+from ..prompt import PIECE
 from .live import held
 
 SETTLE = 8
 """First decode steps that are not counted: on a GPU they record the step as a CUDA graph."""
 
 _WARM = {"cpu": 64}
-"""Tokens of the prompt that is read before the clock starts, by type of device; 4,096 elsewhere."""
+"""Tokens of the prompt that are read before the clock starts, by type of device; a piece of a prompt elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Cost:
 def warm(model: Any, ids: Tensor, extra: dict[str, Any]) -> None:
     """Read the start of the prompts and go on a little, so that kernels are loaded and memory is there."""
     free()
-    _generate(model, ids[:, : _WARM.get(ids.device.type, 4096)], SETTLE + 1, extra)
+    _generate(model, ids[:, : _WARM.get(ids.device.type, PIECE)], SETTLE + 1, extra)
 
 
 def cost(model: Any, ids: Tensor, tokens: int, extra: dict[str, Any]) -> Cost:

@@ -100,7 +100,8 @@ class Crossover:
     Attributes:
         method: name of the choice.
         decode_from: by ms of a token.
-        prefill_from: by seconds of a prompt.
+        prefill_from: by seconds of a prompt, where there were at least two.
+        runs: prompts of each length, at least.
         longest: at which both were measured, None if at no length.
         decode_ratio: dense over the method at that length.
         prefill_ratio: likewise.
@@ -109,6 +110,7 @@ class Crossover:
     method: str
     decode_from: int | None
     prefill_from: int | None
+    runs: int
     longest: int | None
     decode_ratio: float | None
     prefill_ratio: float | None
@@ -127,6 +129,7 @@ def crossovers(rows: Sequence[Row]) -> list[Crossover]:
                 method,
                 decode_from=_first([(row.length, decodes_faster(row, base)) for row, base in pairs]),
                 prefill_from=_first([(row.length, reads_faster(row, base)) for row, base in pairs]),
+                runs=min((len(x.prefill_runs_s) for pair in pairs for x in pair), default=0),
                 longest=last and last[0].length,
                 decode_ratio=last and ratio(last[1].token_ms, last[0].token_ms),
                 prefill_ratio=last and ratio(last[1].prefill_s, last[0].prefill_s),
@@ -143,8 +146,8 @@ def decodes_faster(row: Row, dense: Row) -> bool:
 
 
 def reads_faster(row: Row, dense: Row) -> bool:
-    """True if every run read its prompt in less than every run of dense, by more than chance."""
-    if row.prefill_s is None or dense.prefill_s is None:
+    """True if every run read its prompt in less than every run of dense, by more than chance; one run may be chance."""
+    if row.prefill_s is None or dense.prefill_s is None or min(len(row.prefill_runs_s), len(dense.prefill_runs_s)) < 2:
         return False
     return max(row.prefill_runs_s) < min(dense.prefill_runs_s) and row.prefill_s <= _LESS * dense.prefill_s
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,19 +74,23 @@ def _cells(row: Row) -> dict[str, str]:
         None if base else ratio(*two)
         for two in ((row.dense_prefill_s, row.prefill_s), (row.dense_token_ms, row.token_ms))
     ]
-    values = (
+    values: tuple[tuple[Any, Callable[[Any], str]], ...] = (
         (row.prefill_s, _three),
         (row.ttft_s, _three),
-        (times[0], "{:.2f}".format),
+        (times[0], _two),
         (row.token_ms, _three),
         (row.token_p10_ms, lambda low: f"{_three(low)}-{_three(row.token_p90_ms or 0.0)}"),
-        (times[1], "{:.2f}".format),
+        (times[1], _two),
         (row.kv_bytes, lambda size: _three(size / 2**20)),
         (row.host_bytes or None, lambda size: _three(size / 2**20)),
         (row.peak_bytes, lambda size: f"{size / _GIB:,.2f}"),
-        (row.score, "{:.0%}".format),
+        (row.score, lambda share: f"{share:.0%}"),
     )  # fmt: skip
     return {name: form(value) for name, (value, form) in zip(_COLUMNS, values, strict=True) if value is not None}
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}"
 
 
 def _three(value: float) -> str:
@@ -99,11 +103,11 @@ def describe(found: Crossover) -> str:
     if found.longest is None or found.decode_ratio is None or found.prefill_ratio is None:
         return f"{found.method}: nothing to compare, it or dense has no row."
     parts = []
-    for verb, first, times in (
-        ("decodes", found.decode_from, found.decode_ratio),
-        ("reads prompts", found.prefill_from, found.prefill_ratio),
+    for verb, first, times, judged in (
+        ("decodes", found.decode_from, found.decode_ratio, True),
+        ("reads prompts", found.prefill_from, found.prefill_ratio, found.runs > 1),
     ):
-        since = f"faster from {first:,} tokens on" if first else "no faster"
+        since = f"faster from {first:,} tokens on" if first else "no faster" if judged else "once, which may be chance"
         parts.append(f"{verb} {since} ({times:.2f}x dense at {found.longest:,})")
     return f"{found.method}: {', '.join(parts)}"
 

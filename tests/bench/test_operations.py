@@ -13,7 +13,6 @@ import torch
 from hf_longctx.bench import op, operations, rivals, stopwatch
 from hf_longctx.bench.operations import OPERATIONS, SMALL, Size, arguments, difference
 from hf_longctx.kernels import dispatch, ops
-from hf_longctx.kernels.compiled import select
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 EVERY = [(name, number) for name in OPERATIONS for number in range(len(SMALL[name]))]
@@ -65,14 +64,17 @@ def test_each_kind_of_difference_is_told() -> None:
 
 
 def test_an_operation_that_is_wrong_is_named_and_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def off(*given: Any) -> torch.Tensor:
-        return select.OPS["score_pages"].run(*given) * 1.01
-
-    table = dict(dispatch._table()["compiled"])
     (backend,) = (maker.by for maker in op.backends_of(OPERATIONS["score"], TINY, torch.device("cpu")))
-    assert backend == "compiled"
-    table["score_pages"] = replace(table["score_pages"], run=off)
-    monkeypatch.setitem(dispatch._TABLE, "compiled", table)
+    table = dict(dispatch._table()["reference"])
+    right = table["score_pages"].run
+
+    def off(*given: Any) -> torch.Tensor:
+        return right(*given) * 1.01
+
+    wrong = {**dispatch._table()[backend], "score_pages": dispatch.Implementation(off)}
+    if backend == "reference":  # it is what all are compared with
+        pytest.skip("no backend but the definition")
+    monkeypatch.setitem(dispatch._TABLE, backend, wrong)
     (row,) = op.run(["score"], [TINY], torch.device("cpu"), tmp_path, repeats=1)
     assert row.us is None
     assert str(row.error).startswith("not timed: score, 300 tokens")

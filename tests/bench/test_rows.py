@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,6 +35,13 @@ def test_what_may_be_chance_is_not_faster(ms: float, spread: float, faster: bool
     (found,) = crossovers([row("dense", 512, 10, 10, spread), row("quest", 512, ms, ms, spread)])
     assert (found.decode_from == 512) is faster
     assert (found.prefill_from == 512) is faster
+
+
+def test_one_run_of_a_prompt_may_be_chance() -> None:
+    rows = [replace(row(name, 512, ms, ms), prefill_runs_s=(ms,)) for name, ms in (("dense", 10.0), ("quest", 5.0))]
+    (found,) = crossovers(rows)
+    assert (found.decode_from, found.prefill_from, found.runs) == (512, None, 1)
+    assert "reads prompts once, which may be chance (2.00x dense at 512)" in show.describe(found)
 
 
 def test_a_length_that_one_of_both_lacks_says_nothing() -> None:
