@@ -34,6 +34,7 @@ class Row:
         by: the backend, or who else.
         tokens: stored, or of the prompt.
         us: median time of a call in microseconds; p10 and p90 likewise.
+        recorded: as in `stopwatch.Time`.
         moved_bytes: that must be read and written at least; None where products bound it.
         gb_per_s: those in the median time.
         dense_us: of torch's scaled dot products over all keys of 16 bits in the same run, where it is a baseline.
@@ -46,6 +47,7 @@ class Row:
     us: float | None = None
     p10_us: float | None = None
     p90_us: float | None = None
+    recorded: bool | None = None
     moved_bytes: float | None = None
     gb_per_s: float | None = None
     dense_us: float | None = None
@@ -196,8 +198,8 @@ def _cell(one: Operation, maker: Maker, size: Size, device: torch.device, repeat
     try:
         many = stopwatch.copies(moved) if moved else 1
         calls = [maker.prepare(arguments(one, size, device, seed), size) for seed in range(many)]
-        us, low, high = stopwatch.microseconds(calls, device, repeats)
-        return replace(row, us=us, p10_us=low, p90_us=high, gb_per_s=moved and moved / us * 1e-3)
+        took = stopwatch.measure(calls, device, repeats)
+        return replace(row, **vars(took), gb_per_s=moved and moved / took.us * 1e-3)
     except (RuntimeError, MemoryError, NotImplementedError) as error:
         short = cost.out_of_memory(error)
         said = " ".join(str(error).split())[:200]
@@ -246,7 +248,7 @@ def _cells(row: Row) -> Iterator[str]:
     if row.us is None or row.p10_us is None or row.p90_us is None:
         yield f"[red]{(row.error or '').split(':')[0]}[/]"
         return
-    yield f"{row.us:,.1f}"
+    yield f"{row.us:,.1f}{' (eager)' if row.recorded is False else ''}"
     yield f"{row.p10_us:,.1f}-{row.p90_us:,.1f}"
     yield "" if row.gb_per_s is None else f"{row.gb_per_s:,.1f}"
     yield f"{row.dense_us / row.us:.2f}" if row.dense_us and row.by != BASELINE else ""

@@ -49,7 +49,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     lines = [(row, _cells(row)) for row in rows]
     columns = [name for name in _COLUMNS if any(cells.get(name) for _, cells in lines)]
-    shown.add_column("method", overflow="fold")
+    shown.add_column("method", overflow="fold", min_width=len(f"{max(row.length for row in rows):,} tokens"))
     for name in columns:
         shown.add_column(name, justify="right", no_wrap=True)
     for length in dict.fromkeys(row.length for row in rows):
@@ -132,6 +132,7 @@ def plot_memory(rows: Sequence[Row], path: str | os.PathLike[str], title: str) -
 def _plot(rows: Sequence[Row], path: str | os.PathLike[str], title: str, panels: Sequence[Any], unit: float) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(5.6 * len(panels), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -141,6 +142,8 @@ def _plot(rows: Sequence[Row], path: str | os.PathLike[str], title: str, panels:
     for panel, (label, what, spread) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, name in enumerate(names):
             _line(panel, [row for row in rows if row.method == name], what, spread, unit, number)
+        _crosses(panel, rows, names)
+        panel.margins(y=0.12)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(lengths, [_short(length) for length in lengths])
@@ -152,7 +155,10 @@ def _plot(rows: Sequence[Row], path: str | os.PathLike[str], title: str, panels:
         panel.grid(alpha=0.25, which="both")
         panel.spines[["top", "right"]].set_visible(False)
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 5), frameon=False, fontsize=9)
+    if any(row.error is not None for row in rows):
+        cross = {"color": "gray", "linestyle": "", "marker": "x", "markeredgewidth": 2}
+        handles, labels = [*handles, Line2D([], [], **cross)], [*labels, "no value: out of memory, or it failed"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
 
 
@@ -160,7 +166,7 @@ _MARKS = "os^Dv<>P*h"
 
 
 def _line(panel: Any, rows: Sequence[Row], what: str, spread: tuple[str, str] | None, unit: float, number: int) -> None:
-    """One method; a cross at the top where it ran out of memory."""
+    """One method, as far as it has values."""
     there = [row for row in rows if getattr(row, what)]
     values = [(row.length, unit * getattr(row, what)) for row in there]
     style = {"color": f"C{number % 10}"}
@@ -170,20 +176,30 @@ def _line(panel: Any, rows: Sequence[Row], what: str, spread: tuple[str, str] | 
     if spread is not None and there:
         low, high = ([unit * getattr(row, name) for row in there] for name in spread)
         panel.fill_between(xs, low, high, alpha=0.15, linewidth=0, **style)
-    for row in rows:
-        if row.error is not None:
-            panel.plot(row.length, 0.97, "x", transform=panel.get_xaxis_transform(), markersize=8, **style)
-            said = row.error.split(":")[0]
-            where = {"xy": (row.length, 0.97), "xycoords": panel.get_xaxis_transform()}
+
+
+def _crosses(panel: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """Above a length, a cross for each method that has no value there, side by side."""
+    for length in dict.fromkeys(row.length for row in rows):
+        lost = [row.method for row in rows if row.length == length and row.error is not None]
+        for place, name in enumerate(lost):
             panel.annotate(
-                said, **where, xytext=(-8, -3 - 9 * number), textcoords="offset points", fontsize=7, ha="right", **style
+                "\N{MULTIPLICATION SIGN}",
+                (length, 0.95),
+                xycoords=panel.get_xaxis_transform(),
+                xytext=(10 * (place - len(lost) + 0.5), 0),
+                textcoords="offset points",
+                fontsize=15,
+                fontweight="bold",
+                color=f"C{names.index(name) % 10}",
+                ha="center",
+                va="center",
             )
 
 
 def _some(value: float, _: int) -> str:
-    """Labels of 2 and 5 between powers of ten: a plot may span less than one."""
-    digit = f"{value:e}"[0]
-    return f"{value:g}" if digit in "25" else ""
+    """Some labels between powers of ten: a plot may span less than one."""
+    return f"{value:g}" if f"{value:e}"[0] in "2357" else ""
 
 
 def _short(length: int) -> str:

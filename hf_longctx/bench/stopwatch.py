@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
@@ -19,21 +20,34 @@ _MOST = 64
 
 
 def copies(nbytes: float) -> int:
-    """Copies of the arguments, so that none is in a cache when its turn comes."""
+    """Copies of the arguments, so that none is in a cache when its turn comes; no more than 64 of small ones."""
     return max(1, min(_MOST, int(-(-ROUND_BYTES // max(nbytes, 1)))))
 
 
-def microseconds(calls: Sequence[Call], device: torch.device, repeats: int) -> tuple[float, float, float]:
-    """Median, p10 and p90 of the time of a call: of rounds through all of them, as many as `repeats`.
+@dataclass(frozen=True)
+class Time:
+    """Of a call, over some rounds through all of them.
 
-    On a GPU a round is replayed from one CUDA graph, unless a call cannot be recorded.
+    Attributes:
+        us: median, in microseconds; p10 and p90 likewise.
+        recorded: rounds were replayed from one CUDA graph; False: a call cannot be recorded, and the host's share is
+            in the time; None: nothing is recorded on this device.
     """
+
+    us: float
+    p10_us: float
+    p90_us: float
+    recorded: bool | None
+
+
+def measure(calls: Sequence[Call], device: torch.device, repeats: int) -> Time:
+    """Time of a call: of rounds through all of them, as many as `repeats`."""
     for call in calls[:2]:
         call()
-    rounds = _rounds_of_cuda(calls, repeats) if device.type == "cuda" else _rounds(calls, repeats)
+    rounds, recorded = _rounds_of_cuda(calls, repeats) if device.type == "cuda" else (_rounds(calls, repeats), None)
     each = sorted(1e6 * seconds / len(calls) for seconds in rounds)
     tenths = quantiles(each, n=10, method="inclusive") if len(each) > 1 else each * 9
-    return median(each), tenths[0], tenths[-1]
+    return Time(median(each), tenths[0], tenths[-1], recorded)
 
 
 def _rounds(calls: Sequence[Call], repeats: int) -> list[float]:
@@ -46,8 +60,8 @@ def _rounds(calls: Sequence[Call], repeats: int) -> list[float]:
     return times
 
 
-def _rounds_of_cuda(calls: Sequence[Call], repeats: int) -> list[float]:
-    replay = _recorded(calls)
+def _rounds_of_cuda(calls: Sequence[Call], repeats: int) -> tuple[list[float], bool]:
+    replay, recorded = _recorded(calls)
     times = []
     for _ in range(repeats + 1):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -56,11 +70,11 @@ def _rounds_of_cuda(calls: Sequence[Call], repeats: int) -> list[float]:
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop) / 1000)
-    return times[1:]
+    return times[1:], recorded
 
 
-def _recorded(calls: Sequence[Call]) -> Call:
-    """All calls as one replay; or one after the other, where something waits for the device."""
+def _recorded(calls: Sequence[Call]) -> tuple[Call, bool]:
+    """All calls as one replay; or one after the other, where something waits for the device. And which of both."""
 
     def eagerly() -> None:
         for call in calls:
@@ -78,5 +92,5 @@ def _recorded(calls: Sequence[Call]) -> Call:
             eagerly()
     except RuntimeError:  # such a call cannot be recorded
         torch.cuda.synchronize()
-        return eagerly
-    return graph.replay
+        return eagerly, False
+    return graph.replay, True

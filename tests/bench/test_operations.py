@@ -109,12 +109,22 @@ def test_bytes_are_those_of_the_arguments() -> None:
 def test_the_stopwatch_divides_a_round() -> None:
     calls: list[int] = []
     many = [lambda i=i: calls.append(i) for i in range(3)]
-    us, low, high = stopwatch.microseconds(many, torch.device("cpu"), 4)
+    took = stopwatch.measure(many, torch.device("cpu"), 4)
     assert calls == [0, 1, *[0, 1, 2] * 4]
-    assert 0 < low <= us <= high
+    assert 0 < took.p10_us <= took.us <= took.p90_us
+    assert took.recorded is None
     assert stopwatch.copies(1) == 64
     assert stopwatch.copies(1 << 40) == 1
     assert stopwatch.copies(stopwatch.ROUND_BYTES / 3) == 3
+
+
+@pytest.mark.cuda
+def test_the_stopwatch_replays_what_can_be_recorded_and_says_what_cannot() -> None:
+    x = torch.zeros(1 << 20, device="cuda")
+    took = stopwatch.measure([lambda: x.add_(1)] * 3, x.device, 5)
+    assert took.recorded
+    assert 0 < took.p10_us <= took.us <= took.p90_us
+    assert stopwatch.measure([lambda: x.sum().item()], x.device, 5).recorded is False
 
 
 @pytest.mark.parametrize(
