@@ -156,8 +156,8 @@ def _plot(rows: Sequence[Row], path: str | os.PathLike[str], title: str, panels:
         panel.spines[["top", "right"]].set_visible(False)
     handles, labels = panel.get_legend_handles_labels()
     if any(row.error is not None for row in rows):
-        cross = {"color": "gray", "linestyle": "", "marker": "x", "markeredgewidth": 2}
-        handles, labels = [*handles, Line2D([], [], **cross)], [*labels, "no value: out of memory, or it failed"]
+        handles.append(Line2D([], [], color="gray", linestyle="", marker="x", markeredgewidth=2))
+        labels.append("no value: out of memory, or it failed")
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
 
