@@ -90,10 +90,11 @@ def run(
         A row for each cell; one that ran out of memory, or whose peer failed, says so.
 
     Raises:
-        ValueError: a method or knob that is none, or rows of other settings; nothing ran.
+        ValueError: a method, knob or length that does not fit, or rows of other settings; nothing ran.
         UnsupportedError: the model cannot do one of the methods; nothing ran.
     """
     ways = [_method(choice) for choice in settle(model, methods, True)] + [_peer(peer) for peer in peers]
+    next(_prompts(model, tokenizer, min(lengths), settings))  # too short a length is refused before anything runs
     journal = Journal(out, NAME, _about(model, tokenizer, settings), model.device, resume)
     done = {(row.method, row.length): row for row in (Row(**row) for row in journal.rows)}
     with bar(console) as shown:

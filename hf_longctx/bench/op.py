@@ -120,7 +120,7 @@ def run(
         device: on which.
         out: folder for `bench_op.jsonl` and `run_meta.json`.
         repeats: rounds whose median is taken.
-        resume: go on with the rows that are there.
+        resume: go on with the rows that are there; what had no time is tried again.
         console: where bar and refusals go; None shows none.
 
     Returns:
@@ -134,7 +134,7 @@ def run(
     shape = {name: str(value) for name, value in asdict(sizes[0]).items() if name != "tokens"}
     settings = {"device": device_name(device), "repeats": repeats, **shape}
     journal = Journal(out, NAME, settings, device, resume)
-    done = {(row.name, row.by, row.tokens): row for row in (Row(**row) for row in journal.rows)}
+    done = {(row.name, row.by, row.tokens): row for row in (Row(**row) for row in journal.rows) if row.error is None}
     makers = _makers(names, sizes[0], device, console)
     rows = []
     with bar(console) as shown, torch.no_grad():

@@ -152,6 +152,12 @@ def test_peers_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> 
         peers.choose("unpatched,vllm", CPU)
 
 
+def test_a_length_without_room_for_a_key_is_refused_before_anything_runs(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="passkey: expected a length of at least"):
+        model.run(*tiny, "dense", [], [300, 20], SETTINGS, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("knobs", [{"tokens": 1}, {"runs": 0}, {"batch": 0}])
 def test_settings_that_make_no_sense_are_refused(knobs: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"--{next(iter(knobs))}: expected at least"):

@@ -79,6 +79,9 @@ def test_an_operation_that_is_wrong_is_named_and_not_timed(tmp_path: Path, monke
     assert row.us is None
     assert str(row.error).startswith("not timed: score, 300 tokens")
     assert "off by" in str(row.error)
+    monkeypatch.undo()
+    (row,) = op.run(["score"], [TINY], torch.device("cpu"), tmp_path, repeats=1, resume=True)
+    assert row.us is not None
 
 
 def test_rows_are_written_as_they_come_and_kept(tmp_path: Path) -> None:
