@@ -71,6 +71,11 @@ ROOMS = {
     "streaming/captions": {"streaming"},
     "streaming/subtitles": set(),
     "streaming/watch": {"streaming"},
+    "configs": {"evals"},
+    "bench": {
+        *("configs", "errors", "evals", "kernels", "machine", "options", "plan", "prompt", "bench"),
+        *("LongContextCache", "patched", "report"),
+    },
     "training": {"errors", "files", "models", "streaming", "training"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""
