@@ -19,6 +19,7 @@ class Ledger:
         loose: `lengths` are there only because nobody looked whether the rows are still alike.
         tail: `[B]`, int64, real tokens of each row since its last padding, or None while there is none.
         kv_bytes: bytes of the stores on their devices after the last call.
+        index_bytes: of these, bytes of what is kept beside the keys so that blocks are chosen unread.
         host_bytes: bytes of the stores in host memory or files after the last call.
         most: tokens that a store may hold of a row.
         lookups: of each store with host memory, `[2]`, int64, its `hits` and `misses`.
@@ -33,6 +34,7 @@ class Ledger:
         self.loose = False
         self.tail: Tensor | None = None
         self.kv_bytes = 0
+        self.index_bytes = 0
         self.host_bytes = 0
         self.most = math.inf
         self.lookups: list[Tensor] = []

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import banded
 from .dispatch import Implementation
 from .reference.attend import values_of
 from .reference.weigh import positions
@@ -18,6 +19,10 @@ BLOCK = 128
 """Keys, and queries, that are read or left out together where nothing was chosen."""
 
 DIMS = (16, 32, 64, 128, 256)
+
+MOST_SHAPES = 1024
+"""Shapes that are compiled for, each by itself: code for any length was seen to leave out keys of padded rows, and
+past torch's own limit of shapes it would compute all scores."""
 
 
 def reject(
@@ -42,7 +47,9 @@ def reject(
         return f"takes {', '.join(map(str, DIMS))} channels"
     if selection is None:
         whole = see.aligned and q.shape[2] == k.shape[2] and (see.window is None or see.window >= k.shape[2])
-        return "leaves plain causal attention to torch" if whole else _without()
+        if whole or banded.fits(see, q.shape[2], k.shape[2]):
+            return "leaves plain causal attention, and windows without padding, to torch"
+        return _without()
     if selection.pages is not None:
         return "reads blocks where they lie in the text"
     if selection.block % BLOCK or selection.q_block % BLOCK:
@@ -62,7 +69,7 @@ def _without() -> str | None:
 def _attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def attend_blocks(
@@ -78,6 +85,7 @@ def attend_blocks(
 
     Source: FlexAttention, torch.nn.attention.flex_attention.
     """
+    from torch._dynamo import config
     from torch.nn.attention.flex_attention import BlockMask
 
     k, v = values_of(k), values_of(v)
@@ -98,7 +106,8 @@ def attend_blocks(
         seq_lengths=(tokens, stored),
     )
     grouped = q.shape[1] != k.shape[1]
-    out: Tensor = _attention()(q, k, v, block_mask=blocks, scale=logits.scale, enable_gqa=grouped)
+    with config.patch(recompile_limit=MOST_SHAPES):
+        out: Tensor = _attention()(q, k, v, block_mask=blocks, scale=logits.scale, enable_gqa=grouped)
     return out
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..plan import Selector
 from .scene import Scene
+from .storage import read_back
 
 
 def score(selector: Selector, scene: Scene, first: int, last: int, mass: Tensor) -> Tensor:
@@ -38,11 +39,17 @@ def score(selector: Selector, scene: Scene, first: int, last: int, mass: Tensor)
         else:
             out[:, j] = representative_dots(scene, first, last, j, scorer.summary, mass).amax(1)
     if kind == "RepresentativeShare" and far:
-        dots = [representative_dots(scene, first, last, j, scorer.summary, mass) for j in far]  # of each [Hq, n]
-        shares = torch.cat(dots, 1).mul(scene.logits.scale).softmax(1)
-        for j in far:
-            out[:, j] = shares[:, j * dots[j].shape[1] : (j + 1) * dots[j].shape[1]].sum(1)
+        each = last - first + 1 if scorer.q_mean is None else scorer.q_mean
+        ends = [(start, min(last, start + each - 1)) for start in range(first, last + 1, each)]
+        out[:, : len(far)] = torch.stack([shares(scene, *end, far, scorer.summary, mass) for end in ends]).amax(0)
     return out
+
+
+def shares(scene: Scene, first: int, last: int, far: range, summary: Any, mass: Tensor) -> Tensor:
+    """`[Hq, len(far)]`: of a softmax over the means of all far blocks, what those of each block have."""
+    dots = [representative_dots(scene, first, last, j, summary, mass) for j in far]  # of each [Hq, n]
+    weights = torch.cat(dots, 1).mul(scene.logits.scale).softmax(1)
+    return torch.unflatten(weights, 1, (len(far), -1)).sum(2)
 
 
 def upper_bound(scene: Scene, query: int, j: int, block: int, sub: int) -> Tensor:
@@ -67,11 +74,15 @@ def representative_dots(scene: Scene, first: int, last: int, j: int, summary: An
         kv = head // scene.per_kv
         of_block = range(j * summary.block, (j + 1) * summary.block)
         runs: list[Sequence[int]]
+        bits: int | None = None
         if type(summary).__name__ == "Means":
             runs = [of_block[i : i + summary.sub] for i in range(0, summary.block, summary.sub)]
+            bits = summary.bits
         else:
             runs = [sorted(of_block, key=lambda y: -float(mass[kv, y]))[: summary.count]]
-        products.append(torch.stack([(q[head] @ k[kv, list(run)].mean(0)).mean() for run in runs]))
+        entries = torch.stack([k[kv, list(run)].mean(0) for run in runs])
+        entries = entries if bits is None else read_back(entries, bits)
+        products.append((entries @ q[head].T).mean(1))
     return torch.stack(products)
 
 
