@@ -14,12 +14,13 @@
 #include "linear_many.cuh"
 #include "linear_plan.h"
 #include "linear_rows.cuh"
+#include "linear_spread.cuh"
 #include "tensor_map.cuh"
 
 namespace hfl {
 namespace {
 
-enum class Kind { ROWS, FEW, MANY };
+enum class Kind { ROWS, FEW, SPREAD, MANY };
 
 struct Kernel {
   const void* function;
@@ -52,7 +53,12 @@ Kernel few() {
 template <Form F, int T>
 Kernel many() {
   using R = ManyRoom<F, T>;
-  return {reinterpret_cast<const void*>(&linear_many_kernel<F, T>), T, R::THREADS, R::BYTES, Kind::MANY, TILE_ROWS};
+  return {reinterpret_cast<const void*>(&linear_many_kernel<R>), T, R::THREADS, R::BYTES, Kind::MANY, TILE_ROWS};
+}
+template <Form F, int T>
+Kernel spread() {
+  using R = ManyRoom<F, T, true>;
+  return {reinterpret_cast<const void*>(&linear_spread_kernel<R>), T, R::THREADS, R::BYTES, Kind::SPREAD, TILE_ROWS};
 }
 
 // The first that a device has shared memory for.
@@ -67,9 +73,10 @@ Kernel few(const hfl_linear& a, int shared_bytes) {
   return rows<F, 1>(a, shared_bytes);
 }
 template <Form F>
-Kernel many(int tokens) {
-  if (tokens == 64) return many<F, 64>();
-  return tokens == 128 ? many<F, 128>() : many<F, 256>();
+Kernel many(const ManyPlan& plan) {
+  if (plan.shares) return plan.tokens == 32 ? spread<F, 32>() : plan.tokens == 64 ? spread<F, 64>() : spread<F, 128>();
+  if (plan.tokens == 64) return many<F, 64>();
+  return plan.tokens == 128 ? many<F, 128>() : many<F, 256>();
 }
 
 struct Device {
@@ -92,7 +99,7 @@ ManyPlan plan_of(const hfl_linear& a, int processors) {
 template <Form F>
 Kernel of_form(const hfl_linear& a, const Device& device) {
   if (a.tokens > a.few) {
-    const Kernel kernel = many<F>(plan_of(a, device.processors).tokens);
+    const Kernel kernel = many<F>(plan_of(a, device.processors));
     cudaFuncAttributes found;
     if (cudaFuncGetAttributes(&found, kernel.function) == cudaSuccess && found.sharedSizeBytes) return kernel;
   }
@@ -108,7 +115,8 @@ Kernel choose(const hfl_linear& a, const Device& device) {
 
 LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
   LinearTask p = {};
-  const bool many = kernel.kind == Kind::MANY;
+  const bool many = kernel.kind >= Kind::SPREAD;
+  const ManyPlan plan = plan_of(a, processors);
   p.a = a, p.panels = (a.rows + PANEL - 1) / PANEL;
   p.chunks = chunks_of(a);
   p.groups = a.group ? 128 / a.group : 0;
@@ -118,9 +126,11 @@ LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
   p.token_tiles = (p.tokens + kernel.tokens - 1) / kernel.tokens;
   const int tiles = p.row_tiles * p.token_tiles;
   p.steps = many ? (a.columns + 127) / 128 : (p.chunks + 1) / 2;
-  p.split_tiles = many ? plan_of(a, processors).split_tiles : kernel.kind == Kind::FEW ? tiles : 0;
+  p.split_tiles = many ? plan.split_tiles : kernel.kind == Kind::FEW ? tiles : 0;
   p.whole_tiles = tiles - p.split_tiles;
-  p.shares = static_cast<int>(std::min<int64_t>(static_cast<int64_t>(p.split_tiles) * p.steps, processors));
+  p.shares = kernel.kind == Kind::SPREAD
+                 ? plan.shares
+                 : static_cast<int>(std::min<int64_t>(static_cast<int64_t>(p.split_tiles) * p.steps, processors));
   const int counters = (p.split_tiles + 31) / 32 * 32;
   p.counters = a.scratch, p.partial = a.scratch + counters;
   return p;
@@ -169,20 +179,18 @@ const char* run(const hfl_linear& a) {
     return "w4a8_linear: expected fewer than 2^30 steps of 128 rows and columns";
   }
   CUtensorMap map;
-  if (kernel.kind == Kind::MANY && !map_tokens(map, a, kernel.tokens)) return "w4a8_linear: the driver makes no map of the tokens";
+  if (kernel.kind >= Kind::SPREAD && !map_tokens(map, a, kernel.tokens)) return "w4a8_linear: the driver makes no map of the tokens";
   if (p.split_tiles && !a.scratch) return "w4a8_linear: expected scratch memory";
   cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes);
   if (error == cudaSuccess) error = keep_shared(kernel.function);
-  const dim3 grid(static_cast<unsigned>(std::max(p.shares, std::min(p.whole_tiles, device.processors))));
+  const bool spread = kernel.kind == Kind::SPREAD;
+  const int blocks = spread ? p.whole_tiles * p.shares : std::max(p.shares, std::min(p.whole_tiles, device.processors));
   void* arguments[] = {&p, &map};  // a kernel of few tokens has one parameter
   for (; error == cudaSuccess && p.tokens_from < a.tokens; p.tokens_from += p.tokens) {
-    if (kernel.kind != Kind::MANY) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);
-    if (a.ahead || p.tokens_from) {
-      error = launch(kernel.function, grid, kernel.threads, static_cast<size_t>(kernel.bytes), a.stream, arguments);
-    } else {
-      error = cudaLaunchKernel(kernel.function, grid, dim3(static_cast<unsigned>(kernel.threads)), arguments,
-                               static_cast<size_t>(kernel.bytes), static_cast<cudaStream_t>(a.stream));
-    }
+    if (kernel.kind < Kind::SPREAD) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);
+    error = launch(kernel.function, dim3(static_cast<unsigned>(blocks)), kernel.threads,
+                   static_cast<size_t>(kernel.bytes), a.stream, arguments, a.ahead || p.tokens_from,
+                   spread ? static_cast<unsigned>(p.shares) : 1);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

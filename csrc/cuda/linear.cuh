@@ -16,7 +16,7 @@ struct LinearTask {
   int panels, chunks, groups;  // of 64 rows; of 4096 bytes in a panel; in a chunk
   int bias;                    // what stored integers are too large by
   int tokens_from, tokens;     // what part of all tokens this launch computes
-  int steps, shares;           // of a tile; blocks that share the steps of tiles that are split
+  int steps, shares;           // of a tile; blocks that share the steps of tiles that are split, or of one
   int row_tiles, token_tiles, split_tiles, whole_tiles;
   int* counters;               // of tiles that are split; behind them lie their sums [tile][token][TILE_ROWS]
   int* partial;
@@ -124,6 +124,15 @@ __device__ __forceinline__ void store_results(const LinearTask& p, int m, int n,
   }
 }
 
+// Of four rows side by side.
+__device__ __forceinline__ void store_four(const LinearTask& p, int m, int n, const uint32_t (&pairs)[4]) {
+  if (n + 3 < p.a.rows && p.a.rows % 4 == 0) {
+    *reinterpret_cast<uint2*>(place_of(p, m, n)) = make_uint2(pairs[0], pairs[1]);
+  } else {
+    store_results(p, m, n, pairs, 4);
+  }
+}
+
 __device__ __forceinline__ void add_partial(int* to, int x) {
   asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
@@ -153,12 +162,7 @@ __device__ __forceinline__ void finish_tile(const LinearTask& p, int* partial, i
       const float y[4] = {result(sums[i].x, tokens[i], rows[0]), result(sums[i].y, tokens[i], rows[1]),
                           result(sums[i].z, tokens[i], rows[2]), result(sums[i].w, tokens[i], rows[3])};
       const uint32_t pairs[4] = {pack_results(p, y[0], y[1]), pack_results(p, y[2], y[3])};
-      if (n + 3 < p.a.rows && p.a.rows % 4 == 0) {
-        uint16_t* to = place_of(p, first_token + m, n);
-        *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
-      } else {
-        store_results(p, first_token + m, n, pairs, 4);
-      }
+      store_four(p, first_token + m, n, pairs);
     }
   }
 }

@@ -14,14 +14,17 @@
 
 namespace hfl {
 
-template <Form F, int T>
+// SPREAD: a tile for every cluster, two blocks on a multiprocessor (linear_spread.cuh).
+template <Form F_, int T_, bool SPREAD = false>
 struct ManyRoom {
-  static constexpr int THREADS = 384, FEEDERS = 128;
+  static constexpr Form F = F_;
+  static constexpr int T = T_;
+  static constexpr int WORKERS = 256, FEEDERS = SPREAD ? 64 : 128, THREADS = WORKERS + FEEDERS;
   static constexpr int TOKENS = T * 128, CHUNKS = F == Form::BYTES ? 2 : 1;
   static constexpr int CODES = CHUNKS * CHUNK_BYTES;  // of a panel
   static constexpr int LEVELS = F == Form::GROUP || F == Form::FINE ? 512 : 0;
   static constexpr int STAGE = TOKENS + 2 * CODES + 2 * LEVELS;  // a multiple of 1024
-  static constexpr int STAGES = 220 * 1024 / STAGE < 8 ? 220 * 1024 / STAGE : 8;
+  static constexpr int ROOM = (SPREAD ? 110 : 220) * 1024, STAGES = ROOM / STAGE < 8 ? ROOM / STAGE : 8;
   static constexpr int BYTES = STAGES * STAGE + 1024;  // so that it can begin at a multiple of 1024
 };
 
@@ -59,12 +62,11 @@ __device__ __forceinline__ void each_work(const LinearTask& p, Do&& run) {
   }
 }
 
-template <Form F, int T>
+template <class R>
 struct ManyBoard {
-  using R = ManyRoom<F, T>;
   uint64_t full[R::STAGES], empty[R::STAGES];
   uint32_t said;
-  OfToken tokens[2][T];  // of the tile that each group is at
+  OfToken tokens[2][R::T];  // of the tile that each group is at
   __device__ void init() {
     for (int s = 0; s < R::STAGES; ++s) barrier_init(full[s], 2), barrier_init(empty[s], 8);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -72,30 +74,31 @@ struct ManyBoard {
 };
 
 // Two threads that copy: codes, which need not wait for what comes before this kernel, and tokens.
-template <Form F, int T>
+template <class R>
 struct ManyFeeder {
-  using R = ManyRoom<F, T>;
   const LinearTask& p;
   const CUtensorMap& map;
-  ManyBoard<F, T>& board;
+  ManyBoard<R>& board;
   uint32_t base;
+  int filled = 0;  // stages so far
 
   __device__ void run(bool of_tokens) {
-    int filled = 0;
     if (of_tokens) wait_for_last();
-    each_work(p, [&](const ManyWork& work) {
-      for (int step = work.first; step < work.last; ++step, ++filled) {
-        const int stage = filled % R::STAGES;
-        if (filled >= R::STAGES) barrier_wait(board.empty[stage], (filled / R::STAGES & 1) ^ 1);
-        if (of_tokens) {
-          barrier_expect(board.full[stage], R::TOKENS);
-          const int token = p.tokens_from + work.token_tile * T;
-          copy_tokens(base + stage * R::STAGE, &map, board.full[stage], step * 128, token);
-        } else {
-          put_codes(work, step, stage);
-        }
+    each_work(p, [&](const ManyWork& work) { feed(work, of_tokens); });
+  }
+
+  __device__ __forceinline__ void feed(const ManyWork& work, bool of_tokens) {
+    for (int step = work.first; step < work.last; ++step, ++filled) {
+      const int stage = filled % R::STAGES;
+      if (filled >= R::STAGES) barrier_wait(board.empty[stage], (filled / R::STAGES & 1) ^ 1);
+      if (of_tokens) {
+        barrier_expect(board.full[stage], R::TOKENS);
+        const int token = p.tokens_from + work.token_tile * R::T;
+        copy_tokens(base + stage * R::STAGE, &map, board.full[stage], step * 128, token);
+      } else {
+        put_codes(work, step, stage);
       }
-    });
+    }
   }
 
  private:
@@ -116,44 +119,62 @@ struct ManyFeeder {
 };
 
 // A group that multiplies.
-template <Form F, int T>
+template <class R>
 struct ManyGroup {
-  using R = ManyRoom<F, T>;
+  static constexpr Form F = R::F;
+  static constexpr int T = R::T;
   const LinearTask& p;
-  ManyBoard<F, T>& board;
+  ManyBoard<R>& board;
   uint32_t base;
   int group, warp, lane, filled;  // filled: stages so far
   int acc[T / 2];
 
-  __device__ ManyGroup(const LinearTask& p_, ManyBoard<F, T>& board_, uint32_t base_)
+  __device__ ManyGroup(const LinearTask& p_, ManyBoard<R>& board_, uint32_t base_)
       : p(p_), board(board_), base(base_), warp(static_cast<int>(threadIdx.x) / 32 % 4),
         lane(static_cast<int>(threadIdx.x) % 32), filled(0) {
-    group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128 - 1, 0);
+    group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
   }
 
   __device__ void run() {
     wait_for_last();
     each_work(p, [&](const ManyWork& work) {
-      const int row = work.row_tile * TILE_ROWS + group * 64 + warp * 16, token = work.token_tile * T;
-      const OfRow rows[2] = {row_of(p, row + lane / 4), row_of(p, row + lane / 4 + 8)};
-      OfToken tokens[(T + 127) / 128];  // on their way while products are made
-#pragma unroll
-      for (int i = 0; i < (T + 127) / 128; ++i) tokens[i] = token_of(p, token + i * 128 + warp * 32 + lane);
-      multiply(work.last - work.first);
-      meet(2 + group, 128);  // nobody needs those of the tile before any more
-#pragma unroll
-      for (int i = 0; i < (T + 127) / 128; ++i) {
-        const int m = i * 128 + warp * 32 + lane;
-        if (T % 128 == 0 || m < T) board.tokens[group][m] = tokens[i];
-      }
-      meet(2 + group, 128);
       if (work.split < 0) {
-        leave(rows, row, token);
+        compute(work);
       } else {
-        add(work, token);
+        multiply(work.last - work.first);
+        add(work, work.token_tile * T);
       }
     });
     finish();
+  }
+
+  // A whole tile.
+  __device__ __forceinline__ void compute(const ManyWork& work) {
+    const int row = work.row_tile * TILE_ROWS + group * 64 + warp * 16, token = work.token_tile * T;
+    const OfRow rows[2] = {row_of(p, row + lane / 4), row_of(p, row + lane / 4 + 8)};
+    OfToken tokens[(T + 127) / 128];  // on their way while products are made
+#pragma unroll
+    for (int i = 0; i < (T + 127) / 128; ++i) tokens[i] = token_of(p, token + i * 128 + warp * 32 + lane);
+    multiply(work.last - work.first);
+    meet(2 + group, 128);  // nobody needs those of the tile before any more
+#pragma unroll
+    for (int i = 0; i < (T + 127) / 128; ++i) {
+      const int m = i * 128 + warp * 32 + lane;
+      if (T % 128 == 0 || m < T) board.tokens[group][m] = tokens[i];
+    }
+    meet(2 + group, 128);
+    leave(rows, row, token);
+  }
+
+  __device__ __forceinline__ void multiply(int count) {
+    int i = 0;
+    step(true);
+#pragma unroll 1
+    for (i = 1; i + 2 <= count; i += 2) step(false), step(false);
+    if (i < count) step(false);
+    wgmma_wait<0>();
+    in_flight(acc);
+    release((filled - 1) % R::STAGES);
   }
 
  private:
@@ -205,17 +226,6 @@ struct ManyGroup {
     ++filled;
   }
 
-  __device__ __forceinline__ void multiply(int count) {
-    int i = 0;
-    step(true);
-#pragma unroll 1
-    for (i = 1; i + 2 <= count; i += 2) step(false), step(false);
-    if (i < count) step(false);
-    wgmma_wait<0>();
-    in_flight(acc);
-    release((filled - 1) % R::STAGES);
-  }
-
   // Results of a whole tile, of 16 rows from n on: of four threads each has two rows of four 8x8 parts, and writes all
   // eight of one.
   __device__ __forceinline__ void leave(const OfRow (&rows)[2], int n, int first_token) {
@@ -260,9 +270,9 @@ struct ManyGroup {
 
   // Results of those tiles whose last sums this block has added; in the end, when most have been.
   __device__ __forceinline__ void finish() {
-    constexpr int THREADS = R::THREADS - R::FEEDERS;
+    constexpr int THREADS = R::WORKERS;
     const Share share(p);
-    const int thread = static_cast<int>(threadIdx.x) - R::FEEDERS;
+    const int thread = static_cast<int>(threadIdx.x);
     for (int tile = share.first / p.steps; tile * p.steps < share.last; tile += 32) {
       meet(1, THREADS);
       if (thread < 32) {
@@ -282,22 +292,23 @@ struct ManyGroup {
 
 #endif
 
-template <Form F, int T>
-__global__ void __launch_bounds__(ManyRoom<F, T>::THREADS, 1) linear_many_kernel(
-    const __grid_constant__ LinearTask p, const __grid_constant__ CUtensorMap map) {
+template <class R>
+__global__ void __launch_bounds__(R::THREADS, 1) linear_many_kernel(const __grid_constant__ LinearTask p,
+                                                                    const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ ManyBoard<F, T> board;
+  __shared__ ManyBoard<R> board;
   const uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;
   let_next_begin();
   if (threadIdx.x == 0) board.init();
   __syncthreads();
-  if (threadIdx.x < ManyRoom<F, T>::FEEDERS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x % 32 == 0 && threadIdx.x < 64) ManyFeeder<F, T>{p, map, board, base}.run(threadIdx.x == 32);
-  } else {
+  if (threadIdx.x < R::WORKERS) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    ManyGroup<F, T>(p, board, base).run();
+    ManyGroup<R>(p, board, base).run();
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    const unsigned feeder = threadIdx.x - R::WORKERS;
+    if (feeder % 32 == 0 && feeder < 64) ManyFeeder<R>{p, map, board, base}.run(feeder == 32);
   }
 #endif
 }

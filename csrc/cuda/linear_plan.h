@@ -2,12 +2,14 @@
 // multiprocessors would have none, are split along K instead.
 #pragma once
 #include <algorithm>
+#include <cstdlib>
 
 namespace hfl {
 
 struct ManyPlan {
   int tokens;       // of a tile
   int split_tiles;  // how many of all are split
+  int shares;       // blocks of a cluster for each tile; 0: tiles are as linear_many.cuh has them
 };
 
 // By what things took on an H200, in microseconds: 128 columns of a tile, its results, and what is added in memory.
@@ -20,7 +22,13 @@ constexpr double ADDED_PER_US = 230e3, SPLIT = 3.0;
 
 // rows: tiles of 128 rows; steps: of 128 columns.
 inline ManyPlan plan_many(int tokens, int rows, int steps, int processors) {
-  ManyPlan best = {256, 0};
+  ManyPlan best = {256, 0, 0};
+  if (const char* forced = std::getenv("HFL_TILE")) {
+    const int tile = std::atoi(forced), how = std::atoi(std::getenv("HFL_SPLIT"));
+    const int tiles = rows * ((tokens + tile - 1) / tile);
+    if (how >= 10) return {tile, 0, how / 10};
+    return {tile, how == 0 ? 0 : how == 1 ? tiles % processors : tiles, 0};
+  }
   double least = 1e30;
   for (const ManyCost& cost : MANY_COSTS) {
     const long long tiles = static_cast<long long>(rows) * ((tokens + cost.tokens - 1) / cost.tokens);
@@ -31,7 +39,7 @@ inline ManyPlan plan_many(int tokens, int rows, int steps, int processors) {
     const double whole = static_cast<double>(rounds) * tile, last = rest == 0 ? 0.0 : std::min(tile, split);
     if (whole + last < least) {
       least = whole + last;
-      best = {cost.tokens, rest != 0 && split < tile ? static_cast<int>(rest) : 0};
+      best = {cost.tokens, rest != 0 && split < tile ? static_cast<int>(rest) : 0, 0};
     }
   }
   return best;
