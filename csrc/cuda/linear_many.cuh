@@ -19,11 +19,12 @@ template <Form F_, int T_, bool SPREAD = false>
 struct ManyRoom {
   static constexpr Form F = F_;
   static constexpr int T = T_;
-  static constexpr int WORKERS = 256, FEEDERS = SPREAD ? 64 : 128, THREADS = WORKERS + FEEDERS;
+  static constexpr int WORKERS = 256, FEEDERS = SPREAD ? 0 : 128, THREADS = WORKERS + FEEDERS;
   static constexpr int TOKENS = T * 128, CHUNKS = F == Form::BYTES ? 2 : 1;
   static constexpr int CODES = CHUNKS * CHUNK_BYTES;  // of a panel
   static constexpr int LEVELS = F == Form::GROUP || F == Form::FINE ? 512 : 0;
   static constexpr int STAGE = TOKENS + 2 * CODES + 2 * LEVELS;  // a multiple of 1024
+  static constexpr bool AHEAD = !SPREAD || T < 128;  // there are registers for operands of two stages
   static constexpr int ROOM = (SPREAD ? 110 : 220) * 1024, STAGES = ROOM / STAGE < 8 ? ROOM / STAGE : 8;
   static constexpr int BYTES = STAGES * STAGE + 1024;  // so that it can begin at a multiple of 1024
 };
@@ -73,7 +74,7 @@ struct ManyBoard {
   }
 };
 
-// Two threads that copy: codes, which need not wait for what comes before this kernel, and tokens.
+// A thread that copies codes, which need not wait for what comes before this kernel, and one that copies tokens.
 template <class R>
 struct ManyFeeder {
   const LinearTask& p;
@@ -84,24 +85,40 @@ struct ManyFeeder {
 
   __device__ void run(bool of_tokens) {
     if (of_tokens) wait_for_last();
-    each_work(p, [&](const ManyWork& work) { feed(work, of_tokens); });
-  }
-
-  __device__ __forceinline__ void feed(const ManyWork& work, bool of_tokens) {
-    for (int step = work.first; step < work.last; ++step, ++filled) {
-      const int stage = filled % R::STAGES;
-      if (filled >= R::STAGES) barrier_wait(board.empty[stage], (filled / R::STAGES & 1) ^ 1);
-      if (of_tokens) {
-        barrier_expect(board.full[stage], R::TOKENS);
-        const int token = p.tokens_from + work.token_tile * R::T;
-        copy_tokens(base + stage * R::STAGE, &map, board.full[stage], step * 128, token);
-      } else {
-        put_codes(work, step, stage);
+    each_work(p, [&](const ManyWork& work) {
+      for (int step = work.first; step < work.last; ++step, ++filled) {
+        const int stage = filled % R::STAGES;
+        if (filled >= R::STAGES) barrier_wait(board.empty[stage], (filled / R::STAGES & 1) ^ 1);
+        if (of_tokens) {
+          put_tokens(work, step, stage);
+        } else {
+          put_codes(work, step, stage);
+        }
       }
-    }
+    });
   }
 
+  // One thread alone, of those that multiply: codes of as many stages as there are, then their tokens.
+  __device__ __forceinline__ void begin(const ManyWork& work) {
+    const int early = min(work.last - work.first, R::STAGES);
+    for (int i = 0; i < early; ++i) put_codes(work, work.first + i, i);
+    wait_for_last();
+    for (int i = 0; i < early; ++i) put_tokens(work, work.first + i, i);
+  }
+  // Into the stage of the run's step i, once all are done with it.
+  __device__ __forceinline__ void refill(const ManyWork& work, int i) {
+    const int step = work.first + i + R::STAGES, stage = i % R::STAGES;
+    if (i < 0 || step >= work.last) return;
+    barrier_wait(board.empty[stage], i / R::STAGES & 1);
+    put_codes(work, step, stage);
+    put_tokens(work, step, stage);
+  }
  private:
+  __device__ __forceinline__ void put_tokens(const ManyWork& work, int step, int stage) {
+    barrier_expect(board.full[stage], R::TOKENS);
+    const int token = p.tokens_from + work.token_tile * R::T;
+    copy_tokens(base + stage * R::STAGE, &map, board.full[stage], step * 128, token);
+  }
   __device__ __forceinline__ void put_codes(const ManyWork& work, int step, int stage) {
     const int levels = R::LEVELS ? p.groups * 2 * PANEL : 0;  // bytes of a panel
     barrier_expect(board.full[stage], 2 * R::CODES + 2 * levels);
@@ -137,25 +154,19 @@ struct ManyGroup {
 
   __device__ void run() {
     wait_for_last();
-    each_work(p, [&](const ManyWork& work) {
-      if (work.split < 0) {
-        compute(work);
-      } else {
-        multiply(work.last - work.first);
-        add(work, work.token_tile * T);
-      }
-    });
+    each_work(p, [&](const ManyWork& work) { compute(work, [&] { multiply(work.last - work.first, [](int) {}); }); });
     finish();
   }
 
-  // A whole tile.
-  __device__ __forceinline__ void compute(const ManyWork& work) {
+  // A run of steps of a tile: its results, or what it adds to the tile's sums.
+  template <class Multiply>
+  __device__ __forceinline__ void compute(const ManyWork& work, Multiply&& multiply) {
     const int row = work.row_tile * TILE_ROWS + group * 64 + warp * 16, token = work.token_tile * T;
     const OfRow rows[2] = {row_of(p, row + lane / 4), row_of(p, row + lane / 4 + 8)};
     OfToken tokens[(T + 127) / 128];  // on their way while products are made
 #pragma unroll
     for (int i = 0; i < (T + 127) / 128; ++i) tokens[i] = token_of(p, token + i * 128 + warp * 32 + lane);
-    multiply(work.last - work.first);
+    multiply();
     meet(2 + group, 128);  // nobody needs those of the tile before any more
 #pragma unroll
     for (int i = 0; i < (T + 127) / 128; ++i) {
@@ -163,18 +174,22 @@ struct ManyGroup {
       if (T % 128 == 0 || m < T) board.tokens[group][m] = tokens[i];
     }
     meet(2 + group, 128);
-    leave(rows, row, token);
+    if (work.split < 0) {
+      leave(rows, row, token);
+    } else {
+      add(work, token);
+    }
   }
 
-  __device__ __forceinline__ void multiply(int count) {
+  // `after`: what a step is followed by.
+  template <class After>
+  __device__ __forceinline__ void multiply(int count, After&& after) {
     int i = 0;
     step(true);
 #pragma unroll 1
-    for (i = 1; i + 2 <= count; i += 2) step(false), step(false);
+    for (i = 1; i + 2 <= count; i += 2) step(false), after(i), step(false), after(i + 1);
     if (i < count) step(false);
-    wgmma_wait<0>();
-    in_flight(acc);
-    release((filled - 1) % R::STAGES);
+    finish_products();
   }
 
  private:
@@ -215,15 +230,24 @@ struct ManyGroup {
     const int stage = filled % R::STAGES;
     uint32_t a[16];
     barrier_wait(board.full[stage], filled / R::STAGES & 1);
+    if (!R::AHEAD && !first) finish_products();
     codes(a, stage);
     const uint64_t b = matrix(base + stage * R::STAGE);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < 4; ++s) product_u8(acc, a + 4 * s, b + 2 * s, s || !first);
     wgmma_commit();
-    wgmma_wait<1>();
-    if (!first) release((filled - 1) % R::STAGES);
+    if (R::AHEAD) {
+      wgmma_wait<1>();
+      if (!first) release((filled - 1) % R::STAGES);
+    }
     ++filled;
+  }
+
+  __device__ __forceinline__ void finish_products() {
+    wgmma_wait<0>();
+    in_flight(acc);
+    release((filled - 1) % R::STAGES);
   }
 
   // Results of a whole tile, of 16 rows from n on: of four threads each has two rows of four 8x8 parts, and writes all

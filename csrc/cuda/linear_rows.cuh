@@ -3,9 +3,9 @@
 //
 // Work: units of 16 rows (32 where tokens do not stay in shared memory), one of each block after the other. Of the 4096,
 //   6144, 14336 and 28672 rows of a Llama-3-8B layer, 132 multiprocessors get equally many, but for 3 %.
-// Block: of a unit, every warp has each eighth chunk of columns; it copies the codes, scales and tokens of those itself,
-//   some chunks ahead and over the end of a unit, and waits for no other warp but once a unit, when sums are added in
-//   shared memory. Two blocks fit on a multiprocessor, so that the next kernel's codes come while this one ends.
+// Block: of a unit, every warp has each 8th or 16th chunk of columns; it copies the codes, scales and tokens of those
+//   itself, some chunks ahead and over the end of a unit, and waits for no other warp but once a unit, when sums are added
+//   in shared memory. Two blocks fit on a multiprocessor, so that the next kernel's codes come while this one ends.
 // Products: mma.m16n8k32, codes as operand a, which one mask takes out of 16 stored bytes.
 // Shared memory: codes and scales of STAGES chunks of each warp; tokens, all of them or of as many chunks; up to 113 KiB.
 #pragma once
@@ -16,12 +16,12 @@ namespace hfl {
 // STREAM: tokens are copied again for every unit.
 template <Form F, int MT, bool STREAM>
 struct RowsRoom {
-  static constexpr int WARPS = 8, THREADS = WARPS * 32;
+  static constexpr int WARPS = MT == 1 && !STREAM ? 16 : 8, THREADS = WARPS * 32;
   static constexpr int TILES = STREAM ? 2 : 1, ROWS = 16 * TILES;           // of a unit
   static constexpr int CHUNK = F == Form::BYTES ? 64 : 128;                 // columns, and bytes of a token
   static constexpr int LEVELS = F == Form::GROUP ? 32 : F == Form::FINE ? 128 : 0;  // of a tile
   static constexpr int TILE = 1024 + LEVELS, STAGE = TILES * TILE;
-  static constexpr int STAGES = STREAM ? 3 : MT == 1 ? 9 : 5;
+  static constexpr int STAGES = STREAM ? 3 : 5;
   static constexpr int RING = WARPS * STAGES * STAGE;
   static constexpr int LINE = ROWS + 4, SUMS = 8 * MT * LINE;               // of a token, so that banks differ; of a unit
   static constexpr int EACH = (8 * MT * ROWS + THREADS - 1) / THREADS;      // results of a thread
@@ -40,13 +40,41 @@ inline int rows_bytes(int chunks, int tokens) {
   return R::BYTES + R::WARPS * rows_slots<F, MT, STREAM>(chunks) * tokens * R::CHUNK;
 }
 
+// Chunks of a warp, unit after unit, and where this thread's part of the codes and the scales of one lie.
+template <class R>
+struct RowsCursor {
+  const LinearTask& p;
+  int unit, chunk, warp, lane;
+  const uint8_t *codes, *levels;
+
+  __device__ __forceinline__ RowsCursor(const LinearTask& p_, int warp_, int lane_)
+      : p(p_), unit(static_cast<int>(blockIdx.x)), chunk(warp_), warp(warp_), lane(lane_) {
+    find();
+  }
+  __device__ __forceinline__ bool there() const { return chunk < p.chunks && unit < p.whole_tiles; }
+  __device__ __forceinline__ void next() {
+    chunk += R::WARPS;
+    codes += R::WARPS * CHUNK_BYTES, levels += R::WARPS * p.groups * (2 * PANEL);
+    if (chunk >= p.chunks) chunk = warp, unit += static_cast<int>(gridDim.x), find();
+  }
+
+ private:
+  __device__ __forceinline__ void find() {
+    constexpr int PIECES = 2 * R::TILES;  // of 16 bytes, of the scales of a group
+    const int tile = unit * R::TILES, part = tile % 4;
+    const int64_t run = static_cast<int64_t>(tile / 4) * p.chunks + chunk;
+    codes = p.a.codes + run * CHUNK_BYTES + part * 1024 + lane * 16;
+    levels = p.a.groups + (run * p.groups + lane / PIECES) * (2 * PANEL) + part * 32 + lane % PIECES * 16;
+  }
+};
+
 template <Form F, int MT, bool STREAM>
 struct RowsBlock {
   using R = RowsRoom<F, MT, STREAM>;
   const LinearTask& p;
   uint32_t ring, tokens, sums;  // of this warp; of this warp; of the block
   int warp, lane;
-  int acc[R::TILES][MT][4];
+  int acc[2][R::TILES][MT][4];  // of two chunks at a time, which do not wait for each other
 
   __device__ RowsBlock(const LinearTask& p_, uint32_t base)
       : p(p_), sums(base + R::RING), warp(static_cast<int>(threadIdx.x) / 32),
@@ -58,10 +86,7 @@ struct RowsBlock {
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < R::TILES; ++i) {
-#pragma unroll
-      for (int m = 0; m < MT; ++m) acc[i][m][0] = acc[i][m][1] = acc[i][m][2] = acc[i][m][3] = 0;
-    }
+    for (int i = 0; i < 8 * R::TILES * MT; ++i) acc[i / 4 / MT / R::TILES][i / 4 / MT % R::TILES][i / 4 % MT][i % 4] = 0;
   }
 
   // Sums of both units at a time begin with nothing.
@@ -69,20 +94,18 @@ struct RowsBlock {
     for (int i = static_cast<int>(threadIdx.x); i < 2 * R::SUMS; i += R::THREADS) store_word(sums + i * 4, 0);
   }
 
-  __device__ __forceinline__ void copy_codes(int stage, int unit, int chunk) const {
+  __device__ __forceinline__ void copy_codes(int stage, const RowsCursor<R>& from) const {
+    const uint32_t to = ring + stage * R::STAGE + lane * 16;
 #pragma unroll
     for (int i = 0; i < R::TILES; ++i) {
-      const int tile = unit * R::TILES + i, panel = tile / 4, part = tile % 4;
-      const bool there = R::TILES == 1 || panel < p.panels;
-      const int64_t run = there ? static_cast<int64_t>(panel) * p.chunks + chunk : 0;
-      const uint8_t* from = p.a.codes + run * CHUNK_BYTES + part * 1024 + lane * 16;
-      const uint32_t to = ring + stage * R::STAGE + i * R::TILE + lane * 16;
-      copy_async(to, from, there);
-      copy_async(to + 512, from + 512, there);
-      if constexpr (R::LEVELS != 0) {
-        const uint8_t* levels = p.a.groups + (run * p.groups + lane / 2) * (2 * PANEL) + part * 32;
-        if (lane < 2 * p.groups) copy_async(to + 1024, levels + lane % 2 * 16, there);
-      }
+      copy_async(to + i * R::TILE, from.codes + i * 1024, true);
+      copy_async(to + i * R::TILE + 512, from.codes + i * 1024 + 512, true);
+    }
+    if constexpr (R::LEVELS != 0) {
+      constexpr int PIECES = 2 * R::TILES;
+      const int group = lane / PIECES, tile = lane % PIECES / 2;
+      const uint32_t at = ring + stage * R::STAGE + tile * R::TILE + 1024 + group * 32 + lane % 2 * 16;
+      if (lane < PIECES * p.groups) copy_async(at, from.levels, true);
     }
   }
 
@@ -97,6 +120,19 @@ struct RowsBlock {
       const bool there = column < p.a.columns;
       const int64_t at = there ? static_cast<int64_t>(m) * p.a.columns + column : 0;
       copy_async(to + m * R::CHUNK + (piece ^ turn(m)) * 16, from + at, there);
+    }
+  }
+
+  // Of all chunks, or of as many as there is room for.
+  __device__ __forceinline__ void copy_first_tokens() const {
+    int chunk = warp;
+#pragma unroll 1
+    for (int slot = 0; slot < rows_slots<F, MT, STREAM>(p.chunks); ++slot, chunk += R::WARPS) {
+      if (chunk >= p.chunks) {
+        if (!STREAM || warp >= p.chunks) break;
+        chunk = warp;  // of the next unit
+      }
+      copy_tokens(slot, chunk);
     }
   }
 
@@ -126,7 +162,7 @@ struct RowsBlock {
     }
   }
 
-  __device__ __forceinline__ void multiply(int stage, int slot) {
+  __device__ __forceinline__ void multiply(int (&to)[R::TILES][MT][4], int stage, int slot) {
 #pragma unroll
     for (int half = 0; half < R::CHUNK / 64; ++half) {
       uint32_t a[R::TILES][8];
@@ -137,9 +173,9 @@ struct RowsBlock {
         uint32_t b[4];
         operand(b, slot, m, half);
 #pragma unroll
-        for (int i = 0; i < R::TILES; ++i) mma_u8(acc[i][m], a[i], b[0], b[1]);
+        for (int i = 0; i < R::TILES; ++i) mma_u8(to[i][m], a[i], b[0], b[1]);
 #pragma unroll
-        for (int i = 0; i < R::TILES; ++i) mma_u8(acc[i][m], a[i] + 4, b[2], b[3]);
+        for (int i = 0; i < R::TILES; ++i) mma_u8(to[i][m], a[i] + 4, b[2], b[3]);
       }
     }
   }
@@ -154,7 +190,7 @@ struct RowsBlock {
         if (token >= p.tokens) continue;
 #pragma unroll
         for (int i = 0; i < R::TILES; ++i) {
-          add_shared(to + (token * R::LINE + i * 16 + lane / 4 + r / 2 * 8) * 4, acc[i][m][r]);
+          add_shared(to + (token * R::LINE + i * 16 + lane / 4 + r / 2 * 8) * 4, acc[0][i][m][r] + acc[1][i][m][r]);
         }
       }
     }
@@ -176,64 +212,60 @@ struct RowsBlock {
   }
 };
 
-// Chunks of this warp, unit after unit.
-struct RowsCursor {
-  int unit, chunk, slot;
-  __device__ __forceinline__ void next(const LinearTask& p, int warps, int warp) {
-    chunk += warps, ++slot;
-    if (chunk >= p.chunks) chunk = warp, slot = 0, unit += static_cast<int>(gridDim.x);
-  }
-  __device__ __forceinline__ bool there(const LinearTask& p) const { return chunk < p.chunks && unit < p.whole_tiles; }
-};
-
 template <Form F, int MT, bool STREAM>
-__global__ void __launch_bounds__(256, 2) linear_rows_kernel(const __grid_constant__ LinearTask p) {
+__global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_rows_kernel(
+    const __grid_constant__ LinearTask p) {
   using R = RowsRoom<F, MT, STREAM>;
   extern __shared__ __align__(128) unsigned char shared[];
   let_next_begin();
   RowsBlock<F, MT, STREAM> block(p, shared_address(shared));
-  const RowsCursor first = {static_cast<int>(blockIdx.x), block.warp, 0};
-  RowsCursor ahead = first;
+  RowsCursor<R> ahead(p, block.warp, block.lane);
 #pragma unroll 1
-  for (int i = 0; i < R::STAGES && ahead.there(p); ++i) {  // codes need not wait for the tokens
-    block.copy_codes(i, ahead.unit, ahead.chunk);
-    ahead.next(p, R::WARPS, block.warp);
+  for (int i = 0; i < R::STAGES && ahead.there(); ++i) {  // codes need not wait for the tokens
+    block.copy_codes(i, ahead);
+    ahead.next();
   }
   block.clear_sums();
+  const int thread = static_cast<int>(threadIdx.x);
   wait_for_last();
-  RowsCursor behind = first;
-#pragma unroll 1
-  for (int i = 0; i < (STREAM ? R::STAGES : p.chunks) && behind.there(p); ++i) {
-    if (!STREAM && behind.unit != first.unit) break;
-    block.copy_tokens(i, behind.chunk);
-    behind.next(p, R::WARPS, block.warp);
-  }
+  block.copy_first_tokens();
   copy_commit();
   OfToken tokens[R::EACH];
-  const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < R::EACH; ++i) tokens[i] = token_of(p, thread / R::ROWS + i * (R::THREADS / R::ROWS));
   copy_wait<0>();
   __syncthreads();
   int stage = 0, turn = 0;
+  const auto refill = [&] {
+    if (ahead.there()) {
+      block.copy_codes(stage, ahead);
+      if (STREAM) block.copy_tokens(stage, ahead.chunk);
+      ahead.next();
+    }
+    copy_commit();
+    stage = stage + 1 == R::STAGES ? 0 : stage + 1;
+  };
 #pragma unroll 1
-  for (int unit = first.unit; unit < p.whole_tiles; unit += static_cast<int>(gridDim.x)) {
+  for (int unit = static_cast<int>(blockIdx.x); unit < p.whole_tiles; unit += static_cast<int>(gridDim.x)) {
     const int n = unit * R::ROWS + thread % R::ROWS;
     const OfRow row = row_of(p, n);
-    int slot = 0;
+    int slot = 0, left = (p.chunks - block.warp + R::WARPS - 1) / R::WARPS;
 #pragma unroll 1
-    for (int chunk = block.warp; chunk < p.chunks; chunk += R::WARPS, ++slot) {
+    for (; left >= 2; left -= 2, slot += 2) {
+      const int second = stage + 1 == R::STAGES ? 0 : stage + 1;
+      copy_wait<R::STAGES - 2>();
+      __syncwarp();
+      block.multiply(block.acc[0], stage, STREAM ? stage : slot);
+      block.multiply(block.acc[1], second, STREAM ? second : slot + 1);
+      __syncwarp();
+      refill(), refill();
+    }
+    if (left > 0) {
       copy_wait<R::STAGES - 1>();
       __syncwarp();
-      block.multiply(stage, STREAM ? stage : slot);
+      block.multiply(block.acc[0], stage, STREAM ? stage : slot);
       __syncwarp();
-      if (ahead.there(p)) {
-        block.copy_codes(stage, ahead.unit, ahead.chunk);
-        if (STREAM) block.copy_tokens(stage, ahead.chunk);
-        ahead.next(p, R::WARPS, block.warp);
-      }
-      copy_commit();
-      if (++stage == R::STAGES) stage = 0;
+      refill();
     }
     const uint32_t sums = block.sums + turn * R::SUMS * 4;
     block.add(sums);

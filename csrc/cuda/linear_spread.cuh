@@ -39,10 +39,16 @@ struct SpreadGroup : ManyGroup<R> {
   static constexpr int LINE = TILE_ROWS + 4;  // of a token, so that banks differ
   static_assert(R::T * LINE * 4 <= R::STAGES * R::STAGE, "sums of a tile lie where its operands were");
   using ManyGroup<R>::p, ManyGroup<R>::base, ManyGroup<R>::group, ManyGroup<R>::warp, ManyGroup<R>::lane;
-  using ManyGroup<R>::ManyGroup, ManyGroup<R>::acc, ManyGroup<R>::multiply;
+  using ManyGroup<R>::ManyGroup, ManyGroup<R>::acc;
 
-  __device__ void run(const ManyWork& work, int rank) {
-    multiply(work.last - work.first);
+  __device__ __forceinline__ void multiply(const ManyWork& work, ManyFeeder<R>& feeder) {
+    ManyGroup<R>::multiply(work.last - work.first, [&](int i) {
+      if (threadIdx.x == 0) feeder.refill(work, i - 2);  // the other group may be a step behind
+      __syncwarp();
+    });
+  }
+
+  __device__ __forceinline__ void share(const ManyWork& work, int rank) {
     meet(1, R::WORKERS);  // both groups are done with the operands
     const int n = group * 64 + warp * 16 + lane / 4;
 #pragma unroll
@@ -92,19 +98,16 @@ __global__ void __launch_bounds__(R::THREADS, 2) linear_spread_kernel(const __gr
   __syncthreads();
   const int tile = static_cast<int>(blockIdx.x) / p.shares, rank = rank_in_cluster();
   const ManyWork work(p, tile, p.steps * rank / p.shares, p.steps * (rank + 1) / p.shares, -1);
-  if (threadIdx.x >= R::WORKERS) {
-    if (threadIdx.x % 32) return;
-    const bool of_tokens = threadIdx.x == R::WORKERS;
-    if (of_tokens) wait_for_last();
-    ManyFeeder<R>{p, map, board, base}.feed(work, of_tokens);
-    return;
-  }
+  ManyFeeder<R> feeder{p, map, board, base};
+  if (threadIdx.x == 0) feeder.begin(work);
+  __syncwarp();
   wait_for_last();
   SpreadGroup<R> group(p, board, base);
   if (p.shares == 1) {
-    group.compute(work);
+    group.compute(work, [&] { group.multiply(work, feeder); });
   } else {
-    group.run(work, rank);
+    group.multiply(work, feeder);
+    group.share(work, rank);
   }
 #endif
 }

@@ -280,6 +280,10 @@ def test_when_a_weight_is_known() -> None:
         part.add_(1)
         assert [compiled._is_known(weight) for _ in range(2)] == [False, True]
     assert not compiled._is_known(copy.deepcopy(weight))
+    views = [dataclasses.replace(weight, codes=weight.codes.view(2, -1).view(weight.codes.shape)) for _ in range(3)]
+    assert [compiled._is_known(each) for each in (weight, *views)] == [True] * 4
+    views[0].codes.add_(1)
+    assert [compiled._is_known(each) for each in views] == [False, True, True]
     with torch.inference_mode():
         uncounted = packing.pack(random_codes("channel", 64, 128))
         assert [compiled._is_known(uncounted) for _ in range(2)] == [False, False]

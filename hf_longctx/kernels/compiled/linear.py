@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,10 +136,11 @@ def _is_known(weight: PackedWeight) -> bool:
     read = [x for x in (weight.codes, weight.groups) if x is not None]
     if any(x.is_inference() for x in read):  # nobody counts how often it is written to
         return False
-    now, codes = [(x.data_ptr(), x._version) for x in read], weight.codes
-    known = getattr(codes, "_hfl_read", None)
-    codes._hfl_read = now  # type: ignore[attr-defined]
-    return known == now
+    now = [(x.data_ptr(), x._version) for x in read]
+    base: Any = weight.codes if weight.codes._base is None else weight.codes._base  # a layer makes views, each call anew
+    known = getattr(base, "_hfl_read", None)
+    base._hfl_read = now
+    return bool(known == now)
 
 
 def w4a8_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
