@@ -18,6 +18,7 @@ typedef struct {
   int32_t weight_dtype, early;  // of the norm, as in hfl_norm
   float eps, offset;
   const void* weight;  // [K]
+  void* normed;        // [M, K] contiguous, what comes of the norm; or NULL
   int8_t* values;      // [M, K] contiguous
   float* scale;        // [M]
   int32_t* sums;       // [M]

@@ -28,13 +28,13 @@ from .kernels.reference.rotate import rotate_heads
 DEVICES = {"cuda"}
 """Types of devices on which there are short cuts: there a launch takes longer than what it computes."""
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PROBED = (torch.float32, torch.bfloat16, torch.float16)
 _ROTATE = "apply_rotary_pos_emb"
 
 
 def install(decoder: Any) -> None:
     """Put short cuts in the place of what is proved to be the same; no-op on devices that have none."""
-    if decoder.device.type not in DEVICES or library.reason(decoder.device) is not None:
+    if not has_any(decoder):
         return
     known: dict[Any, Any] = {}
     for module in decoder.modules():
@@ -43,6 +43,11 @@ def install(decoder: Any) -> None:
         cut = _norm(module, known) or _rotation(module, known)
         if cut is not None:
             module.__dict__["forward"] = cut
+
+
+def has_any(decoder: Any) -> bool:
+    """True on devices that have short cuts."""
+    return decoder.device.type in DEVICES and library.reason(decoder.device) is None
 
 
 def remove(decoder: nn.Module) -> None:
@@ -57,7 +62,7 @@ def remove(decoder: nn.Module) -> None:
 def count(decoder: nn.Module) -> tuple[int, int]:
     """How many norms and how many rotations have a short cut."""
     cuts = [type(vars(module)[name]) for module, name in _places(decoder)]
-    return cuts.count(Norm), cuts.count(Rotation)
+    return sum(issubclass(cut, Norm) for cut in cuts), cuts.count(Rotation)
 
 
 def _places(decoder: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -138,12 +143,12 @@ def _norms(module: nn.Module, dim: int, eps: float, offset: float, early: bool) 
     spread = torch.tensor([[1e-3], [1.0], [30.0]], device="cpu")  # where eps counts, and where it does not
     made = torch.Generator().manual_seed(0)
     x, weight = spread * _random(made, 2, 3, dim), _random(made, dim)
-    pairs = [(x.to(dtype), weight.to(dtype)) for dtype in _DTYPES] + [(x.to(torch.bfloat16), weight)]
+    pairs = [(x.to(dtype), weight.to(dtype)) for dtype in PROBED] + [(x.to(torch.bfloat16), weight)]
     for rows, scale in pairs:
         probed = copy(module)
         probed.__dict__["_parameters"] = {"weight": nn.Parameter(scale, requires_grad=False)}
         expected = rms_norm(rows, scale, eps, offset, early)
-        if not _gives(partial(type(module).forward, probed, rows), expected):
+        if not gives(partial(type(module).forward, probed, rows), expected):
             return False
     return True
 
@@ -234,7 +239,7 @@ def _same(stock: Any) -> Same | None:
         return None
     dim = 32
     kinds = {"whole": (dim, dim), "part": (dim // 2, dim // 2), "pairs": (dim // 2, dim)}
-    alike = [(dtype, dtype) for dtype in _DTYPES]
+    alike = [(dtype, dtype) for dtype in PROBED]
     same = {name: _turns(stock, dim, *sizes, alike) for name, sizes in kinds.items()}
     if not any(same.values()):
         return None
@@ -253,7 +258,7 @@ def _turns(
             cos, sin = (_random(made, rows, 3, width).to(angles) for _ in range(2))
             expected = rotate_heads(q, k, cos, sin, size)
             calls = partial(stock, q, k, cos, sin), partial(stock, q, k, cos, sin, unsqueeze_dim=1)
-            if not all(_gives(call, *expected) for call in calls):
+            if not all(gives(call, *expected) for call in calls):
                 return False
     return True
 
@@ -265,7 +270,7 @@ def _random(made: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=made, dtype=torch.float32, device="cpu")
 
 
-def _gives(run: Callable[[], Any], *expected: Tensor) -> bool:
+def gives(run: Callable[[], Any], *expected: Tensor) -> bool:
     """True if a call gives these tensors, bit for bit; one that fails gives something else."""
     try:
         with torch.no_grad():

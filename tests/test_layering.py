@@ -42,6 +42,7 @@ ROOMS = {
     "obstacles": {"cache", "models", "plan"},
     "graph": {"cache", "context", "models", "obstacles", "plan", "recording"},
     "shortcuts": {"cache", "context", "kernels"},
+    "integers": {"kernels", "shortcuts", "weights"},
     "places": {"attention", "cache", "context", "errors", "models", "plan"},
     "sinks": {"context", "errors", "models"},
     "testing": {"plan", "testing"},

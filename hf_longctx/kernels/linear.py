@@ -115,9 +115,13 @@ def quantize_tokens(x: Tensor) -> Tokens:
     return out
 
 
-def quantize_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tokens:
-    """`quantize_tokens` of `ops.rms_norm`, whose result is rounded to its dtype in between; x: `[M, K]`."""
-    out: Tokens = dispatch.call("quantize_norm", x, weight, eps, offset, early)
+def quantize_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> tuple[Tensor, Tokens]:
+    """`ops.rms_norm` of x `[M, K]`, and `quantize_tokens` of that, which is rounded to its dtype in between.
+
+    Returns:
+        `[M, K]`, and its tokens.
+    """
+    out: tuple[Tensor, Tokens] = dispatch.call("quantize_norm", x, weight, eps, offset, early)
     return out
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
-from hf_longctx.kernels import dispatch, linear, packing
+from hf_longctx.kernels import dispatch, linear, ops, packing
 from hf_longctx.kernels.compiled import library
 from hf_longctx.kernels.compiled import linear as compiled
 from hf_longctx.kernels.dispatch import use_backend
@@ -110,6 +111,10 @@ def test_tokens(columns: int, device: str) -> None:
             torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+def assert_same(got: Tokens, expected: Tokens) -> None:
+    assert all(torch.equal(getattr(got, name), getattr(expected, name)) for name in ("values", "scale", "sums"))
+
+
 def assert_near(got: Tokens, expected: Tokens, ulp: float) -> None:
     """But for a rounding of what was quantized."""
     torch.testing.assert_close(got.scale.cpu(), expected.scale, rtol=2 * ulp, atol=0)
@@ -122,19 +127,21 @@ def assert_near(got: Tokens, expected: Tokens, ulp: float) -> None:
 @pytest.mark.parametrize("dtype", SIXTEEN)
 @pytest.mark.parametrize("columns", [64, 4096, 14336])
 def test_tokens_out_of_a_norm_and_a_gate(columns: int, dtype: torch.dtype) -> None:
+    """The very bits of the launches that they are in place of; of few rows, and of many."""
     need("cuda")
     made = torch.Generator().manual_seed(columns)
-    x, up = (torch.randn(17, columns, generator=made).to(dtype) for _ in range(2))
-    both, ulp = torch.cat([x, up], 1).cuda(), torch.finfo(dtype).eps
-    for early, offset in ((True, 0.0), (False, 1.0)):
+    for rows in (17, 600):
+        x, up = (torch.randn(rows, columns, generator=made).to(dtype).cuda() for _ in range(2))
+        both, ulp = torch.cat([x, up], 1), torch.finfo(dtype).eps
+        for early, offset in ((True, 0.0), (False, 1.0)):
+            with use_backend("compiled"):
+                normed, got = linear.quantize_norm(x, up[0], 1e-5, offset, early)
+                assert torch.equal(normed, ops.rms_norm(x, up[0], 1e-5, offset, early))
+                assert_same(got, linear.quantize_tokens(normed))
+            with use_backend("reference"):
+                assert_near(got, linear.quantize_norm(x.cpu(), up[0].cpu(), 1e-5, offset, early)[1], ulp)
         with use_backend("compiled"):
-            got = linear.quantize_norm(x.cuda(), up[0].cuda(), 1e-5, offset, early)
-        with use_backend("reference"):
-            assert_near(got, linear.quantize_norm(x, up[0], 1e-5, offset, early), ulp)
-    with use_backend("compiled"):
-        got = linear.quantize_gated(*both.chunk(2, 1))
-    with use_backend("reference"):
-        assert_near(got, linear.quantize_gated(x, up), ulp)
+            assert_same(linear.quantize_gated(*both.chunk(2, 1)), linear.quantize_tokens(silu(x) * up))
 
 
 @pytest.mark.cuda
@@ -238,7 +245,7 @@ def test_captured_calls_follow_their_input(rows: int) -> None:
     x, norm = torch.randn(rows, 1024, device="cuda").bfloat16(), torch.rand(1024, device="cuda").bfloat16()
 
     def layer() -> Tensor:
-        wide = linear.w4a8_linear(linear.quantize_norm(x, norm, 1e-5, 0.0, True), weight, None, torch.bfloat16)
+        wide = linear.w4a8_linear(linear.quantize_norm(x, norm, 1e-5, 0.0, True)[1], weight, None, torch.bfloat16)
         return linear.w4a8_linear(linear.quantize_gated(*wide.chunk(2, 1)), down, None, torch.bfloat16)
 
     layer()

@@ -27,7 +27,7 @@ class HflQuantize(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("x_row", "y_row")),
         *((name, ctypes.c_int32) for name in ("weight_dtype", "early")),
         *((name, ctypes.c_float) for name in ("eps", "offset")),
-        *((name, ctypes.c_void_p) for name in ("weight", "values", "scale", "sums", "stream")),
+        *((name, ctypes.c_void_p) for name in ("weight", "normed", "values", "scale", "sums", "stream")),
     )
 
 
@@ -97,11 +97,12 @@ def quantize_tokens(x: Tensor) -> Tokens:
     return _quantized(HflQuantize(kind=0), x)
 
 
-def quantize_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tokens:
+def quantize_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> tuple[Tensor, Tokens]:
     """`linear.quantize_norm`."""
-    dtype = library.DTYPES[weight.dtype]
+    dtype, normed = library.DTYPES[weight.dtype], torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = HflQuantize(kind=1, weight_dtype=dtype, early=early, eps=eps, offset=offset, weight=weight.data_ptr())
-    return _quantized(block, x)
+    block.normed = normed.data_ptr()
+    return normed, _quantized(block, x)
 
 
 def quantize_gated(gate: Tensor, up: Tensor) -> Tokens:
@@ -137,7 +138,9 @@ def _is_known(weight: PackedWeight) -> bool:
     if any(x.is_inference() for x in read):  # nobody counts how often it is written to
         return False
     now = [(x.data_ptr(), x._version) for x in read]
-    base: Any = weight.codes if weight.codes._base is None else weight.codes._base  # a layer makes views, each call anew
+    base: Any = (
+        weight.codes if weight.codes._base is None else weight.codes._base
+    )  # a layer makes views, each call anew
     known = getattr(base, "_hfl_read", None)
     base._hfl_read = now
     return bool(known == now)

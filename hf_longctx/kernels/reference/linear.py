@@ -26,9 +26,10 @@ def quantize_tokens(x: Tensor) -> Tokens:
     return Tokens(values, scale, values.sum(-1, dtype=torch.int32))
 
 
-def quantize_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tokens:
+def quantize_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> tuple[Tensor, Tokens]:
     """The definition of `linear.quantize_norm`."""
-    return quantize_tokens(rms_norm(x, weight, eps, offset, early))
+    normed = rms_norm(x, weight, eps, offset, early)
+    return normed, quantize_tokens(normed)
 
 
 def quantize_gated(gate: Tensor, up: Tensor) -> Tokens:

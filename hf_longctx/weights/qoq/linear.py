@@ -115,6 +115,10 @@ class QoQLinear(nn.Module):
         of = f"{self.wbits} bits" + (f", groups of {self.group_size}" if self.weight_groups is not None else "")
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {of}"
 
+    def of_tokens(self, tokens: Tokens, dtype: torch.dtype) -> Tensor:
+        """`[M, N]` of a dtype, for inputs that are 8 bits already; without a gradient."""
+        return w4a8_linear(tokens, self.packed, None if self.bias is None else self.bias.float(), dtype)
+
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         out = w4a8_linear(_tokens(x, id(self)), self.packed, bias, x.dtype)
         return out.view(*x.shape[:-1], self.out_features)
@@ -165,12 +169,21 @@ def _tokens(x: Tensor, reader: int) -> Tokens:
     if x.is_inference() or torch.compiler.is_compiling():  # no version tells whether it was written to
         return quantize_tokens(x.reshape(-1, x.shape[-1]))
     kept: _Kept | None = getattr(x, _TOKENS, None)
-    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    if kept is None or (kept.version, kept.captured) != (x._version, captured) or reader in kept.readers:
-        kept = _Kept(quantize_tokens(x.reshape(-1, x.shape[-1])), x._version, captured)
-        setattr(x, _TOKENS, kept)
+    if kept is None or (kept.version, kept.captured) != (x._version, _captured(x)) or reader in kept.readers:
+        kept = keep_tokens(x, quantize_tokens(x.reshape(-1, x.shape[-1])))
     kept.readers.add(reader)
     return kept.tokens
+
+
+def keep_tokens(x: Tensor, tokens: Tokens) -> _Kept:
+    """Keep the 8-bit form of a tensor with it, for layers that read it as it is now."""
+    kept = _Kept(tokens, x._version, _captured(x))
+    setattr(x, _TOKENS, kept)
+    return kept
+
+
+def _captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
