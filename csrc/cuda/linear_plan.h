@@ -20,6 +20,16 @@ struct ManyCost {
 constexpr ManyCost MANY_COSTS[] = {{64, 0.35, 1.0}, {128, 0.38, 1.5}, {256, 0.63, 2.5}};
 constexpr double ADDED_PER_US = 230e3, SPLIT = 3.0;
 
+// Clusters, where their blocks fill at most two on each multiprocessor.
+inline ManyPlan plan_spread(int tokens, int rows, int steps, int processors) {
+  const int tile = tokens <= 32 ? 32 : tokens <= 64 ? 64 : 128;
+  const long long tiles = static_cast<long long>(rows) * ((tokens + tile - 1) / tile);
+  if (tiles > 2 * processors && tokens > 64) return {0, 0, 0};
+  int shares = 1;
+  while (shares < 8 && 2 * shares <= steps && 4 * tiles * shares <= 3 * processors) shares *= 2;
+  return {tile, 0, shares};
+}
+
 // rows: tiles of 128 rows; steps: of 128 columns.
 inline ManyPlan plan_many(int tokens, int rows, int steps, int processors) {
   ManyPlan best = {256, 0, 0};
@@ -29,6 +39,8 @@ inline ManyPlan plan_many(int tokens, int rows, int steps, int processors) {
     if (how >= 10) return {tile, 0, how / 10};
     return {tile, how == 0 ? 0 : how == 1 ? tiles % processors : tiles, 0};
   }
+  const ManyPlan spread = plan_spread(tokens, rows, steps, processors);
+  if (spread.shares) return spread;
   double least = 1e30;
   for (const ManyCost& cost : MANY_COSTS) {
     const long long tiles = static_cast<long long>(rows) * ((tokens + cost.tokens - 1) / cost.tokens);
