@@ -113,6 +113,16 @@ Kernel choose(const hfl_linear& a, const Device& device) {
   return a.group == 128 ? of_form<Form::GROUP>(a, device) : of_form<Form::FINE>(a, device);
 }
 
+// All weights that one launch takes; how many units they have.
+int add_parts(LinearTask& p, const hfl_linear& a, int rows) {
+  int units = 0, i = 0;
+  for (const hfl_linear* w = &a; w && i < MOST_PARTS; w = w->next, ++i) {
+    p.parts[i] = {w->codes, w->groups, w->scale, w->shift, w->bias, w->out, w->rows, (w->rows + rows - 1) / rows};
+    units += p.parts[i].units;
+  }
+  return units;
+}
+
 LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
   LinearTask p = {};
   const bool many = kernel.kind >= Kind::SPREAD;
@@ -131,6 +141,7 @@ LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
   p.shares = kernel.kind == Kind::SPREAD
                  ? plan.shares
                  : static_cast<int>(std::min<int64_t>(static_cast<int64_t>(p.split_tiles) * p.steps, processors));
+  if (kernel.kind == Kind::ROWS) p.whole_tiles = add_parts(p, a, kernel.rows);
   const int counters = (p.split_tiles + 31) / 32 * 32;
   p.counters = a.scratch, p.partial = a.scratch + counters;
   return p;
@@ -139,6 +150,11 @@ LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
 int64_t scratch_of(const LinearTask& p, const Kernel& kernel) {
   const int64_t counters = (p.split_tiles + 31) / 32 * 32;
   return counters + static_cast<int64_t>(p.split_tiles) * kernel.tokens * TILE_ROWS;
+}
+
+bool alike(const hfl_linear& a, const hfl_linear& b) {
+  return a.tokens == b.tokens && a.columns == b.columns && a.bits == b.bits && a.group == b.group &&
+         a.dtype == b.dtype && a.few == b.few && a.values == b.values && !a.shift == !b.shift;
 }
 
 const char* check(const hfl_linear& a) {
@@ -153,6 +169,7 @@ const char* check(const hfl_linear& a) {
     return "w4a8_linear: expected groups that divide the columns, of 4 bits";
   }
   if (a.rows > (1 << 24) || a.tokens > (1 << 24)) return "w4a8_linear: expected at most 2^24 rows and tokens";
+  if (a.next && !alike(a, *a.next)) return "w4a8_linear: expected weights of one form, for the same tokens";
   for (const void* x : {static_cast<const void*>(a.values), static_cast<const void*>(a.codes),
                         static_cast<const void*>(a.groups), static_cast<const void*>(a.out)}) {
     if (reinterpret_cast<uintptr_t>(x) % 16) return "w4a8_linear: expected tensors that begin at multiples of 16 bytes";
@@ -170,9 +187,7 @@ bool map_tokens(CUtensorMap& map, const hfl_linear& a, int tokens) {
                           CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-const char* run(const hfl_linear& a) {
-  const Device device;
-  if (device.error != cudaSuccess) return cudaGetErrorString(device.error);
+const char* run(const hfl_linear& a, const Device& device) {
   const Kernel kernel = choose(a, device);
   LinearTask p = task_of(a, kernel, device.processors);
   if (static_cast<int64_t>(p.row_tiles) * p.token_tiles * p.steps > INT32_MAX / 2) {
@@ -200,12 +215,25 @@ const char* run(const hfl_linear& a) {
 
 extern "C" int64_t hfl_linear_scratch(const hfl_linear* a) {
   const hfl::Device device;
-  if (device.error != cudaSuccess || hfl::check(*a)) return 0;
-  const hfl::Kernel kernel = hfl::choose(*a, device);
-  return hfl::scratch_of(hfl::task_of(*a, kernel, device.processors), kernel);
+  int64_t most = 0;
+  for (; a && device.error == cudaSuccess; a = a->next) {
+    if (hfl::check(*a)) return 0;
+    const hfl::Kernel kernel = hfl::choose(*a, device);
+    most = std::max(most, hfl::scratch_of(hfl::task_of(*a, kernel, device.processors), kernel));
+  }
+  return most;
 }
 
 extern "C" const char* hfl_linear_cuda(const hfl_linear* a) {
-  const char* message = hfl::check(*a);
-  return message ? message : hfl::run(*a);
+  for (const hfl_linear* w = a; w; w = w->next) {
+    if (const char* message = hfl::check(*w)) return message;
+  }
+  const hfl::Device device;
+  if (device.error != cudaSuccess) return cudaGetErrorString(device.error);
+  while (a) {
+    const int taken = hfl::choose(*a, device).kind == hfl::Kind::ROWS ? hfl::MOST_PARTS : 1;
+    if (const char* message = hfl::run(*a, device)) return message;
+    for (int i = 0; i < taken && a; ++i) a = a->next;
+  }
+  return nullptr;
 }

@@ -1,7 +1,7 @@
 // w4a8_linear of up to 16 tokens: no two blocks share a row of the weight, so that nothing is added in memory. linear.cu
 // says what it computes.
 //
-// Work: units of 16 rows (32 where tokens do not stay in shared memory), one of each block after the other. Of the 4096,
+// Work: up to three weights for the same tokens, in units of 16 rows (32 where tokens do not stay in shared memory), one of each block after the other. Of the 4096,
 //   6144, 14336 and 28672 rows of a Llama-3-8B layer, 132 multiprocessors get equally many, but for 3 %.
 // Block: of a unit, every warp has each 8th or 16th chunk of columns; it copies the codes, scales and tokens of those
 //   itself, some chunks ahead and over the end of a unit, and waits for no other warp but once a unit, when sums are added
@@ -22,6 +22,7 @@ struct RowsRoom {
   static constexpr int LEVELS = F == Form::GROUP ? 32 : F == Form::FINE ? 128 : 0;  // of a tile
   static constexpr int TILE = 1024 + LEVELS, STAGE = TILES * TILE;
   static constexpr int STAGES = STREAM ? 3 : 5;
+  static constexpr int SETS = WARPS == 16 ? 1 : 2;  // of sums: those of two chunks at a time do not wait for each other
   static constexpr int RING = WARPS * STAGES * STAGE;
   static constexpr int LINE = ROWS + 4, SUMS = 8 * MT * LINE;               // of a token, so that banks differ; of a unit
   static constexpr int EACH = (8 * MT * ROWS + THREADS - 1) / THREADS;      // results of a thread
@@ -38,6 +39,13 @@ template <Form F, int MT, bool STREAM>
 inline int rows_bytes(int chunks, int tokens) {
   using R = RowsRoom<F, MT, STREAM>;
   return R::BYTES + R::WARPS * rows_slots<F, MT, STREAM>(chunks) * tokens * R::CHUNK;
+}
+
+// The weight that a unit is of, whose own units begin with 0.
+__device__ __forceinline__ const LinearPart& part_of(const LinearTask& p, int& unit) {
+  int i = 0;
+  while (i < MOST_PARTS - 1 && unit >= p.parts[i].units) unit -= p.parts[i++].units;
+  return p.parts[i];
 }
 
 // Chunks of a warp, unit after unit, and where this thread's part of the codes and the scales of one lie.
@@ -61,10 +69,12 @@ struct RowsCursor {
  private:
   __device__ __forceinline__ void find() {
     constexpr int PIECES = 2 * R::TILES;  // of 16 bytes, of the scales of a group
-    const int tile = unit * R::TILES, part = tile % 4;
+    int own = unit;
+    const LinearPart& weight = part_of(p, own);
+    const int tile = own * R::TILES, part = tile % 4;
     const int64_t run = static_cast<int64_t>(tile / 4) * p.chunks + chunk;
-    codes = p.a.codes + run * CHUNK_BYTES + part * 1024 + lane * 16;
-    levels = p.a.groups + (run * p.groups + lane / PIECES) * (2 * PANEL) + part * 32 + lane % PIECES * 16;
+    codes = weight.codes + run * CHUNK_BYTES + part * 1024 + lane * 16;
+    levels = weight.groups + (run * p.groups + lane / PIECES) * (2 * PANEL) + part * 32 + lane % PIECES * 16;
   }
 };
 
@@ -74,7 +84,7 @@ struct RowsBlock {
   const LinearTask& p;
   uint32_t ring, tokens, sums;  // of this warp; of this warp; of the block
   int warp, lane;
-  int acc[2][R::TILES][MT][4];  // of two chunks at a time, which do not wait for each other
+  int acc[R::SETS][R::TILES][MT][4];
 
   __device__ RowsBlock(const LinearTask& p_, uint32_t base)
       : p(p_), sums(base + R::RING), warp(static_cast<int>(threadIdx.x) / 32),
@@ -86,7 +96,7 @@ struct RowsBlock {
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < 8 * R::TILES * MT; ++i) acc[i / 4 / MT / R::TILES][i / 4 / MT % R::TILES][i / 4 % MT][i % 4] = 0;
+    for (int i = 0; i < 4 * R::SETS * R::TILES * MT; ++i) acc[i / 4 / MT / R::TILES][i / 4 / MT % R::TILES][i / 4 % MT][i % 4] = 0;
   }
 
   // Sums of both units at a time begin with nothing.
@@ -190,7 +200,7 @@ struct RowsBlock {
         if (token >= p.tokens) continue;
 #pragma unroll
         for (int i = 0; i < R::TILES; ++i) {
-          add_shared(to + (token * R::LINE + i * 16 + lane / 4 + r / 2 * 8) * 4, acc[0][i][m][r] + acc[1][i][m][r]);
+          add_shared(to + (token * R::LINE + i * 16 + lane / 4 + r / 2 * 8) * 4, acc[0][i][m][r] + (R::SETS == 2 ? acc[R::SETS - 1][i][m][r] : 0));
         }
       }
     }
@@ -198,7 +208,8 @@ struct RowsBlock {
   }
 
   // Results of a unit whose sums are complete, which become zero.
-  __device__ __forceinline__ void finish(uint32_t from, int n, const OfRow& row, const OfToken (&of)[R::EACH]) const {
+  __device__ __forceinline__ void finish(uint32_t from, const LinearPart& weight, int n, const OfRow& row,
+                                         const OfToken (&of)[R::EACH]) const {
     const int first = static_cast<int>(threadIdx.x);
 #pragma unroll
     for (int i = 0; i < R::EACH; ++i) {
@@ -207,7 +218,9 @@ struct RowsBlock {
       const uint32_t at = from + (m * R::LINE + first % R::ROWS) * 4;
       const float y = result(static_cast<int>(load_word(at)), of[i], row);
       store_word(at, 0);
-      if (n < p.a.rows) *place_of(p, m, n) = static_cast<uint16_t>(pack_results(p, y, 0.0f));
+      if (n >= weight.rows) continue;
+      uint16_t* to = static_cast<uint16_t*>(weight.out) + static_cast<int64_t>(p.tokens_from + m) * weight.rows + n;
+      *to = static_cast<uint16_t>(pack_results(p, y, 0.0f));
     }
   }
 };
@@ -247,8 +260,10 @@ __global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_ro
   };
 #pragma unroll 1
   for (int unit = static_cast<int>(blockIdx.x); unit < p.whole_tiles; unit += static_cast<int>(gridDim.x)) {
-    const int n = unit * R::ROWS + thread % R::ROWS;
-    const OfRow row = row_of(p, n);
+    int own = unit;
+    const LinearPart& weight = part_of(p, own);
+    const int n = own * R::ROWS + thread % R::ROWS;
+    const OfRow row = row_of_weight(weight, n);
     int slot = 0, left = (p.chunks - block.warp + R::WARPS - 1) / R::WARPS;
 #pragma unroll 1
     for (; left >= 2; left -= 2, slot += 2) {
@@ -256,7 +271,7 @@ __global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_ro
       copy_wait<R::STAGES - 2>();
       __syncwarp();
       block.multiply(block.acc[0], stage, STREAM ? stage : slot);
-      block.multiply(block.acc[1], second, STREAM ? second : slot + 1);
+      block.multiply(block.acc[R::SETS - 1], second, STREAM ? second : slot + 1);
       __syncwarp();
       refill(), refill();
     }
@@ -270,7 +285,7 @@ __global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_ro
     const uint32_t sums = block.sums + turn * R::SUMS * 4;
     block.add(sums);
     __syncthreads();
-    block.finish(sums, n, row, tokens);
+    block.finish(sums, weight, n, row, tokens);
     turn ^= 1;
   }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class HflLinear(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("tokens", "rows", "columns", "bits", "group", "dtype", "few", "ahead")),
         *((name, ctypes.c_void_p) for name in ("values", "token_scale", "sums", "codes", "scale", "shift", "groups")),
-        *((name, ctypes.c_void_p) for name in ("bias", "out", "scratch", "stream")),
+        *((name, ctypes.c_void_p) for name in ("bias", "out", "scratch", "stream", "next")),
     )
 
 
@@ -146,22 +147,49 @@ def _is_known(weight: PackedWeight) -> bool:
     return bool(known == now)
 
 
+def reject_linears(
+    tokens: Tokens, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], dtype: torch.dtype
+) -> str | None:
+    """Why the library does not take these arguments, or None."""
+    reasons = (reject_linear(tokens, w, bias, dtype) for w, bias in zip(weights, biases, strict=True))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 def w4a8_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`linear.w4a8_linear`."""
-    values, (rows, columns) = tokens.values, weight.shape
-    out = torch.empty(len(values), rows, dtype=dtype, device=values.device)
-    block = HflLinear(len(values), rows, columns, weight.bits, weight.group or 0, library.DTYPES[dtype], FEW)
-    block.values, block.token_scale, block.sums = values.data_ptr(), tokens.scale.data_ptr(), tokens.sums.data_ptr()
-    block.codes, block.scale = weight.codes.data_ptr(), weight.scale.data_ptr()
+    return w4a8_linears(tokens, [weight], [bias], dtype)[0]
+
+
+def w4a8_linears(
+    tokens: Tokens, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[Tensor]:
+    """`linear.w4a8_linears`."""
+    device = tokens.values.device
+    outs = [torch.empty(len(tokens.values), len(w.scale), dtype=dtype, device=device) for w in weights]
+    blocks = [_block(tokens, *each) for each in zip(weights, biases, outs, strict=True)]
+    if device.type != "cuda":
+        for block in blocks:
+            library.run("linear", block, device)
+        return outs
+    for block, after in zip(blocks, blocks[1:], strict=False):
+        block.next = ctypes.addressof(after)
+    with torch.cuda.device(device):
+        count = library.library().hfl_linear_scratch(ctypes.byref(blocks[0]))
+    scratch, ahead = library.counters(device, count).data_ptr(), all([_is_known(w) for w in weights])
+    for block in blocks:
+        block.scratch, block.ahead, block.stream = scratch, ahead, library.stream(device)
+    library.run("linear", blocks[0], device)
+    return outs
+
+
+def _block(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> HflLinear:
+    (rows, columns), group = weight.shape, weight.group or 0
+    block = HflLinear(len(out), rows, columns, weight.bits, group, library.DTYPES[out.dtype], FEW)
+    block.values, block.token_scale = tokens.values.data_ptr(), tokens.scale.data_ptr()
+    block.sums, block.codes, block.scale = tokens.sums.data_ptr(), weight.codes.data_ptr(), weight.scale.data_ptr()
     block.shift, block.groups = library.pointer(weight.shift), library.pointer(weight.groups)
     block.bias, block.out = library.pointer(bias), out.data_ptr()
-    if values.is_cuda:
-        with torch.cuda.device(values.device):
-            count = library.library().hfl_linear_scratch(ctypes.byref(block))
-        block.scratch = library.counters(values.device, count).data_ptr()
-        block.ahead = _is_known(weight)
-    library.run("linear", block, values.device)
-    return out
+    return block
 
 
 OPS = {
@@ -169,4 +197,5 @@ OPS = {
     "quantize_norm": Implementation(quantize_norm, _reject_norm),
     "quantize_gated": Implementation(quantize_gated, _reject_gated),
     "w4a8_linear": Implementation(w4a8_linear, reject_linear),
+    "w4a8_linears": Implementation(w4a8_linears, reject_linears),
 }
