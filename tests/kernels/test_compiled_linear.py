@@ -209,6 +209,23 @@ int main() {
     assert found[8192, 224, 32] == (256, False)
 
 
+@devices
+@forms
+@pytest.mark.parametrize("rows", [1, 5, 12, 20])
+def test_several_weights(form: str, rows: int, device: str) -> None:
+    """Parts of panels, one after the other, with and without a bias; each as it is alone."""
+    need(device)
+    columns = 384
+    tokens = moved(random_tokens(rows, columns), device)
+    for sizes in ((200, 64, 72), (48, 4160), (30,), (64, 30, 128, 16)):
+        weights = [moved(packing.pack(random_codes(form, n, columns, n)), device) for n in sizes]
+        biases = [torch.randn(n, device=device) if n % 3 else None for n in sizes]
+        with use_backend("compiled"):
+            got = linear.w4a8_linears(tokens, weights, biases, torch.bfloat16)
+        for out, weight, bias in zip(got, weights, biases, strict=True):
+            assert torch.equal(out, defined(tokens, weight, bias, torch.bfloat16))
+
+
 @pytest.mark.cuda
 @forms
 def test_many_tokens_where_only_the_kernel_of_few_is(form: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,3 +229,12 @@ def test_products_of_torch_are_those_of_the_definition(form: str, rows: int, dev
         got = linear.w4a8_linear(*there, torch.bfloat16)
     with use_backend("reference"):
         assert torch.equal(got, linear.w4a8_linear(*there, torch.bfloat16))
+
+
+def test_weights_of_several_forms_are_not_one_launch() -> None:
+    tokens = random_tokens(2, 64)
+    weights = [packing.pack(random_codes(form, 4, 64)) for form in ("channel", "bytes")]
+    with pytest.raises(ValueError, match="w4a8_linears: expected weights of one form"):
+        linear.w4a8_linears(tokens, weights, [None, None], torch.float32)
+    with pytest.raises(ValueError, match=r"w4a8_linears: .* and 1 biases"):
+        linear.w4a8_linears(tokens, weights[:1] * 2, [None], torch.float32)

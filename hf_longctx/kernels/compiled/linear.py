@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -171,11 +172,12 @@ def w4a8_linears(
         for block in blocks:
             library.run("linear", block, device)
         return outs
-    for block, after in zip(blocks, blocks[1:], strict=False):
+    for block, after in pairwise(blocks):
         block.next = ctypes.addressof(after)
     with torch.cuda.device(device):
         count = library.library().hfl_linear_scratch(ctypes.byref(blocks[0]))
-    scratch, ahead = library.counters(device, count).data_ptr(), all([_is_known(w) for w in weights])
+    known = [_is_known(weight) for weight in weights]  # each is noted, whatever the others are
+    scratch, ahead = library.counters(device, count).data_ptr(), all(known)
     for block in blocks:
         block.scratch, block.ahead, block.stream = scratch, ahead, library.stream(device)
     library.run("linear", blocks[0], device)
