@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(R::THREADS, 1) linear_many_kernel(const __grid
   __shared__ ManyBoard<R> board;
   const uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;
   let_next_begin();
-  if (threadIdx.x == 0) board.init();
+  if (threadIdx.x == 0) board.init(), fetch_map(&map);
   __syncthreads();
   if (threadIdx.x < R::WORKERS) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");

@@ -66,6 +66,11 @@ __device__ __forceinline__ void product_u8(int (&x)[128], const uint32_t* a, uin
 #undef HFL_64_NAMES
 #undef HFL_NEXT_64_NAMES
 
+// The map itself, which the first copy would wait for.
+__device__ __forceinline__ void fetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // A box of a tensor map of two axes, to shared memory; counted by the barrier.
 __device__ __forceinline__ void copy_tokens(uint32_t to, const CUtensorMap* map, uint64_t& bar, int column, int token) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"

@@ -83,6 +83,7 @@ struct RowsBlock {
   using R = RowsRoom<F, MT, STREAM>;
   const LinearTask& p;
   uint32_t ring, tokens, sums;  // of this warp; of this warp; of the block
+  uint32_t row[MT];             // where this thread finds its part of operand b in a slot
   int warp, lane;
   int acc[R::SETS][R::TILES][MT][4];
 
@@ -91,6 +92,11 @@ struct RowsBlock {
         lane(static_cast<int>(threadIdx.x) % 32) {
     ring = base + warp * R::STAGES * R::STAGE;
     tokens = base + R::BYTES + warp * rows_slots<F, MT, STREAM>(p.chunks) * p.tokens * R::CHUNK;
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {  // of no more tokens than there are
+      const int token = min(m * 8 + lane % 8, p.tokens - 1);
+      row[m] = tokens + token * R::CHUNK + (lane / 8 ^ turn(token)) * 16;
+    }
     clear();
   }
 
@@ -146,15 +152,9 @@ struct RowsBlock {
     }
   }
 
-  // 64 columns of the chunk: two registers for each of 32, of token tile m; of no more tokens than there are.
-  __device__ __forceinline__ void operand(uint32_t (&b)[4], int slot, int m, int half) const {
-    const int token = min(m * 8 + lane % 8, p.tokens - 1), piece = half * 4 + lane / 8;
-    load_matrices(b, tokens + (slot * p.tokens + token) * R::CHUNK + (piece ^ turn(token)) * 16);
-  }
-
-  // Operand a of 64 columns of a tile.
-  __device__ __forceinline__ void codes(uint32_t (&a)[8], int stage, int i, int half) const {
-    const uint32_t tile = ring + stage * R::STAGE + i * R::TILE, at = tile + lane * 16;
+  // Operand a of 64 columns of a tile; by: the scales where there is one group.
+  __device__ __forceinline__ void codes(uint32_t (&a)[8], uint32_t tile, int half, const Levels& by) const {
+    const uint32_t at = tile + lane * 16;
     if constexpr (F == Form::BYTES) {
       const uint4 x = load_shared(at), y = load_shared(at + 512);
       a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w, a[4] = y.x, a[5] = y.y, a[6] = y.z, a[7] = y.w;
@@ -162,26 +162,32 @@ struct RowsBlock {
       const uint4 x = load_shared(at + half * 512);
       if constexpr (F == Form::CHANNEL) {
         expand(a, x.x, x.y), expand(a + 4, x.z, x.w);
+      } else if constexpr (F == Form::GROUP) {
+        expand(a, x.x, x.y, by), expand(a + 4, x.z, x.w, by);
       } else {
-        const uint32_t levels = tile + 1024 + lane / 4 * 4;
-        const Levels first(load_word(levels + (F == Form::FINE ? 2 * half * p.groups / 4 * 32 : 0)));
-        expand(a, x.x, x.y, first);
-        expand(a + 4, x.z, x.w,
-               F == Form::FINE ? Levels(load_word(levels + (2 * half + 1) * p.groups / 4 * 32)) : first);
+        expand(a, x.x, x.y, Levels(levels(tile, 2 * half * p.groups / 4)));
+        expand(a + 4, x.z, x.w, Levels(levels(tile, (2 * half + 1) * p.groups / 4)));
       }
     }
   }
+  __device__ __forceinline__ uint32_t levels(uint32_t tile, int group) const {
+    return load_word(tile + 1024 + group * 32 + lane / 4 * 4);
+  }
 
   __device__ __forceinline__ void multiply(int (&to)[R::TILES][MT][4], int stage, int slot) {
+    const uint32_t tile = ring + stage * R::STAGE, tokens_at = slot * p.tokens * R::CHUNK;
+    uint32_t by[R::TILES];
+#pragma unroll
+    for (int i = 0; i < R::TILES; ++i) by[i] = F == Form::GROUP ? levels(tile + i * R::TILE, 0) : 0;
 #pragma unroll
     for (int half = 0; half < R::CHUNK / 64; ++half) {
       uint32_t a[R::TILES][8];
 #pragma unroll
-      for (int i = 0; i < R::TILES; ++i) codes(a[i], stage, i, half);
+      for (int i = 0; i < R::TILES; ++i) codes(a[i], tile + i * R::TILE, half, Levels(by[i]));
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         uint32_t b[4];
-        operand(b, slot, m, half);
+        load_matrices(b, (row[m] + tokens_at) ^ half * 64);
 #pragma unroll
         for (int i = 0; i < R::TILES; ++i) mma_u8(to[i][m], a[i], b[0], b[1]);
 #pragma unroll

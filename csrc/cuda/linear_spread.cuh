@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(R::THREADS, 2) linear_spread_kernel(const __gr
   __shared__ ManyBoard<R> board;
   const uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;  // the same in all blocks
   let_next_begin();
-  if (threadIdx.x == 0) board.init();
+  if (threadIdx.x == 0) board.init(), fetch_map(&map);
   __syncthreads();
   const int tile = static_cast<int>(blockIdx.x) / p.shares, rank = rank_in_cluster();
   const ManyWork work(p, tile, p.steps * rank / p.shares, p.steps * (rank + 1) / p.shares, -1);
