@@ -24,6 +24,7 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path(__file__).parent / "csrc"
 OBJECTS = Path(__file__).parent / "build" / "objects"  # of all installs from here, editable ones too
 MODES = ("auto", "off", "cpu", "cuda")
+OLDEST = "cp310"  # requires-python in pyproject.toml
 ARCHS = "80;86;89;90a;100;120;80+ptx"
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
 NVCC_FLAGS = [
@@ -108,8 +109,10 @@ def build(library: Path, cuda: bool) -> None:
         jobs = [([nvcc(), *NVCC_FLAGS, *archs], file) for file in sorted((CSRC / "cuda").glob("*.cu"))] + jobs
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         made = list(pool.map(lambda job: compiled(*job), jobs))
-    linker = [nvcc(), "-shared", "-cudart", "static", "-Xcompiler", "-fopenmp", *("-Xlinker", "-s,-z,defs")]
-    run([*(linker if cuda else [cxx, "-shared", "-fopenmp", "-s", "-Wl,-z,defs"]), "-o", str(library), *made])
+    linker = [cxx, "-shared", "-fopenmp", "-s", "-Wl,-z,defs"]
+    if cuda:
+        linker = [nvcc(), "-shared", "-cudart", "static", "-Xcompiler", "-fopenmp", *("-Xlinker", "-s,-z,defs")]
+    run([*linker, "-o", str(library), *made])
 
 
 class Build(build_ext):
@@ -166,11 +169,20 @@ def made_of(library: Path) -> list[str]:
 
 
 class Wheel(bdist_wheel):
-    """A wheel for one platform and every Python 3."""
+    """With a library: a wheel for one platform and every later Python; without: one for all of them."""
+
+    def run(self) -> None:
+        """Build first, for whether there is a library decides where files go and what the wheel is called."""
+        self.run_command("build")
+        library = Path(self.get_finalized_command("build_ext").get_ext_fullpath("hf_longctx._C"))
+        self.root_is_pure = not library.exists()
+        if self.root_is_pure:
+            self.distribution.ext_modules = []
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Nothing of Python is linked."""
-        return "py3", "none", super().get_tag()[2]
+        """Nothing of Python is linked, so the oldest that the package runs on stands for all."""
+        return ("py3", "none", "any") if self.root_is_pure else (OLDEST, "abi3", super().get_tag()[2])
 
 
 files = [str(file.relative_to(CSRC.parent)) for file in CSRC.rglob("*") if file.is_file()]  # for the source package

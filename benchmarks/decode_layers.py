@@ -49,7 +49,9 @@ class Shape:
 def facts(layers: int) -> ModelFacts:
     """A model of so many layers, as far as a plan asks."""
     layer = LayerFacts(Q_HEADS, KV_HEADS, DIM, None)
-    return ModelFacts("llama", "", None, (layer,) * layers, None, None, torch.cuda.get_device_name(), "bfloat16", False)
+    place = torch.device("cuda")
+    name = torch.cuda.get_device_name()
+    return ModelFacts("llama", "", None, (layer,) * layers, None, None, name, "bfloat16", False, place)
 
 
 def time_of(calls: Callable[[], Any], repeats: int = 15) -> float:

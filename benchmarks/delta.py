@@ -1,6 +1,6 @@
 """Linear layers with one-bit deltas of many tenants, at the shapes of Llama 3 8B, as JSON.
 
-python benchmarks/delta.py --out benchmarks/results/delta-h200.json
+python benchmarks/delta.py linears generate --out benchmarks/results/delta-h200.json
 
 A case is all linear layers of a decoder layer in a row, in one CUDA graph: `fused` has 4 (q, k, v together and gate, up
 together), `apart` 7, as transformers has them. Weights and bits of all are far more than the L2 holds.
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from decode import meta
 from decode_layers import time_of
+from delta_generate import tenant_rows
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -174,19 +175,25 @@ def details(layer: Layer) -> Iterator[str]:
 def main() -> None:
     """Measure, and write it down line by line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="+", choices=["linears", "generate"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--details", action="store_true", help="say more")
     chosen = parser.parse_args()
     bandwidth = copy_bandwidth()
     written: dict[str, Any] = {"meta": {**meta(), "copy_bandwidth": round(bandwidth / 1e12, 3)}, "rows": []}
-    for layer in (Layer("fused", FUSED), Layer("apart", APART)):
-        for row in rows_of(layer, bandwidth):
+
+    def write(rows: Iterator[dict[str, Any]]) -> None:
+        for row in rows:
             print(json.dumps(row), flush=True)
             written["rows"].append(row)
             chosen.out.write_text(json.dumps(written, indent=1) + "\n")
-        if chosen.details:
-            for line in details(layer):
-                print(line, flush=True)
+
+    for layer in (Layer("fused", FUSED), Layer("apart", APART)) if "linears" in chosen.what else ():
+        write(rows_of(layer, bandwidth))
+        for line in details(layer) if chosen.details else ():
+            print(line, flush=True)
+    if "generate" in chosen.what:
+        write(tenant_rows())
 
 
 if __name__ == "__main__":

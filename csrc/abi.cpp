@@ -1,6 +1,7 @@
 // What the library is; and, built without CUDA, operations that say so.
 #include "hf_longctx.h"
 #include "linear.h"
+#include "project.h"
 
 extern "C" int32_t hfl_abi(void) { return HFL_ABI; }
 
@@ -35,6 +36,7 @@ extern "C" const char* hfl_prefill_cuda(const hfl_prefill*) { return kNone; }
 extern "C" const char* hfl_layer_cuda(const hfl_layer*) { return kNone; }
 extern "C" const char* hfl_delta_cuda(const hfl_delta*) { return kNone; }
 extern "C" const char* hfl_merged_cuda(const hfl_merged*) { return kNone; }
+extern "C" const char* hfl_project_cuda(const hfl_project*) { return kNone; }
 extern "C" int64_t hfl_linear_scratch(const hfl_linear*) { return 0; }
 extern "C" const char* hfl_quantize_cuda(const hfl_quantize*) { return kNone; }
 extern "C" const char* hfl_linear_cuda(const hfl_linear*) { return kNone; }

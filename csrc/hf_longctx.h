@@ -13,7 +13,7 @@
 
 #include "delta.h"
 
-#define HFL_ABI 5
+#define HFL_ABI 6
 
 #pragma GCC visibility push(default)  // all else is hidden
 #ifdef __cplusplus

@@ -24,7 +24,7 @@ from .cache.cache import LongContextCache
 from .cache.step import Step
 from .context import Forward, current, enter
 from .models import takes_positions
-from .obstacles import Obstacles, of_cache, of_call, of_model
+from .obstacles import Guest, Obstacles, of_cache, of_call, of_model
 from .plan import Plan
 from .recording import Graph, Recording, Take
 
@@ -157,8 +157,9 @@ class Recorder:
                 return self._without(f"no memory for {held.room} tokens in every row ({_first(error)})", kwargs)
             self._held[cache] = held
         cache.make_room(step)
-        due = held.due(step.columns)
-        take = held.take((due, _kind(self.decoder, inputs, others, step)), inputs, step, cache.ledger.rows)
+        due, guests = held.due(step.columns), self._guests()
+        kind = _kind(self.decoder, inputs, others, step), *(guest.same() for guest in guests)
+        take = held.take((due, kind), inputs, step, cache.ledger.rows)
         run = partial(_run, self.decoder, take, others, forward, held.room)
         if not take.ran:  # what a kernel sets up when it first runs must not be recorded
             out, take.ran = RECORDERS[step.device.type].first(run, step.device), True
@@ -175,13 +176,17 @@ class Recorder:
 
     def _graph(self, take: Take, held: Recording, cache: LongContextCache, step: Step, run: Callable[[], Any]) -> Graph:
         """The graph of a call, recorded now if there is none or what it uses has moved."""
-        if take.graph is None or not take.fits(cache.buffers()):
+        guests = [x for guest in self._guests() for x in guest.buffers()]
+        if take.graph is None or not take.fits([*cache.buffers(), *guests]):
             take.graph = None
             held.let_go()
             cache.prepare(replace(step, room=held.room))
-            take.used = [weakref.ref(x) for x in cache.buffers()]
+            take.used = [weakref.ref(x) for x in (*cache.buffers(), *guests)]
             take.graph = RECORDERS[step.device.type](run, step.device, held.pool)
         return take.graph
+
+    def _guests(self) -> list[Guest]:
+        return [] if self._obstacles is None else self._obstacles.guests()
 
     def _without(self, reason: str, kwargs: dict[str, Any]) -> Any:
         """Compute the call as any other, and let those to come be."""

@@ -244,7 +244,7 @@ def forced_near(
 
     def make() -> tuple[tuple[Tensor, Tensor], Tensor]:
         near = forced(selector, pos, size)
-        return near, (near[1] + 1).clamp(min=0).expand(rows, -1).sum()
+        return near, (near[1] + 1).expand(rows, -1).sum()
 
     near, visible = step.once(("near", selector, size, rows, first), make)
     return near, visible

@@ -31,8 +31,9 @@ class Patch:
     """What `patch` did to one model, and what it knows since.
 
     Attributes:
-        facts: of the model.
-        plan: in force.
+        facts: of the model, of the heads that this process has.
+        whole: the plan as it was given.
+        plan: in force: for these heads.
         stock: the decoder's own configuration.
         settings: what both configurations said when they were last compared.
         rotary: how each layer rotates, when the plan needs it.
@@ -47,6 +48,7 @@ class Patch:
     facts: ModelFacts
     decoder: PreTrainedModel
     stock: Any
+    whole: Plan
     plan: Plan
     recorder: Recorder
     train: bool = False
@@ -158,13 +160,18 @@ class BeforeForward:
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             return (), kwargs  # the model says it best
+        if (state.tap or state.watch) is not None and state.facts.ranks > 1:
+            raise UnsupportedError(
+                f"hf_longctx: expected a whole model while heads are looked at, ablated or traced; got one over "
+                f"{state.facts.ranks} processes. Load it without tensor parallelism."
+            )
         if state.tap is not None and (state.plan.looks or state.plan.bounded):
             raise UnsupportedError(
                 "hf_longctx: expected a plan that reads all keys as the model makes them, while heads are looked at or "
                 f"ablated; got '{state.plan.method}'. Patch with 'dense'."
             )
         state.follow()
-        state.find_rotary(state.plan)
+        state.find_rotary(state.whole)  # in all processes or in none
         mask = _padding(state, kwargs)
         if state.train and decoder.training and kwargs.get("past_key_values") is None:
             kwargs["use_cache"] = False  # nothing reads it again

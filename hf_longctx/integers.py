@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from . import shortcuts
+from . import shortcut
+from .kernels.compiled import library
 from .kernels.linear import quantize_gated, quantize_norm
-from .shortcuts import Norm, ShortCut
+from .shortcut import ShortCut
+from .shortcuts import Norm
 from .weights.qoq.linear import QoQLinear, keep_tokens
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -30,7 +32,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 def install(decoder: Any) -> None:
     """Put these in the place of what is proved to be the same, after `shortcuts.install`; no-op without QoQ layers."""
     read = {module.in_features for module in decoder.modules() if isinstance(module, QoQLinear)}
-    if not read or not shortcuts.has_any(decoder):
+    if not read or decoder.device.type not in shortcut.DEVICES or library.reason(decoder.device) is not None:
         return
     known: dict[Any, Any] = {}
     for module in decoder.modules():
@@ -103,21 +105,20 @@ def _is_gated(module: nn.Module, layers: dict[str, Any], gate: str, up: str, dow
     if {layers[down].out_features} != outer or inner | {layers[down].in_features} != {layers[up].out_features}:
         return False
     made = torch.Generator().manual_seed(0)
-    for dtype in shortcuts.PROBED:
+    for dtype in shortcut.DTYPES:
         small = {name: _small(made, *((24, 16) if name == down else (16, 24)), dtype) for name in layers}
         probed = copy(module)
         probed.__dict__["_modules"] = {**module._modules, **small}
-        x = torch.randn(2, 3, 16, generator=made, device="cpu").to(dtype)
+        x = shortcut.random(made, 2, 3, 16).to(dtype)
         with torch.no_grad():
             expected = small[down](silu(small[gate](x)) * small[up](x))
         run: Callable[[], Tensor] = partial(type(module).forward, probed, x)
-        if not shortcuts.gives(run, expected):
+        if not shortcut.gives(run, expected):
             return False
     return True
 
 
 def _small(made: torch.Generator, columns: int, rows: int, dtype: torch.dtype) -> nn.Linear:
     layer = nn.Linear(columns, rows, bias=False, device="meta")
-    weight = torch.randn(rows, columns, generator=made, device="cpu").to(dtype)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight = nn.Parameter(shortcut.random(made, rows, columns).to(dtype), requires_grad=False)
     return layer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -23,24 +24,31 @@ class Needs:
     """Bytes of a cache.
 
     Args:
-        device: on its devices.
+        layers: of each layer, on its device.
         host: elsewhere: in host memory (None), or in files in a folder.
     """
 
-    device: int
+    layers: tuple[int, ...]
     host: dict[str | None, int]
+
+    @property
+    def device(self) -> int:
+        """On all devices."""
+        return sum(self.layers)
 
 
 def needs(facts: ModelFacts, cache: LongContextCache, rows: int, tokens: int, dtype: torch.dtype) -> Needs:
     """Bytes that a cache holds after `tokens` tokens in each of `rows` rows, room for more to come aside."""
-    device, host = 0, defaultdict[str | None, int](int)
+    layers, host = [], defaultdict[str | None, int](int)
     for layer, stack in zip(facts.layers, cache.stacks, strict=True):
+        device = 0
         for group, store in stack.stores:
             here, there = store.bytes_at(tokens, layer.head_dim, dtype.itemsize)
             device += rows * len(group.kv_heads) * here
             if isinstance(group.policy.placement, HostLRU):
                 host[group.policy.placement.disk] += rows * len(group.kv_heads) * there
-    return Needs(device, dict(host))
+        layers.append(device)
+    return Needs(tuple(layers), dict(host))
 
 
 def kv_bytes(facts: ModelFacts, plan: Plan, rows: int, tokens: int, dtype: torch.dtype) -> int:
@@ -91,15 +99,34 @@ def check_room(
     if tokens < PROMPT:
         return
     _check_host(whole, needs(facts, cache, rows, cache.ledger.columns, dtype), plan, seen)
-    needed, free = whole.device - cache.kv_bytes, available_bytes(device)
-    if needed <= free:
-        return
-    per_token = max(1, dense_kv_bytes(facts, rows, 1, dtype))
-    raise MemoryError(
-        f"hf_longctx: expected room for the keys and values of {seen} tokens under plan '{plan.method}' on {device}; "
-        f"needs {gib(needed)} more, {gib(free)} are there. Shorten the text, or patch with "
-        f"'streaming_llm' and a window below {max(1, free // per_token)} tokens."
-    )
+    places = facts.places or (device,) * len(facts.layers)
+    _check_devices(whole, cache, plan, places, seen, dense_kv_bytes(facts, rows, 1, dtype))
+
+
+def _check_devices(
+    whole: Needs, cache: LongContextCache, plan: Plan, places: Sequence[torch.device], seen: int, dense: int
+) -> None:
+    """Refuse more than there is on the device of any layer; dense: bytes of a token of all rows in all layers."""
+    held = [sum(store.kv_bytes for _, store in stack.stores) for stack in cache.stacks]
+    for place in dict.fromkeys(places):
+        here = [i for i, own in enumerate(places) if own == place]
+        needed, free = sum(whole.layers[i] - held[i] for i in here), available_bytes(place)
+        if needed <= free:
+            continue
+        per_token = max(1, dense * len(here) // len(places))
+        raise MemoryError(
+            f"hf_longctx: expected room for the keys and values of {seen} tokens under plan '{plan.method}' on "
+            f"{place}; needs {gib(needed)} more, {gib(free)} are there. Shorten the text, or patch with "
+            f"'streaming_llm' and a window below {max(1, free // per_token)} tokens."
+        )
+
+
+def available_beside(facts: ModelFacts) -> int:
+    """Bytes that can still be allocated for all layers, each where it lies: the device with least sets the bound."""
+    if not facts.places:
+        return available_bytes(facts.place)
+    layers = len(facts.places)
+    return min(available_bytes(place) * layers // facts.places.count(place) for place in set(facts.places))
 
 
 def _cap(plan: Plan) -> int | None:

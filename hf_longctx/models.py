@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from .errors import UnsupportedError
 from .machine import device_name
+from .shards import find_shard
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class ModelFacts:
         has_sinks: its softmax has learned sinks already.
         place: the device itself.
         vision: how it takes pictures, if it is a vision-language model that sessions know.
+        rank: under tensor parallelism: which part of the heads this process has; `layers` says what the whole has.
+        ranks: parts that there are.
+        places: the device of each layer, where `device_map` spreads them over several; empty where they are on one.
     """
 
     family: str
@@ -77,6 +81,9 @@ class ModelFacts:
     has_sinks: bool
     place: torch.device
     vision: VisionFacts | None = None
+    rank: int = 0
+    ranks: int = 1
+    places: tuple[torch.device, ...] = ()
 
 
 def inspect_model(model: PreTrainedModel) -> ModelFacts:
@@ -108,7 +115,12 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
     has_sinks = any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in modules)
     place = decoder.device
     vision, device = VISION.get(base.config.model_type), device_name(place)
-    return ModelFacts(family, name, config, layers, longest, reason, device, dtype, has_sinks, place, vision)
+    shard = find_shard(base, modules, layers[0].q_heads, layers[0].kv_heads)
+    places = tuple(next(module.parameters()).device for module in sorted(modules, key=lambda m: int(m.layer_idx)))  # type: ignore[arg-type]
+    places = () if len(set(places)) == 1 or any(x.type == "meta" for x in places) else places
+    return ModelFacts(
+        family, name, config, layers, longest, reason, device, dtype, has_sinks, place, vision, *shard, places
+    )
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,16 @@ from .plan import Plan
 
 _INERT = "transformers.utils.output_capturing"
 """Where transformers' own hooks come from: they stay on the modules, and do nothing unless asked for."""
+
+
+class Guest(Protocol):
+    """Whose hooks may be recorded: a hook, or what it is a method of, names it as `guest`."""
+
+    def same(self) -> Hashable:
+        """Equal for two calls in which the hooks do the same."""
+
+    def buffers(self) -> list[Tensor]:
+        """What the hooks read, and must find where it was."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +44,24 @@ class Obstacles:
 
     def now(self) -> str | None:
         """What stands in the way at this time, or None."""
-        if self.reason is None and any(self.hooks):
-            foreign = [h for hooks in self.hooks for h in hooks.values() if getattr(h, "__module__", "") != _INERT]
-            if foreign:
-                return f"a module has a hook ({getattr(foreign[0], '__qualname__', type(foreign[0]).__name__)})"
+        if self.reason is None:
+            for hook in self._foreign():
+                if _guest(hook) is None:
+                    return f"a module has a hook ({getattr(hook, '__qualname__', type(hook).__name__)})"
         return self.reason
+
+    def guests(self) -> list[Guest]:
+        """Whose hooks there are."""
+        found = (_guest(hook) for hook in self._foreign())
+        return list({id(guest): guest for guest in found if guest is not None}.values())
+
+    def _foreign(self) -> list[Any]:
+        return [h for hooks in self.hooks if hooks for h in hooks.values() if getattr(h, "__module__", "") != _INERT]
+
+
+def _guest(hook: Any) -> Guest | None:
+    found: Guest | None = getattr(getattr(hook, "__self__", hook), "guest", None)
+    return found
 
 
 def of_model(decoder: Any, plan: Plan) -> Obstacles:
@@ -58,6 +81,8 @@ def _of_plan(plan: Plan) -> str | None:
 def _of_modules(decoder: Any, inside: list[Any]) -> str | None:
     if any("_hf_hook" in vars(module) for module in (decoder, *inside)):
         return "accelerate moves what goes into a module"
+    if any(hasattr(x, "device_mesh") for x in decoder.parameters()):
+        return "the model's weights are split over several processes"
     if len({x.device for x in decoder.parameters()}) > 1:
         return "the model lies on several devices"
     if any(hasattr(type(module), "merged_adapters") for module in inside):

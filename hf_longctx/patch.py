@@ -18,7 +18,7 @@ from .cache.ledger import Ledger
 from .context import NAME
 from .graph import Recorder
 from .hooks import AfterForward, BeforeForward, Patch, PrepareCache, PrepareSettings
-from .methods import Auto, DuoHeads, Method, check_plan, check_trainable, compose, make
+from .methods import Auto, DuoHeads, Method, check_plan, check_trainable, compose, make, own_facts, own_plan
 from .models import ADAPTED, NO_CACHE_BY_DEFAULT, ModelFacts, attention_modules, decoder_of, inspect_model
 from .plan import KVFormat, Placement, Plan
 from .prompt import Prefill
@@ -90,16 +90,18 @@ def patch(
     check_plan(plan, facts)
     if train:
         check_trainable(plan)
+    own = own_plan(plan, facts)
     state: Patch | None = base.__dict__.get(_KEY)
     if state is not None:
         turning.install(decoder, plan.at_read)
         state.find_rotary(plan)
         shortcuts.install(decoder)  # the model may have come to a GPU
         integers.install(decoder)
-        state.plan, state.train, state.cache, state.ledger = plan, train, None, Ledger()
+        state.whole, state.plan, state.train, state.cache, state.ledger = plan, own, train, None, Ledger()
         state.recorder.renew(cuda_graph)
         return model
-    state = Patch(facts, decoder, decoder.config, plan, Recorder(decoder, cuda_graph), train)
+    recorder = Recorder(decoder, cuda_graph)
+    state = Patch(own_facts(facts), decoder, decoder.config, plan, own, recorder, train)
     try:
         _install(state)
         turning.install(decoder, plan.at_read)
@@ -166,7 +168,7 @@ def unpatch(model: M) -> M:
 def patched(model: M, method: str | Method | Plan | None = None, **knobs: Any) -> Iterator[M]:
     """`patch` inside a block, with its arguments; afterwards the model is as it was, its former plan in force."""
     state = state_of(model)
-    before = None if state is None else (state.plan, state.recorder.on, state.train)
+    before = None if state is None else (state.whole, state.recorder.on, state.train)
     patch(model, method, **knobs)
     try:
         yield model

@@ -10,7 +10,7 @@ from . import shortcuts
 from .errors import UnsupportedError
 from .kernels import dispatch
 from .memory import dense_kv_bytes
-from .methods import METHODS, check_plan
+from .methods import METHODS, check_plan, own_plan
 from .models import inspect_model
 from .patch import state_of
 from .plan import Plan
@@ -57,6 +57,7 @@ class Report:
         eager: why the last call of one token was not recorded; None: it was, or nothing is recorded on this device.
         norms: how many norms are one launch in calls of few tokens.
         rotations: in how many attention modules the rotation of queries and keys is.
+        linears: how many linear layers have a product of their own in calls of few rows.
     """
 
     method: str
@@ -77,6 +78,7 @@ class Report:
     eager: str | None = None
     norms: int = 0
     rotations: int = 0
+    linears: int = 0
 
     def __str__(self) -> str:
         share = self.kv_bytes / self.dense_kv_bytes if self.dense_kv_bytes else 1.0
@@ -101,7 +103,8 @@ class Report:
 
     def _short(self) -> str:
         """A line on short cuts, where there are some."""
-        cuts = f"{self.norms} norms, {self.rotations} rotations" if self.norms or self.rotations else ""
+        counts = {"norms": self.norms, "rotations": self.rotations, "linear layers": self.linears}
+        cuts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         return cuts and f"\none launch each in decode steps: {cuts}"
 
     def _offloaded(self) -> str:
@@ -128,7 +131,7 @@ def report(model: PreTrainedModel) -> Report:
     ledger = state.ledger
     chosen = ledger.hits + ledger.misses
     graphs = state.recorder.graphs(cache)
-    norms, rotations = shortcuts.count(state.decoder)
+    norms, rotations, linears = shortcuts.count(state.decoder)
     return Report(
         method=state.plan.method,
         plan=state.plan,
@@ -148,6 +151,7 @@ def report(model: PreTrainedModel) -> Report:
         eager=state.recorder.reason,
         norms=norms,
         rotations=rotations,
+        linears=linears,
     )
 
 
@@ -157,7 +161,9 @@ def supports(model: PreTrainedModel) -> list[Support]:
     for name, method in METHODS.items():
         try:
             facts = inspect_model(model)
-            check_plan(method().plan(facts), facts)
+            plan = method().plan(facts)
+            check_plan(plan, facts)
+            own_plan(plan, facts)
             rows.append(Support(name, True, ""))
         except (UnsupportedError, ValueError) as error:
             rows.append(Support(name, False, str(error)))

@@ -131,7 +131,9 @@ def _fingerprint(state: Patch) -> dict[str, str]:
     """What keys and values depend on, but for the weights; as text, to be compared and shown."""
     config = state.facts.config
     layers = [[x.q_heads, x.kv_heads, x.head_dim, x.window] for x in state.facts.layers]
+    part = {"heads": f"{state.facts.rank + 1} of {state.facts.ranks} parts"} if state.facts.ranks > 1 else {}
     return {
+        **part,
         "family": state.facts.family,
         "layers": json.dumps(layers),
         "dtype": str(state.decoder.dtype),

@@ -1,8 +1,9 @@
-"""Short cuts of a decode step: one launch in place of the many small ones of a norm or a rotation.
+"""Short cuts of a decode step: one launch in place of the many small ones of a norm, a rotation, a linear layer.
 
 Nothing is known of a model here. What its norms and rotations do is seen on random numbers: where they give, bit for
 bit, what an operation of ours is defined to give, calls of few tokens go there. All others, and those that want
 gradients or are compiled, run the model's own code. Only attributes of instances are set, so nothing stays behind.
+Linear layers are in `projections.py`.
 """
 
 from __future__ import annotations
@@ -18,36 +19,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache.step import FEW
-from .context import current
+from . import projections, shortcut
 from .kernels import ops
 from .kernels.compiled import library
 from .kernels.reference.norm import rms_norm
 from .kernels.reference.rotate import rotate_heads
+from .shortcut import DTYPES, ShortCut, gives, random
 
-DEVICES = {"cuda"}
-"""Types of devices on which there are short cuts: there a launch takes longer than what it computes."""
-
-PROBED = (torch.float32, torch.bfloat16, torch.float16)
 _ROTATE = "apply_rotary_pos_emb"
 
 
 def install(decoder: Any) -> None:
     """Put short cuts in the place of what is proved to be the same; no-op on devices that have none."""
-    if not has_any(decoder):
+    if decoder.device.type not in shortcut.DEVICES or library.reason(decoder.device) is not None:
         return
     known: dict[Any, Any] = {}
-    for module in decoder.modules():
-        if "forward" in vars(module):  # somebody else has put something there
-            continue
-        cut = _norm(module, known) or _rotation(module, known)
-        if cut is not None:
-            module.__dict__["forward"] = cut
-
-
-def has_any(decoder: Any) -> bool:
-    """True on devices that have short cuts."""
-    return decoder.device.type in DEVICES and library.reason(decoder.device) is None
+    for module in list(decoder.modules()):
+        found = projections.find(module, known)
+        own = _norm(module, known) or _rotation(module, known)
+        for place, cut in (*found.items(), *(() if own is None else ((module, own),))):
+            place.__dict__.setdefault("forward", cut)  # unless somebody else has put something there
 
 
 def remove(decoder: nn.Module) -> None:
@@ -59,10 +50,10 @@ def remove(decoder: nn.Module) -> None:
             module.__dict__[name] = MethodType(type(module).forward, module)
 
 
-def count(decoder: nn.Module) -> tuple[int, int]:
-    """How many norms and how many rotations have a short cut."""
+def count(decoder: nn.Module) -> tuple[int, int, int]:
+    """How many norms, how many rotations and how many linear layers have a short cut."""
     cuts = [type(vars(module)[name]) for module, name in _places(decoder)]
-    return sum(issubclass(cut, Norm) for cut in cuts), cuts.count(Rotation)
+    return sum(issubclass(x, Norm) for x in cuts), cuts.count(Rotation), cuts.count(projections.Product)
 
 
 def _places(decoder: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -70,32 +61,6 @@ def _places(decoder: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         for name in ("forward", "_old_forward"):
             if isinstance(vars(module).get(name), ShortCut):
                 yield module, name
-
-
-@dataclass(eq=False)
-class ShortCut:
-    """In place of a module's `forward`."""
-
-    module: nn.Module
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        own = inspect.signature(type(self.module).forward)
-        return own.replace(parameters=list(own.parameters.values())[1:])
-
-    def due(self) -> bool:
-        """True inside a call of few tokens that nothing trains, compiles or records for gradients."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.module.training:
-            return False
-        forward = current()
-        if forward is None or forward.step.tokens > FEW:
-            return False
-        device = forward.step.device.type
-        return device in DEVICES and not torch.is_autocast_enabled(device)
-
-    def stock(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward."""
-        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 # norms ------------------------------------------------------------------------------------------------------------
@@ -142,8 +107,8 @@ def _norms(module: nn.Module, dim: int, eps: float, offset: float, early: bool) 
     """True if a norm computes in a form, whatever the dtypes of its input and its weight."""
     spread = torch.tensor([[1e-3], [1.0], [30.0]], device="cpu")  # where eps counts, and where it does not
     made = torch.Generator().manual_seed(0)
-    x, weight = spread * _random(made, 2, 3, dim), _random(made, dim)
-    pairs = [(x.to(dtype), weight.to(dtype)) for dtype in PROBED] + [(x.to(torch.bfloat16), weight)]
+    x, weight = spread * random(made, 2, 3, dim), random(made, dim)
+    pairs = [(x.to(dtype), weight.to(dtype)) for dtype in DTYPES] + [(x.to(torch.bfloat16), weight)]
     for rows, scale in pairs:
         probed = copy(module)
         probed.__dict__["_parameters"] = {"weight": nn.Parameter(scale, requires_grad=False)}
@@ -239,7 +204,7 @@ def _same(stock: Any) -> Same | None:
         return None
     dim = 32
     kinds = {"whole": (dim, dim), "part": (dim // 2, dim // 2), "pairs": (dim // 2, dim)}
-    alike = [(dtype, dtype) for dtype in PROBED]
+    alike = [(dtype, dtype) for dtype in DTYPES]
     same = {name: _turns(stock, dim, *sizes, alike) for name, sizes in kinds.items()}
     if not any(same.values()):
         return None
@@ -253,31 +218,11 @@ def _turns(
     """True if a function gives what `ops.rotate_heads` does, for all dtypes of heads and angles."""
     made = torch.Generator().manual_seed(0)
     for heads, angles in dtypes:
-        q, k = (_random(made, 2, n, 3, dim).to(heads) for n in (4, 2))
+        q, k = (random(made, 2, n, 3, dim).to(heads) for n in (4, 2))
         for rows in (1, 2):
-            cos, sin = (_random(made, rows, 3, width).to(angles) for _ in range(2))
+            cos, sin = (random(made, rows, 3, width).to(angles) for _ in range(2))
             expected = rotate_heads(q, k, cos, sin, size)
             calls = partial(stock, q, k, cos, sin), partial(stock, q, k, cos, sin, unsqueeze_dim=1)
             if not all(gives(call, *expected) for call in calls):
                 return False
     return True
-
-
-# probes -----------------------------------------------------------------------------------------------------------
-
-
-def _random(made: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=made, dtype=torch.float32, device="cpu")
-
-
-def gives(run: Callable[[], Any], *expected: Tensor) -> bool:
-    """True if a call gives these tensors, bit for bit; one that fails gives something else."""
-    try:
-        with torch.no_grad():
-            got = run()
-    except Exception:  # code that nobody has seen, on input that it may not be made for
-        return False
-    found = got if isinstance(got, tuple) else (got,)
-    return len(found) == len(expected) and all(
-        isinstance(x, Tensor) and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(found, expected, strict=True)
-    )

@@ -112,7 +112,7 @@ def test_what_fits_is_recommended_and_is_what_auto_takes(
     told = lc.plan(model, context=131072, memory=memory)
     assert told.recommended == taken
     free = told.memory - told.weights
-    monkeypatch.setattr(auto_module, "available_bytes", lambda place: free)
+    monkeypatch.setattr(auto_module, "available_beside", lambda facts: free)
     plan = Auto(context=131072).plan(inspect_model(model))
     assert plan.why == told.why
     assert plan.layers == fitting.first_that_fits(inspect_model(model), Auto(), 131072, 1, free).plan.layers
@@ -132,7 +132,7 @@ def test_nothing_that_fits_is_said_with_what_is_needed(monkeypatch: pytest.Monke
     assert "'streaming_llm', which holds least, needs" in told.why
     assert not any(map(told.fits, told.rows))
     model = LLAMA.make()
-    monkeypatch.setattr(auto_module, "available_bytes", lambda place: 1000)
+    monkeypatch.setattr(auto_module, "available_beside", lambda facts: 1000)
     with pytest.raises(MemoryError, match="auto: expected room for 4,096 tokens"):
         lc.patch(model, "auto", context=4096)
     assert state_of(model) is None

@@ -6,6 +6,7 @@
 //
 // Roundings are those of the definition; only the order of the sum is not.
 #include "eight.cuh"
+#include "launch.cuh"
 
 namespace hfl {
 namespace {
@@ -38,6 +39,7 @@ template <int PIECES>
 __global__ void __launch_bounds__(MOST_THREADS) norm_kernel(const hfl_norm a) {
   const int row = static_cast<int>(blockIdx.x), inner = row % a.inner, rest = row / a.inner;
   const int64_t from = rest / a.middle * a.x_o + rest % a.middle * a.x_m + inner * a.x_i;
+  wait_for_previous(row);
   Raw x[PIECES] = {}, weight[PIECES] = {};
 #pragma unroll
   for (int p = 0; p < PIECES; ++p) {
@@ -99,12 +101,11 @@ extern "C" const char* hfl_norm_cuda(const hfl_norm* a) {
   if (message) return message;
   const int warps = (a->dim / 8 + hfl::WARP - 1) / hfl::WARP, most = hfl::MOST_THREADS / hfl::WARP;
   const unsigned rows = static_cast<unsigned>(a->outer * a->middle * a->inner);
-  const cudaStream_t stream = static_cast<cudaStream_t>(a->stream);
-  if (warps <= most) {
-    hfl::norm_kernel<1><<<rows, warps * hfl::WARP, 0, stream>>>(*a);
-  } else {
-    hfl::norm_kernel<2><<<rows, (warps + 1) / 2 * hfl::WARP, 0, stream>>>(*a);
-  }
-  const cudaError_t error = cudaGetLastError();
+  const bool one = warps <= most;
+  const void* kernel = reinterpret_cast<const void*>(one ? hfl::norm_kernel<1> : hfl::norm_kernel<2>);
+  hfl_norm task = *a;
+  void* arguments[] = {&task};
+  const int threads = (one ? warps : (warps + 1) / 2) * hfl::WARP;
+  const cudaError_t error = hfl::launch(kernel, dim3(rows), threads, 0, a->stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

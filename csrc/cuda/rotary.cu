@@ -7,6 +7,7 @@
 //
 // Every rounding is that of the definition: of each product and of the sum, to the dtype of cos and sin, then to q's.
 #include "../hf_longctx.h"
+#include "launch.cuh"
 #include "ptx.cuh"
 
 namespace hfl {
@@ -48,6 +49,7 @@ __device__ __forceinline__ float turned(float x, float cos, float y, float sin) 
 template <class T, class Angle>
 __global__ void __launch_bounds__(THREADS) turn_kernel(const hfl_turn a) {
   const int pieces = a.dim / 8, heads = a.q_heads + a.kv_heads;
+  wait_for_previous(pieces);
   const int64_t place = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (place >= static_cast<int64_t>(a.batch) * a.tokens * heads * pieces) return;
   const int piece = static_cast<int>(place) % pieces, row = static_cast<int>(place) / pieces;
@@ -126,7 +128,9 @@ extern "C" const char* hfl_turn_cuda(const hfl_turn* a) {
                                                    : hfl::kernel_of<__nv_bfloat16>(*a);
   const int64_t work = static_cast<int64_t>(a->batch) * a->tokens * (a->q_heads + a->kv_heads) * (a->dim / 8);
   const unsigned blocks = static_cast<unsigned>((work + hfl::THREADS - 1) / hfl::THREADS);
-  kernel<<<blocks, hfl::THREADS, 0, static_cast<cudaStream_t>(a->stream)>>>(*a);
-  const cudaError_t error = cudaGetLastError();
+  hfl_turn task = *a;
+  void* arguments[] = {&task};
+  const void* code = reinterpret_cast<const void*>(kernel);
+  const cudaError_t error = hfl::launch(code, dim3(blocks), hfl::THREADS, 0, a->stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -165,7 +165,9 @@ class Step:
     @cached_property
     def pos(self) -> Tensor:
         """`[B or 1, T]`, int64, index of each token in its row, in the order of attention; -1 for padding."""
-        pos = self.lengths[:, None] + torch.arange(self.tokens, device=self.device)
+        pos = self.lengths[:, None]
+        if self.tokens > 1:
+            pos = pos + torch.arange(self.tokens, device=self.device)
         return pos if self.real is None else torch.where(pos < self.lengths_after[:, None], pos, -1)
 
     @cached_property

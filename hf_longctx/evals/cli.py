@@ -29,7 +29,11 @@ _NewTokens = Annotated[int, typer.Option(help="Tokens to generate.")]
 _Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result files.")]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on with the trials that the folder already has.")]
 
-app = typer.Typer(help="Measure a model under several methods.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure a model under several methods. Several GPUs share the trials of needle, passkey and ruler: "
+    "accelerate launch -m hf_longctx.cli eval ...",
+    no_args_is_help=True,
+)
 
 
 @app.callback()
@@ -59,14 +63,14 @@ def needle(
 
     Writes needle.jsonl as it goes, then needle_summary.json, and needle.png if matplotlib is installed (extra `plot`).
     """
-    console, options = _begin(methods, text, chunk, batch, dense, seed, out, resume)
+    console, options, where = _begin(methods, text, chunk, batch, dense, seed, out, resume, device)
     from . import assets, needle
     from .grammar import lengths as read_lengths
     from .passkey import check
 
     check("needle", trials, new_tokens)
     sizes, places = read_lengths(lengths), needle.spread(depths)
-    loaded, tokenizer = assets.load(model, dtype, device, on_step=console.print)
+    loaded, tokenizer = assets.load(model, dtype, where, on_step=console.print)
     needle.run(
         loaded,
         tokenizer,
@@ -102,13 +106,13 @@ def passkey(
 
     Writes passkey.jsonl as it goes, then passkey_summary.json.
     """
-    console, options = _begin(methods, text, chunk, batch, dense, seed, out, resume)
+    console, options, where = _begin(methods, text, chunk, batch, dense, seed, out, resume, device)
     from . import assets, passkey
     from .grammar import lengths as read_lengths
 
     passkey.check("passkey", trials, new_tokens)
     sizes = read_lengths(lengths)
-    loaded, tokenizer = assets.load(model, dtype, device, on_step=console.print)
+    loaded, tokenizer = assets.load(model, dtype, where, on_step=console.print)
     passkey.run(
         loaded, tokenizer, methods, sizes, trials, text=text, new_tokens=new_tokens, options=options, console=console
     )
@@ -137,14 +141,14 @@ def ruler(
 
     Writes ruler.jsonl as it goes, then ruler_summary.json. A length is that of prompt and answer together.
     """
-    console, options = _begin(methods, text, chunk, batch, dense, seed, out, resume)
+    console, options, where = _begin(methods, text, chunk, batch, dense, seed, out, resume, device)
     from . import assets
     from . import ruler as tasks_of_ruler
     from .grammar import lengths as read_lengths
 
     sizes, asked = read_lengths(lengths), names(tasks)
     tasks_of_ruler.check(asked, samples)
-    loaded, tokenizer = assets.load(model, dtype, device, on_step=console.print)
+    loaded, tokenizer = assets.load(model, dtype, where, on_step=console.print)
     tasks_of_ruler.run(loaded, tokenizer, methods, asked, sizes, samples, text=text, options=options, console=console)
 
 
@@ -179,10 +183,11 @@ def ppl(
 
     console = Console()
     with console.status("Loading the libraries"):
-        from . import assets, ppl_run
+        from . import assets, ppl_run, team
         from . import text as texts
         from .ppl import check, variants
     quiet()
+    team.alone("eval ppl")
 
     check(chunk, block, tokens, dense_tokens)
     chosen = variants(names(methods), sinks, window, dense_tokens, sparsity)
@@ -235,26 +240,36 @@ def stream(
 
     console = Console()
     with console.status("Loading the libraries"):
-        from . import stream_run
+        from . import stream_run, team
         from .stream_variants import Sizes
     quiet()
+    team.alone("eval stream")
     asked = stream_run.Asked(video, loop, seconds, fps, max_pixels, reference, tolerance_s, judge)
     sizes = Sizes(window_s, text_sink, text_window, new_tokens, query)
     stream_run.run(model, dtype, device, names(variants), full_s, asked, sizes, out, console)
 
 
 def _begin(
-    methods: str, text: Path | None, chunk: int | None, batch: int, dense: bool, seed: int, out: Path, resume: bool
-) -> tuple[Console, Options]:
-    """The console and the common options; a method or text that is none is refused before a model is loaded."""
+    methods: str,
+    text: Path | None,
+    chunk: int | None,
+    batch: int,
+    dense: bool,
+    seed: int,
+    out: Path,
+    resume: bool,
+    device: str,
+) -> tuple[Console, Options, str]:
+    """The console, the common options and this process's device; what is none is refused before a model is loaded."""
     from rich.console import Console
 
     console = Console()
     with console.status("Loading the libraries"):
-        from . import grammar
+        from . import grammar, team
         from . import text as texts
         from .runner import Options
     quiet()
     grammar.methods(methods)
     texts.read(text)
-    return console, Options(chunk, batch, dense, seed, out, resume)
+    where, first = team.place(device), team.first()
+    return console if first else Console(quiet=True), Options(chunk, batch, dense, seed, out, resume), where

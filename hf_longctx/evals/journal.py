@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from ..files import replacing
 from .results import meta, save_json
+from .team import Team
 
 META = "run_meta.json"
 
@@ -22,33 +24,83 @@ class Journal:
         settings: what all rows share. Rows made with other settings do not go into the same file.
         device: that runs the model.
         resume: go on with the rows that are there.
+        team: of this process. Each of several writes a file of its own, `<name>.part-<index>.jsonl`, until `merge`.
 
     Raises:
         ValueError: there are rows and `resume` is False, or they were made with other settings, or are damaged.
     """
 
-    def __init__(self, out: Path, name: str, settings: dict[str, Any], device: torch.device, resume: bool) -> None:
-        self.path, self.rows = out / f"{name}.jsonl", []
-        about = _load(out / META)
-        if self.path.exists() and self.path.stat().st_size:
-            if not resume:
-                raise ValueError(
-                    f"{name}: expected no former rows in {self.path}; got some. Pass --resume to go on with them, or "
-                    "another folder."
-                )
-            _compare(self.path, about.get(name, {}).get("settings", {}), settings)
-            self.rows = _read(self.path)
-        now = meta(device, settings)
+    def __init__(
+        self,
+        out: Path,
+        name: str,
+        settings: dict[str, Any],
+        device: torch.device,
+        resume: bool,
+        team: Team | None = None,
+    ) -> None:
+        self.team, self.path = team or Team(), out / f"{name}.jsonl"
+        self.rows = self.team.agree(lambda: self._former(out / META, name, settings, resume))
+        self._before = list(self.rows)
+        if self.team.writes:
+            self._begin(out / META, name, meta(device, settings))
+        self.team.agree(lambda: None)  # before anybody writes rows
+        self.file = self.path if self.team.count == 1 else self.path.with_suffix(f".part-{self.team.index}.jsonl")
+
+    def _parts(self) -> list[Path]:
+        """Files of processes that were interrupted."""
+        return sorted(self.path.parent.glob(f"{self.path.stem}.part-*.jsonl"))
+
+    def _former(self, about: Path, name: str, settings: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
+        """The rows that there are."""
+        found = [path for path in (self.path, *self._parts()) if path.exists() and path.stat().st_size]
+        if found and not resume:
+            raise ValueError(
+                f"{name}: expected no former rows in {found[0]}; got some. Pass --resume to go on with them, or "
+                "another folder."
+            )
+        rows: list[dict[str, Any]] = []
+        for path in found:
+            _compare(path, _load(about).get(name, {}).get("settings", {}), settings)
+            rows += [row for row in _read(path) if row not in rows]
+        return rows
+
+    def _begin(self, path: Path, name: str, now: dict[str, Any]) -> None:
+        """Write what the rows to come are made with, and the rows of interrupted processes with the others."""
+        about = _load(path)
         if self.rows:
             also = {key: now[key] for key in ("date", "commit", "versions")}
             now = {**about[name], "resumed": [*about[name].get("resumed", []), also]}
-        save_json(out / META, {**about, name: now})
+        save_json(path, {**about, name: now})
+        if self._parts():
+            self._replace()
+
+    def _replace(self) -> None:
+        """All rows in one file, in place of those of single processes."""
+        with replacing(self.path) as scratch, open(scratch, "w", encoding="utf-8") as stream:
+            stream.write(_lines(self.rows))
+        for part in self._parts():
+            part.unlink()
+
+    def merge(self, rows: list[dict[str, Any]]) -> None:
+        """Put what all processes have found into one file, in this order; no-op in a process alone."""
+        if self.team.count == 1:
+            return
+        if self.team.writes:
+            mine = {json.dumps(row, sort_keys=True) for row in rows}
+            self.rows = [row for row in self._before if json.dumps(row, sort_keys=True) not in mine] + rows
+            self._replace()
+        self.team.agree(lambda: None)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Add rows; whole lines in one write, so that an interruption costs the last ones at most."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(_lines(rows))
         self.rows += rows
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def _load(path: Path) -> dict[str, Any]:

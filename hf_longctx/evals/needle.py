@@ -15,6 +15,7 @@ from rich.console import Console
 from .passkey import exam
 from .runner import DEFAULTS, Options, Row, model_name, run_exam
 from .tables import publish
+from .team import first
 
 _ACROSS = 3
 _COLOURS = ("#d7433f", "#f3c13a", "#2fae74")  # from lost to found; every cell has its number too
@@ -68,6 +69,8 @@ def run(
     asked = exam(tokenizer, "needle", lengths, depths, trials, text, new_tokens, options.seed)
     rows = run_exam(model, tokenizer, methods, asked, options, console)
     publish(rows, "Needles found, mean of all depths", options.out and options.out / "needle_summary.json", console)
+    if not first():
+        return rows
     if options.out and find_spec("matplotlib"):
         plot(rows, options.out / "needle.png", f"{model_name(model)}: pass keys found")
     elif options.out and console:

@@ -17,6 +17,7 @@ from . import assets
 from .grammar import Choice, methods
 from .journal import Journal
 from .respond import Answer, respond
+from .team import Team, team_of
 
 BASELINE = "dense"
 
@@ -155,7 +156,7 @@ def derive(seed: int, *parts: object) -> int:
 def run_exam(
     model: Any, tokenizer: Any, wanted: str, exam: Exam, options: Options, console: Console | None = None
 ) -> list[Row]:
-    """Run every method on the same prompts.
+    """Run every method on the same prompts; under `accelerate launch`, each process its share of them.
 
     Args:
         model: an unpatched causal language model; it is unpatched again afterwards.
@@ -166,34 +167,41 @@ def run_exam(
         console: where the bar goes; None shows none.
 
     Returns:
-        A row for each method and trial, in that order.
+        A row for each method and trial, in that order; in every process, all of them.
 
     Raises:
         ValueError: a method, a knob, a prompt or a resumed file that does not fit; nothing ran.
-        UnsupportedError: the model cannot do a method; nothing ran.
+        UnsupportedError: the model cannot do a method, or several processes have one model; nothing ran.
     """
+    team = team_of(model, exam.name)
     chosen = settle(model, wanted, options.baseline)
     chunk = options.chunk or chunk_for(model.device)
     trials = list(exam.trials)
-    journal = _journal(model, exam, chunk, options)
+    journal = _journal(model, exam, chunk, options, team)
     done = {_key(row.method, row): row for row in (Row(**row) for row in (journal.rows if journal else []))}
-    with bar(console) as shown:
-        task = shown.add_task("", total=len(chosen) * len(trials), said="")
+    share = [trial for batch in team.share(list(_batches(trials, options.batch))) for trial in batch]
+    found: list[Row] = []
+    with bar(console if team.writes else None) as shown:
+        task = shown.add_task("", total=len(chosen) * len(share), said="")
         for choice in chosen:
-            mine = [done[key] for trial in trials if (key := _key(choice.name, trial)) in done]
+            mine = [done[key] for trial in share if (key := _key(choice.name, trial)) in done]
             shown.update(task, advance=len(mine))
-            todo = [trial for trial in trials if _key(choice.name, trial) not in done]
+            todo = [trial for trial in share if _key(choice.name, trial) not in done]
             for batch, said in answers(model, tokenizer, choice, todo, options.batch, chunk):
                 bases = (done.get(_key(BASELINE, trial)) for trial in batch)
                 graded = zip(batch, said, bases, strict=True)
                 rows = [_row(choice, trial, answer, exam.score, len(batch), base) for trial, answer, base in graded]
                 done |= {_key(choice.name, row): row for row in rows}
-                mine += rows
+                mine, found = mine + rows, found + rows
                 if journal:
                     journal.append([asdict(row) for row in rows])
                 right = f"{sum(row.score for row in mine) / len(mine):.1%} right"
                 shown.update(task, advance=len(rows), description=choice.name, said=right)
-    return [done[_key(choice.name, trial)] for choice in chosen for trial in trials]
+    done |= {_key(row.method, row): row for row in team.gather(found)}
+    every = [done[_key(choice.name, trial)] for choice in chosen for trial in trials]
+    if journal:
+        journal.merge([asdict(row) for row in every])
+    return every
 
 
 def _key(method: str, which: Trial | Row) -> tuple[object, ...]:
@@ -219,7 +227,7 @@ def bar(console: Console | None) -> Progress:
     )
 
 
-def _journal(model: Any, exam: Exam, chunk: int, options: Options) -> Journal | None:
+def _journal(model: Any, exam: Exam, chunk: int, options: Options, team: Team) -> Journal | None:
     """The files, if there is a folder for them."""
     if options.out is None:
         return None
@@ -233,7 +241,7 @@ def _journal(model: Any, exam: Exam, chunk: int, options: Options) -> Journal | 
         "baseline": options.baseline,
         **exam.settings,
     }
-    return Journal(options.out, exam.name, settings, model.device, options.resume)
+    return Journal(options.out, exam.name, settings, model.device, options.resume, team)
 
 
 def answers(

@@ -14,6 +14,7 @@ from rich.table import Table
 from .journal import META
 from .results import save_json
 from .runner import Row
+from .team import first
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ def publish(rows: list[Row], title: str, path: Path | None, console: Console | N
         path: of a JSON file; None writes none.
         console: None shows nothing.
     """
+    if not first():
+        return
     summaries = summarize(rows)
     if path:
         save_json(path, [asdict(summary) for summary in summaries])

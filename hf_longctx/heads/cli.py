@@ -121,13 +121,14 @@ def train(
     from ..evals import assets
     from ..evals import text as texts
     from ..evals.grammar import lengths
+    from ..evals.team import place
     from . import train as room
     from .lessons import Lessons, Task
 
     content, low = texts.read(text), lengths(shortest)[0]
     high = None if longest is None else lengths(longest)[0]
     settings = room.Settings(steps, rate, warmup, decay, weight, sink, window, accumulate, recompute, save_every)
-    loaded, tokenizer = assets.load(model, dtype, room.place(device), on_step=console.print)
+    loaded, tokenizer = assets.load(model, dtype, place(device), on_step=console.print)
     task = Task(mode, low, high or room.longest_for(loaded, low), keys, words, seed)
     lessons = Lessons(tokenizer, content, task)
     pattern = room.run(loaded, lessons, settings, out, texts.about(text, content), resume, console)

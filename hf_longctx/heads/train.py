@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ..evals.results import meta, save_json
 from ..evals.runner import bar, model_name
+from ..evals.team import first
 from ..methods.layouts import require_full_attention
 from ..models import inspect_model
 from .gates import ROLE, Gates, distance, frozen
@@ -261,14 +262,6 @@ def _processes() -> Accelerator:
     return Accelerator(device_placement=False, mixed_precision="no")
 
 
-def place(device: str) -> str:
-    """Where to load the model: `auto` in one of several processes is that process's own device."""
-    if device == "cpu":
-        PartialState(cpu=True)  # before what follows looks for a GPU
-    here = _processes()
-    return str(here.device) if device == "auto" and here.num_processes > 1 else device
-
-
 def longest_for(model: Any, shortest: int) -> int:
     """Tokens of the longest lesson where nothing else is asked for: as published, or what the model was made for."""
     positions = getattr(inspect_model(model).config, "max_position_embeddings", None)
@@ -277,7 +270,7 @@ def longest_for(model: Any, shortest: int) -> int:
 
 def publish(pattern: HeadPattern, out: Path, console: Console) -> None:
     """Say how many heads stream, and where the gates are; once, whatever the number of processes."""
-    if not PartialState().is_main_process:
+    if not first():
         return
     gates = [gate for row in pattern.gates for gate in row]
     streaming = sum(gate < ROLE for gate in gates)

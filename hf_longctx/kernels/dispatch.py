@@ -26,6 +26,8 @@ OPS = (
     "rotate",
     "rotate_heads",
     "rms_norm",
+    "project",
+    "project_gated",
     "append",
     "append_pages",
     "bring_blocks",

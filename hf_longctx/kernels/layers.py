@@ -1,6 +1,8 @@
-"""Operations, as `ops.py` has them, that a model's layers are made of: a norm, and the rotation of queries and keys."""
+"""Operations, as `ops.py` has them, that a model's layers are made of: norms, rotations, products with weights."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -44,4 +46,34 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) 
         The shape of x.
     """
     out: Tensor = dispatch.call("rms_norm", x, weight, eps, offset, early)
+    return out
+
+
+def project(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Products of rows with several weights: `x @ weight.T + bias` of each; sums may run in any order.
+
+    Args:
+        x: `[R, K]`.
+        weights: each `[N, K]`, dtype of x.
+        biases: each `[N]` or None.
+
+    Returns:
+        For each weight `[R, N]`, dtype of x.
+    """
+    out: tuple[Tensor, ...] = dispatch.call("project", x, weights, biases)
+    return out
+
+
+def project_gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(x @ gate.T) * (x @ up.T)`, each of the three parts rounded to the dtype of x.
+
+    Args:
+        x: `[R, K]`.
+        gate: `[N, K]`, dtype of x.
+        up: likewise.
+
+    Returns:
+        `[R, N]`, dtype of x.
+    """
+    out: Tensor = dispatch.call("project_gated", x, gate, up)
     return out

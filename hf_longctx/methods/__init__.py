@@ -17,6 +17,7 @@ from .inf_llm import InfLLM
 from .lserve import LServe
 from .method import Method
 from .quest import Quest
+from .shard import own_facts, own_plan
 from .streaming_llm import StreamingLLM
 from .streaming_vlm import StreamingVLM
 from .xattention import XAttention
@@ -38,6 +39,8 @@ __all__ = [
     "check_trainable",
     "compose",
     "make",
+    "own_facts",
+    "own_plan",
 ]
 
 METHODS: dict[str, type[Any]] = {

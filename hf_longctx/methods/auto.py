@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..memory import available_bytes
+from ..errors import UnsupportedError
+from ..memory import available_beside
 from ..models import ModelFacts
 from ..plan import KVFormat, Plan, require_whole
 from ..tune.crossover import Crossover, cached_path, read_crossover
@@ -61,10 +62,16 @@ class Auto:
         Raises:
             ValueError: a measurement of another family, device, dtype or budget.
             MemoryError: no method fits.
+            UnsupportedError: a context, for a model over several processes.
         """
         if self.context is None:
             return self.fastest(facts)
-        found = first_that_fits(facts, self, self.context, self.batch, available_bytes(facts.place))
+        if facts.ranks > 1:
+            raise UnsupportedError(
+                f"auto: expected no context on a model over {facts.ranks} processes, each of which would choose for "
+                f"itself; got {self.context}. Name a method."
+            )
+        found = first_that_fits(facts, self, self.context, self.batch, available_beside(facts))
         return replace(found.plan, method=f"auto: {found.plan.method.removeprefix('auto: ')}", why=found.why)
 
     def fastest(self, facts: ModelFacts) -> Plan:

@@ -31,12 +31,20 @@ def choose(selector: Selector, look: Look, near: tuple[Tensor, Tensor]) -> Tenso
 
 def forced(selector: Selector, q_pos: Tensor, q_block: int) -> tuple[Tensor, Tensor]:
     """First and last of the local blocks of each block of queries: `[B or 1, N]`, int64; last is -1 without a query."""
+    if q_block == 1:
+        return _first_forced(selector, q_pos, q_pos), q_pos // selector.block  # of -1: -1
     pos = q_pos.view(q_pos.shape[0], -1, q_block)
     last = pos.amax(-1)
     first = pos.masked_fill(pos < 0, _LATE).amin(-1)
-    low = (first - selector.local + 1).clamp(min=0) // selector.block
-    whole = last < selector.dense_below
-    return torch.where(whole, 0, low), torch.where(last < 0, -1, last // selector.block)
+    return _first_forced(selector, first, last), torch.where(last < 0, -1, last // selector.block)
+
+
+def _first_forced(selector: Selector, first: Tensor, last: Tensor) -> Tensor:
+    """First of the local blocks, where the first and last query stand; 0 without a query."""
+    back = first if selector.local == 1 else first - (selector.local - 1)
+    low = back.clamp(min=0) // selector.block
+    whole = max(selector.dense_below, 0)
+    return low if last is first and whole == 0 else torch.where(last < whole, 0, low)
 
 
 def forced_ahead(selector: Selector, q_pos: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,8 +59,7 @@ def forced_ahead(selector: Selector, q_pos: Tensor, lengths: Tensor) -> tuple[Te
         As `forced`.
     """
     first = torch.where(q_pos < 0, lengths[:, None], q_pos)
-    low, _ = forced(selector, first, 1)
-    return low, (first + selector.refresh_every - 1) // selector.block
+    return _first_forced(selector, first, first), (first + selector.refresh_every - 1) // selector.block
 
 
 def most_forced(selector: Selector, q_block: int) -> int:

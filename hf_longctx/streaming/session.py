@@ -122,7 +122,7 @@ class Session:
         if self._engine is not None:
             raise RuntimeError("stream.Session: expected one `with` at a time; got a second. Leave the first.")
         state = state_of(self.model)
-        self._before = None if state is None else (state.plan, state.recorder.on, state.train)
+        self._before = None if state is None else (state.whole, state.recorder.on, state.train)
         patch(self.model, self.method)
         try:
             cache = self._fresh() if self.saved is None else load_cache(self.model, self.saved)

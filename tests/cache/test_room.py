@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,18 @@ def test_files_are_checked_against_the_disk_and_not_the_cap(tmp_path: Path, monk
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
     with pytest.raises(MemoryError, match=rf"in {tmp_path}; needs 1\.0 MiB more, .* Give another folder as disk"):
         memory.check_room(*args)
+
+
+def test_each_device_has_room_for_its_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, devices = plan_of(lc.HeadPolicy(KEEP, HERE)), [torch.device("cuda", i) for i in range(2)]
+    facts = replace(FACTS, places=(devices[0], devices[1]))
+    need = memory.kv_bytes(facts, plan, 1, 2000, torch.float32) // 2  # of each of two layers
+    free = {devices[0]: need, devices[1]: need, CPU: 2**40}
+    monkeypatch.setattr(memory, "available_bytes", lambda device: free[device])
+    args: Any = (facts, plan, lc.LongContextCache(plan), 1, 2000, torch.float32, devices[0])
+    memory.check_room(*args)
+    assert memory.available_beside(facts) == 2 * need
+    free[devices[1]] -= 1
+    with pytest.raises(MemoryError, match="under plan 'test' on cuda:1; needs"):
+        memory.check_room(*args)
+    assert memory.available_beside(facts) == 2 * need - 2

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import hf_longctx as lc
-from hf_longctx import integers, shortcuts
+from hf_longctx import integers, shortcut
 from hf_longctx.quantize.run import round_all
 from hf_longctx.testing.models import tiny_llama
 from hf_longctx.weights.qoq.config import QoQConfig
@@ -27,7 +27,7 @@ NEW, LAYERS = 5, 2
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Short cuts on the CPU, and how often each is taken."""
     need("cpu")
-    monkeypatch.setattr(shortcuts, "DEVICES", {"cpu"})
+    monkeypatch.setattr(shortcut, "DEVICES", {"cpu"})
     found: Counter[str] = Counter()
 
     def counting(name: str, run: Any) -> Any:
@@ -63,7 +63,7 @@ def test_a_step(calls: Counter[str], dtype: torch.dtype) -> None:
     assert calls == {"quantize_norm": (2 * LAYERS + 1) * (NEW - 1), "quantize_gated": LAYERS * (NEW - 1)}
     assert lc.report(quantized).norms == 2 * LAYERS + 1
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(shortcuts, "DEVICES", set())
+        context.setattr(shortcut, "DEVICES", set())
         assert torch.equal(got, logits(lc.patch(model(dtype), "dense")))
     assert sum(calls.values()) == (3 * LAYERS + 1) * (NEW - 1)
 
@@ -102,7 +102,7 @@ def test_who_is_who_is_seen(calls: Counter[str], kind: type[nn.Module], gated: i
     quantized = model()
     quantized.model.layers[0].mlp.__class__ = kind
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(shortcuts, "DEVICES", set())
+        context.setattr(shortcut, "DEVICES", set())
         expected = logits(lc.patch(quantized, "dense"))
     got = logits(lc.patch(quantized, "dense"))
     assert calls["quantize_gated"] == gated * (NEW - 1)

@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import hf_longctx as lc
-from hf_longctx import shortcuts
+from hf_longctx import shortcut, shortcuts
 from hf_longctx.kernels import ops
 
 from ..kernels.built import need
@@ -41,7 +41,7 @@ every = pytest.mark.parametrize("case", DECODERS, ids=named)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short cuts on the CPU, where the definition runs."""
     need("cpu")
-    monkeypatch.setattr(shortcuts, "DEVICES", {"cpu"})
+    monkeypatch.setattr(shortcut, "DEVICES", {"cpu"})
 
 
 here = pytest.mark.usefixtures("_here")
@@ -85,7 +85,7 @@ def test_every_family(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with counted() as calls:
         got = generate(model, batch(case), output_logits=True)
     assert calls == Counter({k: n for k, n in (("rms_norm", norms * STEPS), ("rotate_heads", turning * STEPS)) if n})
-    monkeypatch.setattr(shortcuts, "DEVICES", set())
+    monkeypatch.setattr(shortcut, "DEVICES", set())
     plain = lc.patch(case.make(), "dense")
     assert cuts(plain) == (0, 0)
     expected = generate(plain, batch(case), output_logits=True)
@@ -114,7 +114,7 @@ def test_other_dtypes_after_patching() -> None:
             got = generate(model, single(LLAMA), output_logits=True)
         assert calls["rms_norm"] == 5 * STEPS
         with pytest.MonkeyPatch.context() as context:
-            context.setattr(shortcuts, "DEVICES", set())
+            context.setattr(shortcut, "DEVICES", set())
             expected = generate(lc.patch(plain, "dense"), single(LLAMA), output_logits=True)
         assert torch.equal(torch.stack(got.logits), torch.stack(expected.logits))
 
@@ -222,7 +222,7 @@ def test_peft(targets: Any) -> None:
     model = peft.get_peft_model(LLAMA.make(), config).eval()
     before = snapshot(model)
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(shortcuts, "DEVICES", set())
+        context.setattr(shortcut, "DEVICES", set())
         expected = generate(lc.patch(model, "dense"), single(LLAMA), output_logits=True)
     lc.patch(model, "dense")
     assert cuts(model) == (6, 2)  # the last norm and its copy that is trained
@@ -397,7 +397,7 @@ def test_there_are_none_on_a_cpu() -> None:
 @here
 def test_the_report_counts_them() -> None:
     report = lc.report(lc.patch(LLAMA.make(), "dense"))
-    assert str(report).endswith("one launch each in decode steps: 5 norms, 2 rotations")
+    assert str(report).endswith("one launch each in decode steps: 5 norms, 2 rotations, 14 linear layers")
 
 
 # on a GPU ---------------------------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ def test_on_a_gpu(case: Case, dtype: torch.dtype, cuda_graph: bool) -> None:
     assert used["rotate_heads"] == "compiled"
     assert used["rms_norm"] == "compiled"
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(shortcuts, "DEVICES", set())
+        context.setattr(shortcut, "DEVICES", set())
         lc.unpatch(model)
         expected = generate(lc.patch(model, "dense", cuda_graph=cuda_graph), inputs, output_logits=True)
     if dtype == torch.float32:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import antidiagonal, attend, delta, host, library, linear, norm, prefill, rotary, select, step, store
+from . import antidiagonal, attend, delta, host, library, linear, norm, prefill, project, rotary, select, step, store
 
 OPS = {
     **antidiagonal.OPS,
@@ -14,6 +14,7 @@ OPS = {
     **store.OPS,
     **host.OPS,
     **norm.OPS,
+    **project.OPS,
     **delta.OPS,
     **linear.OPS,
     **rotary.OPS,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..types import Packed
 
-ABI = 5
+ABI = 6
 FEW = 8
 """Queries, or fresh tokens, of a row that an operation takes."""
 
@@ -117,7 +117,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
     **dict.fromkeys(
-        ("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "merged", "layer"), ("cuda",)
+        ("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "merged", "layer", "project"),
+        ("cuda",),
     ),
 }
 

@@ -16,6 +16,7 @@ from .format import Delta
 from .message import say
 from .places import weight_of
 from .sources import open_delta
+from .split import require_whole
 from .tenants import Deltas
 
 _KEY = "_hf_longctx_deltas"
@@ -165,9 +166,10 @@ class _Merge(_OfState):
 
         Raises:
             ValueError: there is no such tenant, or there are others, whose base would be lost.
-            UnsupportedError: weights are quantized.
+            UnsupportedError: weights are quantized, or several processes share them.
         """
         state = self.state
+        require_whole(state.model, "merge_delta")
         state.check([name])
         if len(state.tenants) > 1:
             others = ", ".join(other for other in state.tenants if other != name)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .split import whole_weight
+
 _STRIDE = 0x9E3779B97F4A7C15 - 2**64
 """Odd: then each place has a factor of its own, and a change of any one word changes the sum."""
 
@@ -39,9 +41,10 @@ def weight_checksum(weight: Tensor) -> str:
 
 def same_weight(weight: Tensor, known: str) -> bool:
     """True if a weight, in 32 or 16 bits, is the one of a `weight_checksum`, which may be of one in another type."""
+    weight = whole_weight(weight.detach())
     if weight.dtype == torch.float16:
         return checksum(weight) == known[DIGITS:]
-    return checksum(weight.detach().to(torch.bfloat16)) == known[:DIGITS]
+    return checksum(weight.to(torch.bfloat16)) == known[:DIGITS]
 
 
 def of_model(checksums: Mapping[str, str]) -> str:

@@ -76,6 +76,8 @@ class Experts(Hook):
         scales: likewise `[E, S, P, N, groups]`, float32.
     """
 
+    asks = True
+
     def __init__(self, module: nn.Module, where: Any) -> None:
         super().__init__(module, where)
         self.bits: dict[str, Tensor] = {}
@@ -156,7 +158,6 @@ class Experts(Hook):
             found.append((place, matrix))
         return found
 
-    @property
-    def nbytes(self) -> int:
+    def buffers(self) -> list[Tensor]:
         """As `Hook` says."""
-        return sum(x.nbytes for x in (*self.bits.values(), *self.scales.values()))
+        return [*self.bits.values(), *self.scales.values()]

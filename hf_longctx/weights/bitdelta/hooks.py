@@ -1,14 +1,14 @@
 """Where tenants differ: hooks on layers of the base, each with what all tenants have there, by slot.
 
 The layers stay as they are, whatever they are made of: linears of 16 bits or quantized ones compute the base's output,
-and what is here adds or replaces what is a tenant's own. No hook looks at values: what it does depends on shapes and on
-the route alone, and a row never depends on another row.
+and what is here adds or replaces what is a tenant's own. What a hook does depends on shapes and on the route alone, but
+that of experts looks at values, too. A row never depends on another row.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .route import Route
+from .split import Part
 
 if TYPE_CHECKING:
     from .tables import Table
@@ -33,6 +34,15 @@ class Where(Protocol):
     def table(self) -> Table | None:
         """The hook on the input embeddings, if there is one."""
 
+    def part(self, module: nn.Module) -> Part | None:
+        """What this process has of a linear layer; None: all of it."""
+
+    def same(self) -> Hashable:
+        """Equal for two calls in which hooks do the same."""
+
+    def buffers(self) -> list[Tensor]:
+        """Tensors that hooks read."""
+
 
 def with_parameters(module: nn.Module, **parameters: Any) -> Callable[..., Any]:
     """A module's own `forward`, without hooks, on other parameters; the module is not touched."""
@@ -47,7 +57,10 @@ class Hook(ABC):
     Attributes:
         module: the layer.
         where: asked for the route.
+        asks: whether it looks at values on the host, so that what it does cannot be recorded.
     """
+
+    asks = False
 
     def __init__(self, module: nn.Module, where: Where) -> None:
         self.module, self.where = module, where
@@ -66,10 +79,19 @@ class Hook(ABC):
     def after(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """The layer's output with each row its tenant's."""
 
-    @property
     @abstractmethod
+    def buffers(self) -> list[Tensor]:
+        """Tensors of all slots, on the device."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the device, of all slots."""
+        return sum(x.nbytes for x in self.buffers())
+
+    @property
+    def guest(self) -> Where | None:
+        """Who answers for it where a call is recorded, or None: it cannot be."""
+        return None if self.asks else self.where
 
     @abstractmethod
     def takes(self, parts: Mapping[str, Any]) -> bool:

@@ -60,6 +60,10 @@ class Route:
             self._made[key] = self._spread(list(self.slots), rows, torch.int64, device)
         return self._made[key]
 
+    def buffers(self, rows: int) -> list[Tensor]:
+        """What was made for inputs of so many rows."""
+        return [x for key, x in self._made.items() if key[0] == rows]
+
     def check(self, rows: int) -> None:
         """Refuse a batch that the names do not fit."""
         if rows % len(self.names):
@@ -72,6 +76,6 @@ class Route:
         """What each name has, repeated for its rows: beams of a row, and tokens, are next to each other."""
         self.check(rows)
         if len(self._made) >= _KEPT:
-            del self._made[next(iter(self._made))]
+            del self._made[max(self._made, key=lambda key: key[0])]  # those of decode steps, which are recorded, stay
         with torch.inference_mode(False):  # it outlives the call that first needs it
             return torch.tensor(each, dtype=dtype).repeat_interleave(rows // len(self.slots), 0).to(device)

@@ -14,6 +14,7 @@ from ...kernels.delta import MANY, delta_linear, linear_with_delta
 from .bits import Matrix
 from .hooks import Hook, Where
 from .route import Route
+from .split import local_weight, whole_weight
 
 
 class Signs(Hook):
@@ -32,24 +33,29 @@ class Signs(Hook):
     def __init__(self, module: nn.Module, where: Where) -> None:
         super().__init__(module, where)
         self.joined = False
-        if type(module) is nn.Linear and "forward" not in vars(module):
-            module.__dict__["forward"] = _Joined(self)
+        self.part = where.part(module)
+        before = vars(module).get("forward")
+        if type(module) is nn.Linear and (before is None or hasattr(before, "stock")):
+            module.__dict__["forward"] = _Joined(self, before)
 
     def remove(self) -> None:
         """As above."""
         super().remove()
-        if isinstance(vars(self.module).get("forward"), _Joined):
-            del self.module.__dict__["forward"]
+        own = self.module.__dict__.pop("forward", None)
+        if isinstance(own, _Joined):
+            own = own.before
+        if own is not None:
+            self.module.__dict__["forward"] = own
 
     def takes(self, parts: Mapping[str, Any]) -> bool:
         """As above."""
-        matrix, held = parts.get("weight"), self.scales
+        matrix, held = self._own(parts)[0], self.scales
         enough = matrix is None or (held is not None and finest(held, matrix) == held.shape[1:])
         return enough and ("bias" not in parts or self.bias is not None)
 
     def make(self, parts: Mapping[str, Any]) -> None:
         """As above."""
-        matrix, place, slots = parts.get("weight"), self._place, self.where.slots
+        (matrix, bias), place, slots = self._own(parts), self._place, self.where.slots
         if matrix is not None:
             shape = finest(self.scales, matrix)
             bits = torch.zeros(slots, shape[0], *matrix.bits.shape[1:], dtype=torch.int32, device=place)
@@ -58,12 +64,19 @@ class Signs(Hook):
                 bits[:, : self.bits.shape[1]] = self.bits
                 scales[:, : self.bits.shape[1]] = finer(self.scales, shape)
             self.bits, self.scales = bits, scales
-        if "bias" in parts and self.bias is None:
-            self.bias = torch.zeros(slots + 1, len(parts["bias"]), device=place)
+        if bias is not None and self.bias is None:
+            self.bias = torch.zeros(slots + 1, len(bias), device=place)
+
+    def _own(self, parts: Mapping[str, Any]) -> tuple[Matrix | None, Tensor | None]:
+        """Signs and bias of the channels that are here."""
+        matrix, bias = parts.get("weight"), parts.get("bias")
+        if self.part is None:
+            return matrix, bias
+        return matrix and self.part.matrix(matrix), None if bias is None else self.part.vector(bias)
 
     def put(self, slot: int, parts: Mapping[str, Any]) -> None:
         """As above."""
-        matrix = parts.get("weight")
+        matrix, bias = self._own(parts)
         if self.bits is not None and self.scales is not None:
             self.scales[slot] = 0
             if matrix is not None:
@@ -72,17 +85,22 @@ class Signs(Hook):
                 self.scales[slot, :planes] = finer(matrix.scales.to(self.bits.device), self.scales.shape[1:])
         if self.bias is not None:
             self.bias[slot + 1] = 0
-            if "bias" in parts:
+            if bias is not None:
                 own: Tensor | None = getattr(self.module, "bias", None)
-                less = 0 if own is None else own.detach().float()
-                self.bias[slot + 1] = parts["bias"].to(self.bias.device).float() - less
+                there = whole_weight if self.part is None else local_weight
+                less = 0 if own is None else there(own.detach()).float()
+                self.bias[slot + 1] = bias.to(self.bias.device).float() - less
 
     def after(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """As above."""
         x = args[0] if args else kwargs["input"]
         flat, made = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
         if not self.joined and self.bits is not None:
-            made = delta_linear(flat, made, *self.arguments(route, flat))
+            arguments = self.arguments(route, flat)
+            if self.part is None or not self.part.columns:
+                made = delta_linear(flat, made, *arguments)
+            else:  # the base's outputs are added up already
+                made = made + self.part.total(delta_linear(flat, torch.zeros_like(made), *arguments))
         self.joined = False
         if self.bias is not None:
             made = made + self.bias[route.index(len(flat), flat.device) + 1].to(made.dtype)
@@ -96,10 +114,9 @@ class Signs(Hook):
         slots = route.slots_of(len(flat), self.bits.shape[1], flat.device)
         return self.bits.flatten(0, 1), scales.double() if flat.dtype == torch.float64 else scales, slots
 
-    @property
-    def nbytes(self) -> int:
+    def buffers(self) -> list[Tensor]:
         """As above."""
-        return sum(x.nbytes for x in (self.bits, self.scales, self.bias) if x is not None)
+        return [x for x in (self.bits, self.scales, self.bias) if x is not None]
 
 
 @dataclass(eq=False)
@@ -107,13 +124,14 @@ class _Joined:
     """In place of a layer's `forward`: of many rows, the product with the weights and that with the signs are one."""
 
     hook: Signs
+    before: Any  # a short cut that was there
 
     def __call__(self, input: Tensor) -> Tensor:
         """The layer's output; where the call has tenants and many rows, with their signs."""
         hook, module = self.hook, self.hook.module
         route = hook.where.route()
         if route is None or hook.bits is None or input.shape[:-1].numel() < MANY:
-            return nn.Linear.forward(module, input)  # type: ignore[arg-type]
+            return self.before(input) if self.before else nn.Linear.forward(module, input)  # type: ignore[arg-type]
         flat, own = input.reshape(-1, input.shape[-1]), module._parameters
         weight, bias = own["weight"], own.get("bias")
         assert weight is not None

@@ -41,10 +41,9 @@ class Weights(Hook):
                 out = choose(route, slot, with_parameters(self.module, **self.held[slot])(*args, **kwargs), out)
         return out
 
-    @property
-    def nbytes(self) -> int:
+    def buffers(self) -> list[Tensor]:
         """As above."""
-        return sum(x.nbytes for own in self.held.values() for x in own.values())
+        return [x for own in self.held.values() for x in own.values()]
 
 
 class Norm(Hook):
@@ -82,10 +81,9 @@ class Norm(Hook):
         made = made * rows["weight"] + rows.get("bias", 0)
         return torch.where(wide(index == 0, x.ndim), out, made)
 
-    @property
-    def nbytes(self) -> int:
+    def buffers(self) -> list[Tensor]:
         """As above."""
-        return sum(x.nbytes for x in (self.tables or {}).values())
+        return list((self.tables or {}).values())
 
 
 class Table(Hook):
@@ -141,7 +139,7 @@ class Table(Hook):
             return None
         ids = args[0] if len(args[0]) % len(route.names) == 0 else args[0].expand(self.where.batch, -1)
         self._asked = ids
-        return torch.where(self._has(route, ids), 0, ids), *args[1:]
+        return ids.masked_fill(self._has(route, ids), 0), *args[1:]
 
     def after(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """As above; a token that nobody has is out of range here as it is in the base."""
@@ -150,9 +148,9 @@ class Table(Hook):
             return out
         slots, rows = self.table.shape[:2]
         slot = wide(route.index(len(ids), ids.device), ids.ndim)
-        place = torch.where(ids < rows, slot.clamp(min=0) * rows + ids, slots * rows)
+        place = (slot.clamp(min=0) * rows + ids).masked_fill(ids >= rows, slots * rows)
         has = self._has(route, ids)
-        found = with_parameters(self.module, weight=self.table.flatten(0, 1))(torch.where(has, place, 0))
+        found = with_parameters(self.module, weight=self.table.flatten(0, 1))(place.masked_fill(~has, 0))
         return torch.where(has.unsqueeze(-1), found, out)
 
     def _has(self, route: Route, ids: Tensor) -> Tensor:
@@ -160,10 +158,9 @@ class Table(Hook):
         assert self._mine is not None
         return wide(self._mine[route.index(len(ids), ids.device) + 1], ids.ndim)
 
-    @property
-    def nbytes(self) -> int:
+    def buffers(self) -> list[Tensor]:
         """As above."""
-        return 0 if self.table is None else self.table.nbytes
+        return [x for x in (self.table, self._mine) if x is not None]
 
 
 class Head(Weights):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import end_names
 from .fit import Known, check
@@ -16,7 +16,8 @@ from .hooks import Hook
 from .message import say
 from .places import Place, places_of
 from .route import BASE, Route
-from .tables import Table
+from .split import Part, check_split, part_of
+from .tables import Head, Norm, Table
 
 _KEPT = 64
 """Routes that are remembered: a service has other names in every batch."""
@@ -62,7 +63,11 @@ class Deltas:
                 say("add_delta", f"a new name, not '{BASE}'", repr(name), "Choose another, or delete_delta")
             )
         check(name, delta, self._known)
-        self._places[name], self.tenants[name] = places_of(self.model, delta), delta
+        places = places_of(self.model, delta)
+        whole = (Table, Head, Norm)
+        signs = {key: (delta.matrices.get(f"{key}.weight"), place.kind in whole) for key, place in places.items()}
+        check_split(f"delta '{name}'", self.model, signs)
+        self._places[name], self.tenants[name] = places, delta
         try:
             if len(self.resident) < self.slots:
                 self._place(name)
@@ -240,6 +245,20 @@ class Deltas:
         """The hook on the input embeddings, if there is one."""
         found = self.hooks.get(self._first)
         return found if isinstance(found, Table) else None
+
+    def part(self, module: nn.Module) -> Part | None:
+        """As `Where.part`."""
+        return part_of(self.model, next(name for name, own in self.model.named_modules() if own is module))
+
+    def same(self) -> Route | None:
+        """What calls have in common in which hooks do the same; a route holds until slots change."""
+        return self.route()
+
+    def buffers(self) -> list[Tensor]:
+        """Tensors that hooks read in a call of one token a row."""
+        route = self.route()
+        made = [] if route is None else route.buffers(self.batch)
+        return [*made, *(x for hook in self.hooks.values() for x in hook.buffers())]
 
     def _follow(self) -> None:
         """Begin anew on the device where the model is now, in its type."""

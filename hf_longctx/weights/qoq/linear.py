@@ -67,6 +67,7 @@ class QoQLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.width = in_features  # input channels that are here: fewer where processes share a layer
         self.wbits, self.group_size = config.wbits, config.group_size
         panels, columns = -(-out_features // ROWS), -(-in_features // COLUMNS) * COLUMNS
         self.weight = _fixed(torch.empty(panels, ROWS * columns * config.wbits // 8, dtype=torch.uint8, device=device))
@@ -100,7 +101,7 @@ class QoQLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """The weight as kernels take it; no copy."""
         codes = self.weight.view(len(self.weight) * ROWS, -1)
-        return PackedWeight(codes, self.weight_scale, self.weight_shift, self.weight_groups, self.in_features)
+        return PackedWeight(codes, self.weight_scale, self.weight_shift, self.weight_groups, self.width)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the weight stands for: `[N, K]`."""
@@ -149,11 +150,11 @@ class QoQLinear(nn.Module):
         return out
 
     def _is_like(self, other: QoQLinear) -> bool:
-        form = (self.in_features, self.wbits, self.group_size, self.weight.device)
-        return form == (other.in_features, other.wbits, other.group_size, other.weight.device)
+        form = (self.width, self.wbits, self.group_size, self.weight.device)
+        return form == (other.width, other.wbits, other.group_size, other.weight.device)
 
     def _shaped(self, out: Tensor, x: Tensor) -> Tensor:
-        return out.view(*x.shape[:-1], self.out_features)
+        return out.view(*x.shape[:-1], len(self.weight_scale))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QoQLinear:
         """Move to a device; scales stay float32 whatever dtype the model is brought to."""

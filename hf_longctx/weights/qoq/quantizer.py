@@ -10,6 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ...errors import UnsupportedError
 from .config import PER_CHANNEL, QoQConfig
+from .split import Split, require_whole_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +57,7 @@ class QoQQuantizer(HfQuantizer):
 
         config = self.quantization_config
         self._chosen = chosen_linears(model, config)
+        self._split = Split.take(model, self._chosen)
         if self.pre_quantized:
             for name in self._chosen:
                 old: Any = model.get_submodule(name)
@@ -66,11 +68,6 @@ class QoQQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from .linear import QoQLinear
 
-        if (getattr(model, "_tp_size", None) or 1) > 1:
-            raise UnsupportedError(
-                f"QoQ: expected weights that are whole on a device; got tensor parallelism over {model._tp_size}. "
-                "Leave out tp_plan; device_map='auto' spreads layers over devices."
-            )
         lost = [f"{name}.weight" for name in self._chosen if isinstance(model.get_submodule(name), nn.Linear)]
         for name, module in model.named_modules():
             if isinstance(module, QoQLinear):
@@ -80,11 +77,19 @@ class QoQQuantizer(HfQuantizer):
             raise ValueError(
                 f"QoQ checkpoint: expected a tensor for each part of each weight; got none for {shown}. {_ADVICE}"
             )
+        self._split.apply(model)
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
+        """As any model's, where it is whole."""
+        require_whole_model(model, "save_pretrained")
+        found: tuple[Any, dict[str, str]] = super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call]
+        return found
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         from .linear import QoQLinear
 
+        require_whole_model(model, "dequantize")
         for name, module in list(model.named_modules()):
             if isinstance(module, QoQLinear):
                 dense = nn.Linear(module.in_features, module.out_features, False, device="meta")

@@ -278,10 +278,3 @@ def test_weights_that_are_not_finite_are_refused(dense: Path, tmp_path: Path) ->
     broken = _damaged(dense, tmp_path / "nan", lambda tensors: tensors[name][0].fill_(torch.nan))
     with pytest.raises((ValueError, RuntimeError), match=r"finite|conversion"):
         load(broken, quantization_config=QoQConfig(8))
-
-
-def test_tensor_parallelism_is_refused(quantized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(quantized("w8"))
-    monkeypatch.setattr(model, "_tp_size", 2)
-    with pytest.raises(lc.UnsupportedError, match=r"tensor parallelism over 2.*device_map"):
-        model.hf_quantizer.postprocess_model(model)

@@ -1,0 +1,109 @@
+"""Sixteen fine-tunes of a model of Llama 3 8B's shape that generate in one batch, or are loaded in turn."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from decode_generate import model_8b
+
+import hf_longctx as lc
+from hf_longctx.weights.bitdelta.bits import Matrix
+from hf_longctx.weights.bitdelta.format import Base, Delta
+
+TENANTS, PROMPT, NEW = 16, 128, 128
+"""Fine-tunes; tokens of each prompt; tokens that are generated for each before the next fine-tune is loaded."""
+
+COPIED = 2 << 30
+"""Bytes of pinned memory with which loading is timed."""
+
+
+class Watch:
+    """A stopping criterion that notes when each token came, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, tokens: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Note the time, with all of the step done."""
+        torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+
+def delta_of(model: Any, embeddings: bool) -> Delta:
+    """Random signs for every linear layer, and tables of its own if asked for."""
+    matrices = {}
+    for name, module in model.get_decoder().named_modules(prefix="model"):
+        if isinstance(module, torch.nn.Linear):
+            rows, columns = module.weight.shape
+            bits = torch.randint(-(2**31), 2**31, (1, rows, columns // 32), device="cuda").int()
+            matrices[f"{name}.weight"] = Matrix(bits, torch.full((1, 1, 1), 1e-3, device="cuda"))
+    tables = {"model.embed_tokens.weight": model.model.embed_tokens.weight, "lm_head.weight": model.lm_head.weight}
+    return Delta("random", Base(), matrices, {k: x.detach() for k, x in tables.items()} if embeddings else {})
+
+
+def milliseconds(model: Any, rows: int, **asked: Any) -> float:
+    """Median time of a step of `generate()`."""
+    ids, watch = torch.randint(0, 1000, (rows, PROMPT), device="cuda"), Watch()
+    model.generate(ids, max_new_tokens=64, do_sample=False, stopping_criteria=[watch], **asked)
+    gaps = [b - a for a, b in zip(watch.times, watch.times[1:], strict=False)]
+    return 1000 * statistics.median(gaps[len(gaps) // 3 :])
+
+
+def load_seconds(size: int) -> float:
+    """How long as many bytes take from pinned host memory to the GPU."""
+    host = torch.empty(COPIED, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        there.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times) * size / COPIED
+
+
+def tenant_rows() -> Iterator[dict[str, Any]]:
+    """A row where tenants have embeddings of their own, and one where they have the base's."""
+    model = model_8b()
+    lc.patch(model, "dense")
+    weights = sum(x.nbytes for x in model.parameters())
+    alone, loading = milliseconds(model, 1), load_seconds(weights)
+    swapping = NEW / (loading + NEW * alone / 1000)
+    for embeddings in (True, False):
+        delta = delta_of(model, embeddings)
+        names = [f"tenant-{n}" for n in range(TENANTS)]
+        lc.deltas.load(model, dict.fromkeys(names, delta))
+        held, size = weights + lc.deltas.report(model).device_bytes, delta.nbytes
+        torch.cuda.reset_peak_memory_stats()
+        step = milliseconds(model, TENANTS, adapter_names=names)
+        together, report = TENANTS / step * 1000, lc.report(model)
+        lc.deltas.unload(model)
+        yield {
+            "case": f"generate(), 16 tenants of 8B in a batch, embeddings {'of their own' if embeddings else 'shared'}",
+            "value": round(together, 1),
+            "unit": "tokens/s",
+            "baseline": f"fine-tunes of 16 bits loaded in turn from pinned memory, {NEW} tokens each",
+            "baseline_value": round(swapping, 1),
+            "ratio": round(together / swapping, 2),
+            "floor_value": None,
+            "must": ">= 10x, weights within the base's + 16 x (bits + embeddings)",
+            "met": together >= 10 * swapping and held <= weights + TENANTS * size * 1.01,
+            "shapes": {"rows": TENANTS, "tenants": TENANTS, "prompt": PROMPT},
+            "ms_per_step": round(step, 3),
+            "alone_ms_per_token": round(alone, 3),
+            "load_seconds": round(loading, 3),
+            "weight_bytes": held,
+            "tenant_bytes": size,
+            "graphs": report.graphs,
+            "eager": report.eager,
+        }
+        del delta
+        gc.collect()
+        torch.cuda.empty_cache()

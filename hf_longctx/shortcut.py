@@ -1,0 +1,63 @@
+"""What a short cut is: it stands in place of a module's `forward`, and is taken in calls of few tokens alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cache.step import FEW
+from .context import current
+
+DEVICES = {"cuda"}
+"""Types of devices on which there are short cuts: there a launch takes longer than what it computes."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(eq=False)
+class ShortCut:
+    """In place of a module's `forward`."""
+
+    module: nn.Module
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        own = inspect.signature(type(self.module).forward)
+        return own.replace(parameters=list(own.parameters.values())[1:])
+
+    def due(self) -> bool:
+        """True inside a call of few tokens that nothing trains, compiles or records for gradients."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.module.training:
+            return False
+        forward = current()
+        if forward is None or forward.step.tokens > FEW:
+            return False
+        device = forward.step.device.type
+        return device in DEVICES and not torch.is_autocast_enabled(device)
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def random(made: torch.Generator, *shape: int) -> Tensor:
+    """Normal numbers on the CPU, float32, to see on what a module computes."""
+    return torch.randn(*shape, generator=made, dtype=torch.float32, device="cpu")
+
+
+def gives(run: Callable[[], Any], *expected: Tensor) -> bool:
+    """True if a call gives these tensors, bit for bit; one that fails gives something else."""
+    try:
+        with torch.no_grad():
+            got = run()
+    except Exception:  # code that nobody has seen, on input that it may not be made for
+        return False
+    found = got if isinstance(got, tuple) else (got,)
+    return len(found) == len(expected) and all(
+        isinstance(x, Tensor) and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(found, expected, strict=True)
+    )
