@@ -3,9 +3,10 @@
 //
 // Work: up to three weights for the same tokens, in units of 16 rows (32 where tokens do not stay in shared memory), one of each block after the other. Of the 4096,
 //   6144, 14336 and 28672 rows of a Llama-3-8B layer, 132 multiprocessors get equally many, but for 3 %.
-// Block: of a unit, every warp has each 8th or 16th chunk of columns; it copies the codes, scales and tokens of those
+// Block: of a unit, every warp has each eighth chunk of columns; it copies the codes, scales and tokens of those
 //   itself, some chunks ahead and over the end of a unit, and waits for no other warp but once a unit, when sums are added
-//   in shared memory. Two blocks fit on a multiprocessor, so that the next kernel's codes come while this one ends.
+//   in shared memory. Two blocks fit on a multiprocessor, and of up to 8 tokens four: so the codes of the kernels to come
+//   are there when their tokens are.
 // Products: mma.m16n8k32, codes as operand a, which one mask takes out of 16 stored bytes.
 // Shared memory: codes and scales of STAGES chunks of each warp; tokens, all of them or of as many chunks; up to 113 KiB.
 #pragma once
@@ -16,13 +17,14 @@ namespace hfl {
 // STREAM: tokens are copied again for every unit.
 template <Form F, int MT, bool STREAM>
 struct RowsRoom {
-  static constexpr int WARPS = MT == 1 && !STREAM ? 16 : 8, THREADS = WARPS * 32;
+  static constexpr int WARPS = 8, THREADS = WARPS * 32;
+  static constexpr int BLOCKS = MT == 1 && !STREAM ? 4 : 2;                 // on a multiprocessor, by their registers
   static constexpr int TILES = STREAM ? 2 : 1, ROWS = 16 * TILES;           // of a unit
   static constexpr int CHUNK = F == Form::BYTES ? 64 : 128;                 // columns, and bytes of a token
   static constexpr int LEVELS = F == Form::GROUP ? 32 : F == Form::FINE ? 128 : 0;  // of a tile
   static constexpr int TILE = 1024 + LEVELS, STAGE = TILES * TILE;
   static constexpr int STAGES = STREAM ? 3 : 5;
-  static constexpr int SETS = WARPS == 16 ? 1 : 2;  // of sums: those of two chunks at a time do not wait for each other
+  static constexpr int SETS = BLOCKS == 4 ? 1 : 2;  // of sums: those of two chunks at a time do not wait for each other
   static constexpr int RING = WARPS * STAGES * STAGE;
   static constexpr int LINE = ROWS + 4, SUMS = 8 * MT * LINE;               // of a token, so that banks differ; of a unit
   static constexpr int EACH = (8 * MT * ROWS + THREADS - 1) / THREADS;      // results of a thread
@@ -232,7 +234,7 @@ struct RowsBlock {
 };
 
 template <Form F, int MT, bool STREAM>
-__global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_rows_kernel(
+__global__ void __launch_bounds__(256, RowsRoom<F, MT, STREAM>::BLOCKS) linear_rows_kernel(
     const __grid_constant__ LinearTask p) {
   using R = RowsRoom<F, MT, STREAM>;
   extern __shared__ __align__(128) unsigned char shared[];
