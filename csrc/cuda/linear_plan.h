@@ -1,8 +1,7 @@
-// Which tiles linear_many.cuh computes: how many tokens they have, and whether those of a last round, in which some
-// multiprocessors would have none, are split along K instead.
+// Which tiles are computed for many tokens: how many tokens they have, and whether a cluster shares each, or those of a
+// last round, in which some multiprocessors would have none, are split along K.
 #pragma once
 #include <algorithm>
-#include <cstdlib>
 
 namespace hfl {
 
@@ -20,11 +19,12 @@ struct ManyCost {
 constexpr ManyCost MANY_COSTS[] = {{64, 0.35, 1.0}, {128, 0.38, 1.5}, {256, 0.63, 2.5}};
 constexpr double ADDED_PER_US = 230e3, SPLIT = 3.0;
 
-// Clusters, where their blocks fill at most two on each multiprocessor.
+// Clusters (linear_spread.cuh): of up to 64 tokens, and of more where tiles are so few that two blocks share each. As many
+// blocks as one and a half on each multiprocessor took least on an H200.
 inline ManyPlan plan_spread(int tokens, int rows, int steps, int processors) {
   const int tile = tokens <= 32 ? 32 : tokens <= 64 ? 64 : 128;
   const long long tiles = static_cast<long long>(rows) * ((tokens + tile - 1) / tile);
-  if (tiles > 2 * processors && tokens > 64) return {0, 0, 0};
+  if (tokens > 64 && 2 * tiles > processors) return {0, 0, 0};
   int shares = 1;
   while (shares < 8 && 2 * shares <= steps && 4 * tiles * shares <= 3 * processors) shares *= 2;
   return {tile, 0, shares};
@@ -33,12 +33,6 @@ inline ManyPlan plan_spread(int tokens, int rows, int steps, int processors) {
 // rows: tiles of 128 rows; steps: of 128 columns.
 inline ManyPlan plan_many(int tokens, int rows, int steps, int processors) {
   ManyPlan best = {256, 0, 0};
-  if (const char* forced = std::getenv("HFL_TILE")) {
-    const int tile = std::atoi(forced), how = std::atoi(std::getenv("HFL_SPLIT"));
-    const int tiles = rows * ((tokens + tile - 1) / tile);
-    if (how >= 10) return {tile, 0, how / 10};
-    return {tile, how == 0 ? 0 : how == 1 ? tiles % processors : tiles, 0};
-  }
   const ManyPlan spread = plan_spread(tokens, rows, steps, processors);
   if (spread.shares) return spread;
   double least = 1e30;

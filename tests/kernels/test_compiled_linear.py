@@ -28,8 +28,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 devices = pytest.mark.parametrize("device", DEVICES)
 forms = pytest.mark.parametrize("form", FORMS)
 SIXTEEN = [torch.bfloat16, torch.float16]
-PLANNED = [(64, 64), (100, 128), (140, 256)]
-"""Tokens, and those of a tile, where 14336 columns of 2112 rows meet them on 132 multiprocessors."""
+PLANNED = [(20, 32, 8), (64, 64, 8), (100, 128, 8), (400, 128, 0), (1930, 256, 0)]
+"""Tokens, those of a tile, and blocks of a cluster where 14336 columns of 2112 rows meet them on 132 multiprocessors;
+without clusters some tiles are split."""
 
 
 def dtypes(device: str) -> list[torch.dtype]:
@@ -164,11 +165,11 @@ def test_many_tokens(form: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.cuda
 @pytest.mark.parametrize("form", ["channel", "group 128", "bytes"])
 def test_tiles_that_are_split(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many columns and few rows: of 64, 128 and 256 tokens a tile (`PLANNED`)."""
+    """Many columns and few rows, as `PLANNED`."""
     need("cuda")
     monkeypatch.setattr(compiled, "FEW", 0)
     weight = moved(packing.pack(random_codes(form, 2112, 14336)), "cuda")
-    for rows, _ in PLANNED:
+    for rows, *_ in PLANNED:
         tokens = moved(random_tokens(rows, 14336), "cuda")
         with use_backend("reference"):
             expected = linear.w4a8_linear(tokens, weight, None, torch.bfloat16)
@@ -186,11 +187,13 @@ def test_which_tiles_are_split(tmp_path: Path) -> None:
 #include <cstdio>
 #include "linear_plan.h"
 int main() {
-  for (int tokens : {1, 17, 64, 65, 100, 140, 256, 300, 2048, 8192}) {
+  for (int tokens : {1, 17, 20, 64, 65, 100, 140, 256, 300, 400, 1930, 2048, 8192}) {
     for (int rows : {1, 17, 32, 48, 224, 1002}) {
       for (int steps : {1, 9, 32, 112}) {
         const hfl::ManyPlan plan = hfl::plan_many(tokens, rows, steps, 132);
-        std::printf("%d %d %d %d %d\\n", tokens, rows, steps, plan.tokens, plan.split_tiles);
+        const int of[] = {tokens, rows, steps, plan.tokens, plan.split_tiles, plan.shares};
+        for (int x : of) std::printf("%d ", x);
+        std::printf("\\n");
       }
     }
   }
@@ -201,12 +204,14 @@ int main() {
     subprocess.run(command, input=code, text=True, check=True)
     said = subprocess.run([str(tmp_path / "plan")], capture_output=True, text=True, check=True).stdout
     found = {}
-    for tokens, rows, steps, tile, split in (map(int, line.split()) for line in said.splitlines()):
-        assert tile in (64, 128, 256)
-        assert split in (0, -(-tokens // tile) * rows % 132)
-        found[tokens, rows, steps] = tile, split > 0
-    assert [found[rows, 17, 112] for rows, _ in PLANNED] == [(tile, True) for _, tile in PLANNED]
-    assert found[8192, 224, 32] == (256, False)
+    for tokens, rows, steps, tile, split, shares in (map(int, line.split()) for line in said.splitlines()):
+        assert tile in ((32, 64, 128) if shares else (64, 128, 256))
+        assert split in ((0,) if shares else (0, -(-tokens // tile) * rows % 132))
+        assert shares in (0, 1, 2, 4, 8)
+        assert shares <= steps  # no block is without a step
+        found[tokens, rows, steps] = tile, split > 0, shares
+    assert [found[rows, 17, 112] for rows, *_ in PLANNED] == [(tile, n == 0, n) for _, tile, n in PLANNED]
+    assert found[8192, 224, 32] == (256, False, 0)
 
 
 @devices
