@@ -25,7 +25,8 @@ typedef struct {
   void* stream;
 } hfl_quantize;
 
-// linear.w4a8_linear, or, where there is a next one, w4a8_linears; the order of codes and groups is that of hf_longctx/kernels/packing.py.
+// linear.w4a8_linear, or, where there is a next one, w4a8_linears; the order of codes and groups is that of
+// hf_longctx/kernels/packing.py.
 typedef struct hfl_linear {
   int32_t tokens, rows, columns;  // M, N, K
   int32_t bits, group, dtype;     // 4 or 8; 0, 32, 64 or 128; of out
@@ -42,7 +43,7 @@ typedef struct hfl_linear {
   void* out;              // [M, N] contiguous
   int32_t* scratch;       // hfl_linear_scratch elements, zero before and after every call
   void* stream;
-  const struct hfl_linear* next;  // on CUDA: another weight for the same tokens, likewise but for rows and what has N; or NULL
+  const struct hfl_linear* next;  // on CUDA: another weight for the same tokens, of the same form; or NULL
 } hfl_linear;
 
 int64_t hfl_linear_scratch(const hfl_linear* a);  // int32 elements; tensors are not looked at

@@ -33,7 +33,7 @@ inline bool waits(const void* kernel) {
   return answer == 2;
 }
 
-// Launch a kernel that begins with `wait_for_previous`; `early`: before those before it are done. cluster: blocks of one.
+// Launch a kernel that begins with `wait_for_previous`. early: while those before it run; cluster: blocks of one.
 inline cudaError_t launch(const void* kernel, dim3 grid, int threads, size_t shared_bytes, void* stream,
                           void** arguments, bool early = true, unsigned cluster = 1) {
   cudaLaunchAttribute attributes[2] = {};

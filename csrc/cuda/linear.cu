@@ -5,8 +5,10 @@
 // Codes are operand a, tokens operand b: so a fragment of codes is as it was stored, and few tokens fill what they use.
 //   Integers in registers are unsigned, too large by 128 where there are two levels or 8 bits; the sum of the token's
 //   values, times that, goes off in the end.
-// Up to 16 tokens: linear_rows.cuh. Up to 32, and everywhere but on sm_90a: linear_few.cuh. Bound by: bytes of the weight.
-// More on sm_90a: linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens on an H200.
+// Up to 16 tokens: linear_rows.cuh. More on other architectures: linear_few.cuh, 64 at a time. Bound by: bytes of the
+//   weight, but for a matrix of Llama-3-8B as much by kernels that wait for each other.
+// More on sm_90a: linear_spread.cuh up to 64 tokens, and where there are few tiles.
+// Else on sm_90a: linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens on an H200.
 #include <algorithm>
 #include <initializer_list>
 
@@ -194,7 +196,9 @@ const char* run(const hfl_linear& a, const Device& device) {
     return "w4a8_linear: expected fewer than 2^30 steps of 128 rows and columns";
   }
   CUtensorMap map;
-  if (kernel.kind >= Kind::SPREAD && !map_tokens(map, a, kernel.tokens)) return "w4a8_linear: the driver makes no map of the tokens";
+  if (kernel.kind >= Kind::SPREAD && !map_tokens(map, a, kernel.tokens)) {
+    return "w4a8_linear: the driver makes no map of the tokens";
+  }
   if (p.split_tiles && !a.scratch) return "w4a8_linear: expected scratch memory";
   cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes);
   if (error == cudaSuccess) error = keep_shared(kernel.function);

@@ -74,7 +74,7 @@ struct ManyBoard {
   }
 };
 
-// A thread that copies codes, which need not wait for what comes before this kernel, and one that copies tokens.
+// A thread that copies codes, which need not wait for what comes before this kernel, or tokens, or both.
 template <class R>
 struct ManyFeeder {
   const LinearTask& p;

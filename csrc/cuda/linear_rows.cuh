@@ -1,14 +1,13 @@
-// w4a8_linear of up to 16 tokens: no two blocks share a row of the weight, so that nothing is added in memory. linear.cu
-// says what it computes.
+// w4a8_linear of up to 16 tokens: no two blocks share a row of the weight, so that nothing is added in memory.
+// linear.cu says what it computes.
 //
-// Work: up to three weights for the same tokens, in units of 16 rows (32 where tokens do not stay in shared memory), one of each block after the other. Of the 4096,
-//   6144, 14336 and 28672 rows of a Llama-3-8B layer, 132 multiprocessors get equally many, but for 3 %.
-// Block: of a unit, every warp has each eighth chunk of columns; it copies the codes, scales and tokens of those
-//   itself, some chunks ahead and over the end of a unit, and waits for no other warp but once a unit, when sums are added
-//   in shared memory. Two blocks fit on a multiprocessor, and of up to 8 tokens four: so the codes of the kernels to come
-//   are there when their tokens are.
+// Work: up to three weights for the same tokens, in units of 16 rows (32 where tokens do not stay in shared memory), one
+//   of each block after the other. Of 4096, 6144 or 28672 rows each of 132 multiprocessors gets as many, but for 3 %.
+// Block: of a unit, every warp has each 8th or 16th chunk of columns; it copies the codes, scales and tokens of those
+//   itself, some chunks ahead and over the end of a unit, and waits for no other warp but once a unit, when sums are
+//   added in shared memory. Two blocks fit on a multiprocessor, so that the next kernel's codes come while this one ends.
 // Products: mma.m16n8k32, codes as operand a, which one mask takes out of 16 stored bytes.
-// Shared memory: codes and scales of STAGES chunks of each warp; tokens, all of them or of as many chunks; up to 113 KiB.
+// Shared memory: codes and scales of STAGES chunks of each warp; tokens, all or of as many chunks; up to 113 KiB.
 #pragma once
 #include "linear.cuh"
 
@@ -17,18 +16,17 @@ namespace hfl {
 // STREAM: tokens are copied again for every unit.
 template <Form F, int MT, bool STREAM>
 struct RowsRoom {
-  static constexpr int WARPS = 8, THREADS = WARPS * 32;
-  static constexpr int BLOCKS = MT == 1 && !STREAM ? 4 : 2;                 // on a multiprocessor, by their registers
-  static constexpr int TILES = STREAM ? 2 : 1, ROWS = 16 * TILES;           // of a unit
-  static constexpr int CHUNK = F == Form::BYTES ? 64 : 128;                 // columns, and bytes of a token
+  static constexpr int WARPS = MT == 1 && !STREAM ? 16 : 8, THREADS = WARPS * 32;
+  static constexpr int TILES = STREAM ? 2 : 1, ROWS = 16 * TILES;  // of a unit
+  static constexpr int CHUNK = F == Form::BYTES ? 64 : 128;        // columns, and bytes of a token
   static constexpr int LEVELS = F == Form::GROUP ? 32 : F == Form::FINE ? 128 : 0;  // of a tile
   static constexpr int TILE = 1024 + LEVELS, STAGE = TILES * TILE;
   static constexpr int STAGES = STREAM ? 3 : 5;
-  static constexpr int SETS = BLOCKS == 4 ? 1 : 2;  // of sums: those of two chunks at a time do not wait for each other
+  static constexpr int SETS = WARPS == 16 ? 1 : 2;  // of sums: those of two chunks at a time do not wait for each other
   static constexpr int RING = WARPS * STAGES * STAGE;
-  static constexpr int LINE = ROWS + 4, SUMS = 8 * MT * LINE;               // of a token, so that banks differ; of a unit
-  static constexpr int EACH = (8 * MT * ROWS + THREADS - 1) / THREADS;      // results of a thread
-  static constexpr int BYTES = RING + 2 * SUMS * 4;                         // without tokens
+  static constexpr int LINE = ROWS + 4, SUMS = 8 * MT * LINE;           // of a token, so that banks differ; of a unit
+  static constexpr int EACH = (8 * MT * ROWS + THREADS - 1) / THREADS;  // results of a thread
+  static constexpr int BYTES = RING + 2 * SUMS * 4;                     // without tokens
 };
 
 // How many chunks of tokens a warp has room for.
@@ -104,7 +102,9 @@ struct RowsBlock {
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < 4 * R::SETS * R::TILES * MT; ++i) acc[i / 4 / MT / R::TILES][i / 4 / MT % R::TILES][i / 4 % MT][i % 4] = 0;
+    for (int i = 0; i < 4 * R::SETS * R::TILES * MT; ++i) {
+      acc[i / 4 / MT / R::TILES][i / 4 / MT % R::TILES][i / 4 % MT][i % 4] = 0;
+    }
   }
 
   // Sums of both units at a time begin with nothing.
@@ -208,7 +208,8 @@ struct RowsBlock {
         if (token >= p.tokens) continue;
 #pragma unroll
         for (int i = 0; i < R::TILES; ++i) {
-          add_shared(to + (token * R::LINE + i * 16 + lane / 4 + r / 2 * 8) * 4, acc[0][i][m][r] + (R::SETS == 2 ? acc[R::SETS - 1][i][m][r] : 0));
+          const int sum = acc[0][i][m][r] + (R::SETS == 2 ? acc[R::SETS - 1][i][m][r] : 0);
+          add_shared(to + (token * R::LINE + i * 16 + lane / 4 + r / 2 * 8) * 4, sum);
         }
       }
     }
@@ -234,7 +235,7 @@ struct RowsBlock {
 };
 
 template <Form F, int MT, bool STREAM>
-__global__ void __launch_bounds__(256, RowsRoom<F, MT, STREAM>::BLOCKS) linear_rows_kernel(
+__global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_rows_kernel(
     const __grid_constant__ LinearTask p) {
   using R = RowsRoom<F, MT, STREAM>;
   extern __shared__ __align__(128) unsigned char shared[];

@@ -1,10 +1,11 @@
 // w4a8_linear of 17 tokens and more for sm_90a, where whole tiles would leave multiprocessors without work: as
 // linear_many.cuh, but the blocks of a cluster share the columns of one tile.
 //
-// Grid: a cluster of 1 to 8 blocks for each tile of 128 rows and T tokens. Two blocks fit on a multiprocessor, so that the
-//   next kernel's codes come while this one ends, and one makes operands while the other one's products are made.
-// Sums are left in each block's shared memory; of a tile, each block adds up its part of the tokens, out of the memory of
-//   all, exactly.
+// Grid: a cluster of 1 to 8 blocks for each tile of 128 rows and T tokens. Two blocks fit on a multiprocessor, so that
+//   the next kernel's codes come while this one ends, and one makes operands while the other's products are made.
+// Block: two groups of four warps with 64 rows each; the first thread copies, too.
+// Sums are left in each block's shared memory; of a tile, each block adds up its part of the tokens, out of the memory
+//   of all, exactly.
 // Shared memory: STAGES times tokens, codes and scales of 128 columns, up to 111 KiB; in the end, sums.
 #pragma once
 #include "linear_many.cuh"

@@ -6,8 +6,8 @@
 //   registers. Shared memory: what each warp adds up. Bound by: bytes; of few rows, loads and barriers that wait for
 //   each other.
 //
-// Roundings are those of the definition, but for the sum of squares, which is added up as in norm.cu, and the exponential,
-//   which is torch's.
+// Roundings are those of the definition, but for the sum of squares, which is added up as in norm.cu, and the
+//   exponential, which is torch's.
 #include "../linear.h"
 #include "eight.cuh"
 #include "linear.cuh"
@@ -181,7 +181,8 @@ const char* check(const hfl_quantize& a) {
     return "quantize_tokens: expected a weight of the dtype of the rows";
   }
   const bool gate = a.kind == HFL_OF_GATE;
-  for (const void* x : {a.x, gate ? a.y : nullptr, a.kind == HFL_OF_NORM ? a.weight : nullptr, static_cast<const void*>(a.normed)}) {
+  const bool norm = a.kind == HFL_OF_NORM;
+  for (const void* x : {a.x, gate ? a.y : nullptr, norm ? a.weight : nullptr, static_cast<const void*>(a.normed)}) {
     if (reinterpret_cast<uintptr_t>(x) % 16) return "quantize_tokens: expected tensors at multiples of 16 bytes";
   }
   if (reinterpret_cast<uintptr_t>(a.values) % 8) return "quantize_tokens: expected values at a multiple of 8 bytes";

@@ -15,7 +15,7 @@ from ..linear import PackedWeight, Tokens
 from . import library
 
 MOST_CHANNELS = 32768
-FEW = 32
+FEW = 16
 """Tokens up to which the time on CUDA is that of reading the weight."""
 
 
