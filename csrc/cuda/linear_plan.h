@@ -19,8 +19,8 @@ struct ManyCost {
 constexpr ManyCost MANY_COSTS[] = {{64, 0.35, 1.0}, {128, 0.38, 1.5}, {256, 0.63, 2.5}};
 constexpr double ADDED_PER_US = 230e3, SPLIT = 3.0;
 
-// Clusters (linear_spread.cuh): of up to 64 tokens, and of more where tiles are so few that two blocks share each. On an
-// H200 as many blocks as one and a half on each multiprocessor took least.
+// Clusters (linear_spread.cuh): of up to 64 tokens, and of more where tiles are so few that two blocks share each. On
+// an H200 as many blocks as one and a half on each multiprocessor took least.
 inline ManyPlan plan_spread(int tokens, int rows, int steps, int processors) {
   const int tile = tokens <= 32 ? 32 : tokens <= 64 ? 64 : 128;
   const long long tiles = static_cast<long long>(rows) * ((tokens + tile - 1) / tile);

@@ -1,11 +1,12 @@
 // w4a8_linear of up to 16 tokens: no two blocks share a row of the weight, so that nothing is added in memory.
 // linear.cu says what it computes.
 //
-// Work: up to three weights for the same tokens, in units of 16 rows (32 where tokens do not stay in shared memory), one
-//   of each block after the other. Of 4096, 6144 or 28672 rows each of 132 multiprocessors gets as many, but for 3 %.
+// Work: up to three weights for the same tokens, in units of 16 rows (32 where tokens do not stay in shared memory),
+//   one of each block after the other. Of 4096, 6144 or 28672 rows each of 132 multiprocessors gets as many, but for 3 %.
 // Block: of a unit, every warp has each 8th or 16th chunk of columns; it copies the codes, scales and tokens of those
 //   itself, some chunks ahead and over the end of a unit, and waits for no other warp but once a unit, when sums are
-//   added in shared memory. Two blocks fit on a multiprocessor, so that the next kernel's codes come while this one ends.
+//   added in shared memory. Two blocks fit on a multiprocessor, so that the next kernel's codes come while this one
+//   ends.
 // Products: mma.m16n8k32, codes as operand a, which one mask takes out of 16 stored bytes.
 // Shared memory: codes and scales of STAGES chunks of each warp; tokens, all or of as many chunks; up to 113 KiB.
 #pragma once
