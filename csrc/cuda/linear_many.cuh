@@ -113,6 +113,7 @@ struct ManyFeeder {
     put_codes(work, step, stage);
     put_tokens(work, step, stage);
   }
+
  private:
   __device__ __forceinline__ void put_tokens(const ManyWork& work, int step, int stage) {
     barrier_expect(board.full[stage], R::TOKENS);
