@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -61,6 +62,13 @@ class Outlook:
     def fits(self, method: str) -> bool:
         """True if the device has them."""
         return self.peak(method) <= self.memory
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values that JSON can hold, with each method's peak and whether it fits."""
+        rows = {
+            name: {**asdict(row), "peak": self.peak(name), "fits": self.fits(name)} for name, row in self.rows.items()
+        }
+        return {**asdict(self), "rows": rows}
 
     def __str__(self) -> str:
         name = Path(self.model).name if Path(self.model).is_absolute() else self.model or "model"

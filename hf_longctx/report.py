@@ -47,6 +47,7 @@ class Report:
         tokens_stored: most tokens that any head holds of a row.
         live: the cache still exists.
         backends: backend that each operation ran on last in this process.
+        index_bytes: of `kv_bytes`, what is kept beside the keys so that blocks are chosen unread.
         density: share of the visible blocks that were read where heads choose; None: none has chosen yet.
         host_bytes: bytes that the cache holds in host memory or in a file beside.
         hits: chosen blocks that were on the device, where blocks lie in host memory; those read in any case aside.
@@ -68,6 +69,7 @@ class Report:
     tokens_stored: int
     live: bool
     backends: dict[str, str]
+    index_bytes: int = 0
     density: float | None = None
     host_bytes: int = 0
     hits: int = 0
@@ -114,7 +116,8 @@ class Report:
         rate = "" if self.hit_rate is None else f" ({self.hit_rate:.1%} hits)"
         return (
             f"\noffloaded: {self.hits + self.misses} blocks read, {self.hits} hits, {self.misses} misses{rate}; "
-            f"{self.kv_bytes / 2**20:.1f} MiB on the device, {self.host_bytes / 2**20:.1f} MiB on the host"
+            f"{self.kv_bytes / 2**20:.1f} MiB on the device ({self.index_bytes / 2**20:.1f} of them the index), "
+            f"{self.host_bytes / 2**20:.1f} MiB on the host"
         )
 
 
@@ -141,6 +144,7 @@ def report(model: PreTrainedModel) -> Report:
         tokens_stored=ledger.stored,
         live=cache is not None,
         backends=dispatch.last_used(),
+        index_bytes=ledger.index_bytes,
         density=ledger.density(),
         host_bytes=ledger.host_bytes,
         hits=ledger.hits,

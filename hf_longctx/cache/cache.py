@@ -174,6 +174,7 @@ class LongContextCache(Cache):
         """Note in the ledger what the stores hold."""
         self.ledger.kv_bytes, self.ledger.host_bytes = self.kv_bytes, self.host_bytes
         self.ledger.lookups = [s.pool.counts for s in self.offloaded if s.pool is not None]
+        self.ledger.index_bytes = sum(s.index.nbytes for layer in self.stacks for _, s in layer.stores if s.index)
         limits = [math.inf if s.limit is None else s.limit for layer in self.stacks for _, s in layer.stores]
         self.ledger.most = max(limits)
 
@@ -262,7 +263,7 @@ class LongContextCache(Cache):
         """Forget everything, and give the memory back."""
         super().reset()  # type: ignore[no-untyped-call]
         ledger = self.ledger
-        ledger.columns = ledger.gone = ledger.rows = ledger.kv_bytes = ledger.host_bytes = 0
+        ledger.columns = ledger.gone = ledger.rows = ledger.kv_bytes = ledger.host_bytes = ledger.index_bytes = 0
         ledger.lookups = []
         ledger.lengths = ledger.tail = None
         ledger.loose = False

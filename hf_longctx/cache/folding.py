@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -24,3 +24,12 @@ class Folding(Summary, Protocol):
 
     def fold(self, k: Tensor, filled: Tensor | None, mass: Tensor | None) -> Tensor:
         """Entries of sub-blocks: `[..., sub, D]` to `[..., R, D]`."""
+
+
+@runtime_checkable
+class Packing(Protocol):
+    """A summary whose entries may be held in few bits."""
+
+    @property
+    def bits(self) -> int | None:
+        """4 or 8; None: as keys are."""

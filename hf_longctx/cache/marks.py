@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
+from ..kernels.types import parts
 from ..plan import Selector, Summary
-from .folding import Folding, Keys
-from .rows import PAGE, picked, room
+from .folding import Folding, Keys, Packing
+from .rows import PAGE, Stored, decoded, each, loaded, part, picked, room, saved
 from .step import Step
 
 
@@ -34,7 +35,8 @@ class Marks:
         self._summary, self._subs = cast(Folding, summary), summary.block // summary.sub
         self._near, self._most, self._ahead = selector.local, selector.scorer.q_block, selector.refresh_every - 1
         self._ring = self._near + 2 * summary.block + 2 * self._most
-        self._entries: Tensor | None = None
+        self._bits = summary.bits if isinstance(summary, Packing) else None
+        self._entries: Stored | None = None  # [B, H, M', D]
         self._mass: Tensor | None = None  # only if the summary weighs
         self._used = 0  # blocks
         self._before = 0  # tokens of the call before
@@ -42,7 +44,9 @@ class Marks:
     @property
     def entries(self) -> Tensor | None:
         """`[B, H, M', 1, D]`, of each sub-block of the longest row, and ahead; of blocks near its end anything."""
-        return None if self._entries is None else self._entries[:, :, : self._used * self._subs]
+        if self._entries is None:
+            return None
+        return decoded(part(self._entries, slice(None), 0, self._used * self._subs))[:, :, :, None]
 
     @property
     def nbytes(self) -> int:
@@ -53,20 +57,23 @@ class Marks:
         """Bytes of a row and head after `tokens` tokens, room for more aside."""
         blocks = -(-tokens // self._summary.block)
         ring = min(self._ring, blocks * self._summary.block) * 4 if self._summary.weighs else 0
-        return blocks * self._subs * dim * itemsize + ring
+        each_entry = dim * itemsize if self._bits is None else dim * self._bits // 8 + 4
+        return blocks * self._subs * each_entry + ring
 
     def prepare(self, step: Step) -> None:
         """Make room for a call."""
         if self._entries is not None:
-            self._reserve(self._entries[:, :, :0, 0], -(-(step.width + self._ahead) // self._summary.block))
+            rows, heads, _, dim = self._entries.shape
+            like = torch.empty(rows, heads, 0, dim, dtype=self._entries.dtype, device=self._entries.device)
+            self._reserve(like, -(-(step.width + self._ahead) // self._summary.block))
 
     @property
     def behind(self) -> bool:
         """True if the next call has more entries to make than one that follows a call of a token may have."""
         return self._before > self._summary.block
 
-    def buffers(self) -> list[Tensor | None]:
-        """The live tensors."""
+    def buffers(self) -> list[Any]:
+        """What is live."""
         return [self._entries, self._mass]
 
     def follow(self, keys: Keys, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
@@ -124,19 +131,22 @@ class Marks:
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`."""
         if self._entries is not None:
-            self._entries = picked(self._entries, pick)
+            changed = each(self._entries, lambda x: picked(x, pick))
+            self._entries = self._entries if changed.shape == self._entries.shape else changed
         if self._mass is not None:
             self._mass = picked(self._mass, pick)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers that `restore` needs."""
-        both = {"entries": self._entries, "mass": self._mass}
-        tensors = {name: x for name, x in both.items() if x is not None}
-        return tensors, {"used": self._used, "before": self._before}
+        tensors, about = ({}, {}) if self._entries is None else saved(self._entries, "entries")
+        if self._mass is not None:
+            tensors["mass"] = self._mass
+        return tensors, {**about, "used": self._used, "before": self._before}
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Become what `state` told of."""
-        self._entries, self._mass = tensors.get("entries"), tensors.get("mass")
+        self._entries = loaded(tensors, values, "entries") if "entries.0" in tensors else None
+        self._mass = tensors.get("mass")
         self._used, self._before = values["used"], values["before"]
 
     def _newly_closed(self, step: Step) -> int:
@@ -153,9 +163,11 @@ class Marks:
         size = room(have, size, max(1, PAGE // self._summary.block))
         if size == have:
             return
-        grown = k.new_zeros(*k.shape[:2], size * self._subs, 1, k.shape[3]).detach()
+        like = self._stored(k.new_zeros(1, 1, 1, k.shape[3]).detach())
+        grown = each(like, lambda x: x.new_zeros(*k.shape[:2], size * self._subs, x.shape[3]))
         if self._entries is not None:
-            grown[:, :, : self._entries.shape[2]] = self._entries
+            for new, old in zip(parts(grown), parts(self._entries), strict=True):
+                new[:, :, : old.shape[2]] = old
         self._entries = grown
         if self._summary.weighs:
             dtype = torch.promote_types(k.dtype, torch.float32)
@@ -177,11 +189,16 @@ class Marks:
             k = ops.rotate(k, closed.back, turns.inv_freq, turns.interleaved)
         runs = (rows, heads, count * self._subs, summary.sub)
         mass = None if self._mass is None else self._mass.gather(2, closed.slots.expand(rows, heads, -1)).view(runs)
-        made = summary.fold(k.view(*runs, -1), None, mass)
-        index = closed.ids[:, None, :, None, None].expand(*made.shape)
-        if closed.done is not None:
-            made = torch.where(closed.done[:, None, :, None, None], made, self._entries.gather(2, index))
-        self._entries.scatter_(2, index, made)
+        made = self._stored(summary.fold(k.view(*runs, -1), None, mass)[:, :, :, 0])
+        for old, new in zip(parts(self._entries), parts(made), strict=True):
+            index = closed.ids[:, None, :, None].expand(*new.shape)
+            if closed.done is not None:
+                new = torch.where(closed.done[:, None, :, None], new, old.gather(2, index))
+            old.scatter_(2, index, new)
+
+    def _stored(self, x: Tensor) -> Stored:
+        """Entries `[B, H, n, D]` as they are held."""
+        return x if self._bits is None else ops.encode_kv(x, self._bits)
 
     def _closed(self, step: Step, turns: ops.Turns | None, count: int) -> _Closed:
         sub, within = self._summary.sub, torch.arange(self._summary.sub, device=step.device)

@@ -100,6 +100,7 @@ def train(
     longest: Annotated[
         str | None, typer.Option(help="Of the longest.", show_default="32000, or as the model was made for")
     ] = None,
+    sizes: Annotated[int, typer.Option(help="Different lengths of lessons between the two.")] = 8,
     keys: Annotated[int, typer.Option(help="Pass keys in a lesson, 10 at most.")] = 10,
     words: Annotated[int, typer.Option(help="Words of a pass key.")] = 32,
     accumulate: Annotated[int, typer.Option(help="Lessons in a step, one after the other.")] = 1,
@@ -129,7 +130,7 @@ def train(
     high = None if longest is None else lengths(longest)[0]
     settings = room.Settings(steps, rate, warmup, decay, weight, sink, window, accumulate, recompute, save_every)
     loaded, tokenizer = assets.load(model, dtype, place(device), on_step=console.print)
-    task = Task(mode, low, high or room.longest_for(loaded, low), keys, words, seed)
+    task = Task(mode, low, high or room.longest_for(loaded, low), sizes, keys, words, seed)
     lessons = Lessons(tokenizer, content, task)
     pattern = room.run(loaded, lessons, settings, out, texts.about(text, content), resume, console)
     room.publish(pattern, out, console)
@@ -194,7 +195,7 @@ def show(
     top: Annotated[int, typer.Option(help="Heads in a table, and to compare.")] = 10,
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")] = Path("heads.png"),
 ) -> None:
-    """Show the top heads of one or two files, whether they agree, and a map of layers and heads."""
+    """Show the top heads of one or two files, whether they agree, a map of layers and heads, and how gates lie."""
     from rich.console import Console
 
     from . import show as room

@@ -108,19 +108,18 @@ def distance(
         ValueError: the model is not patched, or has no layers that can be run again.
     """
     decoder, _ = decoder_of(model)
-    with torch.no_grad():
-        aim = _states(decoder, lesson)
-    with tapped(model, Mix(gates, sink, window)), recomputed(decoder) if recompute else nullcontext():
-        found = _states(decoder, lesson)
-    return (found - aim).square().mean()
-
-
-def _states(decoder: Any, lesson: Lesson) -> Tensor:
-    """Hidden states at the marks, `[n, hidden]`, float32 or better."""
     ids = lesson.ids[None].to(decoder.device)
-    states: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state
-    marked = states[0, lesson.marks.to(states.device)]
-    return marked.to(torch.promote_types(marked.dtype, torch.float32))
+    with torch.no_grad():
+        aim = _states(decoder, ids)
+    with tapped(model, Mix(gates, sink, window)), recomputed(decoder) if recompute else nullcontext():
+        found = _states(decoder, ids)
+    return (found - aim).square().mean(-1) @ lesson.shares.to(aim)
+
+
+def _states(decoder: Any, ids: Tensor) -> Tensor:
+    """Hidden states, `[T, hidden]`, float32 or better."""
+    states: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+    return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Books with pass keys in them, and the answers that a model can only write if it still sees them.
 
 Paper: DuoAttention (arXiv:2410.10819) §2.2.
-Differs: a book begins anywhere in the text, in place of always at its start, and a lesson's length, in which keys and
-questions count, is any of the range, in place of one of 50.
+Differs: a book begins anywhere in the text, in place of always at its start; keys and questions count in a lesson's
+length, which is one of 8, in place of 50, as a GPU prepares itself for each.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Task:
     Attributes:
         mode: where hidden states are compared. paper: in the pass keys of the answers; code: everywhere after the book.
         shortest: tokens of a lesson, book, keys and questions together.
-        longest: likewise; lengths are drawn between the two.
+        longest: likewise.
+        sizes: different lengths, evenly spaced between the two.
         keys: pass keys in a book, at random depths.
         words: of a pass key.
         seed: draws everything; lesson i does not depend on which others there are.
@@ -52,6 +53,7 @@ class Task:
     mode: str = "paper"
     shortest: int = 3000
     longest: int = 32000
+    sizes: int = 8
     keys: int = len(_ORDINALS)
     words: int = 32
     seed: int = 42
@@ -61,11 +63,18 @@ class Task:
             ("mode", self.mode in MODES, f"among {', '.join(MODES)}"),
             ("keys", 1 <= self.keys <= len(_ORDINALS), f"from 1 to {len(_ORDINALS)}"),
             ("words", self.words >= 1, "of at least 1"),
+            ("sizes", self.sizes >= 1, "of at least 1"),
             ("shortest", self.shortest >= 1, "of at least 1"),
             ("longest", self.longest >= self.shortest, f"of at least the shortest, {self.shortest}"),
         ):
             if not holds:
                 raise ValueError(message("heads train", f"{name} {wanted}", repr(getattr(self, name)), "Change it"))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Those that lessons have."""
+        steps, range_ = max(1, self.sizes - 1), self.longest - self.shortest
+        return sorted({self.longest - round(range_ * n / steps) for n in range(self.sizes)})
 
 
 @dataclass(frozen=True)
@@ -74,11 +83,21 @@ class Lesson:
 
     Attributes:
         ids: `[T]`, int64.
-        marks: `[n]`, int64, the tokens in which hidden states are compared, ascending.
+        shares: `[T]`, float32, of each token in the mean over those in which hidden states are compared; else 0.
     """
 
     ids: Tensor
-    marks: Tensor
+    shares: Tensor
+
+    @staticmethod
+    def of(ids: Tensor, marks: Tensor) -> Lesson:
+        """A text, compared in the tokens at some places, `[n]`, int64."""
+        return Lesson(ids, torch.zeros(len(ids)).index_fill(0, marks, 1 / len(marks)))
+
+    @property
+    def marks(self) -> Tensor:
+        """`[n]`, int64, the tokens that are compared, ascending."""
+        return self.shares.nonzero()[:, 0]
 
 
 class Lessons:
@@ -107,11 +126,11 @@ class Lessons:
         task, draw = self.task, Random(derive(self.task.seed, "lesson", index))
         depths = sorted(0.05 + 0.9 * place / (_DEPTHS - 1) for place in draw.sample(range(_DEPTHS), task.keys))
         needles, tail, answers = self._say([draw.choices(_WORDS, k=task.words) for _ in range(task.keys)])
-        room = draw.randint(task.shortest, task.longest) - self._beside(needles, tail)
+        room = draw.choice(task.lengths) - self._beside(needles, tail)
         book, _ = self._hay.hide(list(zip(depths, needles, strict=True)), room, draw.randrange(len(self._hay.ids)))
         ids = self._head + book
         marks = [i + len(ids) for i in (answers if task.mode == "paper" else range(len(tail)))]
-        return Lesson(torch.tensor(ids + tail), torch.tensor(marks))
+        return Lesson.of(torch.tensor(ids + tail), torch.tensor(marks))
 
     def _say(self, keys: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[int], list[int]]:
         """Sentences that hide the keys, questions with answers, and which tokens of these are keys."""

@@ -18,20 +18,32 @@ _COLOURS = ("#4c72b0", "#c44e52", "#8c8c8c", "#b5a642", "#64b5cd")
 
 @dataclass(frozen=True)
 class Map:
-    """What one panel shows: `[L][H]`, NaN for heads that are not there; its title, what a colour and a column mean."""
+    """What one panel shows.
+
+    Attributes:
+        grid: `[L][H]`, NaN for heads that are not there.
+        title: above it.
+        unit: of its colours.
+        column: what a column is.
+        spread: draw below how often each value occurs.
+    """
 
     grid: NDArray[np.float64]
     title: str
     unit: str
     column: str
+    spread: bool = False
 
 
 def heat_maps(maps: Sequence[Map], path: Path) -> None:
-    """Draw layers down and heads across, a panel for each, as a PNG."""
+    """Draw layers down and heads across, a panel for each, below it a histogram where one is asked for, as a PNG."""
     widths = [2.4 + 0.28 * min(each.grid.shape[1], 40) for each in maps]
-    height = 1.2 + 0.2 * min(60, max(each.grid.shape[0] for each in maps))
-    figure, panels = _figure((sum(widths), height), len(maps), width_ratios=widths)
-    for panel, each in zip(panels, maps, strict=True):
+    heights = [1.2 + 0.2 * min(60, max(each.grid.shape[0] for each in maps))]
+    if any(each.spread for each in maps):
+        heights.append(1.6)
+    size = (sum(widths), sum(heights))
+    figure, rows = _figure(size, len(maps), len(heights), width_ratios=widths, height_ratios=heights)
+    for panel, each in zip(rows[0], maps, strict=True):
         layers, heads = each.grid.shape
         top = max(1.0, float(np.nanmax(each.grid)))
         image = panel.imshow(np.ma.masked_invalid(each.grid), cmap="viridis", vmin=0, vmax=top, aspect="auto")
@@ -41,6 +53,11 @@ def heat_maps(maps: Sequence[Map], path: Path) -> None:
         panel.set_xticks(range(0, heads, 1 if heads <= 16 else 4))
         panel.set_yticks(range(0, layers, 1 if layers <= 16 else 4))
         figure.colorbar(image, ax=panel, label=each.unit)
+    for panel, each in zip(rows[-1] if len(rows) > 1 else (), maps, strict=False):
+        panel.set_visible(each.spread)
+        panel.hist(each.grid[np.isfinite(each.grid)], bins=20, range=(0, 1), color=_COLOURS[0])
+        panel.set_xlabel(each.unit)
+        panel.set_ylabel("heads")
     _save(figure, path)
 
 
@@ -54,7 +71,7 @@ def bars(summaries: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """
     tasks = list(dict.fromkeys(each["task"] for each in summaries))
     kinds = list(dict.fromkeys(each["condition"].split(" seed")[0] for each in summaries))
-    figure, [panel] = _figure((2.6 + 1.5 * len(tasks), 3.4))
+    figure, [[panel]] = _figure((2.6 + 1.5 * len(tasks), 3.4))
     panel.set_title(title, fontsize=10)
     width = 0.8 / len(kinds)
     for n, kind in enumerate(kinds):
@@ -76,13 +93,13 @@ def bars(summaries: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     _save(figure, path)
 
 
-def _figure(size: tuple[float, float], across: int = 1, **ratios: Any) -> tuple[Any, Any]:
+def _figure(size: tuple[float, float], across: int = 1, down: int = 1, **ratios: Any) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, across, squeeze=False, gridspec_kw=ratios)[0]
+    return figure, figure.subplots(down, across, squeeze=False, gridspec_kw=ratios)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -155,7 +155,7 @@ def publish(
 
 
 def draw(found: Sequence[HeadScores | HeadPattern], path: Path, console: Console) -> None:
-    """Write the map of layers and heads of each, side by side, or say what is missing for it."""
+    """Write the map of layers and heads of each, side by side, and how gates lie, or say what is missing for it."""
     if not find_spec("matplotlib"):
         console.print("No map: it needs matplotlib. pip install 'hf_longctx[plot]'", markup=False)
         return
@@ -166,7 +166,7 @@ def draw(found: Sequence[HeadScores | HeadPattern], path: Path, console: Console
         if isinstance(each, HeadScores):
             maps.append(Map(each.grid(), each.name, "mean score", "query head"))
         else:
-            maps.append(Map(np.array(each.gates), each.name, "gate", "KV head"))
+            maps.append(Map(np.array(each.gates), each.name, "gate", "KV head", spread=True))
     heat_maps(maps, path)
     console.print(f"Map: {path}", soft_wrap=True)
 

@@ -8,7 +8,6 @@ clamped after each step, so that those that are written are in [0, 1]; streaming
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch import Tensor
+from torch.optim import AdamW
 
 from ..evals.results import meta, save_json
 from ..evals.runner import bar, model_name
@@ -28,6 +27,7 @@ from .gates import ROLE, Gates, distance, frozen
 from .lessons import Lesson, Lessons, Task
 from .pattern import DEFAULT_SINK, DEFAULT_WINDOW, HeadPattern, message
 from .pattern_io import save_pattern
+from .replay import Replay
 from .training_state import STATE_FILE, State, load_state, save_state
 
 LONGEST = 32000
@@ -132,7 +132,7 @@ def run(
     _go_on(state, path, asked, resume)
     if writes:
         save_json(out / "run_meta.json", {"train": meta(model.device, asked)})
-    steps = _Steps(model, lessons, settings, accelerator, state, *accelerator.prepare(gates, state.optimizer))
+    steps = _Steps(model, lessons, settings, accelerator, state)
     with patched(model, "dense"), frozen(model), bar(console if writes else None) as shown:
         task = shown.add_task("gates", total=settings.steps, completed=state.step, said="")
         while state.step < settings.steps:
@@ -142,22 +142,26 @@ def run(
             said = f"loss {state.losses[-1]:.4f}, {gates.sparsity:.0%} below {ROLE}"
             shown.update(task, completed=state.step, said=said)
     pattern = HeadPattern(asked["model"], gates.rows(widths), settings.sink, settings.window, source="heads train")
+    if steps.replay.reason is not None and console is not None and writes:
+        console.print(f"Steps were not recorded as CUDA graphs: {steps.replay.reason}", markup=False)
     if writes:
         save_pattern(pattern, out, _published(lessons.task, settings))
     return pattern
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Steps:
-    """Steps of the optimizer over the lessons of this process; the last two as accelerate wraps them."""
+    """Steps of the optimizer over the lessons of this process."""
 
     model: Any
     lessons: Lessons
     settings: Settings
     here: Accelerator
     state: State
-    gates: nn.Module
-    optimizer: Optimizer
+    ahead: tuple[int, Lesson] | None = None  # its number, and the next one, made while the device was at work
+
+    def __post_init__(self) -> None:
+        self.replay = Replay(self._compare, self.model.device)
 
     def take(self) -> None:
         """Read the lessons of one step, move the gates, and note the loss.
@@ -166,35 +170,37 @@ class _Steps:
             RuntimeError: the loss or its gradient is not finite; the gates are as they were.
         """
         settings, here, state = self.settings, self.here, self.state
-        total = torch.zeros((), device=self.model.device)
-        for turn in range(settings.accumulate):
-            # Lessons are dealt out: two processes read in a step what one reads with `accumulate` twice as large.
-            number = (state.step * settings.accumulate + turn) * here.num_processes + here.process_index
-            with nullcontext() if turn + 1 == settings.accumulate else here.no_sync(self.gates):
-                loss = self._loss(self.lessons[number]) / settings.accumulate
-                here.backward(loss)
-            total += loss.detach()
-        mean = float(here.reduce(total, "mean"))
-        _check_finite(mean, state, settings)
-        for group in self.optimizer.param_groups:
+        # Lessons are dealt out: two processes read in a step what one reads with `accumulate` twice as large.
+        first = state.step * settings.accumulate
+        numbers = [turn * here.num_processes + here.process_index for turn in range(first, first + settings.accumulate)]
+        read = (self.replay(self.lesson(number)) for number in numbers)
+        both: Tensor = here.reduce(sum(read) / settings.accumulate, "mean")
+        self.ahead = numbers[-1] + here.num_processes, self.lessons[numbers[-1] + here.num_processes]
+        loss, *gradient = both.tolist()
+        _check_finite(loss, gradient, state, settings)
+        for group in state.optimizer.param_groups:
             group["lr"] = settings.rate_at(state.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        state.gates.alpha.grad = both[1:]
+        state.optimizer.step()
         state.gates.clamp()
-        state.losses.append(mean)
+        state.losses.append(loss)
 
-    def _loss(self, lesson: Lesson) -> Tensor:
-        """The distance, and a price for every gate that is open."""
-        gates, settings = self.gates(), self.settings
-        apart = distance(self.model, gates, lesson, settings.sink, settings.window, settings.recompute)
-        return apart.to(self.model.device) + settings.weight * torch.cat(gates).abs().mean()
+    def lesson(self, number: int) -> Lesson:
+        """The lesson of a number, which may be there already."""
+        return self.ahead[1] if self.ahead is not None and self.ahead[0] == number else self.lessons[number]
+
+    def _compare(self, lesson: Lesson) -> Tensor:
+        """The distance with a price for every gate that is open, and the gradient: `[1 + gates]`."""
+        gates, settings = self.state.gates, self.settings
+        apart = distance(self.model, gates(), lesson, settings.sink, settings.window, settings.recompute)
+        loss = apart.to(gates.alpha) + settings.weight * gates.alpha.abs().mean()
+        (gradient,) = torch.autograd.grad(loss, gates.alpha)
+        return torch.cat((loss.detach()[None], gradient))
 
 
-def _check_finite(loss: float, state: State, settings: Settings) -> None:
+def _check_finite(loss: float, gradient: list[float], state: State, settings: Settings) -> None:
     """Stop before a step from which there is no way back."""
-    gradient = state.gates.alpha.grad
-    assert gradient is not None
-    if math.isfinite(loss) and bool(gradient.isfinite().all()):
+    if math.isfinite(loss) and all(map(math.isfinite, gradient)):
         return
     kept = state.step // settings.save_every * settings.save_every
     held = f"{STATE_FILE} holds the state after step {kept}" if kept else "There is no saved state yet"

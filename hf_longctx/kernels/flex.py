@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import banded
 from .dispatch import Implementation
 from .reference.attend import values_of
 from .reference.weigh import positions
@@ -42,7 +43,9 @@ def reject(
         return f"takes {', '.join(map(str, DIMS))} channels"
     if selection is None:
         whole = see.aligned and q.shape[2] == k.shape[2] and (see.window is None or see.window >= k.shape[2])
-        return "leaves plain causal attention to torch" if whole else _without()
+        if whole or banded.fits(see, q.shape[2], k.shape[2]):
+            return "leaves plain causal attention, and windows without padding, to torch"
+        return _without()
     if selection.pages is not None:
         return "reads blocks where they lie in the text"
     if selection.block % BLOCK or selection.q_block % BLOCK:
@@ -62,7 +65,7 @@ def _without() -> str | None:
 def _attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=True)  # once for all lengths
 
 
 def attend_blocks(

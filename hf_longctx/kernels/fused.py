@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import products
+from . import banded, products
 from .dispatch import Implementation
 from .reference.attend import blocks, take_columns, values_of
 from .reference.weigh import empty_out, join, positions, visible
@@ -40,9 +41,14 @@ def attend_blocks(
     turns: Turns | None,
     selection: Selection | None = None,
 ) -> Tensor:
-    """`ops.attend_blocks`; causal attention in one call, a window in blocks of queries."""
+    """`ops.attend_blocks`; causal attention in one call, a window in blocks of queries, with gradients all at once."""
     k, v = values_of(k), values_of(v)
     stored, tokens = k.shape[2], q.shape[2]
+    if torch.is_grad_enabled() and see.window is not None and banded.fits(see, tokens, stored):
+        edge = banded.edge_of(see.sink, see.window)
+        first = attend_pages(q[:, :, :edge], k[:, :, :edge], v[:, :, :edge], logits, see, None)
+        beyond = banded.attend_beyond(q, k, v, logits.scale, see.sink, see.window)
+        return torch.cat((first, beyond), 2)
     unbounded = see.window is None or see.window >= stored
     if see.aligned and unbounded and stored == tokens:
         grouped = q.shape[1] != k.shape[1]

@@ -18,6 +18,7 @@ from .kv import kv_format
 from .layouts import require_full_attention, require_small_positions, uniform
 
 _LOCAL = 4096
+_BITS = {"native": None, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,11 @@ class InfLLM:
         representatives: vectors that stand for a block.
         by: what they are: `place`, each the mean of as many keys in a row; `attention`, together the mean of those keys
             that got most attention from the queries near them.
+        index: how what stands for blocks is held on the device: `native`, or of `place` `int8` or `int4`.
         share: which heads share a choice: `all` of a layer, or those of a `kv_head`.
         q_block: queries of a prompt that share a choice.
+        q_mean: of these, queries whose mean looks for blocks: what any of the means finds counts; None: all of them.
+            `place` only.
         resident_blocks: blocks that stay on the device, as in `HostLRU`.
         host_ram: most host memory, in bytes or as "32GiB"; None: no cap.
         disk: folder for a file in its place.
@@ -52,8 +56,10 @@ class InfLLM:
     topk: int = 16
     representatives: int = 16
     by: Literal["place", "attention"] = "place"
+    index: Literal["native", "int8", "int4"] = "native"
     share: Literal["all", "kv_head"] = "all"
     q_block: int = 512
+    q_mean: int | None = None
     resident_blocks: int = 32
     host_ram: int | str | None = None
     disk: str | None = None
@@ -67,11 +73,17 @@ class InfLLM:
         if self.block % self.representatives and self.by == "place":
             said = f"representatives that divide the block of {self.block}; got {self.representatives}"
             raise ValueError(f"InfLLM: expected {said}. 16 of 128 stand for 8 keys each.")
+        if self.index not in _BITS:
+            raise ValueError(
+                f"InfLLM: expected index among {', '.join(_BITS)}; got {self.index!r}. 'int4' is smallest."
+            )
         if self.share not in ("all", "kv_head"):
             raise ValueError(f"InfLLM: expected share as 'all' or 'kv_head'; got {self.share!r}. 'all' finds more.")
         self._policy(_LOCAL if self.local is None else self.local)
         for name, holds, wanted in (
             ("init", self.init % self.block == 0, f"in whole blocks of {self.block}"),
+            ("index", self.index == "native" or self.by == "place", "'native' beside by='attention'"),
+            ("q_mean", self.q_mean is None or self.by == "place", "None beside by='attention'"),
             ("offload", self.offload or (self.host_ram or self.disk) is None, "True beside host_ram or disk"),
         ):
             if not holds:
@@ -81,7 +93,8 @@ class InfLLM:
     def _scorer(self) -> RepresentativeShare | RepresentativeDot:
         if self.by == "attention":
             return RepresentativeDot(Representatives(self.block, self.representatives), self.q_block)
-        return RepresentativeShare(Means(self.block, self.block // self.representatives), self.q_block)
+        means = Means(self.block, self.block // self.representatives, _BITS[self.index])
+        return RepresentativeShare(means, self.q_block, self.q_mean)
 
     def _policy(self, local: int) -> HeadPolicy:
         reads = Selector(self._scorer, TopK(self.topk * self.block), self.init, local, self.share)

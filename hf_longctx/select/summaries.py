@@ -79,15 +79,19 @@ class Means:
     Args:
         block: tokens of a block.
         sub: tokens behind one mean; divides the block.
+        bits: that a channel of a mean takes, 4 or 8, beside a scale and a zero; None: as keys are.
 
     Raises:
-        ValueError: a size that is no whole number from one on, or a sub that does not divide the block.
+        ValueError: a size that is no whole number from one on, a sub that does not divide the block, or other bits.
     """
 
     block: int = 128
     sub: int = 16
+    bits: int | None = None
 
     def __post_init__(self) -> None:
+        if self.bits not in (None, 4, 8):
+            raise ValueError(f"Means: expected bits of 4, 8 or None; got {self.bits!r}. 8 are as good as none.")
         require_whole("Means", block=self.block, sub=self.sub)
         if self.block % self.sub:
             raise ValueError(
@@ -106,7 +110,7 @@ class Means:
 
     def describe(self) -> str:
         """One phrase for a table."""
-        return f"{self.block // self.sub} means of {self.block}"
+        return f"{self.block // self.sub} means of {self.block}" + (f" in {self.bits} bits" if self.bits else "")
 
     def fold(self, k: Tensor, filled: Tensor | None, mass: Tensor | None) -> Tensor:
         """The mean.

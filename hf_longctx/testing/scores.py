@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..plan import Selector
 from .scene import Scene
+from .storage import read_back
 
 
 def score(selector: Selector, scene: Scene, first: int, last: int, mass: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def score(selector: Selector, scene: Scene, first: int, last: int, mass: Tensor)
     scorer: Any = selector.scorer
     kind = type(scorer).__name__
     if kind == "Antidiagonal":
-        return antidiagonal(scene, first, last, scorer.block, scorer.stride)
+        return antidiagonal(scene, first, last, scorer)
     far = range(max(0, first - selector.local + 1) // selector.block)
     out = scene.q.new_full((len(scene.q), last // selector.block + 1), float("-inf"))
     for j in far:
@@ -38,11 +39,17 @@ def score(selector: Selector, scene: Scene, first: int, last: int, mass: Tensor)
         else:
             out[:, j] = representative_dots(scene, first, last, j, scorer.summary, mass).amax(1)
     if kind == "RepresentativeShare" and far:
-        dots = [representative_dots(scene, first, last, j, scorer.summary, mass) for j in far]  # of each [Hq, n]
-        shares = torch.cat(dots, 1).mul(scene.logits.scale).softmax(1)
-        for j in far:
-            out[:, j] = shares[:, j * dots[j].shape[1] : (j + 1) * dots[j].shape[1]].sum(1)
+        each = last - first + 1 if scorer.q_mean is None else scorer.q_mean
+        ends = [(start, min(last, start + each - 1)) for start in range(first, last + 1, each)]
+        out[:, : len(far)] = torch.stack([shares(scene, *end, far, scorer.summary, mass) for end in ends]).amax(0)
     return out
+
+
+def shares(scene: Scene, first: int, last: int, far: range, summary: Any, mass: Tensor) -> Tensor:
+    """`[Hq, len(far)]`: of a softmax over the means of all far blocks, what those of each block have."""
+    dots = [representative_dots(scene, first, last, j, summary, mass) for j in far]  # of each [Hq, n]
+    weights = torch.cat(dots, 1).mul(scene.logits.scale).softmax(1)
+    return torch.unflatten(weights, 1, (len(far), -1)).sum(2)
 
 
 def upper_bound(scene: Scene, query: int, j: int, block: int, sub: int) -> Tensor:
@@ -67,25 +74,30 @@ def representative_dots(scene: Scene, first: int, last: int, j: int, summary: An
         kv = head // scene.per_kv
         of_block = range(j * summary.block, (j + 1) * summary.block)
         runs: list[Sequence[int]]
+        bits: int | None = None
         if type(summary).__name__ == "Means":
             runs = [of_block[i : i + summary.sub] for i in range(0, summary.block, summary.sub)]
+            bits = summary.bits
         else:
             runs = [sorted(of_block, key=lambda y: -float(mass[kv, y]))[: summary.count]]
-        products.append(torch.stack([(q[head] @ k[kv, list(run)].mean(0)).mean() for run in runs]))
+        entries = torch.stack([k[kv, list(run)].mean(0) for run in runs])
+        entries = entries if bits is None else read_back(entries, bits)
+        products.append((entries @ q[head].T).mean(1))
     return torch.stack(products)
 
 
-def antidiagonal(scene: Scene, first: int, last: int, block: int, stride: int) -> Tensor:
+def antidiagonal(scene: Scene, first: int, last: int, scorer: Any) -> Tensor:
     """`[Hq, M]`: attention between tiles of queries and of keys, added up over each block of keys.
 
     Queries before `first` are not in the call, nor are keys after `last` in tiles that the queries may see.
     """
+    block, stride = scorer.block, scorer.stride
     out = scene.q.new_zeros(len(scene.q), last // block + 1)
     for r in range(first // stride, last // stride + 1):
-        q = _tile(scene.q_in_text, r, stride, first, last).flip(1)
+        q = _tile(scene.q_in_text, r, stride, first, last, scorer.rounded).flip(1)
         logits = []
         for c in range(r + 1):
-            k = _tile(scene.k_in_text, c, stride, 0, last).repeat_interleave(scene.per_kv, 0)
+            k = _tile(scene.k_in_text, c, stride, 0, last, scorer.rounded).repeat_interleave(scene.per_kv, 0)
             logits.append((q * k).sum((1, 2)) * scene.logits.scale / stride)
         shares = torch.stack(logits, 1).softmax(1)
         for c in range(r + 1):
@@ -93,10 +105,15 @@ def antidiagonal(scene: Scene, first: int, last: int, block: int, stride: int) -
     return out
 
 
-def _tile(x: Tensor, index: int, stride: int, first: int, last: int) -> Tensor:
-    """`[H, stride, D]`, a tile's tokens, zero where they are not among `first` to `last`."""
+def _tile(x: Tensor, index: int, stride: int, first: int, last: int, rounded: str) -> Tensor:
+    """`[H, stride, D]`, a tile's tokens, zero where they are not among `first` to `last`; or what 8 bits hold of it."""
     out = x.new_zeros(len(x), stride, x.shape[-1])
     for i in range(stride):
         if first <= index * stride + i <= last:
             out[:, i] = x[:, index * stride + i]
-    return out
+    if not rounded:
+        return out
+    most = {"fp8": 448.0, "int8": 127.0}[rounded]
+    largest = out.float().abs().amax((1, 2), keepdim=True).clamp(min=1e-20)
+    part = out.float() * (torch.full_like(largest, most) / largest)
+    return (part.round() if rounded == "int8" else part.to(torch.float8_e4m3fn)).to(x.dtype) * (largest / most)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import hf_longctx as lc
 from hf_longctx.cache.kv_format import Int4KV, Int8KV
+from hf_longctx.cache.marks import Marks
 from hf_longctx.cache.positions import Clamped
 from hf_longctx.kernels import ops
 from hf_longctx.plan import Selector
@@ -193,6 +194,30 @@ def test_the_means_of_far_keys_stay_when_near_ones_are_taken_back() -> None:
             mean = torch.stack(text.keys[0][2 * j : 2 * j + 2]).mean(0)
             torch.testing.assert_close(text.store.summaries[0, :, j, 0], mean)
     assert closed == 4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_means_in_few_bits_are_those_that_a_store_would_read_back(bits: int) -> None:
+    """Rows of their own lengths, chosen anew, and saved and restored."""
+    selectors = [Selector(RepresentativeDot(Means(4, 2, n), 8), TopK(4), local=5) for n in (None, bits)]
+    native, packed = (Text(lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), s, s), rows=2) for s in selectors)
+    real = torch.ones(2, 8, dtype=torch.bool)
+    real[0, :3] = False
+    for columns in (real, *[torch.ones(2, 8, dtype=torch.bool)] * 4, *[torch.ones(2, 1, dtype=torch.bool)] * 6):
+        for text in (native, packed):
+            step, k, v = text.draw(columns)
+            text.store.write(k, v, step)
+            text.cache.commit(step)
+    entries, got = (text.store.summaries for text in (native, packed))
+    assert int((entries != 0).any(-1).sum()) > 2 * HEADS * 14
+    expected = ops.decode_kv(ops.encode_kv(entries[:, :, :, 0], bits))
+    assert torch.equal(got[:, :, :, 0].where(entries[:, :, :, 0] != 0, 0), expected.where(entries[:, :, :, 0] != 0, 0))
+    assert 0 < packed.store.index.nbytes < native.store.index.nbytes
+    twin = Marks(selectors[1].scorer.summary, selectors[1])
+    twin.restore(*packed.store.index.state())
+    assert torch.equal(twin.entries, got)
+    packed.store.map_rows(torch.tensor([1, 1]))
+    assert torch.equal(packed.store.summaries, got[[1, 1]])
 
 
 def test_bytes_count_the_index() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -10,15 +11,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import AttentionInterface
 
 import hf_longctx as lc
 from hf_longctx.evals import text
+from hf_longctx.graph import RECORDERS
 from hf_longctx.heads import gates as room
 from hf_longctx.heads import load_pattern, train
 from hf_longctx.heads.gates import Gates, distance, frozen, recomputed
@@ -27,11 +30,12 @@ from hf_longctx.heads.train import Settings
 from hf_longctx.heads.training_state import STATE_FILE
 from hf_longctx.testing import tiny_llama
 
+from ..integration.again import recorders
 from ..integration.cases import BY_NAME
 from ..integration.snapshot import differences, snapshot
 
 SINK, WINDOW = 2, 6
-TASK = Task(shortest=280, longest=360, keys=2, words=2, seed=1)
+TASK = Task(shortest=280, longest=360, sizes=3, keys=2, words=2, seed=1)
 QUICK = Settings(steps=6, rate=0.05, sink=SINK, window=WINDOW, save_every=2)
 
 
@@ -42,7 +46,7 @@ def lessons(tiny: tuple[Any, Any]) -> Lessons:
 
 def lesson(tokens: int = 40, vocabulary: int = 64) -> Lesson:
     made = torch.Generator().manual_seed(3)
-    return Lesson(torch.randint(8, vocabulary, (tokens,), generator=made), torch.arange(tokens - 12, tokens - 2))
+    return Lesson.of(torch.randint(8, vocabulary, (tokens,), generator=made), torch.arange(tokens - 12, tokens - 2))
 
 
 def some_gates(heads: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -194,7 +198,7 @@ def test_a_lesson_hides_its_keys_and_marks_their_tokens(tiny: tuple[Any, Any], l
         assert f"second pass key to the vault: {second}\n\n" in book
         assert tokenizer.decode(made.ids[code.marks]) == f"\n</book>{asked}"
         assert made.ids.equal(lessons[index].ids)
-    assert len(lengths) > 2
+    assert lengths == {280, 320, 360} == set(TASK.lengths)
     assert not lessons[0].ids[:100].equal(lessons[1].ids[:100])
 
 
@@ -284,6 +288,68 @@ def test_a_resumed_training_ends_as_one_that_was_never_interrupted(
         train.run(tiny[0], lessons, replace(settings, rate=0.01), broken, resume=True)
     assert train.run(tiny[0], lessons, settings, broken, resume=True) == whole
     assert (broken / STATE_FILE).read_bytes() == (tmp_path / "whole" / STATE_FILE).read_bytes()
+
+
+class Again:
+    """In place of a CUDA graph: runs again what was recorded, on its inputs as they are now, into the same memory."""
+
+    nbytes = 1
+    lengths: ClassVar[list[int]] = []
+
+    def __init__(self, run: Any, device: torch.device, pool: list[Any]) -> None:
+        self.run, self.out = run, run()
+        self.lengths.append(len(run.args[0].ids))
+
+    @staticmethod
+    def first(run: Any, device: torch.device) -> Any:
+        return run()
+
+    def replay(self) -> Tensor:
+        return self.out.copy_(self.run())
+
+
+def test_a_length_is_recorded_once_and_gates_are_as_without(
+    tiny: tuple[Any, Any], lessons: Lessons, tmp_path: Path
+) -> None:
+    settings = replace(QUICK, steps=12, accumulate=2)
+    eager = train.run(tiny[0], lessons, settings, tmp_path / "eager")
+    Again.lengths.clear()
+    with recorders(Again):
+        assert train.run(tiny[0], lessons, settings, tmp_path / "recorded") == eager
+    assert len(Again.lengths) == len(set(Again.lengths)) == len(TASK.lengths)
+    assert set(Again.lengths) == set(TASK.lengths)
+
+
+class Never(Again):
+    def __init__(self, run: Any, device: torch.device, pool: list[Any]) -> None:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+def test_what_cannot_be_recorded_is_computed_and_told(tiny: tuple[Any, Any], lessons: Lessons, tmp_path: Path) -> None:
+    console = Console(record=True, width=120, file=io.StringIO())
+    eager = train.run(tiny[0], lessons, QUICK, tmp_path / "eager")
+    with recorders(Never):
+        assert train.run(tiny[0], lessons, QUICK, tmp_path / "o", console=console) == eager
+    assert "not recorded as CUDA graphs: operation not permitted\n" in console.export_text()
+
+
+@pytest.mark.cuda
+def test_lessons_are_replayed_and_nothing_is_compiled(lessons: Lessons, tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    model = tiny_llama(hidden_size=128, head_dim=64, max_position_embeddings=1024, vocab_size=1024).cuda()
+    settings, console = replace(QUICK, steps=12, accumulate=2), Console(record=True, file=io.StringIO())
+    before = dict(counters["stats"])
+    recorded = train.run(model, lessons, settings, tmp_path / "recorded", console=console)
+    assert "not recorded" not in console.export_text()
+    assert dict(counters["stats"]) == before
+    own = RECORDERS.pop("cuda")
+    try:
+        eager = train.run(model, lessons, settings, tmp_path / "eager")
+    finally:
+        RECORDERS["cuda"] = own
+    torch.testing.assert_close(torch.tensor(recorded.gates), torch.tensor(eager.gates), rtol=1e-3, atol=1e-3)
+    assert len({gate for row in recorded.gates for gate in row}) > 2
 
 
 def test_a_damaged_state_is_named(tiny: tuple[Any, Any], lessons: Lessons, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_blocks_in_host_memory_are_told_as_the_stores_count_them() -> None:
     model = lc.patch(LLAMA.make(), lc.Quest(12, page=4, dense_layers=0), placement=lc.HostLRU(resident_blocks=3))
     before = lc.report(model)
     assert (before.hits, before.misses, before.hit_rate) == (0, 0, None)
-    assert "\noffloaded: 0 blocks read, 0 hits, 0 misses; 0.0 MiB on the device, 0.0 MiB on the host\n" in str(before)
+    assert "\noffloaded: 0 blocks read, 0 hits, 0 misses; 0.0 MiB on the device (0.0 of" in str(before)
     cache = model(LLAMA.prompt(1500)).past_key_values
     for token in LLAMA.prompt(30)[0]:
         model(token.view(1, 1), past_key_values=cache)
@@ -222,11 +222,14 @@ def test_blocks_in_host_memory_are_told_as_the_stores_count_them() -> None:
     assert report.misses > 0
     assert report.hits + report.misses <= 30 * LLAMA.layers * LLAMA.kv_heads * 2  # what is forced is not counted
     assert report.hit_rate == report.hits / (report.hits + report.misses)
-    device, host = (x / 2**20 for x in (cache.kv_bytes, sum(s.host_bytes for s in stores)))
+    assert report.index_bytes == sum(s.index.nbytes for s in stores) > 0
+    sizes = (cache.kv_bytes, report.index_bytes, sum(s.host_bytes for s in stores))
+    device, index, host = (x / 2**20 for x in sizes)
     assert report.host_bytes == sum(s.host_bytes for s in stores)
     assert (
         f"\noffloaded: {report.hits + report.misses} blocks read, {report.hits} hits, {report.misses} misses "
-        f"({report.hit_rate:.1%} hits); {device:.1f} MiB on the device, {host:.1f} MiB on the host\n"
+        f"({report.hit_rate:.1%} hits); {device:.1f} MiB on the device ({index:.1f} of them the index), "
+        f"{host:.1f} MiB on the host\n"
     ) in str(report)
     del cache, stores
     assert (lc.report(model).hits, lc.report(model).live) == (report.hits, False)

@@ -27,8 +27,8 @@ CASES = [
     replace(LISTS, dtype=F16, sizes=(2, 1, 3, 512, 512, 64), share="all", lists=(128, 256, "some")),
     replace(LISTS, sizes=(2, 2, 1, 300, 300, 32), ends=(299, 150)),
     replace(LISTS, lists=(128, 128, "own")),
-    Case((1, 2, 2, 700, 700, 64), F32, sink=4, window=100),
-    Case((1, 1, 3, 700, 700, 64), BF16, sink=200, window=300),
+    Case((1, 2, 2, 600, 700, 64), F32, sink=4, window=100),
+    Case((1, 1, 3, 600, 700, 64), BF16, sink=200, window=300),
     Case((2, 2, 2, 700, 700, 128), BF16, ends=(699, 350), sink=4, window=129),
     Case((2, 2, 2, 300, 700, 64), F32, ends=(699, 350)),
     Case((1, 2, 1, 300, 700, 64), F16, window=1),
@@ -85,7 +85,11 @@ REJECTED: list[tuple[dict[str, Any], str]] = [
     ({"softcap": 2.0}, "has no softcap, learned sinks or ALiBi"),
     ({"sink_logits": True}, "has no softcap, learned sinks or ALiBi"),
     ({"sizes": (1, 1, 1, 9, 9, 80)}, "takes 16, 32, 64, 128, 256 channels"),
-    ({"lists": None}, "leaves plain causal attention to torch"),
+    ({"lists": None}, "leaves plain causal attention, and windows without padding, to torch"),
+    (
+        {"lists": None, "sink": 4, "window": 20},
+        "leaves plain causal attention, and windows without padding, to torch",
+    ),
     ({"pages": True}, "reads blocks where they lie in the text"),
     ({"lists": (64, 128, "some")}, "takes blocks of a multiple of 128 queries and keys"),
 ]
@@ -139,6 +143,25 @@ def test_memory_does_not_grow_with_the_square_of_the_text() -> None:
     q, k, v = (torch.randn(1, n, 1 << 15, 64, dtype=BF16, device="cuda", requires_grad=True) for n in (4, 2, 2))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = ops.attend_blocks(q, k, v, ops.Logits(0.125), Visibility(64, 1024), None)
+    places = torch.arange(1 << 15, device="cuda")[None]
+    out = ops.attend_blocks(q, k, v, ops.Logits(0.125), Visibility(64, 1024, places, places), None)
+    assert dispatch.last_used()["attend_blocks"] == "flex"
     out.sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 20 * q.nbytes
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("chosen", [False, True])
+def test_lengths_share_what_is_compiled(chosen: bool) -> None:
+    from torch._dynamo.utils import counters
+
+    flex._attention.cache_clear()
+    torch.compiler.reset()
+    counters.clear()
+    for tokens in (640, 1000, 1408, 777, 2048, 384, 1500, 901, 1152, 1999):
+        case = replace(LISTS, sizes=(1, 2, 2, tokens, tokens, 64))
+        case = case if chosen else replace(case, lists=None, ends=(tokens - 1,), sink=4, window=100)
+        arguments = made(case, "cuda")
+        results(arguments, torch.randn_like(arguments[0]))
+        assert dispatch.last_used()["attend_blocks"] == "flex"
+    assert counters["stats"]["unique_graphs"] <= 2

@@ -92,7 +92,7 @@ def upper_bounds(draw: st.DrawFn, refresh_every: int = 1) -> Selector:
 def antidiagonals(draw: st.DrawFn, kv_heads: int = 2) -> Selector:
     """For prefill."""
     block, share = draw(BLOCKS), draw(st.sampled_from(["kv_head", "all"]))
-    scorer = Antidiagonal(block, draw(st.sampled_from([2, 4])))
+    scorer = Antidiagonal(block, draw(st.sampled_from([2, 4])), rounded=draw(st.sampled_from(["", "fp8", "int8"])))
     taus = st.sampled_from([0.2, 0.5, 0.8, 0.95, 1.0])
     shares = taus | st.tuples(*[taus] * (kv_heads if share == "kv_head" else 1))
     budget = draw(st.builds(Mass, shares) | top_k(block))
@@ -104,10 +104,13 @@ def representatives(draw: st.DrawFn) -> Selector:
     """For both."""
     block = draw(BLOCKS)
     most = st.builds(Representatives, st.just(block), st.integers(1, min(4, block)))
-    runs = st.builds(Means, st.just(block), st.sampled_from([n for n in (1, 2, 4, block) if block % n == 0]))
+    sub = st.sampled_from([n for n in (1, 2, 4, block) if block % n == 0])
+    runs = st.builds(Means, st.just(block), sub, st.sampled_from([None, None, 8, 4]))
     summary = draw(most | runs)
     kind = draw(st.sampled_from([RepresentativeDot, RepresentativeShare]))
     scorer = kind(summary, draw(st.sampled_from([4, 6, 8])))
+    if kind is RepresentativeShare:
+        scorer = replace(scorer, q_mean=draw(st.sampled_from([None, 1, 2, 3, 8])))
     sink, local, share = draw(st.integers(0, 9)), draw(st.integers(1, 12)), draw(st.sampled_from(["kv_head", "all"]))
     return Selector(scorer, draw(top_k(block)), sink, local, share, draw(st.sampled_from([1, 1, 3])))
 
