@@ -20,6 +20,10 @@ BLOCK = 128
 
 DIMS = (16, 32, 64, 128, 256)
 
+MOST_SHAPES = 1024
+"""Shapes that are compiled for, each by itself: code for any length was seen to leave out keys of padded rows, and
+past torch's own limit of shapes it would compute all scores."""
+
 
 def reject(
     q: Tensor,
@@ -65,7 +69,7 @@ def _without() -> str | None:
 def _attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)  # once for all lengths
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def attend_blocks(
@@ -81,6 +85,7 @@ def attend_blocks(
 
     Source: FlexAttention, torch.nn.attention.flex_attention.
     """
+    from torch._dynamo import config
     from torch.nn.attention.flex_attention import BlockMask
 
     k, v = values_of(k), values_of(v)
@@ -101,7 +106,8 @@ def attend_blocks(
         seq_lengths=(tokens, stored),
     )
     grouped = q.shape[1] != k.shape[1]
-    out: Tensor = _attention()(q, k, v, block_mask=blocks, scale=logits.scale, enable_gqa=grouped)
+    with config.patch(recompile_limit=MOST_SHAPES):
+        out: Tensor = _attention()(q, k, v, block_mask=blocks, scale=logits.scale, enable_gqa=grouped)
     return out
 
 
