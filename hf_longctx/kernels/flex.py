@@ -18,6 +18,9 @@ from .types import Logits, Packed, Selection, Turns, Visibility
 BLOCK = 128
 """Keys, and queries, that are read or left out together where nothing was chosen."""
 
+KINDS = 64
+"""Kinds of arguments (types, widths, masks) for which it is compiled, at most; dynamo's own limit is 8."""
+
 DIMS = (16, 32, 64, 128, 256)
 
 
@@ -62,10 +65,22 @@ def _without() -> str | None:
 
 
 @cache
-def _attention() -> Callable[..., Any]:
+def _attention(backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
+    """Compiled once for all lengths, and anew for other kinds of arguments; a kind too many is an error.
+
+    Beyond its limit dynamo would go on with what is not compiled, which holds all scores and gives queries that see
+    nothing a mean.
+    """
+    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)  # once for all lengths
+    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=KINDS):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 def attend_blocks(
