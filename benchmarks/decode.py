@@ -82,10 +82,12 @@ def cases() -> Iterator[Case]:
     )
 
 
-def layer_rows(fa3: bool) -> Iterator[dict[str, Any]]:
-    """A row for each line."""
+def layer_rows(fa3: bool, only: str) -> Iterator[dict[str, Any]]:
+    """A row for each line whose name has `only` in it."""
     bandwidth, dense = read_bandwidth(), {}
     for case in cases():
+        if only not in case.name:
+            continue
         if case.shape not in dense:
             dense[case.shape] = dense_of_others(case.shape, fa3)
             print(case.shape, dense[case.shape])
@@ -160,10 +162,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="+", choices=["layers", "generate"])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="lines of layers whose name has this in it")
     chosen = parse(parser)
     written: dict[str, Any] = {"meta": meta(), "rows": []}
     for what in chosen.what:
-        for row in layer_rows(bool(chosen.fa3)) if what == "layers" else generate_rows():
+        for row in layer_rows(bool(chosen.fa3), chosen.only) if what == "layers" else generate_rows():
             print(json.dumps(row), flush=True)
             written["rows"].append(row)
             chosen.out.write_text(json.dumps(written, indent=1) + "\n")

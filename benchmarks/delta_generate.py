@@ -47,12 +47,15 @@ def delta_of(model: Any, embeddings: bool) -> Delta:
     return Delta("random", Base(), matrices, {k: x.detach() for k, x in tables.items()} if embeddings else {})
 
 
-def milliseconds(model: Any, rows: int, **asked: Any) -> float:
-    """Median time of a step of `generate()`."""
+def milliseconds(model: Any, rows: int, **asked: Any) -> tuple[float, lc.Report]:
+    """Median time of a step of `generate()`, and what the model then says of itself."""
     ids, watch = torch.randint(0, 1000, (rows, PROMPT), device="cuda"), Watch()
-    model.generate(ids, max_new_tokens=64, do_sample=False, stopping_criteria=[watch], **asked)
+    knobs: dict[str, Any] = {"max_new_tokens": 64, "do_sample": False, "return_dict_in_generate": True}
+    out = model.generate(ids, **knobs, stopping_criteria=[watch], **asked)
     gaps = [b - a for a, b in zip(watch.times, watch.times[1:], strict=False)]
-    return 1000 * statistics.median(gaps[len(gaps) // 3 :])
+    report = lc.report(model)
+    del out  # it held the cache, and the graphs
+    return 1000 * statistics.median(gaps[len(gaps) // 3 :]), report
 
 
 def load_seconds(size: int) -> float:
@@ -74,7 +77,7 @@ def tenant_rows() -> Iterator[dict[str, Any]]:
     model = model_8b()
     lc.patch(model, "dense")
     weights = sum(x.nbytes for x in model.parameters())
-    alone, loading = milliseconds(model, 1), load_seconds(weights)
+    (alone, _), loading = milliseconds(model, 1), load_seconds(weights)
     swapping = NEW / (loading + NEW * alone / 1000)
     for embeddings in (True, False):
         delta = delta_of(model, embeddings)
@@ -82,8 +85,8 @@ def tenant_rows() -> Iterator[dict[str, Any]]:
         lc.deltas.load(model, dict.fromkeys(names, delta))
         held, size = weights + lc.deltas.report(model).device_bytes, delta.nbytes
         torch.cuda.reset_peak_memory_stats()
-        step = milliseconds(model, TENANTS, adapter_names=names)
-        together, report = TENANTS / step * 1000, lc.report(model)
+        step, report = milliseconds(model, TENANTS, adapter_names=names)
+        together = TENANTS / step * 1000
         lc.deltas.unload(model)
         yield {
             "case": f"generate(), 16 tenants of 8B in a batch, embeddings {'of their own' if embeddings else 'shared'}",

@@ -8,41 +8,18 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import hf_longctx as lc
+from hf_longctx.bench.live import reached, storages
 from hf_longctx.evals import assets, grammar, results, text
 
 METHODS = (
     "dense,quest(token_budget=1024),xattention(dense_below=0),lserve,inf_llm(local=2048),duo_attention,streaming_llm"
 )
-
-
-def reached(root: Any) -> Iterator[torch.Tensor]:
-    """Every tensor that is reached from an object, whatever holds it, but not through modules and plans."""
-    seen, todo = {id(root)}, [root]
-    while todo:
-        here = todo.pop()
-        if isinstance(here, torch.Tensor):
-            yield here
-            continue
-        for x in gc.get_referents(here):
-            if id(x) not in seen and not isinstance(x, (type, torch.nn.Module, lc.Plan)) and not callable(x):
-                seen.add(id(x))
-                todo.append(x)
-
-
-def storages(tensors: Iterator[torch.Tensor]) -> dict[str, int]:
-    """Bytes of all storages on the device and on the host, each counted once."""
-    sizes: dict[tuple[str, int], int] = {}
-    for x in tensors:
-        where = "device" if x.device.type != "cpu" else "host"
-        sizes[where, x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-    return {side: sum(n for (where, _), n in sizes.items() if where == side) for side in ("device", "host")}
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ extern "C" {
 #endif
 
 enum hfl_dtype { HFL_F32 = 0, HFL_F16 = 1, HFL_BF16 = 2 };
+enum hfl_rounded { HFL_NOT_ROUNDED = 0, HFL_FLOAT = 1, HFL_WHOLE = 2 };  // to 8 bits: e4m3, whole numbers
 enum hfl_share { HFL_KV_HEAD = 0, HFL_Q_HEAD = 1, HFL_ALL = 2 };
 
 // Keys or values [B, H, S, D]. bits 0: values of the call's dtype. bits 8 or 4: payload uint8 [B, H, S, D * bits / 8]
@@ -130,6 +131,7 @@ typedef struct {
 typedef struct {
   int32_t batch, q_heads, kv_heads, blocks, stored, dim, dtype;  // blocks: N
   int32_t block, stride, causal;
+  int32_t rounded;  // hfl_rounded; on sm_90 alone
   const void* q;  // [B, Hq, N * block, D]
   int64_t q_b, q_h, q_t;
   const void* k;  // [B, Hkv, S, D]
@@ -138,7 +140,7 @@ typedef struct {
   int64_t q_pos_b;       // 0 where all rows are alike
   float scale;
   float* scores;  // [B, Hq, N, M] contiguous
-  void* scratch;  // hfl_antidiagonal_scratch bytes
+  void* scratch;  // hfl_antidiagonal_scratch bytes, as it says while the device is current
   void* stream;
 } hfl_antidiagonal;
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .bench.cli import app as bench
 from .evals.cli import app as evals
 from .heads.cli import app as heads
 from .options import Device, Dtype, Model, Text, names, quiet
@@ -28,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(evals, name="eval")
+app.add_typer(bench, name="bench")
 app.add_typer(tune, name="tune")
 app.add_typer(heads, name="heads")
 app.add_typer(delta, name="delta")
@@ -66,6 +68,36 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON in p
     console = Console()
     for part in render(found):
         console.print(part)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Hub id, folder, config.json or .gguf.", show_default="SmolLM2-135M-Instruct"
+        ),
+    ] = None,
+    context: Annotated[str, typer.Option(help="Tokens of prompt and answer; 128k is 131072.")] = "128k",
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    memory: Annotated[
+        str | None, typer.Option(help="Of the device that is meant, such as 24GiB.", show_default="what is free here")
+    ] = None,
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+) -> None:
+    """Tell from a model's configuration alone what every method would hold, whether it fits, and which to take."""
+    import torch
+
+    from .configs import build
+    from .evals.grammar import lengths
+    from .outlook import plan as look_ahead
+
+    (tokens, *more) = lengths(context)
+    if more:
+        raise ValueError(f"--context: expected one length such as 128k; got '{context}'. Run it for each of them.")
+    found = look_ahead(build(model, dtype, torch.device("meta")), tokens, batch, memory)
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
 
 
 @app.command()

@@ -256,8 +256,8 @@ def note(call: Call, selector: Selector, pos: Tensor, read: ops.Selection, last:
     if forward.cache is not None:
         if forward.step.decodes:
             forward.reads.append((read.ids, last, visible))
-        else:  # too many to hold
-            forward.cache.ledger.count("prefill", read.ids, last, visible)
+        else:  # too many to hold; none was chosen for queries to come
+            forward.cache.ledger.count("prefill", read.ids, None, visible)
     if forward.watch is not None:
         forward.watch(call.layer, call.group, selector, pos, read)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from .cache.placement import size_bytes
 from .errors import UnsupportedError
 from .forecast import Forecast, forecast, work_bytes
-from .memory import available_bytes, dense_kv_bytes
+from .memory import available_beside, available_bytes, dense_kv_bytes
 from .methods import METHODS, Auto, check_plan
 from .methods.fitting import first_that_fits
 from .models import ModelFacts, decoder_of, inspect_model
@@ -61,6 +62,13 @@ class Outlook:
     def fits(self, method: str) -> bool:
         """True if the device has them."""
         return self.peak(method) <= self.memory
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values that JSON can hold, with each method's peak and whether it fits."""
+        rows = {
+            name: {**asdict(row), "peak": self.peak(name), "fits": self.fits(name)} for name, row in self.rows.items()
+        }
+        return {**asdict(self), "rows": rows}
 
     def __str__(self) -> str:
         name = Path(self.model).name if Path(self.model).is_absolute() else self.model or "model"
@@ -112,10 +120,15 @@ def plan(model: PreTrainedModel, context: int = 131072, batch: int = 1, memory: 
 
     Raises:
         ValueError: a context, batch or memory that makes no sense.
-        UnsupportedError: no method can take this model; says why.
+        UnsupportedError: no method can take this model, or processes share it; says why.
     """
     require_whole("plan", context=context, batch=batch)
     facts = inspect_model(model)
+    if facts.ranks > 1:
+        raise UnsupportedError(
+            f"plan: expected a whole model; got one over {facts.ranks} processes, each of which holds a part. Ask of "
+            "the same model on the meta device, with the memory of all processes together."
+        )
     weights = weight_bytes(model)
     device, there = _memory(facts, weights, memory)
     rows, refused = {}, {}
@@ -149,7 +162,7 @@ def _memory(facts: ModelFacts, weights: int, given: int | str | None) -> tuple[s
     if facts.place.type == "meta":
         place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return str(place), available_bytes(place)
-    return facts.device, available_bytes(facts.place) + weights
+    return facts.device, available_beside(facts) + weights
 
 
 def _measured(facts: ModelFacts) -> dict[str, int | None]:

@@ -20,7 +20,11 @@ def run(call):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ((), ("doctor", "demo", "eval")),
+        ((), ("doctor", "demo", "eval", "bench", "plan")),
+        (("plan",), ("--context", "--batch", "--memory", "--json", "config.json")),
+        (("bench",), ("model", "op")),
+        (("bench", "model"), ("--methods", "--lengths", "--peers", "--random", "--resume", "kvpress:snapkv")),
+        (("bench", "op"), ("--lengths", "--bits", "attend_chosen", "antidiagonal")),
         (("doctor",), ("--json",)),
         (("demo",), ("--length", "--sparsity", "SmolLM2-135M-Instruct")),
         (("eval",), ("ppl", "needle", "passkey", "ruler", "stream")),
@@ -128,7 +132,7 @@ def test_eval_writes_rows_means_and_what_it_takes_to_run_it_again(
         (("eval", "ppl", "--tokens", "10000000"), "Pass a longer text or fewer tokens"),
         (("eval", "ppl", "--block", "100"), "multiple of the chunk"),
         (("eval", "ppl", "--device", "cuda:77"), "cuda:77"),
-        (("eval", "needle", "--lengths", "1m"), "tokens such as 1k,2k,4096; got '1m'"),
+        (("eval", "needle", "--lengths", "1g"), "tokens such as 1k,2k,4096; got '1g'"),
         (("eval", "needle", "--methods", "streaming_llm(windw=4)"), "Did you mean 'window'?"),
         (("eval", "needle", "--methods", "dense,duo_attention", "--lengths", "300"), "duo_attention: expected"),
         (("eval", "needle", "--depths", "0"), "depths: expected at least 1"),

@@ -63,6 +63,24 @@ def test_so_are_those_of_heads_that_stream(heads: str) -> None:
     assert told.kv == pytest.approx(cache.kv_bytes, rel=0.05)
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "auto"])
+@pytest.mark.parametrize(("kv", "rows"), [("int4", 3), ("int8", 1)])
+@torch.no_grad()
+def test_so_are_those_of_few_bits_and_several_rows(name: str, kv: str, rows: int) -> None:
+    from hf_longctx.forecast import forecast
+
+    model = LLAMA.make()
+    knobs = {"pattern": ((0.9, 0.1), (0.1, 0.9))} if name in ("duo_attention", "lserve") else {}
+    lc.patch(model, name, kv=kv, **knobs)
+    told = forecast(inspect_model(model), lc.report(model).plan, 2048, rows)
+    cache = model(LLAMA.prompt(2048, rows=rows)).past_key_values
+    seen = lc.report(model)
+    assert (seen.tokens_seen, seen.kv_bytes) == (2048, cache.kv_bytes)
+    assert told.kv == pytest.approx(seen.kv_bytes, rel=0.05)
+    assert told.host == pytest.approx(seen.host_bytes, rel=0.05)
+    assert told.kv < 0.8 * seen.dense_kv_bytes
+
+
 def test_weights_are_counted_once() -> None:
     config = hf.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                             num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)  # fmt: skip
@@ -99,6 +117,10 @@ def test_nothing_is_patched_and_reasons_are_kept() -> None:
     text = str(told)
     assert all(name in text for name in METHODS)
     assert 'recommended: patch(model, "' in text
+    plain = json.loads(json.dumps(told.to_json()))
+    assert plain["rows"]["quest"]["peak"] == told.peak("quest")
+    assert plain["rows"]["quest"]["fits"] is told.fits("quest")
+    assert (plain["refused"], plain["recommended"], plain["weights"]) == (told.refused, told.recommended, told.weights)
 
 
 @pytest.mark.parametrize(

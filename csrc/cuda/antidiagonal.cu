@@ -2,10 +2,11 @@
 //
 // Paper: XAttention (arXiv:2503.16428) section 2.1. One product of tiles (see antidiagonal_tile.cuh), of which only the
 //   log-sum-exp of each tile of queries over each block of keys is written, for some blocks of queries at a time; a
-//   second kernel turns these into shares and adds up those of a block.
+//   second kernel turns these into shares and adds up those of a block. On sm_90 tiles are put side by side before.
 // Shapes: q [B, Hq, N * block, D], k [B, Hkv, S, D] 16-bit, scores [B, Hq, N, M] float32; D a multiple of 8 up to 256.
 // Grids and blocks: places (N, B or 1) x 128, the product as its kernel says, shares (blocks of the part, Hq, B) x 256.
-// Scratch: 4 bytes a query and a tile, and up to 256 MiB of sums (one strip of 128 tiles of queries at least).
+// Scratch: 4 bytes a query and a tile, and up to 256 MiB of sums (one strip of 128 tiles of queries at least); on sm_90
+//   a copy of the keys, and of those queries.
 // Bound by: tensor cores; 1 / (2 stride) of the products of causal attention.
 #include <algorithm>
 
@@ -19,7 +20,7 @@ namespace {
 constexpr int SHARE_THREADS = 256, PLACE_THREADS = 128, MOST_TILES = 64;
 constexpr int64_t MOST_SUMS = int64_t{256} << 20;  // bytes
 
-// Where the queries stand, from their positions; `last` begins as -1.
+// Where the queries stand, from their positions; `last` and `reach` begin as -1.
 __global__ void __launch_bounds__(PLACE_THREADS) places_kernel(const Call call) {
   const int thread = static_cast<int>(threadIdx.x), block = call.a.block, n = static_cast<int>(blockIdx.x);
   const int64_t b = blockIdx.y, line = b * call.a.blocks + n;
@@ -34,7 +35,9 @@ __global__ void __launch_bounds__(PLACE_THREADS) places_kernel(const Call call) 
     const int position = static_cast<int>(max(min(positions[i], int64_t{INT32_MAX}), int64_t{-1}));
     if (position < 0) continue;
     source[position % block] = n * block + i;
-    atomicMax(tile + position % block / call.a.stride, position / call.a.stride);
+    const int own = position % block / call.a.stride;
+    atomicMax(tile + own, position / call.a.stride);
+    atomicMax(call.reach + b * strips_of(call) + (n * call.tiles + own) / ROWS, position / call.a.stride);
     last = max(last, position);
   }
   last = __reduce_max_sync(0xffffffffu, last);
@@ -89,6 +92,7 @@ const char* check(const hfl_antidiagonal& a) {
   if (a.stride != 4 && a.stride != 8 && a.stride != 16 && a.stride != MOST_STRIDE) {
     return "score_antidiagonal: expected a stride of 4, 8, 16 or 32";
   }
+  if (a.rounded < 0 || a.rounded > HFL_WHOLE) return "score_antidiagonal: expected a kind of rounding";
   const int tiles = a.block / a.stride;
   if (a.block != tiles * a.stride || tiles < 4 || tiles > MOST_TILES || (tiles & (tiles - 1))) {
     return "score_antidiagonal: expected a block of 4, 8, 16, 32 or 64 strides";
@@ -104,9 +108,15 @@ const char* check(const hfl_antidiagonal& a) {
   return nullptr;
 }
 
+// Whether tiles are put side by side on the current device.
+bool packs(const hfl_antidiagonal& a) {
+  if (a.rounded) return a.rounded == HFL_WHOLE ? has_wgmma<Whole>() : has_wgmma<Eight>();
+  return a.dtype == HFL_BF16 ? has_wgmma<__nv_bfloat16>() : has_wgmma<__half>();
+}
+
 int64_t line_of(int64_t elements) { return (elements + 31) / 32 * 32; }
 
-// The call with its scratch laid out; returns bytes of scratch.
+// The call with its scratch laid out, in units of 4 bytes, for the current device; returns bytes of scratch.
 int64_t lay_out(const hfl_antidiagonal& a, Call& call) {
   call.a = a;
   call.tiles = a.block / a.stride;
@@ -115,20 +125,36 @@ int64_t lay_out(const hfl_antidiagonal& a, Call& call) {
   const int64_t alike = a.q_pos_b ? a.batch : 1, all = static_cast<int64_t>(a.blocks) * call.tiles;
   const int64_t strip = int64_t{4} * ROWS * a.batch * a.q_heads * call.key_blocks;
   const int64_t rows = std::min(all, std::max<int64_t>(1, MOST_SUMS / strip) * ROWS);
-  call.last = static_cast<int32_t*>(a.scratch);
-  call.source = call.last + line_of(alike);
-  call.tile = call.source + line_of(alike * a.blocks * a.block);
-  call.sums = reinterpret_cast<float*>(call.tile + line_of(alike * all));
   call.first = 0, call.rows = static_cast<int32_t>(rows);
-  const int64_t sums = rows * a.batch * a.q_heads * call.key_blocks;
-  return 4 * (line_of(alike) + line_of(alike * a.blocks * a.block) + line_of(alike * all) + sums);
+  call.padded = (call.columns - 1) / COLUMNS * COLUMNS + COLUMNS;
+  int64_t used = 0;
+  const auto take = [&](int64_t words) {
+    const int64_t from = used;
+    used += line_of(words);
+    return static_cast<int32_t*>(a.scratch) + from;
+  };
+  call.last = take(alike);
+  call.reach = take(alike * strips_of(call));
+  call.source = take(alike * a.blocks * a.block);
+  call.tile = take(alike * all);
+  const int64_t lines = rows * a.batch * a.q_heads, columns = int64_t{call.padded} * a.batch * a.kv_heads;
+  call.sums = reinterpret_cast<float*>(take(lines * call.key_blocks));
+  call.queries = call.keys = nullptr;
+  if (packs(a)) {
+    const int64_t words = int64_t{a.stride} * a.dim / (a.rounded ? 4 : 2);
+    call.query_sizes = reinterpret_cast<float*>(take(a.rounded ? lines : 0));
+    call.key_sizes = reinterpret_cast<float*>(take(a.rounded ? columns : 0));
+    call.queries = reinterpret_cast<char*>(take(lines * words));
+    call.keys = reinterpret_cast<char*>(take(columns * words));
+  }
+  return 4 * used;
 }
 
 // Divides the part's product among works of some width; an error if there are too many to count.
 cudaError_t cut(Call& call, int columns) {
   const int group = call.a.q_heads / call.a.kv_heads;
   call.strips = (call.rows - 1) / ROWS + 1;
-  call.together = std::min(TOGETHER, group * call.strips);
+  call.together = std::min(TOGETHER, (group * call.strips + 1) / PAIR * PAIR);
   call.widths = (call.columns - 1) / columns + 1;
   const int64_t rounds = (static_cast<int64_t>(group) * call.strips - 1) / call.together + 1;
   const int64_t works = rounds * call.together * call.widths * call.a.batch * call.a.kv_heads;
@@ -136,15 +162,13 @@ cudaError_t cut(Call& call, int columns) {
   return works < INT32_MAX / 2 ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
-template <typename T>
+// The product of a part, of T in the precision of F.
+template <typename T, typename F>
 cudaError_t multiply(Call& call, cudaStream_t stream) {
   using W = Warps<T>;
-  bool ran = false;
-  cudaError_t error = cut(call, Groups<T>::COLUMNS);
-  if (error == cudaSuccess) error = launch_wgmma<T>(call, stream, ran);
-  if (ran || error != cudaSuccess) return error;
-  error = cut(call, W::COLUMNS);
+  cudaError_t error = cut(call, call.queries ? COLUMNS : W::COLUMNS);
   if (error != cudaSuccess) return error;
+  if (call.queries) return launch_wgmma<T, F>(call, stream);
   const size_t bytes = W::bytes(call.a.stride);
   error = cudaFuncSetAttribute(mma_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
@@ -152,21 +176,29 @@ cudaError_t multiply(Call& call, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t run(const hfl_antidiagonal& a) {
-  Call call;
-  lay_out(a, call);
-  const auto stream = static_cast<cudaStream_t>(a.stream);
+template <typename T, typename F>
+cudaError_t run(Call& call, cudaStream_t stream) {
+  const hfl_antidiagonal& a = call.a;
   const int alike = a.q_pos_b ? a.batch : 1, all = a.blocks * call.tiles, most = call.rows;
-  cudaError_t error = cudaMemsetAsync(call.last, 0xff, sizeof(int32_t) * alike, stream);
+  const size_t cleared = static_cast<size_t>(reinterpret_cast<char*>(call.source) - reinterpret_cast<char*>(call.last));
+  cudaError_t error = cudaMemsetAsync(call.last, 0xff, cleared, stream);  // and `reach`
   if (error != cudaSuccess) return error;
   places_kernel<<<dim3(a.blocks, alike), PLACE_THREADS, 0, stream>>>(call);
-  for (; call.first < all; call.first += most) {
+  if (call.queries) error = pack<T, F, false>(call, stream);
+  for (; error == cudaSuccess && call.first < all; call.first += most) {
     call.rows = std::min(most, all - call.first);
-    error = a.dtype == HFL_BF16 ? multiply<__nv_bfloat16>(call, stream) : multiply<__half>(call, stream);
+    error = multiply<T, F>(call, stream);
     if (error != cudaSuccess) return error;
     shares_kernel<<<dim3(call.rows / call.tiles, a.q_heads, a.batch), SHARE_THREADS, 0, stream>>>(call);
+    error = cudaGetLastError();
   }
-  return cudaGetLastError();
+  return error;
+}
+
+template <typename T>
+cudaError_t run(Call& call, cudaStream_t stream) {
+  if (!call.a.rounded) return run<T, T>(call, stream);
+  return call.a.rounded == HFL_WHOLE ? run<T, Whole>(call, stream) : run<T, Eight>(call, stream);
 }
 
 }  // namespace
@@ -181,6 +213,11 @@ extern "C" int64_t hfl_antidiagonal_scratch(const hfl_antidiagonal* a) {
 extern "C" const char* hfl_antidiagonal_cuda(const hfl_antidiagonal* a) {
   const char* message = hfl::antidiagonal::check(*a);
   if (message) return message;
-  const cudaError_t error = hfl::antidiagonal::run(*a);
+  hfl::antidiagonal::Call call;
+  hfl::antidiagonal::lay_out(*a, call);
+  if (a->rounded && !call.queries) return "score_antidiagonal: expected a device of sm_90 for tiles of 8 bits";
+  const auto stream = static_cast<cudaStream_t>(a->stream);
+  const cudaError_t error = a->dtype == HFL_BF16 ? hfl::antidiagonal::run<__nv_bfloat16>(call, stream)
+                                                 : hfl::antidiagonal::run<__half>(call, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

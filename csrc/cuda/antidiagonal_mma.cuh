@@ -3,8 +3,6 @@
 // Grid: one tile each. Block: 256 threads, two on a multiprocessor; a warp has 32 x 64 of the logits.
 // Shared memory: two stages of 32 KiB, and a strip's table of queries, 512 bytes times the stride.
 #pragma once
-#include <type_traits>
-
 #include "antidiagonal_tile.cuh"
 
 namespace hfl {
@@ -78,7 +76,7 @@ __global__ void __launch_bounds__(Warps<T>::THREADS, 2) mma_kernel(const Call ca
   }
   const int again = thread_anew(), top = again / 64 * 32, left = again / 32 % 2 * 64;
 #pragma unroll
-  for (int m = 0; m < W::SLABS; ++m) write_sums(call, work, x[m], top + 16 * m, left, again % 32);
+  for (int m = 0; m < W::SLABS; ++m) write_sums<false>(call, work, x[m], top + 16 * m, left, again % 32);
 }
 
 }  // namespace antidiagonal

@@ -1,5 +1,5 @@
-// What the kernels of ops.score_antidiagonal share: which tile of the product is computed when, how its factors come to
-// shared memory, and how its logits become sums.
+// What the kernels of ops.score_antidiagonal share: which tile of the product is computed when, and how its logits
+// become sums; and how its factors come to shared memory where they have not been put side by side before.
 //
 // The logits of a head are one product over an inner axis of stride * D: chunk i of D channels of tile r of queries is
 // the query at place r * stride + stride - 1 - i, chunk i of tile c of keys is key c * stride + i. A stage holds 64
@@ -7,6 +7,8 @@
 // are permuted by the row's number, so that neither ldmatrix nor wgmma meets a bank twice.
 #pragma once
 #include <math.h>
+
+#include <type_traits>
 
 #include "../hf_longctx.h"
 #include "ptx.cuh"
@@ -24,11 +26,22 @@ struct Call {
   int32_t* last;                       // [B or 1], position of the last query
   int32_t* source;                     // [B or 1, N * block], which query stands at a place of its block, -1: none
   int32_t* tile;                       // [B or 1, N * tiles], which tile of the text each is, -1: it has no query
+  int32_t* reach;                      // [B or 1, N * tiles / ROWS], the last of a strip's
   float* sums;                         // [B, Hq, rows, M], log2 of the sum over a block's keys
+  char* queries;                       // [B, Hq, rows, stride * D], tiles side by side; NULL: they are not
+  char* keys;                          // [B, Hkv, padded, stride * D]
+  float* query_sizes;                  // [B, Hq, rows], what 8 bits are multiplied with
+  float* key_sizes;                    // [B, Hkv, padded]
+  int32_t padded;                      // tiles of keys that there is room for
   int32_t first, rows;                 // tiles of queries of this part: from where on, how many
   int32_t strips, together, widths;    // of the part; `widths` parts of the keys for each strip
   int32_t works;
 };
+
+// Strips of all queries of a row.
+__host__ __device__ __forceinline__ int strips_of(const Call& call) {
+  return (call.a.blocks * call.tiles - 1) / ROWS + 1;
+}
 
 // One strip of a head against one part of the keys.
 struct Work {
@@ -50,6 +63,11 @@ struct Work {
     const int at = strip * ROWS + row;
     const int64_t own = call.a.q_pos_b ? b : 0;
     return at < call.rows ? call.tile[own * call.a.blocks * call.tiles + call.first + at] : -1;
+  }
+  // The last of the strip's tiles.
+  __device__ int reach(const Call& call) const {
+    const int64_t own = call.a.q_pos_b ? b : 0;
+    return strip < call.strips ? call.reach[own * strips_of(call) + call.first / ROWS + strip] : -1;
   }
   // How many tiles of keys, from `column` on, a row sees; at most 0: none.
   __device__ int seen(const Call& call, int tile) const {
@@ -126,36 +144,74 @@ __device__ __forceinline__ float sum_of(float x) {
   return x;
 }
 
-// Logits of 16 rows and 8 * NT tiles of keys, as mma leaves them (lane 4g + c: rows g and g + 8, columns 2c and 2c + 1
-// of each eight), to log2 sums over blocks of TILES. `seen`: columns that each row sees; `room`: blocks that exist;
-// `to`: where a row's first block goes, NULL: the row does not exist. NaN comes out of NaN and of +inf.
-template <int TILES, int NT>
-__device__ __forceinline__ void write_sums(const float (&x)[NT][4], float scale, const int (&seen)[2],
-                                           float* const (&to)[2], int room, int lane) {
-  constexpr int EACH = TILES / 8 > 0 ? TILES / 8 : 1, SPREAD = TILES == 4 ? 1 : 2;  // lanes of a row: xor up to SPREAD
+// Sums of products become logits where they are; those of whole numbers too, or there would be twice as many registers.
+__device__ __forceinline__ float sum_in(float place) { return place; }
+__device__ __forceinline__ float sum_in(int32_t place) { return static_cast<float>(place); }
+__device__ __forceinline__ float logit_in(float place) { return place; }
+__device__ __forceinline__ float logit_in(int32_t place) { return __int_as_float(place); }
+__device__ __forceinline__ void put(float& place, float logit) { place = logit; }
+__device__ __forceinline__ void put(int32_t& place, float logit) { place = __float_as_int(logit); }
+
+// Of four numbers in each of the four lanes of a row, lane c gets the sum of those at c.
+__device__ __forceinline__ float sum_of_own(const float (&x)[4], int c) {
+  const bool odd = c & 1, far = c & 2;
+  const float low = (odd ? x[1] : x[0]) + __shfl_xor_sync(0xffffffffu, odd ? x[0] : x[1], 1);
+  const float high = (odd ? x[3] : x[2]) + __shfl_xor_sync(0xffffffffu, odd ? x[2] : x[3], 1);
+  return (far ? high : low) + __shfl_xor_sync(0xffffffffu, far ? low : high, 2);
+}
+
+// Logits in units of log 2 of 16 rows and 8 * NT tiles of keys, as mma leaves them (lane 4g + c: rows g and g + 8,
+// columns 2c and 2c + 1 of each eight), to log2 sums over blocks of TILES. `seen`: columns that each row sees; `room`:
+// blocks that exist; `to`: where a row's first block goes, NULL: the row does not exist. NaN comes out of NaN and of
+// +inf. What is less than 2^-126 of the row's largest here is nothing.
+template <int TILES, int NT, typename A>
+__device__ __forceinline__ void write_sums(A (&x)[NT][4], const int (&seen)[2], float* const (&to)[2], int room,
+                                           int lane) {
+  constexpr int BLOCKS = NT * 8 / TILES, EACH = TILES / 8;  // steps of eight columns in a block; TILES 4: half of one
   const int c = lane % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int left = seen[half] - 2 * c;
+    float most = -INFINITY;
+    if (__any_sync(0xffffffffu, seen[half] < NT * 8)) {
 #pragma unroll
-    for (int first = 0; first < NT; first += EACH) {
-      float v[EACH][2], most = -INFINITY, sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < EACH; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          v[n][e] = (first + n) * 8 + e < left ? x[first + n][2 * half + e] * scale : -INFINITY;
-          most = fmaxf(most, v[n][e]);
-        }
+      for (int n = 0; n < NT; ++n) {
+        if (n * 8 >= left) put(x[n][2 * half], -INFINITY);
+        if (n * 8 + 1 >= left) put(x[n][2 * half + 1], -INFINITY);
       }
-      most = most_of<SPREAD>(most);
-      const float base = most == -INFINITY ? 0.0f : most;
+    }
 #pragma unroll
-      for (int n = 0; n < EACH; ++n) sum += power_of_two(v[n][0] - base) + power_of_two(v[n][1] - base);
-      sum = sum_of<SPREAD>(sum);
-      const int block = TILES == 4 ? 2 * first + c / 2 : first / EACH;
-      const bool writer = TILES == 4 ? c % 2 == 0 : c == block % 4;
-      if (writer && to[half] && block < room) to[half][block] = base + __log2f(sum);
+    for (int n = 0; n < NT; ++n) most = fmaxf(most, fmaxf(logit_in(x[n][2 * half]), logit_in(x[n][2 * half + 1])));
+    most = most_of<2>(most);
+    const float base = most == -INFINITY ? 0.0f : most;
+    const auto of_step = [&](int n) {
+      return power_of_two(logit_in(x[n][2 * half]) - base) + power_of_two(logit_in(x[n][2 * half + 1]) - base);
+    };
+    const auto of_block = [&](int block) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < EACH; ++n) sum += of_step(block * EACH + n);
+      return sum;
+    };
+    const auto write = [&](int block, float sum, bool writes) {
+      if (writes && to[half] && block < room) to[half][block] = base + __log2f(sum);
+    };
+    if constexpr (TILES == 4) {
+#pragma unroll
+      for (int n = 0; n < NT; n += 2) {  // lanes 2i and 2i + 1 have parts of one block of each step
+        const float first = of_step(n), next = of_step(n + 1);
+        const float sum = (c & 1 ? next : first) + __shfl_xor_sync(0xffffffffu, c & 1 ? first : next, 1);
+        write(2 * (n + (c & 1)) + c / 2, sum, true);
+      }
+    } else if constexpr (BLOCKS % 4 == 0) {
+#pragma unroll
+      for (int block = 0; block < BLOCKS; block += 4) {
+        const float four[4] = {of_block(block), of_block(block + 1), of_block(block + 2), of_block(block + 3)};
+        write(block + c, sum_of_own(four, c), true);
+      }
+    } else {
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) write(block, sum_of<2>(of_block(block)), c == block);
     }
   }
 }
@@ -167,11 +223,12 @@ __device__ __forceinline__ int thread_anew() {
   return thread;
 }
 
-// The same for a call's size of blocks.
-template <int NT>
-__device__ __forceinline__ void write_sums(const Call& call, const Work& work, const float (&x)[NT][4], int row,
-                                           int column, int lane) {
-  const float scale = call.a.scale / static_cast<float>(call.a.stride) * 1.44269504f;
+// The same of products, for a call's size of blocks. EIGHT: of what was divided by `query_sizes` and `key_sizes`.
+template <bool EIGHT, int NT, typename A>
+__device__ __forceinline__ void write_sums(const Call& call, const Work& work, A (&x)[NT][4], int row, int column,
+                                           int lane) {
+  const float scale = call.a.scale / static_cast<float>(call.a.stride) * LOG2E;
+  float factor[2] = {scale, scale};
   int seen[2];
   float* to[2];
   const int first = (work.column + column) / call.tiles, room = call.key_blocks - first;
@@ -181,13 +238,25 @@ __device__ __forceinline__ void write_sums(const Call& call, const Work& work, c
     seen[half] = work.seen(call, work.tile(call, own)) - column;
     const int64_t line = (static_cast<int64_t>(work.b) * call.a.q_heads + work.head) * call.rows + at;
     to[half] = at < call.rows ? call.sums + line * call.key_blocks + first : nullptr;
+    if (EIGHT && at < call.rows) factor[half] *= call.query_sizes[line];
+  }
+  const int64_t pair = static_cast<int64_t>(work.b) * call.a.kv_heads + work.head / (call.a.q_heads / call.a.kv_heads);
+  const float* sizes = EIGHT ? call.key_sizes + pair * call.padded + work.column + column + lane % 4 * 2 : nullptr;
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    const float2 size = EIGHT ? *reinterpret_cast<const float2*>(sizes + n * 8) : make_float2(1.0f, 1.0f);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      put(x[n][2 * half], sum_in(x[n][2 * half]) * (EIGHT ? factor[half] * size.x : factor[half]));
+      put(x[n][2 * half + 1], sum_in(x[n][2 * half + 1]) * (EIGHT ? factor[half] * size.y : factor[half]));
+    }
   }
   switch (call.tiles) {
-    case 4: return write_sums<4, NT>(x, scale, seen, to, room, lane);
-    case 8: return write_sums<8, NT>(x, scale, seen, to, room, lane);
-    case 16: return write_sums<16, NT>(x, scale, seen, to, room, lane);
-    case 32: return write_sums<32, NT>(x, scale, seen, to, room, lane);
-    default: return write_sums<64, NT>(x, scale, seen, to, room, lane);
+    case 4: return write_sums<4, NT>(x, seen, to, room, lane);
+    case 8: return write_sums<8, NT>(x, seen, to, room, lane);
+    case 16: return write_sums<16, NT>(x, seen, to, room, lane);
+    case 32: return write_sums<32, NT>(x, seen, to, room, lane);
+    default: return write_sums<64, NT>(x, seen, to, room, lane);
   }
 }
 

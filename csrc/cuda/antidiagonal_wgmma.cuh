@@ -1,46 +1,38 @@
-// ops.score_antidiagonal on sm_90: tiles of 128 x 256 logits with wgmma, in one kernel that stays.
+// ops.score_antidiagonal on sm_90: tiles of 128 x 256 logits with wgmma, in one kernel that stays, of factors that
+// antidiagonal_pack.cuh has put side by side.
 //
-// Grid: as many blocks as multiprocessors, which take one tile after the other. Block: 384 threads; four warps copy
-// stages ahead, with cp.async because places of queries and the ends of rows are known to the device only, and two
-// groups of four warps have 64 x 256 logits each.
-// Shared memory: four stages of 48 KiB, and a strip's table of queries. In code for other architectures the kernel is
-// empty, which shows as a kernel without static shared memory.
+// Grid: as many blocks as multiprocessors, in clusters of two, which take one pair of tiles after the other: two strips
+//   of queries and the same keys, of which each block copies half to both. Block: 384 threads; one copies stages ahead,
+//   by tensor maps, and two groups of four warps have 64 x 256 logits each. The first group is a stage ahead, so that
+//   one group multiplies while the other makes sums.
+// Shared memory: four stages of 48 KiB. In code for other architectures the kernel is empty, which shows as one without
+// static shared memory.
+// Bound by: the L2, which a multiprocessor asks for 32 KiB a stage of 1024 cycles: without the other's half it is 48.
 #pragma once
 #include <algorithm>
-#include <type_traits>
 
-#include "antidiagonal_tile.cuh"
+#include "antidiagonal_pack.cuh"
+#include "tensor_map.cuh"
 
 namespace hfl {
 namespace antidiagonal {
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  asm volatile("{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-               "@!done bra wait;\n}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
-}
+constexpr int PAIR = 2, COLUMNS = 256;
 
-// A matrix of rows of 128 bytes, permuted, eight rows at a time.
-__device__ __forceinline__ uint64_t matrix(const void* at) {
-  return static_cast<uint64_t>((shared_address(at) & 0x3ffffu) >> 4) | uint64_t{1} << 16 | uint64_t{64} << 32 |
-         uint64_t{1} << 62;
-}
+struct Maps {
+  CUtensorMap queries, keys;  // boxes of LINE bytes of ROWS tiles
+};
 
-#define HFL_FOUR(i) "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])
-#define HFL_SIXTEEN(i) HFL_FOUR(i), HFL_FOUR(i + 1), HFL_FOUR(i + 2), HFL_FOUR(i + 3)
-#define HFL_ALL_OF_X \
-  HFL_SIXTEEN(0), HFL_SIXTEEN(4), HFL_SIXTEEN(8), HFL_SIXTEEN(12), HFL_SIXTEEN(16), HFL_SIXTEEN(20), HFL_SIXTEEN(24), \
-      HFL_SIXTEEN(28)
-#define HFL_WGMMA(type) \
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HFL_FOUR(kind, i) kind(x[i][0]), kind(x[i][1]), kind(x[i][2]), kind(x[i][3])
+#define HFL_SIXTEEN(kind, i) HFL_FOUR(kind, i), HFL_FOUR(kind, i + 1), HFL_FOUR(kind, i + 2), HFL_FOUR(kind, i + 3)
+#define HFL_ALL_OF_X(kind) \
+  HFL_SIXTEEN(kind, 0), HFL_SIXTEEN(kind, 4), HFL_SIXTEEN(kind, 8), HFL_SIXTEEN(kind, 12), HFL_SIXTEEN(kind, 16), \
+      HFL_SIXTEEN(kind, 20), HFL_SIXTEEN(kind, 24), HFL_SIXTEEN(kind, 28)
+#define HFL_WGMMA(kind, types, turned) \
   asm volatile( \
       "{\n.reg .pred more;\nsetp.ne.b32 more, %130, 0;\n" \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" \
+      "wgmma.mma_async.sync.aligned.m64n256" types " {" \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
       "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
       "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
@@ -48,149 +40,218 @@ __device__ __forceinline__ uint64_t matrix(const void* at) {
       "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, " \
       "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, " \
       "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127" \
-      "}, %128, %129, more, 1, 1, 0, 0;\n}" \
-      : HFL_ALL_OF_X \
+      "}, %128, %129, more" turned ";\n}" \
+      : HFL_ALL_OF_X(kind) \
       : "l"(a), "l"(b), "r"(more))
 
-// x[64, 256] = a[64, 16] b[16, 256], plus x if `more`.
-template <typename T>
-__device__ __forceinline__ void wgmma(float (&x)[32][4], uint64_t a, uint64_t b, int more) {
-  if constexpr (std::is_same<T, __half>::value) {
-    HFL_WGMMA("f16");
+// x[64, 256] = a[64, 32 bytes] b[32 bytes, 256], plus x if `more`.
+template <typename F>
+__device__ __forceinline__ void multiply_step(SumOf<F> (&x)[32][4], uint64_t a, uint64_t b, int more) {
+  if constexpr (std::is_same<F, Whole>::value) {
+    HFL_WGMMA("+r", "k32.s32.s8.s8", "");
+  } else if constexpr (std::is_same<F, Eight>::value) {
+    HFL_WGMMA("+f", "k32.f32.e4m3.e4m3", ", 1, 1");
+  } else if constexpr (std::is_same<F, __half>::value) {
+    HFL_WGMMA("+f", "k16.f32.f16.f16", ", 1, 1, 0, 0");
   } else {
-    HFL_WGMMA("bf16");
+    HFL_WGMMA("+f", "k16.f32.bf16.bf16", ", 1, 1, 0, 0");
   }
 }
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most N groups of products are under way, which write x.
 template <int N>
-__device__ __forceinline__ void wgmma_wait(float (&x)[32][4]) {
-  asm volatile("wgmma.wait_group.sync.aligned %128;" : HFL_ALL_OF_X : "n"(N) : "memory");
+__device__ __forceinline__ void wait_for(float (&x)[32][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %128;" : HFL_ALL_OF_X("+f") : "n"(N) : "memory");
+}
+template <int N>
+__device__ __forceinline__ void wait_for(int32_t (&x)[32][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %128;" : HFL_ALL_OF_X("+r") : "n"(N) : "memory");
 }
 #undef HFL_WGMMA
 #undef HFL_ALL_OF_X
 #undef HFL_SIXTEEN
 #undef HFL_FOUR
+
+__device__ __forceinline__ uint32_t rank_in_cluster() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// Until all threads of the cluster are here.
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Arrive at the barrier of that block of the cluster.
+__device__ __forceinline__ void arrive_at(uint64_t& bar, uint32_t rank) {
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(&bar)),
+               "r"(rank)
+               : "memory");
+}
+// As copy_box, to the same place in both blocks of a pair, and counted by the barriers of both.
+__device__ __forceinline__ void copy_box_to_both(uint32_t to, const CUtensorMap* map, uint64_t& bar, int channel,
+                                                 int row, int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+               "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to), "l"(map), "r"(shared_address(&bar)), "r"(channel),
+               "r"(row), "r"(head), "r"(batch), "h"(static_cast<uint16_t>(3))
+               : "memory");
+}
 #endif
 
-template <typename T>
+template <typename F>
 struct Groups {
-  static constexpr int COPIERS = 128, THREADS = 384, STAGES = 4, COLUMNS = 256, NT = 32, LAG = 2;
-  using Copies = Loader<COLUMNS, COPIERS>;
-  static size_t bytes(int stride) { return 1024 + STAGES * Copies::BYTES + sizeof(int32_t) * ROWS * stride; }
+  static constexpr int FEEDERS = 128, THREADS = 384, STAGES = 4, NT = 32, LEAD = 1, SIZE = IS_EIGHT<F> ? 1 : 2;
+  static constexpr int QUERIES = ROWS * LINE, HALF = COLUMNS / PAIR * LINE, STAGE = QUERIES + PAIR * HALF;
+  static constexpr int BYTES = 1024 + STAGES * STAGE;
+  static_assert(COLUMNS / PAIR == ROWS, "boxes of queries and of keys are alike");
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   struct Barriers {
     uint64_t full[STAGES], empty[STAGES];
   };
+  const Call& call;
+  const Maps& maps;
+  Barriers& barriers;
+  uint32_t stages, rank;
 
-  // Whether some row of the work sees a key; all lanes of a warp ask.
-  __device__ static bool any(const Call& call, const Work& work, int lane) {
-    bool seen = false;
-#pragma unroll
-    for (int row = lane; row < ROWS; row += 32) seen |= work.seen(call, work.tile(call, row)) > 0;
-    return __any_sync(0xffffffffu, seen);
-  }
+  __device__ int steps() const { return (call.a.stride * call.a.dim * SIZE - 1) / LINE + 1; }
 
-  __device__ static void sync_copiers() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
-
-  // Stages that were copied are made known LAG stages later, so that copies overlap.
-  __device__ static void copy(const Call& call, char* stages, int32_t* sources, Barriers& barriers, int thread) {
-    const int steps = (call.a.stride * call.a.dim - 1) / DEEP + 1;
-    uint32_t count = 0;
-    for (int index = static_cast<int>(blockIdx.x); index < call.works; index += static_cast<int>(gridDim.x)) {
-      const Work work(call, index, COLUMNS);
-      if (!any(call, work, thread % 32)) continue;
-      sync_copiers();  // nobody still reads the table of the work before
-      read_sources(call, work, sources, thread, COPIERS);
-      sync_copiers();
-      Copies copies(call, work, sources, thread);
-      for (int step = 0; step < steps; ++step, ++count) {
-        barrier_wait(barriers.empty + count % STAGES, (count / STAGES & 1) ^ 1);
-        copies.copy(call, stages + count % STAGES * Copies::BYTES);
-        copy_commit();
-        if (count >= LAG) publish<LAG>(barriers.full + (count - LAG) % STAGES);
-      }
+  // Calls `f` with all works of this block of which it or the other of the pair sees a key.
+  template <typename Each>
+  __device__ __forceinline__ void for_works(Each f) const {
+    const int own = static_cast<int>(rank);
+    for (int index = static_cast<int>(blockIdx.x) - own; index < call.works; index += static_cast<int>(gridDim.x)) {
+      const Work work(call, index + own, COLUMNS), other(call, index + 1 - own, COLUMNS);
+      if (max(work.seen(call, work.reach(call)), other.seen(call, other.reach(call))) > 0) f(work);
     }
-    for (uint32_t i = count < LAG ? 0 : count - LAG; i < count; ++i) publish<0>(barriers.full + i % STAGES);
-  }
-  template <int LATER>
-  __device__ static void publish(uint64_t* barrier) {
-    copy_wait<LATER>();
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads through another proxy
-    barrier_arrive(barrier);
   }
 
-  __device__ static void multiply(const Call& call, const char* stages, Barriers& barriers, int warp, int lane) {
-    const int steps = (call.a.stride * call.a.dim - 1) / DEEP + 1, row = warp / 4 * 64;
-    float x[NT][4] = {};
-    uint32_t count = 0;
-    for (int index = static_cast<int>(blockIdx.x); index < call.works; index += static_cast<int>(gridDim.x)) {
-      const Work work(call, index, COLUMNS);
-      if (!any(call, work, lane)) continue;
-      for (int step = 0; step < steps; ++step, ++count) {
-        const char* stage = stages + count % STAGES * Copies::BYTES;
-        const uint64_t a = matrix(stage + row * LINE), b = matrix(stage + ROWS * LINE);
-        barrier_wait(barriers.full + count % STAGES, count / STAGES & 1);
+  // One thread.
+  __device__ void feed() const {
+    const int group = call.a.q_heads / call.a.kv_heads, count = steps();
+    uint32_t filled = 0;
+    for_works([&](const Work& work) {
+      const int keys = work.column + static_cast<int>(rank) * ROWS;
+      for (int step = 0; step < count; ++step, ++filled) {
+        const uint32_t stage = filled % STAGES, to = stages + stage * STAGE;
+        uint64_t& full = barriers.full[stage];
+        barrier_wait(barriers.empty[stage], (filled / STAGES & 1) ^ 1);
+        barrier_expect(full, STAGE);
+        copy_box(to, &maps.queries, full, step * (LINE / SIZE), work.strip * ROWS, work.head, work.b);
+        copy_box_to_both(to + QUERIES + rank * HALF, &maps.keys, full, step * (LINE / SIZE), keys, work.head / group,
+                         work.b);
+      }
+    });
+  }
+
+  __device__ void release(uint32_t used, int lane) const {
+    if (lane < PAIR) arrive_at(barriers.empty[used % STAGES], static_cast<uint32_t>(lane));
+  }
+
+  // A group of four warps.
+  __device__ void multiply(int group, int lane) const {
+    const int count = steps();
+    const bool in_turn = count >= 2 * STAGES;  // else the first group could come by twice before the other
+    SumOf<F> x[NT][4];
+    uint32_t used = 0;
+    for_works([&](const Work& work) {
+      if (in_turn && group == 1) meet(1, 256);
+      for (int step = 0; step < count; ++step, ++used) {
+        const uint32_t stage = stages + used % STAGES * STAGE;
+        const uint64_t a = matrix(stage + group * 64 * LINE), b = matrix(stage + QUERIES);
+        barrier_wait(barriers.full[used % STAGES], used / STAGES & 1);
         wgmma_fence();
 #pragma unroll
-        for (int s = 0; s < DEEP / 16; ++s) wgmma<T>(x, a + 2 * s, b + 2 * s, step + s);
+        for (int s = 0; s < LINE / 32; ++s) multiply_step<F>(x, a + 2 * s, b + 2 * s, step + s);
         wgmma_commit();
-        wgmma_wait<1>(x);
-        if (step && lane == 0) barrier_arrive(barriers.empty + (count - 1) % STAGES);
+        wait_for<1>(x);
+        if (step) release(used - 1, lane);
+        if (in_turn && group == 0 && step == LEAD - 1) come_by(1, 256);
       }
-      wgmma_wait<0>(x);
-      if (lane == 0) barrier_arrive(barriers.empty + (count - 1) % STAGES);
+      wait_for<0>(x);
+      release(used - 1, lane);
       const int thread = thread_anew();
-      write_sums(call, work, x, (thread - COPIERS) / 32 * 16, 0, thread % 32);
-    }
+      write_sums<IS_EIGHT<F>>(call, work, x, (thread - FEEDERS) / 32 * 16, 0, thread % 32);
+    });
   }
 #endif
 };
 
-template <typename T>
-__global__ void __launch_bounds__(Groups<T>::THREADS, 1) wgmma_kernel(const __grid_constant__ Call call) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using G = Groups<T>;
+template <typename F>
+__global__ void __launch_bounds__(Groups<F>::THREADS, 1)
+    wgmma_kernel(const __grid_constant__ Call call, const __grid_constant__ Maps maps) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using G = Groups<F>;
   extern __shared__ char room[];
   __shared__ typename G::Barriers barriers;
-  char* stages = room + (1024 - shared_address(room) % 1024) % 1024;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
     for (int i = 0; i < G::STAGES; ++i) {
-      barrier_init(barriers.full + i, G::COPIERS);
-      barrier_init(barriers.empty + i, (G::THREADS - G::COPIERS) / 32);
+      barrier_init(barriers.full[i], 1);
+      barrier_init(barriers.empty[i], PAIR * (G::THREADS - G::FEEDERS) / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  __syncthreads();
-  if (thread < G::COPIERS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    G::copy(call, stages, reinterpret_cast<int32_t*>(stages + G::STAGES * G::Copies::BYTES), barriers, thread);
+  meet_cluster();
+  const G groups{call, maps, barriers, (shared_address(room) + 1023) / 1024 * 1024, rank_in_cluster()};
+  if (thread < G::FEEDERS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    if (thread == 0) groups.feed();
+    __syncwarp();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    G::multiply(call, stages, barriers, thread / 32 - G::COPIERS / 32, thread % 32);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    groups.multiply(__shfl_sync(0xffffffffu, thread / 128 - 1, 0), thread % 32);
   }
+  meet_cluster();  // the other still arrives at barriers here
 #endif
 }
 
-// Launches the kernel if the device has it: says so in `ran`.
-template <typename T>
-cudaError_t launch_wgmma(const Call& call, cudaStream_t stream, bool& ran) {
-  using G = Groups<T>;
+// Whether the current device has the kernel, and the driver what it needs.
+template <typename F>
+bool has_wgmma() {
   cudaFuncAttributes of_kernel;
+  if (!tensor_map_maker()) return false;
+  if (cudaFuncGetAttributes(&of_kernel, wgmma_kernel<F>) == cudaSuccess) return of_kernel.sharedSizeBytes != 0;
+  static_cast<void>(cudaGetLastError());
+  return false;
+}
+
+template <typename F>
+bool map_tiles(Maps& maps, const Call& call) {
+  constexpr CUtensorMapDataType type = IS_EIGHT<F>                      ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                       : std::is_same<F, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                        : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const hfl_antidiagonal& a = call.a;
+  const auto map = [&](CUtensorMap& to, const char* data, int64_t tiles, int64_t heads) {
+    const int64_t channels = int64_t{a.stride} * a.dim;
+    return map_rows(to, type, Groups<F>::SIZE, data, {channels, tiles, heads, a.batch},
+                    {channels, channels * tiles, channels * tiles * heads}, ROWS);
+  };
+  return map(maps.queries, call.queries, call.rows, a.q_heads) && map(maps.keys, call.keys, call.padded, a.kv_heads);
+}
+
+// The product of a part, of T in the precision of F.
+template <typename T, typename F>
+cudaError_t launch_wgmma(const Call& call, cudaStream_t stream) {
+  using G = Groups<F>;
+  Maps maps;
+  if (!map_tiles<F>(maps, call)) return cudaErrorInvalidValue;
+  cudaError_t error = pack<T, F, true>(call, stream);
   int device = 0, processors = 0;
-  cudaError_t error = cudaFuncGetAttributes(&of_kernel, wgmma_kernel<T>);
-  if (error != cudaSuccess || of_kernel.sharedSizeBytes == 0) return error;
-  const int bytes = static_cast<int>(G::bytes(call.a.stride));
-  error = cudaFuncSetAttribute(wgmma_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(wgmma_kernel<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, G::BYTES);
+  }
   if (error == cudaSuccess) error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const unsigned blocks = static_cast<unsigned>(std::min(call.works, processors));
-  wgmma_kernel<T><<<blocks, G::THREADS, bytes, stream>>>(call);
-  ran = true;
-  return cudaGetLastError();
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeClusterDimension;
+  together.val.clusterDim.x = PAIR, together.val.clusterDim.y = 1, together.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(std::min(call.works, processors / PAIR * PAIR)));
+  config.blockDim = dim3(G::THREADS);
+  config.dynamicSmemBytes = G::BYTES, config.stream = stream;
+  config.attrs = &together, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, wgmma_kernel<F>, call, maps);
 }
 
 }  // namespace antidiagonal

@@ -10,6 +10,9 @@
 
 namespace hfl {
 
+#ifndef HFL_MOST
+#define HFL_MOST 3
+#endif
 constexpr int MOST_SPLITS = 128;
 constexpr int ROWS = 8;          // queries of a unit, at most
 constexpr int FEW_SPLITS = 32;  // whose results the last block reads all at once
@@ -62,6 +65,7 @@ struct Keys {
   int low = 0, high = -1;   // least and largest position of a query
   int sink, window;         // INT_MAX: none
   int count, before, jump;  // slabs; of those the first `before` lie at their number, the others `jump` further on
+  int end = 0;              // unless listed: no key from here on
   const int32_t* ids;
   int row;                // of the selection
   const int64_t* places;  // positions of columns
@@ -86,16 +90,22 @@ struct Keys {
   __device__ void bound(const hfl_attend& a, int low_, int high_) {
     low = low_, high = high_;
     if (listed()) return;
-    const int end = min(high + 1, a.stored);  // nothing after the last query, and nothing between sinks and window
+    end = min(high + 1, a.stored);  // nothing after the last query, and nothing between sinks and window
     count = (end + N - 1) / N;
     const int sinks = (min(sink, end) + N - 1) / N, from = min(max(low - window + 1, 0) / N, count);
     if (from > sinks) before = sinks, jump = from - sinks, count -= jump;
   }
 
+  // Unless listed: the first key of a slab.
+  __device__ int start(int slab) const { return (slab < before ? slab : slab + jump) * N; }
+  __device__ bool seen_by_all(int first, int last) const {
+    return last <= low && last < end && (last < sink || first > high - window);
+  }
+
   // What must be loaded to know the key of lane l % N of a slab; later, its column and position, -1 for none.
   __device__ Found find(const AttendTask& p, int slab, int lane) const {
     const hfl_attend& a = p.a;
-    const int index = (slab < before ? slab : slab + jump) * N + (lane & (N - 1));
+    const int index = start(slab) + (lane & (N - 1));
     if (ids) {
       const int block = p.block.divide(index);
       if (block >= a.chosen) return Found{-1, -1};
@@ -128,18 +138,20 @@ template <int D, Format F>
 struct Room {
   using S = Slab<D, F>;
   static constexpr int WARPS = D == 256 ? 2 : 4;
-  static constexpr int WANTED = 65536 / (WARPS * 2 * S::BYTES), MOST = F == Format::int4 ? 3 : 4;
+  static constexpr int WANTED = 65536 / (WARPS * 2 * S::BYTES), MOST = F == Format::int4 ? HFL_MOST : 4;
   static constexpr int STAGES = WANTED < 2 ? 2 : WANTED > MOST ? MOST : WANTED;
   static constexpr int SIDE = S::PACKED ? 8 * S::KEYS : 0;  // scales and zeros of keys and of their values
   static constexpr int NOTES = S::KEYS * 4 + 16;            // positions of keys; whether all queries see all of them
   static constexpr int KEYS = 0, VALUES = STAGES * S::BYTES, SIDES = 2 * VALUES, NOTED = SIDES + STAGES * SIDE;
-  static constexpr int WARP = (NOTED + STAGES * NOTES + 127) / 128 * 128;
+  static constexpr int BOUNDARY = S::PACKED && S::POWER ? 1024 : 128;
+  static constexpr int WARP = (NOTED + STAGES * NOTES + BOUNDARY - 1) / BOUNDARY * BOUNDARY;
   static constexpr int RING = WARPS * WARP;
-  static constexpr int QUERY = D * ROWS * 2;  // of one variant, as operands of every lane
+  static constexpr int QUERY = (D + 63) / 64 * 64 * ROWS * 2;  // of one variant, as operands of every lane
   static constexpr int FACTORS = RING, STATES = FACTORS + 3 * ROWS * 8, PLACES = STATES + WARPS * ROWS * 8;
   static constexpr int SLOPES = PLACES + ROWS * 4, QUERIES = SLOPES + ROWS * 4;
   static constexpr int OUT = D + 4;                        // floats of a warp's result: rows begin at other banks
   static constexpr int PARTS = ROWS * MOST_SPLITS * 4;     // after the weights of other blocks' results, these
+  static_assert(S::BYTES % BOUNDARY == 0, "so that slabs begin at multiples of it");
   static_assert(RING >= WARPS * ROWS * OUT * 4 && RING >= PARTS + ROWS * D * 4 && QUERIES % 128 == 0, "room to merge");
 
   static constexpr int bytes(int variants) { return QUERIES + variants * QUERY; }

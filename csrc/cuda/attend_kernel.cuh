@@ -61,7 +61,7 @@ __device__ __forceinline__ void count_down(const AttendTurn& turn, int problem, 
 template <int D, Format F>
 __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const __grid_constant__ AttendTask p) {
   using R = Room<D, F>;
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   const AttendTurn& turn = p.turn;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int index = static_cast<int>(blockIdx.x), problem = static_cast<int>(blockIdx.z);
@@ -79,19 +79,25 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
   }
 
   const int place = unit.position(p, lane % ROWS);
-  int each = 0;  // slabs of a block
+  int blocks = 0;  // that have something to do
   {
     Warp<D, F> mine(p, unit, keys, shared, warp, lane);
     typename Warp<D, F>::Found found[R::STAGES];
     int first = 0, end = 0;
     const auto share_out = [&] {
       const int wanted = p.share.divide(keys.count + p.share.by - 1);
-      each = slabs_of_warp(keys.count, wanted, R::WARPS) * R::WARPS;
-      first = split * each + warp, end = min(keys.count, (split + 1) * each);
+      const int each = slabs_of_warp(keys.count, wanted, R::WARPS) * R::WARPS;
+      blocks = max((keys.count + each - 1) / each, 1);
+#ifdef HFL_CHUNKS
+      first = split * each + warp, end = min(keys.count, (split + 1) * each), mine.step = R::WARPS;
+#else
+      first = split * R::WARPS + warp, end = keys.count, mine.step = blocks * R::WARPS;
+#endif
     };
     const auto find = [&] {
+      if (mine.plain()) return;
 #pragma unroll
-      for (int i = 0; i < R::STAGES; ++i) found[i] = mine.find(first + i * R::WARPS, end);
+      for (int i = 0; i < R::STAGES; ++i) found[i] = mine.find(first + i * mine.step, end);
     };
     if (keys.listed()) share_out();
     if (keys.listed() && !turn.picked) find();
@@ -100,7 +106,7 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
     const int low = __reduce_min_sync(0xffffffffu, place < 0 ? INT_MAX : place);
     keys.bound(p.a, high < 0 ? 0 : low, high);
     if (!keys.listed()) share_out(), find();
-    if (split > 0 && split * each >= keys.count) {
+    if (split >= blocks) {
       copy_wait<0>();
       end_turn(turn.turn);
       return;
@@ -117,7 +123,6 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
     mine.leave(reinterpret_cast<float*>(shared) + warp * ROWS * R::OUT,
                reinterpret_cast<float2*>(shared + R::STATES) + warp * ROWS);
   }
-  const int blocks = max((keys.count + each - 1) / each, 1);  // that have something to do
   __syncthreads();
   const Scratch<D> scratch(p, problem, index);
   merge_warps<D, F>(p, unit, shared, scratch, split, blocks == 1);

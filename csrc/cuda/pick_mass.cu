@@ -7,8 +7,9 @@
 // first, and where the share lies within the rounding of such a sum, a row ends one block sooner or later. NaN counts
 // as -inf.
 // Shapes: scores [B, Hs, N, M] float32, ids [B, Hs, N, M] int32.
-// Grid: (B * Hs * N): a row each. Block: 256 threads.
-// Shared memory: 4 bytes a candidate, up to 48 KiB; what does not fit is read again from the L2.
+// Grid and block: up to 2048 blocks a row, (B * Hs * N / 8) x 256: a warp has a row, in registers; else (B * Hs * N) x
+//   256: all have.
+// Shared memory, then: 4 bytes a candidate, up to 48 KiB; what does not fit is read again from the L2.
 // Bound by: latency of 32 sums over the candidates; rows hide each other's.
 #include "../hf_longctx.h"
 #include "ptx.cuh"
@@ -55,17 +56,14 @@ struct Threshold {
   int ties;        // how many of just that rank are taken
 };
 
-// The end of the list: `held` by the forced blocks, `wanted` by all that are read.
-__device__ Threshold find(const Candidates& candidates, double held, double wanted, double (&sums)[2][WARPS]) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const auto above = [&](uint32_t rank, int turn) {  // what is held by all that come before those of a rank
-    double sum = 0.0;
-    for (int i = thread; i < candidates.count; i += THREADS) {
-      const float score = candidates(i);
-      sum += rank_of(score) > rank ? static_cast<double>(score) : 0.0;
-    }
-    return held + sum_of_all(sum, sums, turn);
-  };
+__device__ __forceinline__ float score_of(uint32_t rank) {
+  return __uint_as_float(rank & 0x80000000u ? rank & 0x7fffffffu : ~rank);
+}
+
+// The end of a list of `count` candidates. above: what is held by all that come before those of a rank, in its turn;
+// wanted: by all that are read.
+template <typename Above>
+__device__ __forceinline__ Threshold find(Above above, double wanted, int count) {
   uint32_t least = 0;
   int turn = 0;
 #pragma unroll 1
@@ -74,11 +72,10 @@ __device__ Threshold find(const Candidates& candidates, double held, double want
     if (!(above(below, turn) < wanted)) least = below + 1u;
   }
   const double before = above(least, turn);
-  const uint32_t bits = least & 0x80000000u ? least & 0x7fffffffu : ~least;
-  const double each = static_cast<double>(__uint_as_float(bits));
+  const double each = static_cast<double>(score_of(least));
   if (!(each > 0.0)) return Threshold{least, before < wanted ? INT32_MAX : 0};
   const double most = (wanted - before) / each;
-  int ties = most < static_cast<double>(candidates.count) ? static_cast<int>(most) + 1 : candidates.count;
+  int ties = most < static_cast<double>(count) ? static_cast<int>(most) + 1 : count;
   while (ties > 1 && !(before + (ties - 1) * each < wanted)) --ties;  // the first is taken, or `least` was larger
   return Threshold{least, ties};
 }
@@ -109,39 +106,119 @@ __device__ int emit(const Candidates& candidates, const Threshold& from, int fir
   return above + min(equal, from.ties);
 }
 
+// A row of scores.
+struct Row {
+  const float* scores;
+  int32_t* to;
+  float share;
+  int blocks, first, last, end;  // candidates are from `first` on, before `last`; no block from `end` on
+
+  __device__ Row(const hfl_pick_mass& a, int64_t row)
+      : scores(a.scores + row * a.blocks), to(a.ids + row * a.blocks), share(a.tau[row / a.queries % a.heads]) {
+    const int64_t n = row % a.queries, b = row / a.queries / a.heads;
+    const int64_t low = a.low[b * a.low_b + n], high = a.high[b * a.high_b + n];
+    blocks = a.blocks, end = high < 0 ? 0 : static_cast<int>(high < blocks ? high + 1 : blocks);
+    first = min(a.sink, end), last = low < first ? first : static_cast<int>(low < end ? low : end);
+  }
+  // All candidates, if the share wants them; if it does, nothing else is to be done but `frame`.
+  __device__ bool takes_all(int thread, int threads) const {
+    if (share < 1.0f && first < last) return false;
+    for (int i = first + thread; i < last; i += threads) to[i] = i;
+    return true;
+  }
+  // The forced blocks around so many candidates, and -1 after all.
+  __device__ void frame(int taken, int thread, int threads) const {
+    for (int i = thread; i < first; i += threads) to[i] = i;
+    const int before = first + taken, filled = before + end - last;
+    for (int i = before + thread; i < blocks; i += threads) to[i] = i < filled ? last + i - before : -1;
+  }
+};
+
 __global__ void __launch_bounds__(THREADS) pick_kernel(const hfl_pick_mass a) {
   extern __shared__ float room[];
   __shared__ double sums[2][WARPS];
-  const int64_t row = blockIdx.x, n = row % a.queries, b = row / a.queries / a.heads;
-  const int64_t low = a.low[b * a.low_b + n], high = a.high[b * a.high_b + n];
-  const int end = high < 0 ? 0 : static_cast<int>(high < a.blocks ? high + 1 : a.blocks);  // no block from here on
-  const int first = min(a.sink, end);                                            // candidates are from here on,
-  const int last = low < first ? first : static_cast<int>(low < end ? low : end);  // and before this one
-  const int count = last - first, thread = static_cast<int>(threadIdx.x);
-  const float* scores = a.scores + row * a.blocks;
-  int32_t* to = a.ids + row * a.blocks;
-  const float share = a.tau[row / a.queries % a.heads];
+  const Row row(a, blockIdx.x);
+  const int count = row.last - row.first, thread = static_cast<int>(threadIdx.x);
   int taken = count;
-  if (share < 1.0f && count > 0) {
+  if (!row.takes_all(thread, THREADS)) {
     const int fits = min(count, HELD / 4);
     double held = 0.0, own = 0.0;  // by the forced blocks, by the candidates
-    for (int i = thread; i < end; i += THREADS) {
-      const float score = number(scores[i]);
-      const bool forced = i < first || i >= last;
-      if (!forced && i - first < fits) room[i - first] = score;
+    for (int i = thread; i < row.end; i += THREADS) {
+      const float score = number(row.scores[i]);
+      const bool forced = i < row.first || i >= row.last;
+      if (!forced && i - row.first < fits) room[i - row.first] = score;
       (forced ? held : own) += static_cast<double>(score);
     }
     held = sum_of_all(held, sums, 0);
     own = sum_of_all(own, sums, 1);
-    const Candidates candidates = {scores + first, room, count, fits};
-    const Threshold from = find(candidates, held, static_cast<double>(share) * (held + own), sums);
-    taken = emit(candidates, from, first, to + first);
-  } else {
-    for (int i = first + thread; i < last; i += THREADS) to[i] = i;
+    const Candidates candidates = {row.scores + row.first, room, count, fits};
+    const auto above = [&](uint32_t rank, int turn) {
+      double sum = 0.0;
+      for (int i = thread; i < count; i += THREADS) {
+        const float score = candidates(i);
+        sum += rank_of(score) > rank ? static_cast<double>(score) : 0.0;
+      }
+      return held + sum_of_all(sum, sums, turn);
+    };
+    const Threshold from = find(above, static_cast<double>(row.share) * (held + own), count);
+    taken = emit(candidates, from, row.first, row.to + row.first);
   }
-  for (int i = thread; i < first; i += THREADS) to[i] = i;
-  const int before = first + taken, filled = before + end - last;
-  for (int i = before + thread; i < a.blocks; i += THREADS) to[i] = i < filled ? last + i - before : -1;
+  row.frame(taken, thread, THREADS);
+}
+
+__device__ __forceinline__ double sum_of_warp(double x) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(ALL, x, step);
+  return x;
+}
+
+// The same of rows of up to 32 * EACH blocks: a warp has a row.
+template <int EACH>
+__global__ void __launch_bounds__(THREADS, EACH > 32 ? 1 : 2) pick_few_kernel(const hfl_pick_mass a, int rows) {
+  const int index = static_cast<int>(blockIdx.x * WARPS + threadIdx.x / 32), lane = static_cast<int>(threadIdx.x) % 32;
+  if (index >= rows) return;
+  const Row row(a, index);
+  const int count = row.last - row.first;
+  int taken = count;
+  if (!row.takes_all(lane, 32)) {
+    uint32_t ranks[EACH];  // of candidates; 0: none
+    double held = 0.0, own = 0.0;
+    for (int i = lane; i < row.first; i += 32) held += static_cast<double>(number(row.scores[i]));
+    for (int i = row.last + lane; i < row.end; i += 32) held += static_cast<double>(number(row.scores[i]));
+#pragma unroll
+    for (int n = 0; n < EACH; ++n) {
+      const int i = n * 32 + lane;
+      const float score = i < count ? number(row.scores[row.first + i]) : 0.0f;
+      ranks[n] = i < count ? rank_of(score) : 0u;
+      own += static_cast<double>(score);
+    }
+    held = sum_of_warp(held), own = sum_of_warp(own);
+    const auto above = [&](uint32_t rank, int) {
+      double sum = 0.0;
+#pragma unroll
+      for (int n = 0; n < EACH; ++n) {
+        uint32_t mine = ranks[n];
+        asm volatile("" : "+r"(mine));  // else all are held as float64, too
+        sum += mine > rank ? static_cast<double>(score_of(mine)) : 0.0;
+      }
+      return held + sum_of_warp(sum);
+    };
+    const Threshold from = find(above, static_cast<double>(row.share) * (held + own), count);
+    const uint32_t before = (1u << lane) - 1u;
+    int32_t* to = row.to + row.first;
+    int larger_before = 0, tied_before = 0;  // in the steps before
+#pragma unroll
+    for (int n = 0; n < EACH; ++n) {
+      const uint32_t larger = __ballot_sync(ALL, ranks[n] > from.least);
+      const uint32_t tied = __ballot_sync(ALL, ranks[n] == from.least && ranks[n]);
+      const int ties = tied_before + __popc(tied & before);
+      const bool picked = larger >> lane & 1u || ((tied >> lane & 1u) && ties < from.ties);
+      if (picked) to[larger_before + __popc(larger & before) + min(ties, from.ties)] = row.first + n * 32 + lane;
+      larger_before += __popc(larger), tied_before += __popc(tied);
+    }
+    taken = larger_before + min(tied_before, from.ties);
+  }
+  row.frame(taken, lane, 32);
 }
 
 const char* check(const hfl_pick_mass& a) {
@@ -158,11 +235,19 @@ extern "C" const char* hfl_pick_mass_cuda(const hfl_pick_mass* a) {
   using namespace hfl::pick_mass;
   const char* message = check(*a);
   if (message) return message;
-  const int64_t wanted = static_cast<int64_t>(a->blocks) * 4;
-  const unsigned rows = static_cast<unsigned>(a->batch) * static_cast<unsigned>(a->heads) *
-                        static_cast<unsigned>(a->queries);
-  pick_kernel<<<rows, THREADS, static_cast<size_t>(wanted < HELD ? wanted : HELD),
-                static_cast<cudaStream_t>(a->stream)>>>(*a);
+  const int rows = a->batch * a->heads * a->queries;
+  const unsigned by_warps = static_cast<unsigned>((rows - 1) / WARPS + 1);
+  const auto stream = static_cast<cudaStream_t>(a->stream);
+  if (a->blocks <= 256) {
+    pick_few_kernel<8><<<by_warps, THREADS, 0, stream>>>(*a, rows);
+  } else if (a->blocks <= 1024) {
+    pick_few_kernel<32><<<by_warps, THREADS, 0, stream>>>(*a, rows);
+  } else if (a->blocks <= 2048) {
+    pick_few_kernel<64><<<by_warps, THREADS, 0, stream>>>(*a, rows);
+  } else {
+    const int64_t wanted = static_cast<int64_t>(a->blocks) * 4;
+    pick_kernel<<<rows, THREADS, static_cast<size_t>(wanted < HELD ? wanted : HELD), stream>>>(*a);
+  }
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

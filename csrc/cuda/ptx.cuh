@@ -16,11 +16,20 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // 16 bytes from global to shared memory, or 16 zero bytes; then nothing is read.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
+  #ifndef HFL_L2
+#define HFL_L2 "128B"
+#endif
+  asm volatile("cp.async.cg.shared.global.L2::" HFL_L2 " [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
   copy_async(shared_address(to), from, there);
+}
+
+// 8 bytes likewise.
+__device__ __forceinline__ void copy_async_8(void* to, const void* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 8 : 0)
+               : "memory");
 }
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -70,6 +79,14 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint4& a, uint32_t
                "{%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// c[16, 8] += a[16, 32] b[32, 8] of whole numbers, a without and b with a sign
+__device__ __forceinline__ void mma_u8_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // What the counter was; all writes before are there for whoever adds to it later, and after it those of who did before.

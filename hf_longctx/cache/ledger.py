@@ -60,20 +60,22 @@ class Ledger:
         """Such blocks that came from the host."""
         return sum(int(both[1]) for both in self.lookups)
 
-    def count(self, phase: str, ids: Tensor, last: Tensor, visible: Tensor) -> None:
+    def count(self, phase: str, ids: Tensor, last: Tensor | None, visible: Tensor) -> None:
         """Count what blocks of queries read.
 
         Args:
             phase: prefill or decode.
             ids: `[B, Hs, N, K]`, int32, blocks; -1 for none.
-            last: `[B or 1, N]`, int64, the block of the last query; one after it has nothing for it yet.
+            last: `[B or 1, N]`, int64, the block of the last query; one after it has nothing for it yet. None: there is
+                no such block.
             visible: `[]`, how many blocks each head could have seen.
         """
         key = (phase, ids.device)
         if key not in self.tally:
             self.tally[key] = torch.zeros(2, dtype=torch.float64, device=ids.device)
         read, seen = self.tally[key].unbind()
-        read += ((ids >= 0) & (ids <= last[:, None, :, None])).sum()
+        blocks = ids >= 0
+        read += (blocks if last is None else blocks & (ids <= last[:, None, :, None])).sum()
         seen.add_(visible, alpha=ids.shape[1])
 
     def settle(self) -> None:

@@ -92,8 +92,8 @@ class Store:
         return 2 * held * token_bytes(self._kv, dim, itemsize) + beside, 0
 
     def whole(self, lengths: Tensor, columns: int) -> tuple[Stored, Stored]:
-        """As `memory`: where everything is kept, all of it is there, however long rows are."""
-        return self.memory
+        """As `memory`, up to the column in which the longest row ends: where everything is kept, all of it is there."""
+        return part(self._keys.filled, slice(None), 0, columns), part(self._values.filled, slice(None), 0, columns)
 
     @property
     def summaries(self) -> Tensor | None:

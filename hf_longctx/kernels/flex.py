@@ -18,10 +18,11 @@ from .types import Logits, Packed, Selection, Turns, Visibility
 BLOCK = 128
 """Keys, and queries, that are read or left out together where nothing was chosen."""
 
-KINDS = 64
-"""Kinds of arguments (types, widths, masks) for which it is compiled, at most; dynamo's own limit is 8."""
-
 DIMS = (16, 32, 64, 128, 256)
+
+MOST_SHAPES = 1024
+"""Shapes that are compiled for, each by itself: code for any length was seen to leave out keys of padded rows, and
+past torch's own limit of shapes it would compute all scores."""
 
 
 def reject(
@@ -65,22 +66,10 @@ def _without() -> str | None:
 
 
 @cache
-def _attention(backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
-    """Compiled once for all lengths, and anew for other kinds of arguments; a kind too many is an error.
-
-    Beyond its limit dynamo would go on with what is not compiled, which holds all scores and gives queries that see
-    nothing a mean.
-    """
-    import torch._dynamo
+def _attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=KINDS):
-            return compiled(*args, **kwargs)
-
-    return run
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def attend_blocks(
@@ -96,6 +85,7 @@ def attend_blocks(
 
     Source: FlexAttention, torch.nn.attention.flex_attention.
     """
+    from torch._dynamo import config
     from torch.nn.attention.flex_attention import BlockMask
 
     k, v = values_of(k), values_of(v)
@@ -116,7 +106,8 @@ def attend_blocks(
         seq_lengths=(tokens, stored),
     )
     grouped = q.shape[1] != k.shape[1]
-    out: Tensor = _attention()(q, k, v, block_mask=blocks, scale=logits.scale, enable_gqa=grouped)
+    with config.patch(recompile_limit=MOST_SHAPES):
+        out: Tensor = _attention()(q, k, v, block_mask=blocks, scale=logits.scale, enable_gqa=grouped)
     return out
 
 

@@ -146,7 +146,7 @@ def score_pages(q: Tensor, summary: Tensor, subs: int, share: str) -> Tensor:
 
 
 def score_antidiagonal(
-    q: Tensor, k: Tensor | Packed, q_pos: Tensor, block: int, stride: int, scale: float, causal: bool
+    q: Tensor, k: Tensor | Packed, q_pos: Tensor, block: int, stride: int, scale: float, causal: bool, rounded: str = ""
 ) -> Tensor:
     """Estimate how much attention each block of queries pays to each block of keys, from sums of antidiagonals.
 
@@ -165,12 +165,12 @@ def score_antidiagonal(
         stride: tokens of a tile; divides the block.
         scale: factor of the products.
         causal: no tile of keys after the tile of queries is seen.
+        rounded: tiles are divided by their largest channel over 448 and rounded to e4m3 (`fp8`), or over 127 (`int8`).
 
     Returns:
-        `[B, Hq, N, M]`, float32 (float64 if q is), M = ceil(S / block). Nothing of size (T / stride) * (S / stride) is
-        ever held for more than one block of queries.
+        `[B, Hq, N, M]`, float32 (float64 if q is), M = ceil(S / block). Logits are held for a few blocks of queries.
     """
-    out: Tensor = dispatch.call("score_antidiagonal", q, k, q_pos, block, stride, scale, causal)
+    out: Tensor = dispatch.call("score_antidiagonal", q, k, q_pos, block, stride, scale, causal, rounded)
     return out
 
 

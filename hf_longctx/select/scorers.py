@@ -198,13 +198,16 @@ class Antidiagonal:
     Args:
         block: tokens of a block of queries and of keys.
         stride: tokens of a tile; divides the block.
+        rounded: tiles are multiplied as floats (`fp8`) or whole numbers (`int8`) of 8 bits; empty: as they are.
 
     Raises:
-        ValueError: a size that is no whole number from one on, or a stride that does not divide the block.
+        ValueError: a size that is no whole number from one on, a stride that does not divide the block, or rounding of
+            another kind.
     """
 
     block: int = 128
     stride: int = 16
+    rounded: str = ""
 
     def __post_init__(self) -> None:
         require_whole("Antidiagonal", block=self.block, stride=self.stride)
@@ -213,6 +216,8 @@ class Antidiagonal:
                 f"Antidiagonal: expected a stride that divides the block of {self.block}; got {self.stride}. "
                 "Use 4, 8 or 16."
             )
+        if self.rounded not in ("", "fp8", "int8"):
+            raise ValueError(f"Antidiagonal: expected rounded to be '', 'fp8' or 'int8'; got {self.rounded!r}. Use ''.")
 
     @property
     def summary(self) -> None:
@@ -241,11 +246,12 @@ class Antidiagonal:
 
     def describe(self) -> str:
         """One phrase for a table."""
-        return f"antidiagonals ({self.block}, stride {self.stride})"
+        return f"antidiagonals ({self.block}, stride {self.stride}{self.rounded and f', {self.rounded}'})"
 
     def score(self, look: Look) -> Tensor:
         """Score every block: `[B, Hs, N, M]`, float32 or better; a row adds up to the block's tiles."""
-        scores = ops.score_antidiagonal(look.q, look.k, look.q_pos, self.block, self.stride, look.scale, True)
+        sizes = (self.block, self.stride, look.scale)
+        scores = ops.score_antidiagonal(look.q, look.k, look.q_pos, *sizes, True, self.rounded)
         if look.share == "q_head":
             return scores
         rows, _, blocks, columns = scores.shape

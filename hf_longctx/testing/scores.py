@@ -29,7 +29,7 @@ def score(selector: Selector, scene: Scene, first: int, last: int, mass: Tensor)
     scorer: Any = selector.scorer
     kind = type(scorer).__name__
     if kind == "Antidiagonal":
-        return antidiagonal(scene, first, last, scorer.block, scorer.stride)
+        return antidiagonal(scene, first, last, scorer)
     far = range(max(0, first - selector.local + 1) // selector.block)
     out = scene.q.new_full((len(scene.q), last // selector.block + 1), float("-inf"))
     for j in far:
@@ -80,17 +80,18 @@ def representative_dots(scene: Scene, first: int, last: int, j: int, summary: An
     return torch.stack(products)
 
 
-def antidiagonal(scene: Scene, first: int, last: int, block: int, stride: int) -> Tensor:
+def antidiagonal(scene: Scene, first: int, last: int, scorer: Any) -> Tensor:
     """`[Hq, M]`: attention between tiles of queries and of keys, added up over each block of keys.
 
     Queries before `first` are not in the call, nor are keys after `last` in tiles that the queries may see.
     """
+    block, stride = scorer.block, scorer.stride
     out = scene.q.new_zeros(len(scene.q), last // block + 1)
     for r in range(first // stride, last // stride + 1):
-        q = _tile(scene.q_in_text, r, stride, first, last).flip(1)
+        q = _tile(scene.q_in_text, r, stride, first, last, scorer.rounded).flip(1)
         logits = []
         for c in range(r + 1):
-            k = _tile(scene.k_in_text, c, stride, 0, last).repeat_interleave(scene.per_kv, 0)
+            k = _tile(scene.k_in_text, c, stride, 0, last, scorer.rounded).repeat_interleave(scene.per_kv, 0)
             logits.append((q * k).sum((1, 2)) * scene.logits.scale / stride)
         shares = torch.stack(logits, 1).softmax(1)
         for c in range(r + 1):
@@ -98,10 +99,15 @@ def antidiagonal(scene: Scene, first: int, last: int, block: int, stride: int) -
     return out
 
 
-def _tile(x: Tensor, index: int, stride: int, first: int, last: int) -> Tensor:
-    """`[H, stride, D]`, a tile's tokens, zero where they are not among `first` to `last`."""
+def _tile(x: Tensor, index: int, stride: int, first: int, last: int, rounded: str) -> Tensor:
+    """`[H, stride, D]`, a tile's tokens, zero where they are not among `first` to `last`; or what 8 bits hold of it."""
     out = x.new_zeros(len(x), stride, x.shape[-1])
     for i in range(stride):
         if first <= index * stride + i <= last:
             out[:, i] = x[:, index * stride + i]
-    return out
+    if not rounded:
+        return out
+    most = {"fp8": 448.0, "int8": 127.0}[rounded]
+    largest = out.float().abs().amax((1, 2), keepdim=True).clamp(min=1e-20)
+    part = out.float() * (torch.full_like(largest, most) / largest)
+    return (part.round() if rounded == "int8" else part.to(torch.float8_e4m3fn)).to(x.dtype) * (largest / most)

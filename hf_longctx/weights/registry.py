@@ -48,8 +48,13 @@ def announce() -> None:
 
 
 def _register(tables: Any) -> None:
-    """Add our rows; a reload of the package finds them there already."""
+    """Add our rows; a reload of the package finds them there already.
+
+    A quantizer that is imported before the tables has them imported, and is only half there by then: it announces
+    itself at its end.
+    """
     for method, (settings, config, home, quantizer) in _METHODS.items():
-        if method not in tables.AUTO_QUANTIZER_MAPPING:
+        found = getattr(import_module(home, __package__), quantizer, None)
+        if found is not None and method not in tables.AUTO_QUANTIZER_MAPPING:
             tables.register_quantization_config(method)(getattr(import_module(settings, __package__), config))
-            tables.register_quantizer(method)(getattr(import_module(home, __package__), quantizer))
+            tables.register_quantizer(method)(found)

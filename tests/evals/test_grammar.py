@@ -80,10 +80,10 @@ def test_what_cannot_be_read_is_refused(text: str, said: str) -> None:
 
 
 def test_lengths() -> None:
-    assert grammar.lengths("1k, 2K,300") == [1024, 2048, 300]
+    assert grammar.lengths("1k, 2K,300,1m") == [1024, 2048, 300, 1 << 20]
 
 
-@pytest.mark.parametrize("text", ["", "1m", "k", "0", "-1", "1.5k", "1k,", "1k,1024"])
+@pytest.mark.parametrize("text", ["", "1g", "k", "0", "-1", "1.5k", "1k,", "1k,1024"])
 def test_lengths_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="lengths: expected"):
         grammar.lengths(text)

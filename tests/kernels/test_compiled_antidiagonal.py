@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_longctx.kernels import ops
 from hf_longctx.kernels.compiled import antidiagonal, select
 from hf_longctx.kernels.dispatch import use_backend
+from hf_longctx.kernels.reference import score
 
 from .built import need
 
@@ -106,11 +107,68 @@ def test_scores(case: Tiled) -> None:
     assert bool(((got.double() - exact).abs() <= (2 * off + 1e-5) * exact + 1e-6).all())
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
-def test_a_query_that_is_no_number_spoils_the_scores_of_its_block(odd: float) -> None:
+def need_eight() -> None:
     need("cuda")
-    q, k, q_pos, *rest = on_cuda(tiles(Tiled(spans=((0, 600),))))
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("tiles of 8 bits are multiplied on sm_90 alone")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rounded", ["fp8", "int8"])
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_scores_of_eight_bits(case: Tiled, rounded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded as defined. Sums of whole numbers are exact; those of 32 floats are cut off 13 bits below the largest.
+
+    A few of them more than there are stand for products that are larger than any sum.
+    """
+    need_eight()
+    arguments = (*on_cuda(tiles(case)), rounded)
+    q, k, _, _, stride, *_ = arguments
+    assert antidiagonal.reject(*arguments) is None
+    got = antidiagonal.score_antidiagonal(*arguments)
+    assert torch.equal(got, antidiagonal.score_antidiagonal(*arguments))
+    largest, shares = [], score._shares
+
+    def seen(x: Tensor, tile: Tensor, causal: bool) -> Tensor:
+        largest.append(float(x.abs().amax()))
+        return shares(x, tile, causal)
+
+    monkeypatch.setattr(score, "_shares", seen)
+    with use_backend("reference"):
+        exact = ops.score_antidiagonal(q.double(), k.double(), *arguments[2:])
+    cut = (stride * case.dim / 32 + 8) * 2.0**-13 if rounded == "fp8" else 8 * torch.finfo(torch.float32).eps
+    off = cut * max(largest, default=0.0)
+    assert bool(((got.double() - exact).abs() <= (2 * off + 1e-4) * exact + 1e-6).all())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("rounded", "least"), [("fp8", 0.98), ("int8", 0.99)])
+def test_eight_bits_lose_few_blocks(rounded: str, least: float) -> None:
+    """Of the choice of full precision, on texts in which blocks of one topic pay attention to each other."""
+    need_eight()
+    q, k, q_pos, *rest = on_cuda(tiles(Tiled(heads=(2, 4), spans=((0, 8192),), rows=1, loud=1.0, more=0)))
+    made = torch.Generator("cuda").manual_seed(0)
+    ways = torch.randn(8, 128, device="cuda", generator=made, dtype=torch.bfloat16)
+    own = ways[torch.randint(8, (64,), device="cuda", generator=made)].repeat_interleave(128, 0)
+    at = torch.arange(64, device="cuda")[None]
+    tau = torch.full((8,), 0.9, device="cuda")
+    chosen, all_scores = [], []
+    for to in ("", rounded):
+        scores = antidiagonal.score_antidiagonal(q + own, k + own, q_pos, *rest, to)
+        ids = select.pick_blocks(scores, at, at, 1, None, tau, 1).long()
+        chosen.append(torch.zeros(*ids.shape[:3], 65, device="cuda").scatter_(3, ids % 65, 1.0)[..., :64] > 0)
+        all_scores.append(scores)
+    assert not torch.equal(*all_scores)
+    both, either = chosen[0] & chosen[1], chosen[0] | chosen[1]
+    assert float(both.sum() / either.sum()) >= least
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rounded", ["", "fp8", "int8"])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_a_query_that_is_no_number_spoils_the_scores_of_its_block(odd: float, rounded: str) -> None:
+    need_eight() if rounded else need("cuda")
+    q, k, q_pos, *rest = (*on_cuda(tiles(Tiled(spans=((0, 600),)))), rounded)
     clean = antidiagonal.score_antidiagonal(q, k, q_pos, *rest)
     q[1, 3, 300] = odd
     got = antidiagonal.score_antidiagonal(q, k, q_pos, *rest)
@@ -120,10 +178,12 @@ def test_a_query_that_is_no_number_spoils_the_scores_of_its_block(odd: float) ->
 
 
 @pytest.mark.cuda
-def test_parts_of_a_long_call_are_those_of_short_ones() -> None:
+@pytest.mark.parametrize("rounded", ["", "fp8", "int8"])
+def test_parts_of_a_long_call_are_those_of_short_ones(rounded: str) -> None:
     """So many queries that their sums, of 256 MiB, are made in parts: one for every 12,800 of them."""
-    need("cuda")
-    q, k, q_pos, *rest = on_cuda(tiles(Tiled(heads=(2, 4), spans=((0, 40960),), block=(16, 4), dim=64, rows=1, more=0)))
+    need_eight() if rounded else need("cuda")
+    case = Tiled(heads=(2, 4), spans=((0, 40960),), block=(16, 4), dim=64, rows=1, more=0)
+    q, k, q_pos, *rest = (*on_cuda(tiles(case)), rounded)
     got = antidiagonal.score_antidiagonal(q, k, q_pos, *rest)
     for start in (0, 12784, 12800, 40944):
         part = slice(start, start + 16)

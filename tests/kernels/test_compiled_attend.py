@@ -61,6 +61,10 @@ CASES = [
     *(Case((2, 1, 4, t, 200, 64), torch.float16, ends=(198, 40), seed=t) for t in range(2, 9)),
     Case((1, 1, 1, 1, 1, 64)),
     Case((1, 2, 4, 1, 3000, 128)),
+    *(Case((2, 1, 4, 1, 3000, d), bits=bits, ends=(2999, 1111), seed=d) for d in (96, 128, 256) for bits in (4, 8)),
+    *(Case((1, 1, g, 1, 504, 128), bits=4, seed=g) for g in (1, 7, 8, 20)),
+    *(replace(BASE, sizes=(2, 2, 4, 1, 152, 128), ends=(151, 60), window=w, bits=b) for w, b in ((150, 4), (33, 8))),
+    *(replace(BASE, sizes=(2, 2, 4, t, 408, 128), ends=(400, 399), softcap=2.0, bits=4) for t in (1, 3)),
     Case((1, 1, 4, 1, 5000, 64), bits=4, ends=(4321,)),
     replace(BASE, sizes=(3, 2, 4, 1, 1000, 128), ends=(-1, 0, 700)),
     replace(BASE, sizes=(3, 2, 4, 3, 1000, 64), ends=(-1, 1, 999), bits=8),
@@ -259,6 +263,49 @@ def test_gradients_and_clamped_distances_are_for_others(monkeypatch: pytest.Monk
 def test_what_it_does_not_take_on_cuda(options: dict[str, Any], reason: str) -> None:
     need("cuda")
     assert attend.reject(*made(replace(Case((1, 1, 4, 1, 64, 64)), **options), "cuda")) == reason
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_rows_that_do_not_follow_on_each_other(bits: int, device: str) -> None:
+    need(torch.device(device))
+    q, k, v, logits, see, _, _ = made(Case((2, 2, 4, 1, 1000, 128), bits=bits, ends=(999, 500)), device)
+    apart = []
+    for x in (k, v):
+        payload = x.payload.repeat_interleave(2, 2)[:, :, ::2]
+        assert payload.stride(2) == 2 * x.payload.stride(2)
+        apart.append(replace(x, payload=payload))
+    assert torch.equal(
+        attend.attend_pages(q, *apart, logits, see, None), attend.attend_pages(q, k, v, logits, see, None)
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("size", [2.0**-120, 2.0**-20, 2.0**60])
+def test_queries_of_any_size_over_packed_keys(size: float, bits: int, device: str) -> None:
+    need(torch.device(device))
+    q, k, v, logits, see, _, _ = made(Case((1, 2, 4, 1, 200, 64), bits=bits), device)
+    q[:, ::2] *= size
+    logits = replace(logits, scale=logits.scale / max(size, 1.0))
+    with use_backend("reference"):
+        exact = ops.attend_pages(q.double(), values(k).double(), values(v).double(), logits, see, None)
+    ulp = torch.finfo(q.dtype).eps * float(exact.abs().max())
+    assert float((attend.attend_pages(q, k, v, logits, see, None).double() - exact).abs().max()) <= 3 * ulp
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_queries_that_are_not_finite_are_no_numbers_and_harm_no_others(bits: int, number: float) -> None:
+    need("cuda")
+    q, k, v, logits, see, _, _ = made(Case((1, 2, 4, 1, 200, 64), bits=bits), "cuda")
+    out = attend.attend_pages(q, k, v, logits, see, None)
+    q[0, 3, 0, 17] = number
+    wrong = attend.attend_pages(q, k, v, logits, see, None)
+    assert wrong[0, 3].isnan().all()
+    wrong[0, 3] = out[0, 3]
+    assert torch.equal(wrong, out)
 
 
 @pytest.mark.cuda

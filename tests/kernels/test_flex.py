@@ -150,27 +150,11 @@ def test_memory_does_not_grow_with_the_square_of_the_text() -> None:
     assert torch.cuda.max_memory_allocated() - before < 20 * q.nbytes
 
 
-def test_lengths_share_what_is_compiled_and_kinds_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is traced is counted, and run as it is."""
-    graphs: list[Any] = []
-
-    def note(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    def attend(case: Case) -> Tensor:
-        arguments = made(case, "cpu")
-        with torch.no_grad():
-            return flex.attend_blocks(*(x.nan_to_num() for x in arguments[:3]), *arguments[3:])
-
+@pytest.mark.cuda
+@pytest.mark.parametrize("chosen", [False, True])
+def test_more_lengths_than_torch_compiles_for_by_itself(chosen: bool) -> None:
+    """It is not left to code for any length, nor to products of all scores."""
     torch.compiler.reset()
-    attention = flex._attention(note)
-    monkeypatch.setattr(flex, "_attention", lambda: attention)
-    for tokens in (640, 1000, 777, 512, 384):
+    for tokens in (640, 1000, 1408, 777, 2048, 384, 1500, 901, 1152, 1999):
         case = replace(LISTS, sizes=(1, 2, 2, tokens, tokens, 64))
-        attend(case)
-        attend(replace(case, lists=None, ends=(tokens - 1,), sink=4, window=100))
-    assert len(graphs) == 2
-    for case in CASES:
-        attend(case)
-    assert len(graphs) > torch._dynamo.config.recompile_limit
+        test_definition(case if chosen else replace(case, lists=None, ends=(tokens - 1,), sink=4, window=100))

@@ -281,7 +281,7 @@ def test_rotations_that_it_does_not_take() -> None:
     for heads_, keys, angle, size, reason in (
         (q, k, cos[..., :20], 20, "takes multiples of 8 channels"),
         (q[..., :60], k[..., :60], cos[..., :56], 56, "takes multiples of 8 channels"),
-        (q[:, :0], k, cos, 64, "takes no empty tensors"),
+        (q[:, :0], k, cos, 64, "takes no empty queries"),
         (q, k.half(), cos, 64, "needs queries and keys in one dtype"),
         (q, k, cos.half(), 64, "needs cos and sin in the dtype of the queries"),
         (q[..., 2:58], k[..., 2:58], cos[..., :56], 56, "multiples of 4 elements"),

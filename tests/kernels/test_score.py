@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -101,6 +102,7 @@ class Tiles:
     stride: int
     scale: float
     causal: bool
+    rounded: str = ""
 
     def result(self) -> Tensor:
         """What the operation is defined to give: a loop over blocks, tiles and antidiagonals."""
@@ -121,16 +123,32 @@ class Tiles:
         stride, stored = self.stride, self.k.shape[2]
         kv_head = head // (self.q.shape[1] // self.k.shape[1])
         logits = []
+        queries = [tile * stride + stride - 1 - j for j in range(stride)]
+        asked = self._tile({p: self.q[row, head, mine[p]] for p in queries if p in mine})
         for c in range(tile + 1 if self.causal else -(-stored // stride)):
-            x = 0.0
-            for j in range(stride):
-                y, p = c * stride + j, tile * stride + stride - 1 - j
-                if p in mine and y <= min(last, stored - 1):
-                    x += float(self.q[row, head, mine[p]] @ self.k[row, kv_head, y])
-            logits.append(self.scale / stride * x)
+            there = range(c * stride, min((c + 1) * stride, last + 1, stored))
+            keys = self._tile({y: self.k[row, kv_head, y] for y in there})
+            pairs = [(p, c * stride + j) for j, p in enumerate(queries) if p in asked and c * stride + j in keys]
+            logits.append(self.scale / stride * sum(float(asked[p] @ keys[y]) for p, y in pairs))
         total = sum(math.exp(x - max(logits)) for x in logits)
         for c, x in enumerate(logits):
             out[c * stride // self.block] += math.exp(x - max(logits)) / total
+
+    def _tile(self, tokens: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Each channel, over a part of the tile's largest, as the nearest number of 8 bits."""
+        largest = np.float32(max((float(x.abs().amax()) for x in tokens.values()), default=0.0))
+        if not self.rounded or not largest:
+            return tokens
+        nearest, most = (eight, np.float32(448)) if self.rounded == "fp8" else (round, np.float32(127))
+        part, whole = most / largest, float(largest / most)
+        rounded = {y: [nearest(float(np.float32(c) * part)) * whole for c in x] for y, x in tokens.items()}
+        return {y: torch.tensor(x, dtype=torch.float64) for y, x in rounded.items()}
+
+
+def eight(x: float) -> float:
+    """The nearest e4m3, of two the even one: multiples of an eighth of the power of two below, and of 2^-9 at least."""
+    unit = 2.0 ** max(math.floor(math.log2(abs(x))) - 3, -9) if x else 1.0
+    return round(float(x) / unit) * unit
 
 
 @st.composite
@@ -155,11 +173,13 @@ def tiles(draw: st.DrawFn) -> Tiles:
     made = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     q = torch.randn(rows, kv_heads * group, count * block, 3, generator=made, dtype=torch.float64)
     k = torch.randn(rows, kv_heads, stored, 3, generator=made, dtype=torch.float64)
-    return Tiles(q, k, torch.tensor(q_pos), block, stride, draw(st.sampled_from([0.5, 3.0])), draw(st.booleans()))
+    scale, causal = draw(st.sampled_from([0.5, 3.0])), draw(st.booleans())
+    rounded = draw(st.sampled_from(["", "fp8", "int8"]))
+    return Tiles(q.float().double(), k.float().double(), torch.tensor(q_pos), block, stride, scale, causal, rounded)
 
 
 def antidiagonal(t: Tiles, q: Tensor, k: Tensor | ops.Packed) -> Tensor:
-    return ops.score_antidiagonal(q, k, t.q_pos, t.block, t.stride, t.scale, t.causal)
+    return ops.score_antidiagonal(q, k, t.q_pos, t.block, t.stride, t.scale, t.causal, t.rounded)
 
 
 @pytest.mark.parametrize("budget", [score.LOGITS_PER_BLOCK, 1])

@@ -222,6 +222,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: lc.XAttention(tau=0), "tau in"),
     (lambda: lc.XAttention(tau=1.5), "tau in"),
     (lambda: lc.XAttention(share="head"), "expected share"),  # type: ignore[arg-type]
+    (lambda: lc.XAttention(scores="int4"), "expected scores 'native', 'fp8' or 'int8'; got 'int4'"),  # type: ignore[arg-type]
     (lambda: lc.XAttention(dense_below=-1), "Selector: expected dense_below as a whole number >= 0; got -1"),
     (lambda: lc.Quest(dense_below=4096.0), "expected dense_below as a whole number >= 0; got 4096.0"),  # type: ignore[arg-type]
     (lambda: lc.LServe(logical=24), "got block=64, sub=24"),

@@ -39,6 +39,7 @@ def refused(model: Any) -> dict[str, str]:
     found = {
         "one choice for all heads": refusal(lambda: lc.patch(model, "inf_llm")),
         "a context": refusal(lambda: lc.patch(model, "auto", context=4096)),
+        "outlook": refusal(lambda: lc.plan(model)),
         "supports": "; ".join(str(each) for each in lc.supports(model) if not each.ok),
     }
     assert before == (sorted(vars(model)), sorted(vars(model.get_decoder())))

@@ -50,9 +50,8 @@ def test_two_processes_share_the_trials_and_go_on_after_an_interruption(
     path.unlink()
     (tmp_path / "needle.part-0.jsonl").write_bytes(lines[0] + lines[2][:30])
     (tmp_path / "needle.part-1.jsonl").write_bytes(lines[1])
-    refused = launch(folder, tmp_path)
-    assert refused.returncode
-    assert "expected no former rows in" in refused.stderr
+    with pytest.raises(ValueError, match=r"needle: expected no former rows in .*part-0\.jsonl; got some"):
+        needle.run(*tiny, METHODS, [280], [0.0, 1.0], new_tokens=3, options=Options(out=tmp_path, chunk=64))
     done = launch(folder, tmp_path, "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [Row(**json.loads(line)) for line in path.read_bytes().splitlines()]

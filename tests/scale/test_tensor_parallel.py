@@ -48,6 +48,7 @@ def test_a_model_over_several_processes_writes_what_it_writes_whole(processes: i
         told = mine["refused"]
         assert f"a model over {processes} processes; got one choice for all heads" in told["one choice for all heads"]
         assert f"no context on a model over {processes} processes" in told["a context"]
+        assert f"plan: expected a whole model; got one over {processes} processes" in told["outlook"]
         assert "one choice for all heads" in told["supports"]
         assert "quest" not in told["supports"]
         assert f"whole KV heads on each of {processes} processes; got 1 KV heads" in mine["one head"]

@@ -22,6 +22,12 @@ pytestmark = [
 ]
 
 
+SPREAD = {
+    **dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0"), 0),
+    **dict.fromkeys(("model.layers.1", "model.layers.2", "model.norm", "lm_head"), 1),
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found: Path = tmp_path_factory.mktemp("two")
@@ -42,7 +48,7 @@ def load(folder: Path, where: Any) -> Any:
 
 
 def test_layers_on_two_devices_write_what_one_writes(folder: Path, expected: dict[str, Any]) -> None:
-    model = load(folder / "llama", "balanced")
+    model = load(folder / "llama", SPREAD)
     lc.patch(model, world.methods("int8")["quest"])
     facts = state_of(model).facts  # type: ignore[union-attr]
     assert set(facts.places) == {torch.device("cuda", 0), torch.device("cuda", 1)}

@@ -92,7 +92,7 @@ def upper_bounds(draw: st.DrawFn, refresh_every: int = 1) -> Selector:
 def antidiagonals(draw: st.DrawFn, kv_heads: int = 2) -> Selector:
     """For prefill."""
     block, share = draw(BLOCKS), draw(st.sampled_from(["kv_head", "all"]))
-    scorer = Antidiagonal(block, draw(st.sampled_from([2, 4])))
+    scorer = Antidiagonal(block, draw(st.sampled_from([2, 4])), rounded=draw(st.sampled_from(["", "fp8", "int8"])))
     taus = st.sampled_from([0.2, 0.5, 0.8, 0.95, 1.0])
     shares = taus | st.tuples(*[taus] * (kv_heads if share == "kv_head" else 1))
     budget = draw(st.builds(Mass, shares) | top_k(block))

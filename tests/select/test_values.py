@@ -90,6 +90,7 @@ DESCRIBED = [
     (BOUND, "upper bound (bounds of 16 in 4s)"),
     (DOT, "2 representatives of 16"),
     (TILES, "antidiagonals (16, stride 4)"),
+    (Antidiagonal(16, 4, "fp8"), "antidiagonals (16, stride 4, fp8)"),
     (TopK(4096), "the best 4096 tokens"),
     (Mass(0.9), "90% of attention"),
     (Mass((0.5, 0.9)), "50% to 90% of attention"),

@@ -12,6 +12,7 @@ from ..types import Packed
 from . import library
 
 MOST_CHANNELS, STRIDES, TILES = 256, (4, 8, 16, 32), (4, 8, 16, 32, 64)
+ROUNDED = {"": 0, "fp8": 1, "int8": 2}
 
 
 class HflAntidiagonal(ctypes.Structure):
@@ -20,7 +21,7 @@ class HflAntidiagonal(ctypes.Structure):
     __slots__ = ()
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("batch", "q_heads", "kv_heads", "blocks", "stored", "dim", "dtype")),
-        *((name, ctypes.c_int32) for name in ("block", "stride", "causal")),
+        *((name, ctypes.c_int32) for name in ("block", "stride", "causal", "rounded")),
         ("q", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("q_b", "q_h", "q_t")),
         ("k", ctypes.c_void_p),
@@ -33,7 +34,7 @@ class HflAntidiagonal(ctypes.Structure):
 
 
 def reject(
-    q: Tensor, k: Tensor | Packed, q_pos: Tensor, block: int, stride: int, scale: float, causal: bool
+    q: Tensor, k: Tensor | Packed, q_pos: Tensor, block: int, stride: int, scale: float, causal: bool, rounded: str = ""
 ) -> str | None:
     """Why the library does not compute these scores, or None."""
     reason = library.reason(q.device)
@@ -53,11 +54,13 @@ def reject(
         return f"takes a multiple of 8 channels, at most {MOST_CHANNELS}"
     if stride not in STRIDES or block % stride or block // stride not in TILES:
         return "takes strides of 4, 8, 16 or 32, and blocks of 4, 8, 16, 32 or 64 strides"
+    if rounded and not ("sm_90a" in library.about() and torch.cuda.get_device_capability(q.device) == (9, 0)):
+        return "multiplies tiles of 8 bits on sm_90 alone"
     return None
 
 
 def score_antidiagonal(
-    q: Tensor, k: Tensor, q_pos: Tensor, block: int, stride: int, scale: float, causal: bool
+    q: Tensor, k: Tensor, q_pos: Tensor, block: int, stride: int, scale: float, causal: bool, rounded: str = ""
 ) -> Tensor:
     """`ops.score_antidiagonal`."""
     q, k, q_pos = library.laid_out(q.detach()), library.laid_out(k.detach()), q_pos.contiguous()
@@ -68,8 +71,9 @@ def score_antidiagonal(
     call.q, (call.q_b, call.q_h, call.q_t) = q.data_ptr(), q.stride()[:3]
     call.k, (call.k_b, call.k_h, call.k_t) = k.data_ptr(), k.stride()[:3]
     call.q_pos, call.q_pos_b = q_pos.data_ptr(), 0 if len(q_pos) == 1 else places
-    call.scale, call.scores = scale, scores.data_ptr()
-    size = library.library().hfl_antidiagonal_scratch(ctypes.byref(call))
+    call.scale, call.scores, call.rounded = scale, scores.data_ptr(), ROUNDED[rounded]
+    with torch.cuda.device(q.device):
+        size = library.library().hfl_antidiagonal_scratch(ctypes.byref(call))
     scratch = torch.empty(size, dtype=torch.uint8, device=q.device)
     call.scratch = scratch.data_ptr()
     library.run("antidiagonal", call, q.device)

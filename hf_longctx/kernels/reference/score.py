@@ -35,7 +35,7 @@ def score_pages(q: Tensor, summary: Tensor, subs: int, share: str) -> Tensor:
 
 @torch.no_grad()
 def score_antidiagonal(
-    q: Tensor, k: Tensor | Packed, q_pos: Tensor, block: int, stride: int, scale: float, causal: bool
+    q: Tensor, k: Tensor | Packed, q_pos: Tensor, block: int, stride: int, scale: float, causal: bool, rounded: str = ""
 ) -> Tensor:
     """The definition of `ops.score_antidiagonal`; as many blocks of queries at a time as memory allows."""
     rows, heads, kv_heads, stored = *q.shape[:2], *k.shape[1:3]
@@ -53,10 +53,10 @@ def score_antidiagonal(
         if end < 1:
             continue
         queries, row_tile = _query_tiles(q[:, :, first * block : part.stop * block], places[:, part], stride, work)
-        grouped = queries.reshape(rows, kv_heads, -1, queries.shape[-1]) * (scale / stride)
+        grouped = _rounded(queries, rounded).reshape(rows, kv_heads, -1, queries.shape[-1]) * (scale / stride)
         x = torch.empty(*grouped.shape[:3], end, dtype=work, device=q.device)
         for cols, keys in _key_tiles(k, last, stride, end, work):
-            x[..., cols] = grouped @ keys.transpose(2, 3)
+            x[..., cols] = grouped @ _rounded(keys, rounded).transpose(2, 3)
         shares = _shares(x.view(rows, heads, -1, tiles, end), row_tile, causal)
         shares = torch.unflatten(pad(shares, (0, -end % tiles)), -1, (-1, tiles)).sum(-1)
         out[:, :, part, : shares.shape[-1]] = shares
@@ -103,6 +103,18 @@ def _key_tiles(
         after = torch.arange(columns.start, columns.stop, device=keys.device) > last[:, None]
         keys = pad(keys.masked_fill(after[:, None, :, None], 0.0), (0, 0, 0, -keys.shape[2] % stride))
         yield cols, torch.unflatten(keys, 2, (-1, stride)).flatten(3)
+
+
+def _rounded(x: Tensor, to: str) -> Tensor:
+    """Tiles `[..., stride * D]` as 8 bits hold them, each divided by a part of its largest channel; to: as in `ops`."""
+    if not to:
+        return x
+    most = 448.0 if to == "fp8" else 127.0
+    x32 = x.float()  # whatever x is
+    largest = x32.abs().amax(-1, keepdim=True).clamp(min=1e-20)
+    eight = x32 * (torch.full_like(largest, most) / largest)  # a number over a tensor would be rounded twice
+    eight = eight.to(torch.float8_e4m3fn) if to == "fp8" else eight.round()
+    return eight.to(x.dtype) * (largest / most)
 
 
 def _shares(x: Tensor, tile: Tensor, causal: bool) -> Tensor:

@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...errors import UnsupportedError
+from ..registry import announce
 from .attach import install, state_of
 from .checkpoint import Checkpoint, end_names
 from .format import METHOD, VERSION, Delta, metadata, read
@@ -108,3 +109,6 @@ def _take_shapes(model: Any, base: Checkpoint) -> None:
         theirs, model.config.tie_word_embeddings = model.config.tie_word_embeddings, tied
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.config.tie_word_embeddings = theirs
+
+
+announce()  # again: the tables were filled while this file was only half there, if it was imported first

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from ...errors import UnsupportedError
+from ..registry import announce
 from .config import PER_CHANNEL, QoQConfig
 from .split import Split, require_whole_model
 
@@ -173,3 +174,6 @@ def declare(model: Any, config: QoQConfig) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
+
+
+announce()  # again: the tables were filled while this file was only half there, if it was imported first

