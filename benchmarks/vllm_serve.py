@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from hf_longctx.evals import assets, passkey, results, text
 from hf_longctx.vllm.settings import VARIABLE, PageChoice
@@ -157,30 +157,12 @@ def rows_of(dense: dict[str, Any], pages: dict[str, Any]) -> Iterator[dict[str, 
     yield {"case": "the server says that pages are chosen", "unit": "", "value": chosen, "must": True, "met": chosen}
 
 
-def qoq_row(model: Path, folder: Path) -> dict[str, Any]:
-    """A QoQ checkpoint in vLLM and in transformers, both in float32."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    prompts = [
-        tokenizer(each)["input_ids"] for each in ("The capital of France is", "Water boils at", "Once upon a time")
-    ]
-    with serve(folder, "float32", 2048) as server:
-        got = [server.complete(prompt, 24)["token_ids"] for prompt in prompts]
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    same = 0
-    for prompt, tokens in zip(prompts, got, strict=True):
-        made = loaded.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
-        same += made == tokens
-    row = {"unit": "prompts", "value": same, "must": len(prompts), "met": same == len(prompts)}
-    return {"case": "greedy tokens of a QoQ checkpoint as in transformers", **row}
-
-
 def main() -> None:
     """Run the servers one after the other and write what came of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a folder; SmolLM2-135M-Instruct by default")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--small", action="store_true", help="few and short prompts")
-    parser.add_argument("--qoq", type=Path, help="a folder that hf-longctx quantize wrote of the same model")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
@@ -194,9 +176,7 @@ def main() -> None:
     with serve(model, args.dtype, 8192, {"token_budget": BUDGET}) as server:
         pages = ask(server, tokenizer, args.small)
     rows = list(rows_of(dense, pages))
-    for more in ([], [partial(qoq_row, model, args.qoq)] if args.qoq else []):
-        rows += [make() for make in more]
-        args.out.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n")
     for row in rows:
         print({key: value for key, value in row.items() if key != "trials"})
 
