@@ -160,16 +160,7 @@ class BeforeForward:
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             return (), kwargs  # the model says it best
-        if (state.tap or state.watch) is not None and state.facts.ranks > 1:
-            raise UnsupportedError(
-                f"hf_longctx: expected a whole model while heads are looked at, ablated or traced; got one over "
-                f"{state.facts.ranks} processes. Load it without tensor parallelism."
-            )
-        if state.tap is not None and (state.plan.looks or state.plan.bounded):
-            raise UnsupportedError(
-                "hf_longctx: expected a plan that reads all keys as the model makes them, while heads are looked at or "
-                f"ablated; got '{state.plan.method}'. Patch with 'dense'."
-            )
+        _check_looked_at(state)
         state.follow()
         state.find_rotary(state.whole)  # in all processes or in none
         mask = _padding(state, kwargs)
@@ -211,6 +202,20 @@ class AfterForward:
         if forward is not None and forward.cache is not None and output is not None:
             forward.count()
             forward.cache.commit(forward.step, looked=not forward.recorded)
+
+
+def _check_looked_at(state: Patch) -> None:
+    """Refuse to look at heads, or to ablate them, where not all is there as the model makes it."""
+    if (state.tap or state.watch) is not None and state.facts.ranks > 1:
+        raise UnsupportedError(
+            f"hf_longctx: expected a whole model while heads are looked at, ablated or traced; got one over "
+            f"{state.facts.ranks} processes. Load it without tensor parallelism."
+        )
+    if state.tap is not None and (state.plan.looks or state.plan.bounded):
+        raise UnsupportedError(
+            "hf_longctx: expected a plan that reads all keys as the model makes them, while heads are looked at or "
+            f"ablated; got '{state.plan.method}'. Patch with 'dense'."
+        )
 
 
 def _padding(state: Patch, kwargs: dict[str, Any]) -> Tensor | None:
