@@ -21,6 +21,7 @@ def falcon_forward(
     hidden_states: Tensor,
     alibi: Tensor | None = None,
     layer_past: Any = None,
+    cache: Any = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -31,6 +32,7 @@ def falcon_forward(
         hidden_states: `[B, T, hidden]`.
         alibi: given for the ALiBi variant, where logits are biased by slope * distance / sqrt(D).
         layer_past: the cache.
+        cache: likewise, by its later name.
         position_embeddings: cos and sin, `[B, T, D]`.
         **kwargs: what else the block passes; none of it changes the result.
     """
@@ -55,7 +57,7 @@ def falcon_forward(
         pair = build(torch.ones(1, 2, device=q.device, dtype=torch.long), heads, torch.float32)
         slopes = pair[:, 0, 1] * module.inv_norm_factor
     dropout = module.attention_dropout.p if module.training else 0.0
-    out = _attend(module, q, k, v, layer_past, module.inv_norm_factor, dropout, slopes)
+    out = _attend(module, q, k, v, layer_past if cache is None else cache, module.inv_norm_factor, dropout, slopes)
     return module.dense(out.reshape(rows, tokens, -1)), None
 
 
@@ -65,6 +67,7 @@ def mpt_forward(
     position_bias: Tensor,
     past_key_values: Any = None,
     attention_mask: Tensor | None = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """MPT, whose ALiBi bias is counted over what is cached, as in the StreamingLLM paper.
@@ -74,6 +77,7 @@ def mpt_forward(
         hidden_states: `[B, T, hidden]`.
         position_bias: `[Hq, 1, max_seq_len]`, slope * (column - last column); only its slopes are read.
         past_key_values: the cache.
+        cache: likewise, by its later name.
         attention_mask: not read; padding is in the step.
         **kwargs: what else the block passes; none of it changes the result.
     """
@@ -84,7 +88,7 @@ def mpt_forward(
     q, k, v = (x.view(rows, tokens, module.n_heads, module.head_dim).transpose(1, 2) for x in fused.chunk(3, 2))
     slopes = -position_bias[:, 0, -2]
     dropout = module.attn_dropout_p if module.training else 0.0
-    out = _attend(module, q, k, v, past_key_values, module.softmax_scale, dropout, slopes)
+    out = _attend(module, q, k, v, past_key_values if cache is None else cache, module.softmax_scale, dropout, slopes)
     return module.out_proj(out.reshape(rows, tokens, -1)), None
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from .cache.cache import LongContextCache
 from .cache.step import Step
 from .context import Forward, current, enter
-from .models import takes_positions
+from .models import CACHE, takes_positions
 from .obstacles import Guest, Obstacles, of_cache, of_call, of_model
 from .plan import Plan
 from .recording import Graph, Recording, Take
@@ -200,7 +200,7 @@ class Recorder:
 
 def _sorted(decoder: Any, kwargs: Mapping[str, Any], step: Step) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A call's arguments: tensors, and what else there is. The mask is in the step; positions must be given."""
-    left_out = ("attention_mask", "past_key_values", "hf_longctx")
+    left_out = ("attention_mask", CACHE, "hf_longctx")
     given = {name: x for name, x in kwargs.items() if name not in left_out and x is not None}
     if takes_positions(decoder) and "position_ids" not in given:
         given["position_ids"] = torch.full((1, 1), step.columns, device=step.device)
@@ -223,18 +223,19 @@ def _run(decoder: Any, take: Take, others: Mapping[str, Any], forward: Forward, 
     before = current()
     enter(bound)
     try:
-        out = type(decoder).forward(decoder, **take.inputs, **others, past_key_values=forward.cache, hf_longctx=bound)
+        own = {CACHE: forward.cache, "hf_longctx": bound}
+        out = type(decoder).forward(decoder, **take.inputs, **others, **own)
         bound.count()
     finally:
         enter(before)
-    out["past_key_values"] = None  # what is recorded on a cache must not hold it
+    out[CACHE] = None  # what is recorded on a cache must not hold it
     return out
 
 
 def _whole(out: Any, cache: LongContextCache) -> Any:
     """An output in memory of its own."""
     own = {name: x.clone() if isinstance(x, Tensor) else x for name, x in out.items()}
-    return type(out)(**{**own, "past_key_values": cache})
+    return type(out)(**{**own, CACHE: cache})
 
 
 def _first(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from .context import NAME, Forward, Rotary, current, enter
 from .errors import UnsupportedError
 from .graph import Recorder
 from .memory import check_room
-from .models import ModelFacts
+from .models import CACHE, ModelFacts
 from .places import find_texts, place
 from .plan import Plan
 from .rotary import find_rotary
@@ -104,13 +104,13 @@ class PrepareCache:
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Let the model prepare what it would, then replace a new stock cache."""
-        given, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        given, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
         if isinstance(given, LongContextCache) and mask is not None and mask.shape[1] > given.ledger.columns:
             check_cached(mask.bool(), given.ledger.columns, given.ledger.lengths)  # calls of one token do not look
         stock: Any = type(self.model)
         stock._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)
-        if given is None and _replaceable(model_kwargs.get("past_key_values")):
-            cache = model_kwargs["past_key_values"] = self.state.fresh_cache()
+        if given is None and _replaceable(model_kwargs.get(CACHE)):
+            cache = model_kwargs[CACHE] = self.state.fresh_cache()
             if getattr(generation_config, "is_assistant", False):
                 cache.activate_past_recording()  # type: ignore[no-untyped-call]
 
@@ -154,26 +154,20 @@ class BeforeForward:
         if args:
             names = list(inspect.signature(decoder.forward).parameters)
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if CACHE != "past_key_values" and "past_key_values" in kwargs:  # its name before
+            kwargs = {**kwargs, CACHE: kwargs["past_key_values"]}
+            del kwargs["past_key_values"]
         if kwargs.get("hf_longctx") is not None:  # a probe brings its own
             enter(kwargs["hf_longctx"])
             return (), kwargs
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             return (), kwargs  # the model says it best
-        if (state.tap or state.watch) is not None and state.facts.ranks > 1:
-            raise UnsupportedError(
-                f"hf_longctx: expected a whole model while heads are looked at, ablated or traced; got one over "
-                f"{state.facts.ranks} processes. Load it without tensor parallelism."
-            )
-        if state.tap is not None and (state.plan.looks or state.plan.bounded):
-            raise UnsupportedError(
-                "hf_longctx: expected a plan that reads all keys as the model makes them, while heads are looked at or "
-                f"ablated; got '{state.plan.method}'. Patch with 'dense'."
-            )
+        _check_looked_at(state)
         state.follow()
         state.find_rotary(state.whole)  # in all processes or in none
         mask = _padding(state, kwargs)
-        if state.train and decoder.training and kwargs.get("past_key_values") is None:
+        if state.train and decoder.training and kwargs.get(CACHE) is None:
             kwargs["use_cache"] = False  # nothing reads it again
         cache = _cache(state, decoder, kwargs)
         rows, columns = tokens.shape[:2]
@@ -190,7 +184,7 @@ class BeforeForward:
             check_room(state.facts, state.plan, cache, rows, columns, decoder.dtype, tokens.device)
             recorded = state.recorder.takes(state.plan, cache, kwargs, tokens, (state.watch or state.tap) is not None)
             step = cache.begin(columns, rows, tokens.device, mask, look=not recorded)
-            kwargs["past_key_values"] = cache
+            kwargs[CACHE] = cache
         forward = Forward(state.facts, state.plan, step, cache, state.rotary, None, state.watch, state.tap, recorded)
         place(forward, decoder, kwargs, rows, texts)
         kwargs["hf_longctx"] = forward
@@ -213,6 +207,20 @@ class AfterForward:
             forward.cache.commit(forward.step, looked=not forward.recorded)
 
 
+def _check_looked_at(state: Patch) -> None:
+    """Refuse to look at heads, or to ablate them, where not all is there as the model makes it."""
+    if (state.tap or state.watch) is not None and state.facts.ranks > 1:
+        raise UnsupportedError(
+            f"hf_longctx: expected a whole model while heads are looked at, ablated or traced; got one over "
+            f"{state.facts.ranks} processes. Load it without tensor parallelism."
+        )
+    if state.tap is not None and (state.plan.looks or state.plan.bounded):
+        raise UnsupportedError(
+            "hf_longctx: expected a plan that reads all keys as the model makes them, while heads are looked at or "
+            f"ablated; got '{state.plan.method}'. Patch with 'dense'."
+        )
+
+
 def _padding(state: Patch, kwargs: dict[str, Any]) -> Tensor | None:
     """The 2-D padding mask of a call, or None; everything else is refused by name."""
     mask = kwargs.get("attention_mask")
@@ -232,7 +240,7 @@ def _padding(state: Patch, kwargs: dict[str, Any]) -> Tensor | None:
 
 def _cache(state: Patch, decoder: Any, kwargs: dict[str, Any]) -> LongContextCache | None:
     """The call's cache: the one that was passed, a new one in place of an empty stock cache, or None."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     if isinstance(cache, LongContextCache):
         if cache.plan != state.plan:
             raise TypeError(

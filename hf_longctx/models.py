@@ -11,10 +11,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .errors import UnsupportedError
 from .machine import device_name
 from .shards import find_shard
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls a cache among arguments and in outputs: `cache` from 5.24 on."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ def attention_modules(decoder: nn.Module) -> list[nn.Module]:
     def attends(module: nn.Module) -> bool:
         if not isinstance(getattr(module, "layer_idx", None), int):
             return False
-        return bool({"past_key_values", "layer_past"} & set(inspect.signature(module.forward).parameters))
+        return bool({CACHE, "past_key_values", "layer_past"} & set(inspect.signature(module.forward).parameters))
 
     found = [module for module in decoder.modules() if attends(module)]
     return [m for m in found if not any(attends(child) for child in m.modules() if child is not m)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cache.cache import LongContextCache
 from .cache.marks import Marks
-from .models import takes_positions
+from .models import CACHE, takes_positions
 from .plan import Plan
 
 _INERT = "transformers.utils.output_capturing"
@@ -124,7 +124,7 @@ def of_call(decoder: Any, kwargs: Mapping[str, Any], watched: bool) -> str | Non
     if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False:
         return "the output is asked for as a tuple"
     plain = (Tensor, bool, int, float, str, type(None))
-    odd = [n for n, x in kwargs.items() if n not in ("past_key_values", "hf_longctx") and not isinstance(x, plain)]
+    odd = [n for n, x in kwargs.items() if n not in (CACHE, "hf_longctx") and not isinstance(x, plain)]
     if odd:
         return f"the argument {odd[0]} is a {type(kwargs[odd[0]]).__name__}"
     if kwargs.get("position_ids") is None and takes_positions(decoder) and not getattr(config, "rope_parameters", None):

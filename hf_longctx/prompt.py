@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from .cache.cache import LongContextCache
 from .cache.step import FEW
 from .limits import reads_all_to
+from .models import CACHE
 
 if TYPE_CHECKING:
     from .hooks import Patch
 
-_OF_TEXT = frozenset({"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
+_OF_TEXT = frozenset({CACHE, "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
 
 PIECE = 16384
 """Tokens that one call reads of a prompt: what a layer computes for them is held, and must not grow with the prompt. Of
@@ -45,7 +46,7 @@ class Prefill:
         ends = self._ends(input_ids, generation_config, model_kwargs)
         if not ends:
             return self._read(ends, input_ids, generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs["past_key_values"]
+        cache = model_kwargs[CACHE]
         cache.expected = input_ids.shape[1]
         try:
             return self._read(ends, input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -81,7 +82,7 @@ class Prefill:
         """Where the calls before the last one end."""
         if not self._divides(input_ids, generation_config, model_kwargs):
             return []
-        (rows, length), known = input_ids.shape, model_kwargs["past_key_values"].ledger.columns
+        (rows, length), known = input_ids.shape, model_kwargs[CACHE].ledger.columns
         tail = max(known, length - TAIL) if self._shares(length, known) else length
         each = PIECE // min(rows, 4) if generation_config.prefill_chunk_size is None else length
         return [end for end in (*range(known + each, tail, each), *range(tail, length, FEW)) if end > known]
@@ -94,7 +95,7 @@ class Prefill:
 
     def _divides(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
         """True if the call is one of text alone, which can be read in pieces."""
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
         known = {name for name, value in model_kwargs.items() if value is not None}
         constant = self.state.facts.longest_in_cache  # beyond it, rotary frequencies follow the length of a call
         columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..cache.cache import LongContextCache
 from ..cache.retention import ModalityWindow
-from ..models import VisionFacts
+from ..models import CACHE, VisionFacts
 from ..turning import AtRead
 from .chat import Chat, Encoded, Turn
 from .layout import Held, Row
@@ -220,7 +220,7 @@ class Engine:
             input_ids=ids.to(self._device),
             attention_mask=mask,
             position_ids=(pos if self._axes == 3 else pos[0]).to(self._device),
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             use_cache=True,
             logits_to_keep=1,
             **vision,

@@ -87,3 +87,16 @@ def test_a_plan_whose_processes_would_rotate_otherwise_is_refused() -> None:
     for rank in range(2):
         with pytest.raises(lc.UnsupportedError, match="mine: expected positions that are counted alike on each of 2"):
             own_plan(plan, split_facts(rank, 2))
+
+
+@pytest.mark.parametrize("styles", [("colwise", "colwise"), ("colwise", "rowwise", "colwise"), ("mine",) * 3])
+def test_another_plan_of_tensor_parallelism_is_refused(styles: tuple[str, ...]) -> None:
+    model = world.LLAMA.make()
+    names = [f"model.layers.*.self_attn.{name}_proj" for name in "qkv"]
+    model._tp_size, model._tp_plan = 2, dict(zip(names, styles, strict=False))
+    with pytest.raises(
+        lc.UnsupportedError, match="over 2 processes; got another plan of tensor parallelism for 'llama'"
+    ):
+        lc.patch(model, "dense")
+    model._tp_plan = dict.fromkeys(names, "colwise_gather_output")
+    assert inspect_model(model).ranks == 1  # all heads are everywhere
