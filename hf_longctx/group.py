@@ -192,7 +192,7 @@ def _renew(
     if again and not kept.is_due(selector.refresh_every, piece.columns):
         return kept.ids
     if again:
-        near = piece.once(("ahead", selector), lambda: forced_ahead(selector, piece.pos, piece.lengths))
+        near = piece.once(("ahead", selector), lambda: forced_ahead(selector, piece.lengths))
     look = _look(call, selector, q, piece.pos, piece.tokens, call.store.memory[0], turns, near[0])
     ids = choose(selector, look, near)
     if again:
@@ -244,7 +244,8 @@ def forced_near(
 
     def make() -> tuple[tuple[Tensor, Tensor], Tensor]:
         near = forced(selector, pos, size)
-        return near, (near[1] + 1).expand(rows, -1).sum()
+        seen = near[1] + 1
+        return near, seen.view(()) if rows * seen.shape[1] == 1 else seen.expand(rows, -1).sum()
 
     near, visible = step.once(("near", selector, size, rows, first), make)
     return near, visible
