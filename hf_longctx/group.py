@@ -19,7 +19,7 @@ from .gradient import Stored
 from .kernels import ops
 from .limits import reads_all_to, straight_to
 from .plan import HeadGroup, HeadPolicy, Retention, Selector
-from .select.choose import choose, forced, forced_ahead, most_far
+from .select.choose import choose, forced, forced_ahead, most_far, visible_to
 from .select.scorers import Look
 from .turning import turn_keys, turn_queries
 
@@ -244,8 +244,7 @@ def forced_near(
 
     def make() -> tuple[tuple[Tensor, Tensor], Tensor]:
         near = forced(selector, pos, size)
-        seen = near[1] + 1
-        return near, seen.view(()) if rows * seen.shape[1] == 1 else seen.expand(rows, -1).sum()
+        return near, visible_to(near[1], rows)
 
     near, visible = step.once(("near", selector, size, rows, first), make)
     return near, visible

@@ -64,6 +64,12 @@ def forced_ahead(selector: Selector, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return _first_forced(selector, first, first), (first + (selector.refresh_every - 1)) // selector.block
 
 
+def visible_to(last: Tensor, rows: int) -> Tensor:
+    """`[]`, int64, how many blocks so many rows could see: those to `last`, `[rows or 1, N]`, -1 for none."""
+    blocks = (last + 1).expand(rows, -1)
+    return blocks.view(()) if blocks.numel() == 1 else blocks.sum()
+
+
 def most_forced(selector: Selector, q_block: int) -> int:
     """Most local blocks of a block of queries, and of those that go by its choice after it."""
     after = selector.refresh_every - 1
