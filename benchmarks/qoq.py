@@ -104,9 +104,9 @@ def fused_time(weights: list[dict[str, PackedWeight]], tokens: int) -> float:
 
     def run() -> None:
         for layer in weights:
-            w4a8_linear(quantize_norm(x["qkv"], norm, 1e-5, 0.0, True), layer["qkv"], None, DTYPE)
+            w4a8_linear(quantize_norm(x["qkv"], norm, 1e-5, 0.0, True)[1], layer["qkv"], None, DTYPE)
             w4a8_linear(quantize_tokens(x["o"]), layer["o"], None, DTYPE)
-            normed = quantize_norm(x["gate_up"], norm, 1e-5, 0.0, True)
+            _, normed = quantize_norm(x["gate_up"], norm, 1e-5, 0.0, True)
             gate, up = w4a8_linear(normed, layer["gate_up"], None, DTYPE).chunk(2, 1)
             w4a8_linear(quantize_gated(gate, up), layer["down"], None, DTYPE)
 

@@ -18,14 +18,16 @@ typedef struct {
   int32_t weight_dtype, early;  // of the norm, as in hfl_norm
   float eps, offset;
   const void* weight;  // [K]
+  void* normed;        // [M, K] contiguous, what comes of the norm; or NULL
   int8_t* values;      // [M, K] contiguous
   float* scale;        // [M]
   int32_t* sums;       // [M]
   void* stream;
 } hfl_quantize;
 
-// linear.w4a8_linear; the order of codes and groups is that of hf_longctx/kernels/packing.py.
-typedef struct {
+// linear.w4a8_linear, or, where there is a next one, w4a8_linears; the order of codes and groups is that of
+// hf_longctx/kernels/packing.py.
+typedef struct hfl_linear {
   int32_t tokens, rows, columns;  // M, N, K
   int32_t bits, group, dtype;     // 4 or 8; 0, 32, 64 or 128; of out
   int32_t few;                    // on CUDA: tokens up to which weights, not products, are what takes time
@@ -41,6 +43,7 @@ typedef struct {
   void* out;              // [M, N] contiguous
   int32_t* scratch;       // hfl_linear_scratch elements, zero before and after every call
   void* stream;
+  const struct hfl_linear* next;  // on CUDA: another weight for the same tokens, of the same form; or NULL
 } hfl_linear;
 
 int64_t hfl_linear_scratch(const hfl_linear* a);  // int32 elements; tensors are not looked at

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import adapters, shortcuts, turning
+from . import adapters, integers, shortcuts, turning
 from .attention import register
 from .cache.cache import LongContextCache
 from .cache.ledger import Ledger
@@ -96,6 +96,7 @@ def patch(
         turning.install(decoder, plan.at_read)
         state.find_rotary(plan)
         shortcuts.install(decoder)  # the model may have come to a GPU
+        integers.install(decoder)
         state.whole, state.plan, state.train, state.cache, state.ledger = plan, own, train, None, Ledger()
         state.recorder.renew(cuda_graph)
         return model
@@ -223,6 +224,7 @@ def _install(state: Patch) -> None:
         for module in attention_modules(state.decoder):
             adapters.install(module, state.facts.family)
     shortcuts.install(state.decoder)
+    integers.install(state.decoder)
 
 
 def _remove(state: Patch) -> None:

@@ -53,7 +53,7 @@ def remove(decoder: nn.Module) -> None:
 def count(decoder: nn.Module) -> tuple[int, int, int]:
     """How many norms, how many rotations and how many linear layers have a short cut."""
     cuts = [type(vars(module)[name]) for module, name in _places(decoder)]
-    return cuts.count(Norm), cuts.count(Rotation), cuts.count(projections.Product)
+    return sum(issubclass(x, Norm) for x in cuts), cuts.count(Rotation), cuts.count(projections.Product)
 
 
 def _places(decoder: nn.Module) -> Iterator[tuple[nn.Module, str]]:

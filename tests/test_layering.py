@@ -45,6 +45,7 @@ ROOMS = {
     "shortcut": {"cache", "context"},
     "projections": {"kernels", "shortcut"},
     "shortcuts": {"kernels", "projections", "shortcut"},
+    "integers": {"kernels", "shortcut", "shortcuts", "weights"},
     "places": {"attention", "cache", "context", "errors", "models", "plan"},
     "sinks": {"context", "errors", "models"},
     "testing": {"plan", "testing"},

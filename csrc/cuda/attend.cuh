@@ -10,9 +10,6 @@
 
 namespace hfl {
 
-#ifndef HFL_MOST
-#define HFL_MOST 3
-#endif
 constexpr int MOST_SPLITS = 128;
 constexpr int ROWS = 8;          // queries of a unit, at most
 constexpr int FEW_SPLITS = 32;  // whose results the last block reads all at once
@@ -96,8 +93,7 @@ struct Keys {
     if (from > sinks) before = sinks, jump = from - sinks, count -= jump;
   }
 
-  // Unless listed: the first key of a slab.
-  __device__ int start(int slab) const { return (slab < before ? slab : slab + jump) * N; }
+  // Unless listed: true if every query sees all keys from `first` to `last`.
   __device__ bool seen_by_all(int first, int last) const {
     return last <= low && last < end && (last < sink || first > high - window);
   }
@@ -105,7 +101,7 @@ struct Keys {
   // What must be loaded to know the key of lane l % N of a slab; later, its column and position, -1 for none.
   __device__ Found find(const AttendTask& p, int slab, int lane) const {
     const hfl_attend& a = p.a;
-    const int index = start(slab) + (lane & (N - 1));
+    const int index = (slab < before ? slab : slab + jump) * N + (lane & (N - 1));
     if (ids) {
       const int block = p.block.divide(index);
       if (block >= a.chosen) return Found{-1, -1};
@@ -138,7 +134,7 @@ template <int D, Format F>
 struct Room {
   using S = Slab<D, F>;
   static constexpr int WARPS = D == 256 ? 2 : 4;
-  static constexpr int WANTED = 65536 / (WARPS * 2 * S::BYTES), MOST = F == Format::int4 ? HFL_MOST : 4;
+  static constexpr int WANTED = 65536 / (WARPS * 2 * S::BYTES), MOST = F == Format::int4 ? 3 : 4;
   static constexpr int STAGES = WANTED < 2 ? 2 : WANTED > MOST ? MOST : WANTED;
   static constexpr int SIDE = S::PACKED ? 8 * S::KEYS : 0;  // scales and zeros of keys and of their values
   static constexpr int NOTES = S::KEYS * 4 + 16;            // positions of keys; whether all queries see all of them

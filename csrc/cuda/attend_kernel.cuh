@@ -88,11 +88,7 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
       const int wanted = p.share.divide(keys.count + p.share.by - 1);
       const int each = slabs_of_warp(keys.count, wanted, R::WARPS) * R::WARPS;
       blocks = max((keys.count + each - 1) / each, 1);
-#ifdef HFL_CHUNKS
-      first = split * each + warp, end = min(keys.count, (split + 1) * each), mine.step = R::WARPS;
-#else
       first = split * R::WARPS + warp, end = keys.count, mine.step = blocks * R::WARPS;
-#endif
     };
     const auto find = [&] {
       if (mine.plain()) return;

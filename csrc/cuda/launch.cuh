@@ -33,23 +33,31 @@ inline bool waits(const void* kernel) {
   return answer == 2;
 }
 
-// Launch a kernel that begins with `wait_for_previous`.
+// Launch a kernel that begins with `wait_for_previous`. early: while those before it run; cluster: blocks of one.
 inline cudaError_t launch(const void* kernel, dim3 grid, int threads, size_t shared_bytes, void* stream,
-                          void** arguments) {
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+                          void** arguments, bool early = true, unsigned cluster = 1) {
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early;
-  config.numAttrs = waits(kernel) ? 1 : 0;
+  config.attrs = attributes;
+  if (cluster > 1) {
+    cudaLaunchAttribute& size = attributes[config.numAttrs++];
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim.x = cluster, size.val.clusterDim.y = 1, size.val.clusterDim.z = 1;
+  }
+  early = early && waits(kernel);
+  if (early) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaError_t error = cudaLaunchKernelExC(&config, kernel, arguments);
-  if (config.numAttrs == 0 || error != cudaErrorNotSupported) return error;
+  if (!early || error != cudaErrorNotSupported) return error;
   static_cast<void>(cudaGetLastError());
-  config.numAttrs = 0;
+  --config.numAttrs;
   return cudaLaunchKernelExC(&config, kernel, arguments);
 }
 

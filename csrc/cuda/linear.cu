@@ -5,8 +5,10 @@
 // Codes are operand a, tokens operand b: so a fragment of codes is as it was stored, and few tokens fill what they use.
 //   Integers in registers are unsigned, too large by 128 where there are two levels or 8 bits; the sum of the token's
 //   values, times that, goes off in the end.
-// Up to 16 tokens: linear_rows.cuh. Up to 32, and everywhere but on sm_90a: linear_few.cuh. Bound by: bytes of the weight.
-// More on sm_90a: linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens on an H200.
+// Up to 16 tokens: linear_rows.cuh. More on other architectures: linear_few.cuh, 64 at a time. Bound by: bytes of the
+//   weight, but for a matrix of Llama-3-8B as much by kernels that wait for each other.
+// More on sm_90a: linear_spread.cuh up to 64 tokens, and where there are few tiles.
+// Else on sm_90a: linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens on an H200.
 #include <algorithm>
 #include <initializer_list>
 
@@ -14,12 +16,13 @@
 #include "linear_many.cuh"
 #include "linear_plan.h"
 #include "linear_rows.cuh"
+#include "linear_spread.cuh"
 #include "tensor_map.cuh"
 
 namespace hfl {
 namespace {
 
-enum class Kind { ROWS, FEW, MANY };
+enum class Kind { ROWS, FEW, SPREAD, MANY };
 
 struct Kernel {
   const void* function;
@@ -52,7 +55,12 @@ Kernel few() {
 template <Form F, int T>
 Kernel many() {
   using R = ManyRoom<F, T>;
-  return {reinterpret_cast<const void*>(&linear_many_kernel<F, T>), T, R::THREADS, R::BYTES, Kind::MANY, TILE_ROWS};
+  return {reinterpret_cast<const void*>(&linear_many_kernel<R>), T, R::THREADS, R::BYTES, Kind::MANY, TILE_ROWS};
+}
+template <Form F, int T>
+Kernel spread() {
+  using R = ManyRoom<F, T, true>;
+  return {reinterpret_cast<const void*>(&linear_spread_kernel<R>), T, R::THREADS, R::BYTES, Kind::SPREAD, TILE_ROWS};
 }
 
 // The first that a device has shared memory for.
@@ -67,9 +75,10 @@ Kernel few(const hfl_linear& a, int shared_bytes) {
   return rows<F, 1>(a, shared_bytes);
 }
 template <Form F>
-Kernel many(int tokens) {
-  if (tokens == 64) return many<F, 64>();
-  return tokens == 128 ? many<F, 128>() : many<F, 256>();
+Kernel many(const ManyPlan& plan) {
+  if (plan.shares) return plan.tokens == 32 ? spread<F, 32>() : plan.tokens == 64 ? spread<F, 64>() : spread<F, 128>();
+  if (plan.tokens == 64) return many<F, 64>();
+  return plan.tokens == 128 ? many<F, 128>() : many<F, 256>();
 }
 
 struct Device {
@@ -92,7 +101,7 @@ ManyPlan plan_of(const hfl_linear& a, int processors) {
 template <Form F>
 Kernel of_form(const hfl_linear& a, const Device& device) {
   if (a.tokens > a.few) {
-    const Kernel kernel = many<F>(plan_of(a, device.processors).tokens);
+    const Kernel kernel = many<F>(plan_of(a, device.processors));
     cudaFuncAttributes found;
     if (cudaFuncGetAttributes(&found, kernel.function) == cudaSuccess && found.sharedSizeBytes) return kernel;
   }
@@ -106,9 +115,20 @@ Kernel choose(const hfl_linear& a, const Device& device) {
   return a.group == 128 ? of_form<Form::GROUP>(a, device) : of_form<Form::FINE>(a, device);
 }
 
+// All weights that one launch takes; how many units they have.
+int add_parts(LinearTask& p, const hfl_linear& a, int rows) {
+  int units = 0, i = 0;
+  for (const hfl_linear* w = &a; w && i < MOST_PARTS; w = w->next, ++i) {
+    p.parts[i] = {w->codes, w->groups, w->scale, w->shift, w->bias, w->out, w->rows, (w->rows + rows - 1) / rows};
+    units += p.parts[i].units;
+  }
+  return units;
+}
+
 LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
   LinearTask p = {};
-  const bool many = kernel.kind == Kind::MANY;
+  const bool many = kernel.kind >= Kind::SPREAD;
+  const ManyPlan plan = plan_of(a, processors);
   p.a = a, p.panels = (a.rows + PANEL - 1) / PANEL;
   p.chunks = chunks_of(a);
   p.groups = a.group ? 128 / a.group : 0;
@@ -118,9 +138,12 @@ LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
   p.token_tiles = (p.tokens + kernel.tokens - 1) / kernel.tokens;
   const int tiles = p.row_tiles * p.token_tiles;
   p.steps = many ? (a.columns + 127) / 128 : (p.chunks + 1) / 2;
-  p.split_tiles = many ? plan_of(a, processors).split_tiles : kernel.kind == Kind::FEW ? tiles : 0;
+  p.split_tiles = many ? plan.split_tiles : kernel.kind == Kind::FEW ? tiles : 0;
   p.whole_tiles = tiles - p.split_tiles;
-  p.shares = static_cast<int>(std::min<int64_t>(static_cast<int64_t>(p.split_tiles) * p.steps, processors));
+  p.shares = kernel.kind == Kind::SPREAD
+                 ? plan.shares
+                 : static_cast<int>(std::min<int64_t>(static_cast<int64_t>(p.split_tiles) * p.steps, processors));
+  if (kernel.kind == Kind::ROWS) p.whole_tiles = add_parts(p, a, kernel.rows);
   const int counters = (p.split_tiles + 31) / 32 * 32;
   p.counters = a.scratch, p.partial = a.scratch + counters;
   return p;
@@ -129,6 +152,11 @@ LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
 int64_t scratch_of(const LinearTask& p, const Kernel& kernel) {
   const int64_t counters = (p.split_tiles + 31) / 32 * 32;
   return counters + static_cast<int64_t>(p.split_tiles) * kernel.tokens * TILE_ROWS;
+}
+
+bool alike(const hfl_linear& a, const hfl_linear& b) {
+  return a.tokens == b.tokens && a.columns == b.columns && a.bits == b.bits && a.group == b.group &&
+         a.dtype == b.dtype && a.few == b.few && a.values == b.values && !a.shift == !b.shift;
 }
 
 const char* check(const hfl_linear& a) {
@@ -143,6 +171,7 @@ const char* check(const hfl_linear& a) {
     return "w4a8_linear: expected groups that divide the columns, of 4 bits";
   }
   if (a.rows > (1 << 24) || a.tokens > (1 << 24)) return "w4a8_linear: expected at most 2^24 rows and tokens";
+  if (a.next && !alike(a, *a.next)) return "w4a8_linear: expected weights of one form, for the same tokens";
   for (const void* x : {static_cast<const void*>(a.values), static_cast<const void*>(a.codes),
                         static_cast<const void*>(a.groups), static_cast<const void*>(a.out)}) {
     if (reinterpret_cast<uintptr_t>(x) % 16) return "w4a8_linear: expected tensors that begin at multiples of 16 bytes";
@@ -160,29 +189,27 @@ bool map_tokens(CUtensorMap& map, const hfl_linear& a, int tokens) {
                           CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-const char* run(const hfl_linear& a) {
-  const Device device;
-  if (device.error != cudaSuccess) return cudaGetErrorString(device.error);
+const char* run(const hfl_linear& a, const Device& device) {
   const Kernel kernel = choose(a, device);
   LinearTask p = task_of(a, kernel, device.processors);
   if (static_cast<int64_t>(p.row_tiles) * p.token_tiles * p.steps > INT32_MAX / 2) {
     return "w4a8_linear: expected fewer than 2^30 steps of 128 rows and columns";
   }
   CUtensorMap map;
-  if (kernel.kind == Kind::MANY && !map_tokens(map, a, kernel.tokens)) return "w4a8_linear: the driver makes no map of the tokens";
+  if (kernel.kind >= Kind::SPREAD && !map_tokens(map, a, kernel.tokens)) {
+    return "w4a8_linear: the driver makes no map of the tokens";
+  }
   if (p.split_tiles && !a.scratch) return "w4a8_linear: expected scratch memory";
   cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes);
   if (error == cudaSuccess) error = keep_shared(kernel.function);
-  const dim3 grid(static_cast<unsigned>(std::max(p.shares, std::min(p.whole_tiles, device.processors))));
+  const bool spread = kernel.kind == Kind::SPREAD;
+  const int blocks = spread ? p.whole_tiles * p.shares : std::max(p.shares, std::min(p.whole_tiles, device.processors));
   void* arguments[] = {&p, &map};  // a kernel of few tokens has one parameter
   for (; error == cudaSuccess && p.tokens_from < a.tokens; p.tokens_from += p.tokens) {
-    if (kernel.kind != Kind::MANY) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);
-    if (a.ahead || p.tokens_from) {
-      error = launch(kernel.function, grid, kernel.threads, static_cast<size_t>(kernel.bytes), a.stream, arguments);
-    } else {
-      error = cudaLaunchKernel(kernel.function, grid, dim3(static_cast<unsigned>(kernel.threads)), arguments,
-                               static_cast<size_t>(kernel.bytes), static_cast<cudaStream_t>(a.stream));
-    }
+    if (kernel.kind < Kind::SPREAD) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);
+    error = launch(kernel.function, dim3(static_cast<unsigned>(blocks)), kernel.threads,
+                   static_cast<size_t>(kernel.bytes), a.stream, arguments, a.ahead || p.tokens_from,
+                   spread ? static_cast<unsigned>(p.shares) : 1);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -192,12 +219,25 @@ const char* run(const hfl_linear& a) {
 
 extern "C" int64_t hfl_linear_scratch(const hfl_linear* a) {
   const hfl::Device device;
-  if (device.error != cudaSuccess || hfl::check(*a)) return 0;
-  const hfl::Kernel kernel = hfl::choose(*a, device);
-  return hfl::scratch_of(hfl::task_of(*a, kernel, device.processors), kernel);
+  int64_t most = 0;
+  for (; a && device.error == cudaSuccess; a = a->next) {
+    if (hfl::check(*a)) return 0;
+    const hfl::Kernel kernel = hfl::choose(*a, device);
+    most = std::max(most, hfl::scratch_of(hfl::task_of(*a, kernel, device.processors), kernel));
+  }
+  return most;
 }
 
 extern "C" const char* hfl_linear_cuda(const hfl_linear* a) {
-  const char* message = hfl::check(*a);
-  return message ? message : hfl::run(*a);
+  for (const hfl_linear* w = a; w; w = w->next) {
+    if (const char* message = hfl::check(*w)) return message;
+  }
+  const hfl::Device device;
+  if (device.error != cudaSuccess) return cudaGetErrorString(device.error);
+  while (a) {
+    const int taken = hfl::choose(*a, device).kind == hfl::Kind::ROWS ? hfl::MOST_PARTS : 1;
+    if (const char* message = hfl::run(*a, device)) return message;
+    for (int i = 0; i < taken && a; ++i) a = a->next;
+  }
+  return nullptr;
 }

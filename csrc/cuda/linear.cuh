@@ -11,13 +11,23 @@ constexpr int PANEL = 64, TILE_ROWS = 128, CHUNK_BYTES = 4096;  // rows; rows of
 // How a weight is stored: 4 bits per row, with groups of 128 columns, with smaller ones; 8 bits.
 enum class Form { CHANNEL, GROUP, FINE, BYTES };
 
+// One of the weights that a launch of linear_rows.cuh multiplies tokens with.
+struct LinearPart {
+  const uint8_t *codes, *groups;
+  const float *scale, *shift, *bias;
+  void* out;
+  int rows, units;
+};
+constexpr int MOST_PARTS = 3;
+
 struct LinearTask {
   hfl_linear a;
   int panels, chunks, groups;  // of 64 rows; of 4096 bytes in a panel; in a chunk
   int bias;                    // what stored integers are too large by
   int tokens_from, tokens;     // what part of all tokens this launch computes
-  int steps, shares;           // of a tile; blocks that share the steps of tiles that are split
+  int steps, shares;           // of a tile; blocks that share the steps of tiles that are split, or of one
   int row_tiles, token_tiles, split_tiles, whole_tiles;
+  LinearPart parts[MOST_PARTS];
   int* counters;               // of tiles that are split; behind them lie their sums [tile][token][TILE_ROWS]
   int* partial;
 };
@@ -98,10 +108,12 @@ __device__ __forceinline__ OfToken token_of(const LinearTask& p, int m) {
   const int at = p.tokens_from + min(m, p.tokens - 1), sum = p.a.sums[at];
   return {p.a.token_scale[at], __int2float_rn(sum), p.bias * sum};
 }
-__device__ __forceinline__ OfRow row_of(const LinearTask& p, int n) {
-  const int at = min(n, p.a.rows - 1);
-  return {p.a.scale[at], p.a.shift ? p.a.shift[at] : 0.0f, p.a.bias ? p.a.bias[at] : 0.0f};
+template <class Weight>
+__device__ __forceinline__ OfRow row_of_weight(const Weight& w, int n) {
+  const int at = min(n, w.rows - 1);
+  return {w.scale[at], w.shift ? w.shift[at] : 0.0f, w.bias ? w.bias[at] : 0.0f};
 }
+__device__ __forceinline__ OfRow row_of(const LinearTask& p, int n) { return row_of_weight(p.a, n); }
 
 // Each step rounded, as in the definition.
 __device__ __forceinline__ float result(int sum, const OfToken& token, const OfRow& row) {
@@ -121,6 +133,15 @@ __device__ __forceinline__ void store_results(const LinearTask& p, int m, int n,
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     if (i < count && n + i < p.a.rows) to[i] = static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16);
+  }
+}
+
+// Of four rows side by side.
+__device__ __forceinline__ void store_four(const LinearTask& p, int m, int n, const uint32_t (&pairs)[4]) {
+  if (n + 3 < p.a.rows && p.a.rows % 4 == 0) {
+    *reinterpret_cast<uint2*>(place_of(p, m, n)) = make_uint2(pairs[0], pairs[1]);
+  } else {
+    store_results(p, m, n, pairs, 4);
   }
 }
 
@@ -153,12 +174,7 @@ __device__ __forceinline__ void finish_tile(const LinearTask& p, int* partial, i
       const float y[4] = {result(sums[i].x, tokens[i], rows[0]), result(sums[i].y, tokens[i], rows[1]),
                           result(sums[i].z, tokens[i], rows[2]), result(sums[i].w, tokens[i], rows[3])};
       const uint32_t pairs[4] = {pack_results(p, y[0], y[1]), pack_results(p, y[2], y[3])};
-      if (n + 3 < p.a.rows && p.a.rows % 4 == 0) {
-        uint16_t* to = place_of(p, first_token + m, n);
-        *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
-      } else {
-        store_results(p, first_token + m, n, pairs, 4);
-      }
+      store_four(p, first_token + m, n, pairs);
     }
   }
 }

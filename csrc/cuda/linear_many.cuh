@@ -14,14 +14,18 @@
 
 namespace hfl {
 
-template <Form F, int T>
+// SPREAD: a tile for every cluster, two blocks on a multiprocessor (linear_spread.cuh).
+template <Form F_, int T_, bool SPREAD = false>
 struct ManyRoom {
-  static constexpr int THREADS = 384, FEEDERS = 128;
+  static constexpr Form F = F_;
+  static constexpr int T = T_;
+  static constexpr int WORKERS = 256, FEEDERS = SPREAD ? 0 : 128, THREADS = WORKERS + FEEDERS;
   static constexpr int TOKENS = T * 128, CHUNKS = F == Form::BYTES ? 2 : 1;
   static constexpr int CODES = CHUNKS * CHUNK_BYTES;  // of a panel
   static constexpr int LEVELS = F == Form::GROUP || F == Form::FINE ? 512 : 0;
   static constexpr int STAGE = TOKENS + 2 * CODES + 2 * LEVELS;  // a multiple of 1024
-  static constexpr int STAGES = 220 * 1024 / STAGE < 8 ? 220 * 1024 / STAGE : 8;
+  static constexpr bool AHEAD = !SPREAD || T < 128;  // there are registers for operands of two stages
+  static constexpr int ROOM = (SPREAD ? 110 : 220) * 1024, STAGES = ROOM / STAGE < 8 ? ROOM / STAGE : 8;
   static constexpr int BYTES = STAGES * STAGE + 1024;  // so that it can begin at a multiple of 1024
 };
 
@@ -59,38 +63,34 @@ __device__ __forceinline__ void each_work(const LinearTask& p, Do&& run) {
   }
 }
 
-template <Form F, int T>
+template <class R>
 struct ManyBoard {
-  using R = ManyRoom<F, T>;
   uint64_t full[R::STAGES], empty[R::STAGES];
   uint32_t said;
-  OfToken tokens[2][T];  // of the tile that each group is at
+  OfToken tokens[2][R::T];  // of the tile that each group is at
   __device__ void init() {
     for (int s = 0; s < R::STAGES; ++s) barrier_init(full[s], 2), barrier_init(empty[s], 8);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 };
 
-// Two threads that copy: codes, which need not wait for what comes before this kernel, and tokens.
-template <Form F, int T>
+// A thread that copies codes, which need not wait for what comes before this kernel, or tokens, or both.
+template <class R>
 struct ManyFeeder {
-  using R = ManyRoom<F, T>;
   const LinearTask& p;
   const CUtensorMap& map;
-  ManyBoard<F, T>& board;
+  ManyBoard<R>& board;
   uint32_t base;
+  int filled = 0;  // stages so far
 
   __device__ void run(bool of_tokens) {
-    int filled = 0;
     if (of_tokens) wait_for_last();
     each_work(p, [&](const ManyWork& work) {
       for (int step = work.first; step < work.last; ++step, ++filled) {
         const int stage = filled % R::STAGES;
         if (filled >= R::STAGES) barrier_wait(board.empty[stage], (filled / R::STAGES & 1) ^ 1);
         if (of_tokens) {
-          barrier_expect(board.full[stage], R::TOKENS);
-          const int token = p.tokens_from + work.token_tile * T;
-          copy_tokens(base + stage * R::STAGE, &map, board.full[stage], step * 128, token);
+          put_tokens(work, step, stage);
         } else {
           put_codes(work, step, stage);
         }
@@ -98,7 +98,28 @@ struct ManyFeeder {
     });
   }
 
+  // One thread alone, of those that multiply: codes of as many stages as there are, then their tokens.
+  __device__ __forceinline__ void begin(const ManyWork& work) {
+    const int early = min(work.last - work.first, R::STAGES);
+    for (int i = 0; i < early; ++i) put_codes(work, work.first + i, i);
+    wait_for_last();
+    for (int i = 0; i < early; ++i) put_tokens(work, work.first + i, i);
+  }
+  // Into the stage of the run's step i, once all are done with it.
+  __device__ __forceinline__ void refill(const ManyWork& work, int i) {
+    const int step = work.first + i + R::STAGES, stage = i % R::STAGES;
+    if (i < 0 || step >= work.last) return;
+    barrier_wait(board.empty[stage], i / R::STAGES & 1);
+    put_codes(work, step, stage);
+    put_tokens(work, step, stage);
+  }
+
  private:
+  __device__ __forceinline__ void put_tokens(const ManyWork& work, int step, int stage) {
+    barrier_expect(board.full[stage], R::TOKENS);
+    const int token = p.tokens_from + work.token_tile * R::T;
+    copy_tokens(base + stage * R::STAGE, &map, board.full[stage], step * 128, token);
+  }
   __device__ __forceinline__ void put_codes(const ManyWork& work, int step, int stage) {
     const int levels = R::LEVELS ? p.groups * 2 * PANEL : 0;  // bytes of a panel
     barrier_expect(board.full[stage], 2 * R::CODES + 2 * levels);
@@ -116,44 +137,60 @@ struct ManyFeeder {
 };
 
 // A group that multiplies.
-template <Form F, int T>
+template <class R>
 struct ManyGroup {
-  using R = ManyRoom<F, T>;
+  static constexpr Form F = R::F;
+  static constexpr int T = R::T;
   const LinearTask& p;
-  ManyBoard<F, T>& board;
+  ManyBoard<R>& board;
   uint32_t base;
   int group, warp, lane, filled;  // filled: stages so far
   int acc[T / 2];
 
-  __device__ ManyGroup(const LinearTask& p_, ManyBoard<F, T>& board_, uint32_t base_)
+  __device__ ManyGroup(const LinearTask& p_, ManyBoard<R>& board_, uint32_t base_)
       : p(p_), board(board_), base(base_), warp(static_cast<int>(threadIdx.x) / 32 % 4),
         lane(static_cast<int>(threadIdx.x) % 32), filled(0) {
-    group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128 - 1, 0);
+    group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
   }
 
   __device__ void run() {
     wait_for_last();
-    each_work(p, [&](const ManyWork& work) {
-      const int row = work.row_tile * TILE_ROWS + group * 64 + warp * 16, token = work.token_tile * T;
-      const OfRow rows[2] = {row_of(p, row + lane / 4), row_of(p, row + lane / 4 + 8)};
-      OfToken tokens[(T + 127) / 128];  // on their way while products are made
-#pragma unroll
-      for (int i = 0; i < (T + 127) / 128; ++i) tokens[i] = token_of(p, token + i * 128 + warp * 32 + lane);
-      multiply(work.last - work.first);
-      meet(2 + group, 128);  // nobody needs those of the tile before any more
-#pragma unroll
-      for (int i = 0; i < (T + 127) / 128; ++i) {
-        const int m = i * 128 + warp * 32 + lane;
-        if (T % 128 == 0 || m < T) board.tokens[group][m] = tokens[i];
-      }
-      meet(2 + group, 128);
-      if (work.split < 0) {
-        leave(rows, row, token);
-      } else {
-        add(work, token);
-      }
-    });
+    each_work(p, [&](const ManyWork& work) { compute(work, [&] { multiply(work.last - work.first, [](int) {}); }); });
     finish();
+  }
+
+  // A run of steps of a tile: its results, or what it adds to the tile's sums.
+  template <class Multiply>
+  __device__ __forceinline__ void compute(const ManyWork& work, Multiply&& multiply) {
+    const int row = work.row_tile * TILE_ROWS + group * 64 + warp * 16, token = work.token_tile * T;
+    const OfRow rows[2] = {row_of(p, row + lane / 4), row_of(p, row + lane / 4 + 8)};
+    OfToken tokens[(T + 127) / 128];  // on their way while products are made
+#pragma unroll
+    for (int i = 0; i < (T + 127) / 128; ++i) tokens[i] = token_of(p, token + i * 128 + warp * 32 + lane);
+    multiply();
+    meet(2 + group, 128);  // nobody needs those of the tile before any more
+#pragma unroll
+    for (int i = 0; i < (T + 127) / 128; ++i) {
+      const int m = i * 128 + warp * 32 + lane;
+      if (T % 128 == 0 || m < T) board.tokens[group][m] = tokens[i];
+    }
+    meet(2 + group, 128);
+    if (work.split < 0) {
+      leave(rows, row, token);
+    } else {
+      add(work, token);
+    }
+  }
+
+  // `after`: what a step is followed by.
+  template <class After>
+  __device__ __forceinline__ void multiply(int count, After&& after) {
+    int i = 0;
+    step(true);
+#pragma unroll 1
+    for (i = 1; i + 2 <= count; i += 2) step(false), after(i), step(false), after(i + 1);
+    if (i < count) step(false);
+    finish_products();
   }
 
  private:
@@ -194,23 +231,21 @@ struct ManyGroup {
     const int stage = filled % R::STAGES;
     uint32_t a[16];
     barrier_wait(board.full[stage], filled / R::STAGES & 1);
+    if (!R::AHEAD && !first) finish_products();
     codes(a, stage);
     const uint64_t b = matrix(base + stage * R::STAGE);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < 4; ++s) product_u8(acc, a + 4 * s, b + 2 * s, s || !first);
     wgmma_commit();
-    wgmma_wait<1>();
-    if (!first) release((filled - 1) % R::STAGES);
+    if (R::AHEAD) {
+      wgmma_wait<1>();
+      if (!first) release((filled - 1) % R::STAGES);
+    }
     ++filled;
   }
 
-  __device__ __forceinline__ void multiply(int count) {
-    int i = 0;
-    step(true);
-#pragma unroll 1
-    for (i = 1; i + 2 <= count; i += 2) step(false), step(false);
-    if (i < count) step(false);
+  __device__ __forceinline__ void finish_products() {
     wgmma_wait<0>();
     in_flight(acc);
     release((filled - 1) % R::STAGES);
@@ -260,9 +295,9 @@ struct ManyGroup {
 
   // Results of those tiles whose last sums this block has added; in the end, when most have been.
   __device__ __forceinline__ void finish() {
-    constexpr int THREADS = R::THREADS - R::FEEDERS;
+    constexpr int THREADS = R::WORKERS;
     const Share share(p);
-    const int thread = static_cast<int>(threadIdx.x) - R::FEEDERS;
+    const int thread = static_cast<int>(threadIdx.x);
     for (int tile = share.first / p.steps; tile * p.steps < share.last; tile += 32) {
       meet(1, THREADS);
       if (thread < 32) {
@@ -282,22 +317,23 @@ struct ManyGroup {
 
 #endif
 
-template <Form F, int T>
-__global__ void __launch_bounds__(ManyRoom<F, T>::THREADS, 1) linear_many_kernel(
-    const __grid_constant__ LinearTask p, const __grid_constant__ CUtensorMap map) {
+template <class R>
+__global__ void __launch_bounds__(R::THREADS, 1) linear_many_kernel(const __grid_constant__ LinearTask p,
+                                                                    const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ ManyBoard<F, T> board;
+  __shared__ ManyBoard<R> board;
   const uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;
   let_next_begin();
-  if (threadIdx.x == 0) board.init();
+  if (threadIdx.x == 0) board.init(), fetch_map(&map);
   __syncthreads();
-  if (threadIdx.x < ManyRoom<F, T>::FEEDERS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x % 32 == 0 && threadIdx.x < 64) ManyFeeder<F, T>{p, map, board, base}.run(threadIdx.x == 32);
-  } else {
+  if (threadIdx.x < R::WORKERS) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    ManyGroup<F, T>(p, board, base).run();
+    ManyGroup<R>(p, board, base).run();
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    const unsigned feeder = threadIdx.x - R::WORKERS;
+    if (feeder % 32 == 0 && feeder < 64) ManyFeeder<R>{p, map, board, base}.run(feeder == 32);
   }
 #endif
 }

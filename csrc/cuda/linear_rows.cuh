@@ -1,13 +1,14 @@
-// w4a8_linear of up to 16 tokens: no two blocks share a row of the weight, so that nothing is added in memory. linear.cu
-// says what it computes.
+// w4a8_linear of up to 16 tokens: no two blocks share a row of the weight, so that nothing is added in memory.
+// linear.cu says what it computes.
 //
-// Work: units of 16 rows (32 where tokens do not stay in shared memory), one of each block after the other. Of the 4096,
-//   6144, 14336 and 28672 rows of a Llama-3-8B layer, 132 multiprocessors get equally many, but for 3 %.
-// Block: of a unit, every warp has each eighth chunk of columns; it copies the codes, scales and tokens of those itself,
-//   some chunks ahead and over the end of a unit, and waits for no other warp but once a unit, when sums are added in
-//   shared memory. Two blocks fit on a multiprocessor, so that the next kernel's codes come while this one ends.
+// Work: up to three weights for the same tokens, in units of 16 rows (32 where tokens do not stay in shared memory),
+//   one of each block after the other. Of 4096, 6144 or 28672 rows each of 132 multiprocessors gets as many, but for 3 %.
+// Block: of a unit, every warp has each 8th or 16th chunk of columns; it copies the codes, scales and tokens of those
+//   itself, some chunks ahead and over the end of a unit, and waits for no other warp but once a unit, when sums are
+//   added in shared memory. Two blocks fit on a multiprocessor, so that the next kernel's codes come while this one
+//   ends.
 // Products: mma.m16n8k32, codes as operand a, which one mask takes out of 16 stored bytes.
-// Shared memory: codes and scales of STAGES chunks of each warp; tokens, all of them or of as many chunks; up to 113 KiB.
+// Shared memory: codes and scales of STAGES chunks of each warp; tokens, all or of as many chunks; up to 113 KiB.
 #pragma once
 #include "linear.cuh"
 
@@ -16,16 +17,17 @@ namespace hfl {
 // STREAM: tokens are copied again for every unit.
 template <Form F, int MT, bool STREAM>
 struct RowsRoom {
-  static constexpr int WARPS = 8, THREADS = WARPS * 32;
-  static constexpr int TILES = STREAM ? 2 : 1, ROWS = 16 * TILES;           // of a unit
-  static constexpr int CHUNK = F == Form::BYTES ? 64 : 128;                 // columns, and bytes of a token
+  static constexpr int WARPS = MT == 1 && !STREAM ? 16 : 8, THREADS = WARPS * 32;
+  static constexpr int TILES = STREAM ? 2 : 1, ROWS = 16 * TILES;  // of a unit
+  static constexpr int CHUNK = F == Form::BYTES ? 64 : 128;        // columns, and bytes of a token
   static constexpr int LEVELS = F == Form::GROUP ? 32 : F == Form::FINE ? 128 : 0;  // of a tile
   static constexpr int TILE = 1024 + LEVELS, STAGE = TILES * TILE;
-  static constexpr int STAGES = STREAM ? 3 : MT == 1 ? 9 : 5;
+  static constexpr int STAGES = STREAM ? 3 : 5;
+  static constexpr int SETS = WARPS == 16 ? 1 : 2;  // of sums: those of two chunks at a time do not wait for each other
   static constexpr int RING = WARPS * STAGES * STAGE;
-  static constexpr int LINE = ROWS + 4, SUMS = 8 * MT * LINE;               // of a token, so that banks differ; of a unit
-  static constexpr int EACH = (8 * MT * ROWS + THREADS - 1) / THREADS;      // results of a thread
-  static constexpr int BYTES = RING + 2 * SUMS * 4;                         // without tokens
+  static constexpr int LINE = ROWS + 4, SUMS = 8 * MT * LINE;           // of a token, so that banks differ; of a unit
+  static constexpr int EACH = (8 * MT * ROWS + THREADS - 1) / THREADS;  // results of a thread
+  static constexpr int BYTES = RING + 2 * SUMS * 4;                     // without tokens
 };
 
 // How many chunks of tokens a warp has room for.
@@ -40,27 +42,69 @@ inline int rows_bytes(int chunks, int tokens) {
   return R::BYTES + R::WARPS * rows_slots<F, MT, STREAM>(chunks) * tokens * R::CHUNK;
 }
 
+// The weight that a unit is of, whose own units begin with 0.
+__device__ __forceinline__ const LinearPart& part_of(const LinearTask& p, int& unit) {
+  int i = 0;
+  while (i < MOST_PARTS - 1 && unit >= p.parts[i].units) unit -= p.parts[i++].units;
+  return p.parts[i];
+}
+
+// Chunks of a warp, unit after unit, and where this thread's part of the codes and the scales of one lie.
+template <class R>
+struct RowsCursor {
+  const LinearTask& p;
+  int unit, chunk, warp, lane;
+  const uint8_t *codes, *levels;
+
+  __device__ __forceinline__ RowsCursor(const LinearTask& p_, int warp_, int lane_)
+      : p(p_), unit(static_cast<int>(blockIdx.x)), chunk(warp_), warp(warp_), lane(lane_) {
+    find();
+  }
+  __device__ __forceinline__ bool there() const { return chunk < p.chunks && unit < p.whole_tiles; }
+  __device__ __forceinline__ void next() {
+    chunk += R::WARPS;
+    codes += R::WARPS * CHUNK_BYTES, levels += R::WARPS * p.groups * (2 * PANEL);
+    if (chunk >= p.chunks) chunk = warp, unit += static_cast<int>(gridDim.x), find();
+  }
+
+ private:
+  __device__ __forceinline__ void find() {
+    constexpr int PIECES = 2 * R::TILES;  // of 16 bytes, of the scales of a group
+    int own = unit;
+    const LinearPart& weight = part_of(p, own);
+    const int tile = own * R::TILES, part = tile % 4;
+    const int64_t run = static_cast<int64_t>(tile / 4) * p.chunks + chunk;
+    codes = weight.codes + run * CHUNK_BYTES + part * 1024 + lane * 16;
+    levels = weight.groups + (run * p.groups + lane / PIECES) * (2 * PANEL) + part * 32 + lane % PIECES * 16;
+  }
+};
+
 template <Form F, int MT, bool STREAM>
 struct RowsBlock {
   using R = RowsRoom<F, MT, STREAM>;
   const LinearTask& p;
   uint32_t ring, tokens, sums;  // of this warp; of this warp; of the block
+  uint32_t row[MT];             // where this thread finds its part of operand b in a slot
   int warp, lane;
-  int acc[R::TILES][MT][4];
+  int acc[R::SETS][R::TILES][MT][4];
 
   __device__ RowsBlock(const LinearTask& p_, uint32_t base)
       : p(p_), sums(base + R::RING), warp(static_cast<int>(threadIdx.x) / 32),
         lane(static_cast<int>(threadIdx.x) % 32) {
     ring = base + warp * R::STAGES * R::STAGE;
     tokens = base + R::BYTES + warp * rows_slots<F, MT, STREAM>(p.chunks) * p.tokens * R::CHUNK;
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {  // of no more tokens than there are
+      const int token = min(m * 8 + lane % 8, p.tokens - 1);
+      row[m] = tokens + token * R::CHUNK + (lane / 8 ^ turn(token)) * 16;
+    }
     clear();
   }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < R::TILES; ++i) {
-#pragma unroll
-      for (int m = 0; m < MT; ++m) acc[i][m][0] = acc[i][m][1] = acc[i][m][2] = acc[i][m][3] = 0;
+    for (int i = 0; i < 4 * R::SETS * R::TILES * MT; ++i) {
+      acc[i / 4 / MT / R::TILES][i / 4 / MT % R::TILES][i / 4 % MT][i % 4] = 0;
     }
   }
 
@@ -69,20 +113,18 @@ struct RowsBlock {
     for (int i = static_cast<int>(threadIdx.x); i < 2 * R::SUMS; i += R::THREADS) store_word(sums + i * 4, 0);
   }
 
-  __device__ __forceinline__ void copy_codes(int stage, int unit, int chunk) const {
+  __device__ __forceinline__ void copy_codes(int stage, const RowsCursor<R>& from) const {
+    const uint32_t to = ring + stage * R::STAGE + lane * 16;
 #pragma unroll
     for (int i = 0; i < R::TILES; ++i) {
-      const int tile = unit * R::TILES + i, panel = tile / 4, part = tile % 4;
-      const bool there = R::TILES == 1 || panel < p.panels;
-      const int64_t run = there ? static_cast<int64_t>(panel) * p.chunks + chunk : 0;
-      const uint8_t* from = p.a.codes + run * CHUNK_BYTES + part * 1024 + lane * 16;
-      const uint32_t to = ring + stage * R::STAGE + i * R::TILE + lane * 16;
-      copy_async(to, from, there);
-      copy_async(to + 512, from + 512, there);
-      if constexpr (R::LEVELS != 0) {
-        const uint8_t* levels = p.a.groups + (run * p.groups + lane / 2) * (2 * PANEL) + part * 32;
-        if (lane < 2 * p.groups) copy_async(to + 1024, levels + lane % 2 * 16, there);
-      }
+      copy_async(to + i * R::TILE, from.codes + i * 1024, true);
+      copy_async(to + i * R::TILE + 512, from.codes + i * 1024 + 512, true);
+    }
+    if constexpr (R::LEVELS != 0) {
+      constexpr int PIECES = 2 * R::TILES;
+      const int group = lane / PIECES, tile = lane % PIECES / 2;
+      const uint32_t at = ring + stage * R::STAGE + tile * R::TILE + 1024 + group * 32 + lane % 2 * 16;
+      if (lane < PIECES * p.groups) copy_async(at, from.levels, true);
     }
   }
 
@@ -100,15 +142,22 @@ struct RowsBlock {
     }
   }
 
-  // 64 columns of the chunk: two registers for each of 32, of token tile m; of no more tokens than there are.
-  __device__ __forceinline__ void operand(uint32_t (&b)[4], int slot, int m, int half) const {
-    const int token = min(m * 8 + lane % 8, p.tokens - 1), piece = half * 4 + lane / 8;
-    load_matrices(b, tokens + (slot * p.tokens + token) * R::CHUNK + (piece ^ turn(token)) * 16);
+  // Of all chunks, or of as many as there is room for.
+  __device__ __forceinline__ void copy_first_tokens() const {
+    int chunk = warp;
+#pragma unroll 1
+    for (int slot = 0; slot < rows_slots<F, MT, STREAM>(p.chunks); ++slot, chunk += R::WARPS) {
+      if (chunk >= p.chunks) {
+        if (!STREAM || warp >= p.chunks) break;
+        chunk = warp;  // of the next unit
+      }
+      copy_tokens(slot, chunk);
+    }
   }
 
-  // Operand a of 64 columns of a tile.
-  __device__ __forceinline__ void codes(uint32_t (&a)[8], int stage, int i, int half) const {
-    const uint32_t tile = ring + stage * R::STAGE + i * R::TILE, at = tile + lane * 16;
+  // Operand a of 64 columns of a tile; by: the scales where there is one group.
+  __device__ __forceinline__ void codes(uint32_t (&a)[8], uint32_t tile, int half, const Levels& by) const {
+    const uint32_t at = tile + lane * 16;
     if constexpr (F == Form::BYTES) {
       const uint4 x = load_shared(at), y = load_shared(at + 512);
       a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w, a[4] = y.x, a[5] = y.y, a[6] = y.z, a[7] = y.w;
@@ -116,30 +165,36 @@ struct RowsBlock {
       const uint4 x = load_shared(at + half * 512);
       if constexpr (F == Form::CHANNEL) {
         expand(a, x.x, x.y), expand(a + 4, x.z, x.w);
+      } else if constexpr (F == Form::GROUP) {
+        expand(a, x.x, x.y, by), expand(a + 4, x.z, x.w, by);
       } else {
-        const uint32_t levels = tile + 1024 + lane / 4 * 4;
-        const Levels first(load_word(levels + (F == Form::FINE ? 2 * half * p.groups / 4 * 32 : 0)));
-        expand(a, x.x, x.y, first);
-        expand(a + 4, x.z, x.w,
-               F == Form::FINE ? Levels(load_word(levels + (2 * half + 1) * p.groups / 4 * 32)) : first);
+        expand(a, x.x, x.y, Levels(levels(tile, 2 * half * p.groups / 4)));
+        expand(a + 4, x.z, x.w, Levels(levels(tile, (2 * half + 1) * p.groups / 4)));
       }
     }
   }
+  __device__ __forceinline__ uint32_t levels(uint32_t tile, int group) const {
+    return load_word(tile + 1024 + group * 32 + lane / 4 * 4);
+  }
 
-  __device__ __forceinline__ void multiply(int stage, int slot) {
+  __device__ __forceinline__ void multiply(int (&to)[R::TILES][MT][4], int stage, int slot) {
+    const uint32_t tile = ring + stage * R::STAGE, tokens_at = slot * p.tokens * R::CHUNK;
+    uint32_t by[R::TILES];
+#pragma unroll
+    for (int i = 0; i < R::TILES; ++i) by[i] = F == Form::GROUP ? levels(tile + i * R::TILE, 0) : 0;
 #pragma unroll
     for (int half = 0; half < R::CHUNK / 64; ++half) {
       uint32_t a[R::TILES][8];
 #pragma unroll
-      for (int i = 0; i < R::TILES; ++i) codes(a[i], stage, i, half);
+      for (int i = 0; i < R::TILES; ++i) codes(a[i], tile + i * R::TILE, half, Levels(by[i]));
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         uint32_t b[4];
-        operand(b, slot, m, half);
+        load_matrices(b, (row[m] + tokens_at) ^ half * 64);
 #pragma unroll
-        for (int i = 0; i < R::TILES; ++i) mma_u8(acc[i][m], a[i], b[0], b[1]);
+        for (int i = 0; i < R::TILES; ++i) mma_u8(to[i][m], a[i], b[0], b[1]);
 #pragma unroll
-        for (int i = 0; i < R::TILES; ++i) mma_u8(acc[i][m], a[i] + 4, b[2], b[3]);
+        for (int i = 0; i < R::TILES; ++i) mma_u8(to[i][m], a[i] + 4, b[2], b[3]);
       }
     }
   }
@@ -154,7 +209,8 @@ struct RowsBlock {
         if (token >= p.tokens) continue;
 #pragma unroll
         for (int i = 0; i < R::TILES; ++i) {
-          add_shared(to + (token * R::LINE + i * 16 + lane / 4 + r / 2 * 8) * 4, acc[i][m][r]);
+          const int sum = acc[0][i][m][r] + (R::SETS == 2 ? acc[R::SETS - 1][i][m][r] : 0);
+          add_shared(to + (token * R::LINE + i * 16 + lane / 4 + r / 2 * 8) * 4, sum);
         }
       }
     }
@@ -162,7 +218,8 @@ struct RowsBlock {
   }
 
   // Results of a unit whose sums are complete, which become zero.
-  __device__ __forceinline__ void finish(uint32_t from, int n, const OfRow& row, const OfToken (&of)[R::EACH]) const {
+  __device__ __forceinline__ void finish(uint32_t from, const LinearPart& weight, int n, const OfRow& row,
+                                         const OfToken (&of)[R::EACH]) const {
     const int first = static_cast<int>(threadIdx.x);
 #pragma unroll
     for (int i = 0; i < R::EACH; ++i) {
@@ -171,74 +228,74 @@ struct RowsBlock {
       const uint32_t at = from + (m * R::LINE + first % R::ROWS) * 4;
       const float y = result(static_cast<int>(load_word(at)), of[i], row);
       store_word(at, 0);
-      if (n < p.a.rows) *place_of(p, m, n) = static_cast<uint16_t>(pack_results(p, y, 0.0f));
+      if (n >= weight.rows) continue;
+      uint16_t* to = static_cast<uint16_t*>(weight.out) + static_cast<int64_t>(p.tokens_from + m) * weight.rows + n;
+      *to = static_cast<uint16_t>(pack_results(p, y, 0.0f));
     }
   }
 };
 
-// Chunks of this warp, unit after unit.
-struct RowsCursor {
-  int unit, chunk, slot;
-  __device__ __forceinline__ void next(const LinearTask& p, int warps, int warp) {
-    chunk += warps, ++slot;
-    if (chunk >= p.chunks) chunk = warp, slot = 0, unit += static_cast<int>(gridDim.x);
-  }
-  __device__ __forceinline__ bool there(const LinearTask& p) const { return chunk < p.chunks && unit < p.whole_tiles; }
-};
-
 template <Form F, int MT, bool STREAM>
-__global__ void __launch_bounds__(256, 2) linear_rows_kernel(const __grid_constant__ LinearTask p) {
+__global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_rows_kernel(
+    const __grid_constant__ LinearTask p) {
   using R = RowsRoom<F, MT, STREAM>;
   extern __shared__ __align__(128) unsigned char shared[];
   let_next_begin();
   RowsBlock<F, MT, STREAM> block(p, shared_address(shared));
-  const RowsCursor first = {static_cast<int>(blockIdx.x), block.warp, 0};
-  RowsCursor ahead = first;
+  RowsCursor<R> ahead(p, block.warp, block.lane);
 #pragma unroll 1
-  for (int i = 0; i < R::STAGES && ahead.there(p); ++i) {  // codes need not wait for the tokens
-    block.copy_codes(i, ahead.unit, ahead.chunk);
-    ahead.next(p, R::WARPS, block.warp);
+  for (int i = 0; i < R::STAGES && ahead.there(); ++i) {  // codes need not wait for the tokens
+    block.copy_codes(i, ahead);
+    ahead.next();
   }
   block.clear_sums();
+  const int thread = static_cast<int>(threadIdx.x);
   wait_for_last();
-  RowsCursor behind = first;
-#pragma unroll 1
-  for (int i = 0; i < (STREAM ? R::STAGES : p.chunks) && behind.there(p); ++i) {
-    if (!STREAM && behind.unit != first.unit) break;
-    block.copy_tokens(i, behind.chunk);
-    behind.next(p, R::WARPS, block.warp);
-  }
+  block.copy_first_tokens();
   copy_commit();
   OfToken tokens[R::EACH];
-  const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < R::EACH; ++i) tokens[i] = token_of(p, thread / R::ROWS + i * (R::THREADS / R::ROWS));
   copy_wait<0>();
   __syncthreads();
   int stage = 0, turn = 0;
+  const auto refill = [&] {
+    if (ahead.there()) {
+      block.copy_codes(stage, ahead);
+      if (STREAM) block.copy_tokens(stage, ahead.chunk);
+      ahead.next();
+    }
+    copy_commit();
+    stage = stage + 1 == R::STAGES ? 0 : stage + 1;
+  };
 #pragma unroll 1
-  for (int unit = first.unit; unit < p.whole_tiles; unit += static_cast<int>(gridDim.x)) {
-    const int n = unit * R::ROWS + thread % R::ROWS;
-    const OfRow row = row_of(p, n);
-    int slot = 0;
+  for (int unit = static_cast<int>(blockIdx.x); unit < p.whole_tiles; unit += static_cast<int>(gridDim.x)) {
+    int own = unit;
+    const LinearPart& weight = part_of(p, own);
+    const int n = own * R::ROWS + thread % R::ROWS;
+    const OfRow row = row_of_weight(weight, n);
+    int slot = 0, left = (p.chunks - block.warp + R::WARPS - 1) / R::WARPS;
 #pragma unroll 1
-    for (int chunk = block.warp; chunk < p.chunks; chunk += R::WARPS, ++slot) {
+    for (; left >= 2; left -= 2, slot += 2) {
+      const int second = stage + 1 == R::STAGES ? 0 : stage + 1;
+      copy_wait<R::STAGES - 2>();
+      __syncwarp();
+      block.multiply(block.acc[0], stage, STREAM ? stage : slot);
+      block.multiply(block.acc[R::SETS - 1], second, STREAM ? second : slot + 1);
+      __syncwarp();
+      refill(), refill();
+    }
+    if (left > 0) {
       copy_wait<R::STAGES - 1>();
       __syncwarp();
-      block.multiply(stage, STREAM ? stage : slot);
+      block.multiply(block.acc[0], stage, STREAM ? stage : slot);
       __syncwarp();
-      if (ahead.there(p)) {
-        block.copy_codes(stage, ahead.unit, ahead.chunk);
-        if (STREAM) block.copy_tokens(stage, ahead.chunk);
-        ahead.next(p, R::WARPS, block.warp);
-      }
-      copy_commit();
-      if (++stage == R::STAGES) stage = 0;
+      refill();
     }
     const uint32_t sums = block.sums + turn * R::SUMS * 4;
     block.add(sums);
     __syncthreads();
-    block.finish(sums, n, row, tokens);
+    block.finish(sums, weight, n, row, tokens);
     turn ^= 1;
   }
 }

@@ -16,10 +16,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // 16 bytes from global to shared memory, or 16 zero bytes; then nothing is read.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
-  #ifndef HFL_L2
-#define HFL_L2 "128B"
-#endif
-  asm volatile("cp.async.cg.shared.global.L2::" HFL_L2 " [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {

@@ -6,7 +6,8 @@
 //   registers. Shared memory: what each warp adds up. Bound by: bytes; of few rows, loads and barriers that wait for
 //   each other.
 //
-// Roundings are those of the definition, but for the sum of squares and the exponential.
+// Roundings are those of the definition, but for the sum of squares, which is added up as in norm.cu, and the
+//   exponential, which is torch's.
 #include "../linear.h"
 #include "eight.cuh"
 #include "linear.cuh"
@@ -50,8 +51,15 @@ __device__ __forceinline__ float rounded(float x, int dtype) {
   return dtype == HFL_BF16 ? __bfloat162float(__float2bfloat16_rn(x)) : __half2float(__float2half_rn(x));
 }
 
-// To about 2 ulp of float32, which is rounded to 16 bits.
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+// As torch computes it, rounded to 16 bits. The fast way is off by less than 2^-18 of the result: it does wherever that
+// cannot turn the rounding, which is looked for in the bits that are rounded away.
+__device__ __forceinline__ float silu(float x, int dtype) {
+  const float fast = __fdividef(x, 1.0f + __expf(-x));
+  const uint32_t half = dtype == HFL_BF16 ? 1u << 15 : 1u << 12, off = 1u << 6;
+  const uint32_t rest = __float_as_uint(fast) & (2 * half - 1);
+  const bool sure = fabsf(x) < 16.0f && fabsf(fast) > 0x1p-12f && rest - (half - off) >= 2 * off;
+  return rounded(sure ? fast : __fdiv_rn(x, __fadd_rn(1.0f, expf(-x))), dtype);
+}
 
 template <int PIECES>
 struct Row {
@@ -84,12 +92,12 @@ struct Row {
       const Eight up = unpack(load(a.y, row * a.y_row + channel(p), a.dtype), a.dtype);
       Eight gate = eight(p);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) gate.x[i] = __fmul_rn(rounded(silu(gate.x[i]), a.dtype), up.x[i]);
+      for (int i = 0; i < 8; ++i) gate.x[i] = __fmul_rn(silu(gate.x[i], a.dtype), up.x[i]);
       keep(p, gate);
     }
   }
 
-  __device__ __forceinline__ void normalize() {
+  __device__ __forceinline__ void normalize(int64_t row) {
     float sum = 0.0f;
 #pragma unroll
     for (int p = 0; p < PIECES; ++p) {
@@ -110,6 +118,7 @@ struct Row {
         y.x[i] = __fmul_rn(a.early ? rounded(unit, a.dtype) : unit, __fadd_rn(scale.x[i], a.offset));
       }
       keep(p, y);
+      if (a.normed) *reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.normed) + row * a.columns + channel(p)) = x[p];
     }
   }
 
@@ -151,7 +160,7 @@ __global__ void __launch_bounds__(MOST_THREADS) quantize_kernel(const __grid_con
   wait_for_last();
   Row<PIECES> x(a);
   x.read(row);
-  if (a.kind == HFL_OF_NORM) x.normalize();
+  if (a.kind == HFL_OF_NORM) x.normalize(row);
   const float most = x.largest();
   const bool finite = most < INFINITY;  // and no NaN
   const float up = !finite || most < LEAST ? 0.0f : __fdiv_rn(127.0f, most);
@@ -172,7 +181,8 @@ const char* check(const hfl_quantize& a) {
     return "quantize_tokens: expected a weight of the dtype of the rows";
   }
   const bool gate = a.kind == HFL_OF_GATE;
-  for (const void* x : {a.x, gate ? a.y : nullptr, a.kind == HFL_OF_NORM ? a.weight : nullptr}) {
+  const bool norm = a.kind == HFL_OF_NORM;
+  for (const void* x : {a.x, gate ? a.y : nullptr, norm ? a.weight : nullptr, static_cast<const void*>(a.normed)}) {
     if (reinterpret_cast<uintptr_t>(x) % 16) return "quantize_tokens: expected tensors at multiples of 16 bytes";
   }
   if (reinterpret_cast<uintptr_t>(a.values) % 8) return "quantize_tokens: expected values at a multiple of 8 bytes";
@@ -189,8 +199,9 @@ extern "C" const char* hfl_quantize_cuda(const hfl_quantize* a) {
   const void* kernels[] = {reinterpret_cast<const void*>(&hfl::quantize_kernel<1>),
                            reinterpret_cast<const void*>(&hfl::quantize_kernel<2>),
                            reinterpret_cast<const void*>(&hfl::quantize_kernel<4>)};
-  // Of few rows, more threads are done sooner; of many, smaller blocks are more rows at a time.
-  int which = a->tokens >= 512 && warps >= 4 ? 2 : 0;
+  // Of few rows, more threads are done sooner; of many, smaller blocks are more rows at a time. Squares are added up in
+  // the order of norm.cu.
+  int which = a->kind != HFL_OF_NORM && a->tokens >= 512 && warps >= 4 ? 2 : 0;
   while (warps > most << which) ++which;
   const int threads = (warps + (1 << which) - 1) / (1 << which) * hfl::WARP;
   hfl_quantize copy = *a;

@@ -40,6 +40,7 @@ OPS = (
     "quantize_norm",
     "quantize_gated",
     "w4a8_linear",
+    "w4a8_linears",
 )
 
 _MODULES = {"compiled": "compiled", "flex": "flex", "torch": "fused", "reference": "reference"}

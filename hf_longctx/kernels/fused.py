@@ -87,4 +87,5 @@ OPS = {
     "attend_blocks": Implementation(attend_blocks, reject),
     "attend_pages": Implementation(attend_pages, reject),
     "w4a8_linear": Implementation(products.w4a8_linear, products.reject),
+    "w4a8_linears": Implementation(products.w4a8_linears, products.reject_all),
 }

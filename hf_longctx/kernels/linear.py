@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,9 +116,13 @@ def quantize_tokens(x: Tensor) -> Tokens:
     return out
 
 
-def quantize_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tokens:
-    """`quantize_tokens` of `ops.rms_norm`, whose result is rounded to its dtype in between; x: `[M, K]`."""
-    out: Tokens = dispatch.call("quantize_norm", x, weight, eps, offset, early)
+def quantize_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> tuple[Tensor, Tokens]:
+    """`ops.rms_norm` of x `[M, K]`, and `quantize_tokens` of that, which is rounded to its dtype in between.
+
+    Returns:
+        `[M, K]`, and its tokens.
+    """
+    out: tuple[Tensor, Tokens] = dispatch.call("quantize_norm", x, weight, eps, offset, early)
     return out
 
 
@@ -150,6 +155,41 @@ def w4a8_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype
     Raises:
         ValueError: tokens and weight have different K, or the weight's order is none that this version knows.
     """
+    _check(tokens, weight)
+    out: Tensor = dispatch.call("w4a8_linear", tokens, weight, bias, dtype)
+    return out
+
+
+def w4a8_linears(
+    tokens: Tokens, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[Tensor]:
+    """`w4a8_linear` with each of some weights: one launch on CUDA, where tokens are few.
+
+    Args:
+        tokens: `[M, K]`.
+        weights: `[N, K]` each, of one number of bits, one size of groups.
+        biases: as many, `[N]` or None.
+        dtype: of the results.
+
+    Returns:
+        `[M, N]` each.
+
+    Raises:
+        ValueError: as `w4a8_linear`; weights of several forms, or another number of biases.
+    """
+    for weight in weights:
+        _check(tokens, weight)
+    forms = {(weight.bits, weight.group) for weight in weights}
+    if len(forms) != 1 or len(biases) != len(weights):
+        raise ValueError(
+            f"w4a8_linears: expected weights of one form, with a bias or None for each; got {len(weights)} weights of "
+            f"(bits, group) {sorted(forms, key=str)} and {len(biases)} biases. Call w4a8_linear for each."
+        )
+    out: list[Tensor] = dispatch.call("w4a8_linears", tokens, weights, biases, dtype)
+    return out
+
+
+def _check(tokens: Tokens, weight: PackedWeight) -> None:
     if weight.layout != LAYOUT:
         raise ValueError(
             f"w4a8_linear: expected a weight of layout {LAYOUT}; got {weight.layout}. Pack it again, or update."
@@ -159,5 +199,3 @@ def w4a8_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype
             f"w4a8_linear: expected tokens of {weight.columns} channels; got {tokens.values.shape[1]}. "
             "Pass tokens that were made for this weight."
         )
-    out: Tensor = dispatch.call("w4a8_linear", tokens, weight, bias, dtype)
-    return out

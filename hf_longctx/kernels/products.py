@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -21,6 +23,13 @@ def reject(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype: tor
     return "takes no empty tensors" if not tokens.values.numel() else None
 
 
+def reject_all(
+    tokens: Tokens, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], dtype: torch.dtype
+) -> str | None:
+    """As `reject`."""
+    return reject(tokens, weights[0], biases[0], dtype)
+
+
 def w4a8_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`linear.w4a8_linear`; the weight is brought to int8 and natural order in every call."""
     x, w = tokens.values, int8_values(unpack(weight))
@@ -29,3 +38,10 @@ def w4a8_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype
     rows = pad(x, (0, 0, 0, max(0, LEAST_ROWS - len(x))))
     sums = torch._int_mm(rows, pad(w, (0, 0, 0, -len(w) % STEP)).T)[: len(x), : len(w)]
     return scaled(sums, tokens, weight, bias, dtype)
+
+
+def w4a8_linears(
+    tokens: Tokens, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[Tensor]:
+    """`linear.w4a8_linears`, one after the other."""
+    return [w4a8_linear(tokens, weight, bias, dtype) for weight, bias in zip(weights, biases, strict=True)]

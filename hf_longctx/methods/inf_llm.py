@@ -41,8 +41,6 @@ class InfLLM:
         index: how what stands for blocks is held on the device: `native`, or of `place` `int8` or `int4`.
         share: which heads share a choice: `all` of a layer, or those of a `kv_head`.
         q_block: queries of a prompt that share a choice.
-        q_mean: of these, queries whose mean looks for blocks: what any of the means finds counts; None: all of them.
-            `place` only.
         resident_blocks: blocks that stay on the device, as in `HostLRU`.
         host_ram: most host memory, in bytes or as "32GiB"; None: no cap.
         disk: folder for a file in its place.
@@ -59,7 +57,6 @@ class InfLLM:
     index: Literal["native", "int8", "int4"] = "native"
     share: Literal["all", "kv_head"] = "all"
     q_block: int = 512
-    q_mean: int | None = None
     resident_blocks: int = 32
     host_ram: int | str | None = None
     disk: str | None = None
@@ -83,7 +80,6 @@ class InfLLM:
         for name, holds, wanted in (
             ("init", self.init % self.block == 0, f"in whole blocks of {self.block}"),
             ("index", self.index == "native" or self.by == "place", "'native' beside by='attention'"),
-            ("q_mean", self.q_mean is None or self.by == "place", "None beside by='attention'"),
             ("offload", self.offload or (self.host_ram or self.disk) is None, "True beside host_ram or disk"),
         ):
             if not holds:
@@ -94,7 +90,7 @@ class InfLLM:
         if self.by == "attention":
             return RepresentativeDot(Representatives(self.block, self.representatives), self.q_block)
         means = Means(self.block, self.block // self.representatives, _BITS[self.index])
-        return RepresentativeShare(means, self.q_block, self.q_mean)
+        return RepresentativeShare(means, self.q_block)
 
     def _policy(self, local: int) -> HeadPolicy:
         reads = Selector(self._scorer, TopK(self.topk * self.block), self.init, local, self.share)

@@ -39,24 +39,16 @@ class Look:
     turns: ops.Turns | None
     low: Tensor
 
-    def mean_queries(self, each: int | None) -> tuple[Tensor, Tensor]:
-        """Means of `each` queries of each block (None: of all, V = 1); where positions are clamped, at the edge.
-
-        Returns:
-            `[B, Hq, N * V, D]`, float32 or better; and of how many queries, `[B or 1, 1, N * V, 1]`.
-        """
+    def mean_query(self) -> Tensor:
+        """`[B, Hq, N, D]`, float32 or better, of each block; at the edge of the window where positions are clamped."""
         q = self.q.to(torch.promote_types(self.q.dtype, torch.float32))
         turns = self.turns
         if turns is not None and turns.clamp is not None and turns.inv_freq is not None:
             here = self.q_pos - turns.lap * turns.laps(self.q_pos)
             q = ops.rotate(q, turns.clamp - here, turns.inv_freq, turns.interleaved)
-        each = self.q_block if each is None else min(each, self.q_block)
-        fill = -self.q_block % each
-        real = pad((self.q_pos >= 0).view(self.q_pos.shape[0], 1, -1, self.q_block, 1), (0, 0, 0, fill))
-        queries = pad(torch.unflatten(q, 2, (-1, self.q_block)), (0, 0, 0, fill)) * real
-        means = (torch.unflatten(x, 3, (-1, each)).sum(4) for x in (queries, real))
-        total, count = (x.flatten(2, 3) for x in means)
-        return total / count.clamp(min=1), count
+        real = (self.q_pos >= 0).view(self.q_pos.shape[0], 1, -1, self.q_block, 1)
+        blocks = torch.unflatten(q, 2, (-1, self.q_block)) * real
+        return blocks.sum(3) / real.sum(3).clamp(min=1)
 
 
 @primitive
@@ -154,8 +146,7 @@ class RepresentativeDot:
     def score(self, look: Look) -> Tensor:
         """Score every block: `[B, Hs, N, M]`, float32 or better."""
         assert look.summary is not None
-        asked, _ = look.mean_queries(None)
-        return ops.score_pages(asked, look.summary, self.summary.block // self.summary.sub, look.share)
+        return ops.score_pages(look.mean_query(), look.summary, self.summary.block // self.summary.sub, look.share)
 
 
 @primitive
@@ -164,44 +155,33 @@ class RepresentativeShare(RepresentativeDot):
     """The share of far attention that a block's representatives would get from the mean of the block of queries.
 
     Each query head has a softmax over the representatives of all blocks that are not near; of the heads that share, the
-    mean counts: a head that looks for one passage outvotes many that look for none. Where a block of queries has
-    several means, the largest share counts, so that a question at the end of a block is not lost among what is before.
+    mean counts: a head that looks for one passage outvotes many that look for none.
 
-    Differs from InfLLM (arXiv:2402.04617) §3.2, which adds up products, of one mean.
+    Differs from InfLLM (arXiv:2402.04617) §3.2, which adds up products.
 
     Args:
         summary: how representatives are found.
         q_block: queries of a prefill call that share a selection.
-        q_mean: queries behind a mean; None: all of a block.
 
     Raises:
-        ValueError: a `q_block` or `q_mean` that is no whole number from one on.
+        ValueError: a `q_block` that is no whole number from one on.
     """
 
     summary: Representatives | Means = field(default_factory=Means)
-    q_mean: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_whole("RepresentativeShare", q_mean=self.q_block if self.q_mean is None else self.q_mean)
 
     def describe(self) -> str:
         """One phrase for a table."""
-        of = "" if self.q_mean is None else f", for {self.q_mean} queries"
-        return f"shares of {self.summary.describe()}{of}"
+        return f"shares of {self.summary.describe()}"
 
     def score(self, look: Look) -> Tensor:
         """Score every block: `[B, Hs, N, M]`, float32 or better; -inf from `look.low` on."""
         assert look.summary is not None
         subs = self.summary.block // self.summary.sub
-        asked, count = look.mean_queries(self.q_mean)
-        x = ops.score_pages(asked, look.summary, 1, "q_head") * look.scale
-        x = torch.unflatten(pad(x, (0, -x.shape[-1] % subs)), -1, (-1, subs))
-        x = torch.unflatten(x, 2, (look.low.shape[1], -1))  # [B, Hq, N, V, M, subs]
-        near = (torch.arange(x.shape[4], device=x.device) >= look.low[..., None])[:, None]  # [B or 1, 1, N, M]
-        weights = x.masked_fill(near[:, :, :, None, :, None], float("-inf")).flatten(4).softmax(-1)
-        nobody = torch.unflatten(count == 0, 2, (look.low.shape[1], -1))
-        shares = weights.view_as(x).sum(-1).masked_fill(nobody, 0.0).amax(3)
+        x = ops.score_pages(look.mean_query(), look.summary, 1, "q_head") * look.scale
+        x = torch.unflatten(pad(x, (0, -x.shape[-1] % subs)), -1, (-1, subs))  # [B, Hq, N, M, subs]
+        near = (torch.arange(x.shape[3], device=x.device) >= look.low[..., None])[:, None]
+        weights = x.masked_fill(near[..., None], float("-inf")).flatten(3).softmax(-1)
+        shares = weights.view_as(x).sum(-1)
         if look.share != "q_head":
             heads = 1 if look.share == "all" else look.k.shape[1]
             shares = torch.unflatten(shares, 1, (heads, -1)).mean(2)

@@ -39,17 +39,11 @@ def score(selector: Selector, scene: Scene, first: int, last: int, mass: Tensor)
         else:
             out[:, j] = representative_dots(scene, first, last, j, scorer.summary, mass).amax(1)
     if kind == "RepresentativeShare" and far:
-        each = last - first + 1 if scorer.q_mean is None else scorer.q_mean
-        ends = [(start, min(last, start + each - 1)) for start in range(first, last + 1, each)]
-        out[:, : len(far)] = torch.stack([shares(scene, *end, far, scorer.summary, mass) for end in ends]).amax(0)
+        dots = [representative_dots(scene, first, last, j, scorer.summary, mass) for j in far]  # of each [Hq, n]
+        shares = torch.cat(dots, 1).mul(scene.logits.scale).softmax(1)
+        for j in far:
+            out[:, j] = shares[:, j * dots[j].shape[1] : (j + 1) * dots[j].shape[1]].sum(1)
     return out
-
-
-def shares(scene: Scene, first: int, last: int, far: range, summary: Any, mass: Tensor) -> Tensor:
-    """`[Hq, len(far)]`: of a softmax over the means of all far blocks, what those of each block have."""
-    dots = [representative_dots(scene, first, last, j, summary, mass) for j in far]  # of each [Hq, n]
-    weights = torch.cat(dots, 1).mul(scene.logits.scale).softmax(1)
-    return torch.unflatten(weights, 1, (len(far), -1)).sum(2)
 
 
 def upper_bound(scene: Scene, query: int, j: int, block: int, sub: int) -> Tensor:

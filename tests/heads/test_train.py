@@ -290,6 +290,17 @@ def test_a_resumed_training_ends_as_one_that_was_never_interrupted(
     assert (broken / STATE_FILE).read_bytes() == (tmp_path / "whole" / STATE_FILE).read_bytes()
 
 
+def test_nothing_in_a_lesson_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a stream is captured a number that is asked for is an error, as it is of tensors without data."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model = tiny_llama().to("meta")
+    alphas = some_gates([2, 2], model.device, torch.float32)
+    given = Lesson(torch.zeros(400, dtype=torch.int64, device="meta"), torch.zeros(400, device="meta"))
+    with lc.patched(model, "dense"), frozen(model):
+        apart = distance(model, alphas, given, SINK, WINDOW, False)
+        assert [each.device.type for each in torch.autograd.grad(apart, alphas)] == ["meta", "meta"]
+
+
 class Again:
     """In place of a CUDA graph: runs again what was recorded, on its inputs as they are now, into the same memory."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,6 +30,7 @@ def results(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, see: Visibility) -
     return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
 
 
+@settings(deadline=None, max_examples=40)
 @given(sink=st.integers(0, 200), window=st.integers(1, 1500), more=st.integers(1, 700))
 def test_every_block_has_its_band_behind_the_sinks(sink: int, window: int, more: int) -> None:
     edge = banded.edge_of(sink, window)
@@ -73,7 +74,7 @@ def test_what_has_no_bands(see: Visibility) -> None:
 @pytest.mark.parametrize(("sink", "window"), [(4, 100), (128, 256), (200, 300), (64, 1024)])
 def test_definition(dtype: torch.dtype, sink: int, window: int) -> None:
     """Errors are at most twice those of the definition in its dtype, and 4 ulp: products are rounded once more."""
-    arguments = tensors(2, 2, 3, 1900, 64, dtype, "cuda")
+    arguments = tensors(2, 2, 3, 2500, 64, dtype, "cuda")
     see = Visibility(sink, window)
     with use_backend("reference"):
         exact = results(*(x.double() for x in arguments), see)
@@ -90,12 +91,13 @@ def test_definition(dtype: torch.dtype, sink: int, window: int) -> None:
 def test_memory_grows_with_the_text_and_nothing_is_compiled_for_a_length() -> None:
     from torch._dynamo.utils import counters
 
-    before = dict(counters["stats"])
-    for tokens in (3001, 4096, 5555, 1 << 15):
+    before, most = dict(counters["stats"]), {}
+    for tokens in (3001, 5555, 1 << 13, 1 << 15):
         q, k, v = (torch.randn(1, n, tokens, 64, dtype=torch.bfloat16, device="cuda") for n in (4, 2, 2))
         q.requires_grad_()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         ops.attend_blocks(q, k, v, Logits(0.125), Visibility(64, 1024), None).sum().backward()
-        assert torch.cuda.max_memory_allocated() - held < 20 * q.nbytes + (1 << 24)
+        most[tokens] = torch.cuda.max_memory_allocated() - held
+    assert most[1 << 15] < 5 * most[1 << 13]
     assert dict(counters["stats"]) == before

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
-from hf_longctx.kernels import dispatch, linear, packing
+from hf_longctx.kernels import dispatch, linear, ops, packing
 from hf_longctx.kernels.compiled import library
 from hf_longctx.kernels.compiled import linear as compiled
 from hf_longctx.kernels.dispatch import use_backend
@@ -27,8 +28,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 devices = pytest.mark.parametrize("device", DEVICES)
 forms = pytest.mark.parametrize("form", FORMS)
 SIXTEEN = [torch.bfloat16, torch.float16]
-PLANNED = [(64, 64), (100, 128), (140, 256)]
-"""Tokens, and those of a tile, where 14336 columns of 2112 rows meet them on 132 multiprocessors."""
+PLANNED = [(20, 32, 8), (64, 64, 8), (100, 128, 8), (400, 128, 0), (1930, 256, 0)]
+"""Tokens, those of a tile, and blocks of a cluster where 14336 columns of 2112 rows meet them on 132 multiprocessors;
+without clusters some tiles are split."""
 
 
 def dtypes(device: str) -> list[torch.dtype]:
@@ -110,6 +112,10 @@ def test_tokens(columns: int, device: str) -> None:
             torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+def assert_same(got: Tokens, expected: Tokens) -> None:
+    assert all(torch.equal(getattr(got, name), getattr(expected, name)) for name in ("values", "scale", "sums"))
+
+
 def assert_near(got: Tokens, expected: Tokens, ulp: float) -> None:
     """But for a rounding of what was quantized."""
     torch.testing.assert_close(got.scale.cpu(), expected.scale, rtol=2 * ulp, atol=0)
@@ -122,19 +128,21 @@ def assert_near(got: Tokens, expected: Tokens, ulp: float) -> None:
 @pytest.mark.parametrize("dtype", SIXTEEN)
 @pytest.mark.parametrize("columns", [64, 4096, 14336])
 def test_tokens_out_of_a_norm_and_a_gate(columns: int, dtype: torch.dtype) -> None:
+    """The very bits of the launches that they are in place of; of few rows, and of many."""
     need("cuda")
     made = torch.Generator().manual_seed(columns)
-    x, up = (torch.randn(17, columns, generator=made).to(dtype) for _ in range(2))
-    both, ulp = torch.cat([x, up], 1).cuda(), torch.finfo(dtype).eps
-    for early, offset in ((True, 0.0), (False, 1.0)):
+    for rows in (17, 600):
+        x, up = (torch.randn(rows, columns, generator=made).to(dtype).cuda() for _ in range(2))
+        both, ulp = torch.cat([x, up], 1), torch.finfo(dtype).eps
+        for early, offset in ((True, 0.0), (False, 1.0)):
+            with use_backend("compiled"):
+                normed, got = linear.quantize_norm(x, up[0], 1e-5, offset, early)
+                assert torch.equal(normed, ops.rms_norm(x, up[0], 1e-5, offset, early))
+                assert_same(got, linear.quantize_tokens(normed))
+            with use_backend("reference"):
+                assert_near(got, linear.quantize_norm(x.cpu(), up[0].cpu(), 1e-5, offset, early)[1], ulp)
         with use_backend("compiled"):
-            got = linear.quantize_norm(x.cuda(), up[0].cuda(), 1e-5, offset, early)
-        with use_backend("reference"):
-            assert_near(got, linear.quantize_norm(x, up[0], 1e-5, offset, early), ulp)
-    with use_backend("compiled"):
-        got = linear.quantize_gated(*both.chunk(2, 1))
-    with use_backend("reference"):
-        assert_near(got, linear.quantize_gated(x, up), ulp)
+            assert_same(linear.quantize_gated(*both.chunk(2, 1)), linear.quantize_tokens(silu(x) * up))
 
 
 @pytest.mark.cuda
@@ -157,11 +165,11 @@ def test_many_tokens(form: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.cuda
 @pytest.mark.parametrize("form", ["channel", "group 128", "bytes"])
 def test_tiles_that_are_split(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many columns and few rows: of 64, 128 and 256 tokens a tile (`PLANNED`)."""
+    """Many columns and few rows, as `PLANNED`."""
     need("cuda")
     monkeypatch.setattr(compiled, "FEW", 0)
     weight = moved(packing.pack(random_codes(form, 2112, 14336)), "cuda")
-    for rows, _ in PLANNED:
+    for rows, *_ in PLANNED:
         tokens = moved(random_tokens(rows, 14336), "cuda")
         with use_backend("reference"):
             expected = linear.w4a8_linear(tokens, weight, None, torch.bfloat16)
@@ -179,11 +187,13 @@ def test_which_tiles_are_split(tmp_path: Path) -> None:
 #include <cstdio>
 #include "linear_plan.h"
 int main() {
-  for (int tokens : {1, 17, 64, 65, 100, 140, 256, 300, 2048, 8192}) {
+  for (int tokens : {1, 17, 20, 64, 65, 100, 140, 256, 300, 400, 1930, 2048, 8192}) {
     for (int rows : {1, 17, 32, 48, 224, 1002}) {
       for (int steps : {1, 9, 32, 112}) {
         const hfl::ManyPlan plan = hfl::plan_many(tokens, rows, steps, 132);
-        std::printf("%d %d %d %d %d\\n", tokens, rows, steps, plan.tokens, plan.split_tiles);
+        const int of[] = {tokens, rows, steps, plan.tokens, plan.split_tiles, plan.shares};
+        for (int x : of) std::printf("%d ", x);
+        std::printf("\\n");
       }
     }
   }
@@ -194,12 +204,31 @@ int main() {
     subprocess.run(command, input=code, text=True, check=True)
     said = subprocess.run([str(tmp_path / "plan")], capture_output=True, text=True, check=True).stdout
     found = {}
-    for tokens, rows, steps, tile, split in (map(int, line.split()) for line in said.splitlines()):
-        assert tile in (64, 128, 256)
-        assert split in (0, -(-tokens // tile) * rows % 132)
-        found[tokens, rows, steps] = tile, split > 0
-    assert [found[rows, 17, 112] for rows, _ in PLANNED] == [(tile, True) for _, tile in PLANNED]
-    assert found[8192, 224, 32] == (256, False)
+    for tokens, rows, steps, tile, split, shares in (map(int, line.split()) for line in said.splitlines()):
+        assert tile in ((32, 64, 128) if shares else (64, 128, 256))
+        assert split in ((0,) if shares else (0, -(-tokens // tile) * rows % 132))
+        assert shares in (0, 1, 2, 4, 8)
+        assert shares <= steps  # no block is without a step
+        found[tokens, rows, steps] = tile, split > 0, shares
+    assert [found[rows, 17, 112] for rows, *_ in PLANNED] == [(tile, n == 0, n) for _, tile, n in PLANNED]
+    assert found[8192, 224, 32] == (256, False, 0)
+
+
+@devices
+@forms
+@pytest.mark.parametrize("rows", [1, 5, 12, 20])
+def test_several_weights(form: str, rows: int, device: str) -> None:
+    """Parts of panels, one after the other, with and without a bias; each as it is alone."""
+    need(device)
+    columns = 384
+    tokens = moved(random_tokens(rows, columns), device)
+    for sizes in ((200, 64, 72), (48, 4160), (30,), (64, 30, 128, 16)):
+        weights = [moved(packing.pack(random_codes(form, n, columns, n)), device) for n in sizes]
+        biases = [torch.randn(n, device=device) if n % 3 else None for n in sizes]
+        with use_backend("compiled"):
+            got = linear.w4a8_linears(tokens, weights, biases, torch.bfloat16)
+        for out, weight, bias in zip(got, weights, biases, strict=True):
+            assert torch.equal(out, defined(tokens, weight, bias, torch.bfloat16))
 
 
 @pytest.mark.cuda
@@ -238,7 +267,7 @@ def test_captured_calls_follow_their_input(rows: int) -> None:
     x, norm = torch.randn(rows, 1024, device="cuda").bfloat16(), torch.rand(1024, device="cuda").bfloat16()
 
     def layer() -> Tensor:
-        wide = linear.w4a8_linear(linear.quantize_norm(x, norm, 1e-5, 0.0, True), weight, None, torch.bfloat16)
+        wide = linear.w4a8_linear(linear.quantize_norm(x, norm, 1e-5, 0.0, True)[1], weight, None, torch.bfloat16)
         return linear.w4a8_linear(linear.quantize_gated(*wide.chunk(2, 1)), down, None, torch.bfloat16)
 
     layer()
@@ -280,6 +309,10 @@ def test_when_a_weight_is_known() -> None:
         part.add_(1)
         assert [compiled._is_known(weight) for _ in range(2)] == [False, True]
     assert not compiled._is_known(copy.deepcopy(weight))
+    views = [dataclasses.replace(weight, codes=weight.codes.view(2, -1).view(weight.codes.shape)) for _ in range(3)]
+    assert [compiled._is_known(each) for each in (weight, *views)] == [True] * 4
+    views[0].codes.add_(1)
+    assert [compiled._is_known(each) for each in views] == [False, True, True]
     with torch.inference_mode():
         uncounted = packing.pack(random_codes("channel", 64, 128))
         assert [compiled._is_known(uncounted) for _ in range(2)] == [False, False]

@@ -63,10 +63,9 @@ def test_tokens_that_are_no_numbers_or_nothing() -> None:
 def test_tokens_out_of_a_norm_and_a_gate() -> None:
     x, up = (torch.randn(3, 64, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (0, 1))
     with use_backend("reference"):
-        for got, expected in (
-            (linear.quantize_norm(x, up[0], 1e-5, 1.0, False), ops.rms_norm(x, up[0], 1e-5, 1.0, False)),
-            (linear.quantize_gated(x, up), silu(x) * up),
-        ):
+        normed, of_norm = linear.quantize_norm(x, up[0], 1e-5, 1.0, False)
+        assert torch.equal(normed, ops.rms_norm(x, up[0], 1e-5, 1.0, False))
+        for got, expected in ((of_norm, normed), (linear.quantize_gated(x, up), silu(x) * up)):
             assert expected.dtype == torch.bfloat16
             plain = linear.quantize_tokens(expected)
             assert all(torch.equal(getattr(got, f), getattr(plain, f)) for f in ("values", "scale", "sums"))
@@ -230,3 +229,12 @@ def test_products_of_torch_are_those_of_the_definition(form: str, rows: int, dev
         got = linear.w4a8_linear(*there, torch.bfloat16)
     with use_backend("reference"):
         assert torch.equal(got, linear.w4a8_linear(*there, torch.bfloat16))
+
+
+def test_weights_of_several_forms_are_not_one_launch() -> None:
+    tokens = random_tokens(2, 64)
+    weights = [packing.pack(random_codes(form, 4, 64)) for form in ("channel", "bytes")]
+    with pytest.raises(ValueError, match="w4a8_linears: expected weights of one form"):
+        linear.w4a8_linears(tokens, weights, [None, None], torch.float32)
+    with pytest.raises(ValueError, match=r"w4a8_linears: .* and 1 biases"):
+        linear.w4a8_linears(tokens, weights[:1] * 2, [None], torch.float32)

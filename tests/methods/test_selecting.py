@@ -114,9 +114,9 @@ def test_inf_llm_uses_one_selector_for_both_phases() -> None:
     assert policies(plan) == [[((0, 1), policy)]] * 2
     paper = lc.InfLLM(representatives=4, by="attention", share="kv_head").plan(FACTS).layers[0].groups[0].policy.decode
     assert (paper.scorer, paper.share) == (RepresentativeDot(Representatives(128, 4), 512), "kv_head")
-    several = lc.InfLLM(representatives=32, index="int4", q_mean=64).plan(FACTS).layers[0].groups[0].policy.prefill
-    assert several is not None
-    assert several.scorer == RepresentativeShare(Means(128, 4, 4), 512, 64)
+    packed = lc.InfLLM(representatives=32, index="int4").plan(FACTS).layers[0].groups[0].policy.prefill
+    assert packed is not None
+    assert packed.scorer == RepresentativeShare(Means(128, 4, 4), 512)
     on_device = lc.InfLLM(local=200, offload=False).plan(FACTS)
     assert {group.policy.placement for layer in on_device.layers for group in layer.groups} == {None}
 
@@ -237,8 +237,6 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: lc.InfLLM(topk=-1), "InfLLM: expected topk as a whole number >= 1; got -1"),
     (lambda: lc.InfLLM(index="int2"), "InfLLM: expected index among native, int8, int4; got 'int2'"),
     (lambda: lc.InfLLM(by="attention", index="int8"), "InfLLM: expected index 'native' beside by='attention'; got"),
-    (lambda: lc.InfLLM(by="attention", q_mean=8), "InfLLM: expected q_mean None beside by='attention'; got 8"),
-    (lambda: lc.InfLLM(q_mean=0), "RepresentativeShare: expected q_mean as a whole number >= 1; got 0"),
     (lambda: lc.InfLLM(offload=False, host_ram="8GiB"), "InfLLM: expected offload True beside host_ram"),
     (lambda: lc.InfLLM(local=0), "expected local"),
     (lambda: lc.InfLLM(representatives=129, by="attention"), "expected a count between 1 and the block"),

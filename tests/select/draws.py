@@ -109,8 +109,6 @@ def representatives(draw: st.DrawFn) -> Selector:
     summary = draw(most | runs)
     kind = draw(st.sampled_from([RepresentativeDot, RepresentativeShare]))
     scorer = kind(summary, draw(st.sampled_from([4, 6, 8])))
-    if kind is RepresentativeShare:
-        scorer = replace(scorer, q_mean=draw(st.sampled_from([None, 1, 2, 3, 8])))
     sink, local, share = draw(st.integers(0, 9)), draw(st.integers(1, 12)), draw(st.sampled_from(["kv_head", "all"]))
     return Selector(scorer, draw(top_k(block)), sink, local, share, draw(st.sampled_from([1, 1, 3])))
 

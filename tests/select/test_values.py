@@ -45,7 +45,6 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (RepresentativeDot, {"q_block": 8.0}, "RepresentativeDot: expected q_block as a whole number >= 1; got 8.0."),
     (RepresentativeDot, {"q_block": True}, "RepresentativeDot: expected q_block as a whole number >= 1; got True."),
     (RepresentativeShare, {"q_block": 0}, "RepresentativeShare: expected q_block as a whole number >= 1; got 0."),
-    (RepresentativeShare, {"q_mean": 0}, "RepresentativeShare: expected q_mean as a whole number >= 1; got 0."),
     (Antidiagonal, {"block": 0}, "Antidiagonal: expected block as a whole number >= 1; got 0."),
     (Antidiagonal, {"block": 128.0}, "Antidiagonal: expected block as a whole number >= 1; got 128.0."),
     (Antidiagonal, {"block": 16, "stride": 0}, "Antidiagonal: expected stride as a whole number >= 1; got 0."),

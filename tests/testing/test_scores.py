@@ -69,15 +69,6 @@ def test_shares_of_means_add_up_over_a_block_and_to_one_over_all_that_are_far() 
     assert near[2] == -INF
 
 
-def test_of_the_shares_that_means_of_fewer_queries_give_the_largest_counts() -> None:
-    keys = [[1, 0], [0, 1], [0, 0], [0, 0], [0, 0]]
-    queries = [[0, 0]] * 2 + [[3, 0], [1, 0], [0, 4]]
-    at = scene([queries], [keys], [Span(0, 4, False)])
-    selector = Selector(RepresentativeShare(Means(1, 1), 3, 2), TopK(1))
-    first, second = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-4))  # of keys 0 and 1, by means (2, 0) and (0, 4)
-    assert score(selector, at, 2, 4, NONE)[0].tolist()[:2] == pytest.approx([first, second])
-
-
 def test_clamped_representatives_are_not_rotated_and_their_query_stands_at_the_edge() -> None:
     """The rotation is one that can be read off: by the position."""
     keys = [[1, 0], [5, 0], [2, 0], [3, 0], [0, 0], [0, 0]]

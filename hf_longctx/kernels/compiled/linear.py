@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +15,7 @@ from ..linear import PackedWeight, Tokens
 from . import library
 
 MOST_CHANNELS = 32768
-FEW = 32
+FEW = 16
 """Tokens up to which the time on CUDA is that of reading the weight."""
 
 
@@ -26,7 +29,7 @@ class HflQuantize(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("x_row", "y_row")),
         *((name, ctypes.c_int32) for name in ("weight_dtype", "early")),
         *((name, ctypes.c_float) for name in ("eps", "offset")),
-        *((name, ctypes.c_void_p) for name in ("weight", "values", "scale", "sums", "stream")),
+        *((name, ctypes.c_void_p) for name in ("weight", "normed", "values", "scale", "sums", "stream")),
     )
 
 
@@ -37,7 +40,7 @@ class HflLinear(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("tokens", "rows", "columns", "bits", "group", "dtype", "few", "ahead")),
         *((name, ctypes.c_void_p) for name in ("values", "token_scale", "sums", "codes", "scale", "shift", "groups")),
-        *((name, ctypes.c_void_p) for name in ("bias", "out", "scratch", "stream")),
+        *((name, ctypes.c_void_p) for name in ("bias", "out", "scratch", "stream", "next")),
     )
 
 
@@ -96,11 +99,12 @@ def quantize_tokens(x: Tensor) -> Tokens:
     return _quantized(HflQuantize(kind=0), x)
 
 
-def quantize_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tokens:
+def quantize_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> tuple[Tensor, Tokens]:
     """`linear.quantize_norm`."""
-    dtype = library.DTYPES[weight.dtype]
+    dtype, normed = library.DTYPES[weight.dtype], torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = HflQuantize(kind=1, weight_dtype=dtype, early=early, eps=eps, offset=offset, weight=weight.data_ptr())
-    return _quantized(block, x)
+    block.normed = normed.data_ptr()
+    return normed, _quantized(block, x)
 
 
 def quantize_gated(gate: Tensor, up: Tensor) -> Tokens:
@@ -135,28 +139,59 @@ def _is_known(weight: PackedWeight) -> bool:
     read = [x for x in (weight.codes, weight.groups) if x is not None]
     if any(x.is_inference() for x in read):  # nobody counts how often it is written to
         return False
-    now, codes = [(x.data_ptr(), x._version) for x in read], weight.codes
-    known = getattr(codes, "_hfl_read", None)
-    codes._hfl_read = now  # type: ignore[attr-defined]
-    return known == now
+    now = [(x.data_ptr(), x._version) for x in read]
+    base: Any = (
+        weight.codes if weight.codes._base is None else weight.codes._base
+    )  # a layer makes views, each call anew
+    known = getattr(base, "_hfl_read", None)
+    base._hfl_read = now
+    return bool(known == now)
+
+
+def reject_linears(
+    tokens: Tokens, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], dtype: torch.dtype
+) -> str | None:
+    """Why the library does not take these arguments, or None."""
+    reasons = (reject_linear(tokens, w, bias, dtype) for w, bias in zip(weights, biases, strict=True))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def w4a8_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`linear.w4a8_linear`."""
-    values, (rows, columns) = tokens.values, weight.shape
-    out = torch.empty(len(values), rows, dtype=dtype, device=values.device)
-    block = HflLinear(len(values), rows, columns, weight.bits, weight.group or 0, library.DTYPES[dtype], FEW)
-    block.values, block.token_scale, block.sums = values.data_ptr(), tokens.scale.data_ptr(), tokens.sums.data_ptr()
-    block.codes, block.scale = weight.codes.data_ptr(), weight.scale.data_ptr()
+    return w4a8_linears(tokens, [weight], [bias], dtype)[0]
+
+
+def w4a8_linears(
+    tokens: Tokens, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[Tensor]:
+    """`linear.w4a8_linears`."""
+    device = tokens.values.device
+    outs = [torch.empty(len(tokens.values), len(w.scale), dtype=dtype, device=device) for w in weights]
+    blocks = [_block(tokens, *each) for each in zip(weights, biases, outs, strict=True)]
+    if device.type != "cuda":
+        for block in blocks:
+            library.run("linear", block, device)
+        return outs
+    for block, after in pairwise(blocks):
+        block.next = ctypes.addressof(after)
+    with torch.cuda.device(device):
+        count = library.library().hfl_linear_scratch(ctypes.byref(blocks[0]))
+    known = [_is_known(weight) for weight in weights]  # each is noted, whatever the others are
+    scratch, ahead = library.counters(device, count).data_ptr(), all(known)
+    for block in blocks:
+        block.scratch, block.ahead, block.stream = scratch, ahead, library.stream(device)
+    library.run("linear", blocks[0], device)
+    return outs
+
+
+def _block(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> HflLinear:
+    (rows, columns), group = weight.shape, weight.group or 0
+    block = HflLinear(len(out), rows, columns, weight.bits, group, library.DTYPES[out.dtype], FEW)
+    block.values, block.token_scale = tokens.values.data_ptr(), tokens.scale.data_ptr()
+    block.sums, block.codes, block.scale = tokens.sums.data_ptr(), weight.codes.data_ptr(), weight.scale.data_ptr()
     block.shift, block.groups = library.pointer(weight.shift), library.pointer(weight.groups)
     block.bias, block.out = library.pointer(bias), out.data_ptr()
-    if values.is_cuda:
-        with torch.cuda.device(values.device):
-            count = library.library().hfl_linear_scratch(ctypes.byref(block))
-        block.scratch = library.counters(values.device, count).data_ptr()
-        block.ahead = _is_known(weight)
-    library.run("linear", block, values.device)
-    return out
+    return block
 
 
 OPS = {
@@ -164,4 +199,5 @@ OPS = {
     "quantize_norm": Implementation(quantize_norm, _reject_norm),
     "quantize_gated": Implementation(quantize_gated, _reject_gated),
     "w4a8_linear": Implementation(w4a8_linear, reject_linear),
+    "w4a8_linears": Implementation(w4a8_linears, reject_linears),
 }

@@ -8,7 +8,7 @@ from .attend import attend_blocks, attend_pages
 from .delta import delta_linear, linear_with_delta
 from .host import bring_blocks, copy_blocks
 from .kv import decode_kv, encode_kv
-from .linear import quantize_gated, quantize_norm, quantize_tokens, w4a8_linear
+from .linear import quantize_gated, quantize_norm, quantize_tokens, w4a8_linear, w4a8_linears
 from .norm import rms_norm
 from .pick import pick_blocks
 from .project import project, project_gated
@@ -42,4 +42,5 @@ OPS = {
     "quantize_norm": Implementation(quantize_norm),
     "quantize_gated": Implementation(quantize_gated),
     "w4a8_linear": Implementation(w4a8_linear),
+    "w4a8_linears": Implementation(w4a8_linears),
 }

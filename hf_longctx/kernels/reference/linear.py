@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
@@ -26,9 +28,10 @@ def quantize_tokens(x: Tensor) -> Tokens:
     return Tokens(values, scale, values.sum(-1, dtype=torch.int32))
 
 
-def quantize_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tokens:
+def quantize_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> tuple[Tensor, Tokens]:
     """The definition of `linear.quantize_norm`."""
-    return quantize_tokens(rms_norm(x, weight, eps, offset, early))
+    normed = rms_norm(x, weight, eps, offset, early)
+    return normed, quantize_tokens(normed)
 
 
 def quantize_gated(gate: Tensor, up: Tensor) -> Tokens:
@@ -49,3 +52,10 @@ def w4a8_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dtype
     """The definition of `linear.w4a8_linear`; float64 holds every sum exactly."""
     exact = tokens.values.double() @ int8_values(unpack(weight)).double().T
     return scaled(exact.to(torch.int32), tokens, weight, bias, dtype)
+
+
+def w4a8_linears(
+    tokens: Tokens, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[Tensor]:
+    """The definition of `linear.w4a8_linears`."""
+    return [w4a8_linear(tokens, weight, bias, dtype) for weight, bias in zip(weights, biases, strict=True)]

@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.linear import COLUMNS, ROWS, PackedWeight, Tokens, quantize_tokens, w4a8_linear
+from ...kernels.linear import COLUMNS, ROWS, PackedWeight, Tokens, quantize_tokens, w4a8_linear, w4a8_linears
 from ...kernels.packing import pack, unpack
 from .config import QoQConfig
 from .grids import Grid
 
 _TOKENS = "_qoq_tokens"
 """Where an input carries its own 8-bit form: q, k and v read the same one."""
+TOGETHER = 16
+"""Tokens up to which layers that read the same input are one launch."""
+MOST = 3
+"""Layers of one launch."""
+DEVICES = {"cuda"}
+"""Types of devices on which they are: there a launch takes longer than what a small layer computes."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,14 @@ class _Kept:
     """The 8-bit form of a tensor as it was: at a version, made in a CUDA graph or not, and which layers have read it.
 
     A layer that comes a second time begins another pass over a tensor that stays, whose content a graph may replace.
+    Results of layers that have read it in the launch of another one wait here until those layers are called.
     """
 
     tokens: Tokens
     version: int
     captured: bool
-    readers: set[int] = field(default_factory=set)
+    readers: list[QoQLinear] = field(default_factory=list)
+    made: dict[int, Tensor] = field(default_factory=dict)
 
 
 class QoQLinear(nn.Module):
@@ -71,6 +79,7 @@ class QoQLinear(nn.Module):
             shape = (panels, columns // config.group_size, ROWS, 2)
             self.weight_groups = _fixed(torch.empty(shape, dtype=torch.uint8, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self._next: tuple[QoQLinear, ...] = ()  # layers that were seen to read the same input after this one
 
     @classmethod
     def of(cls, linear: nn.Linear, grid: Grid, codes: Tensor, config: QoQConfig) -> QoQLinear:
@@ -109,15 +118,42 @@ class QoQLinear(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             out: Tensor = _StraightThrough.apply(x, self)  # type: ignore[no-untyped-call]
             return out if self.bias is None else out + self.bias.to(out.dtype)
-        return self._product(x, None if self.bias is None else self.bias.float())
+        if x.is_inference() or torch.compiler.is_compiling():  # no version tells whether x was written to
+            return self._shaped(self.of_tokens(quantize_tokens(x.reshape(-1, x.shape[-1])), x.dtype), x)
+        return self._shaped(self._with_others(x, _kept(x, self)), x)
 
     def extra_repr(self) -> str:
         """Sizes and bits."""
         of = f"{self.wbits} bits" + (f", groups of {self.group_size}" if self.weight_groups is not None else "")
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {of}"
 
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        out = w4a8_linear(_tokens(x, id(self)), self.packed, bias, x.dtype)
+    def of_tokens(self, tokens: Tokens, dtype: torch.dtype) -> Tensor:
+        """`[M, N]` of a dtype, for inputs that are 8 bits already; without a gradient."""
+        return w4a8_linear(tokens, self.packed, None if self.bias is None else self.bias.float(), dtype)
+
+    def _with_others(self, x: Tensor, kept: _Kept) -> Tensor:
+        """The product, and those of layers that will read x, too, while that is one launch; or one that waits."""
+        made = kept.made.pop(id(self), None)
+        if made is not None:
+            return made
+        tokens, first = kept.tokens, kept.readers[0]
+        if len(tokens.values) > TOGETHER or x.device.type not in DEVICES:
+            return self.of_tokens(tokens, x.dtype)
+        if first is not self:
+            if self not in first._next and len(first._next) < MOST - 1 and self._is_like(first):
+                first._next = (*first._next, self)
+            return self.of_tokens(tokens, x.dtype)
+        layers = [self, *(layer for layer in self._next if self._is_like(layer))]
+        biases = [None if layer.bias is None else layer.bias.float() for layer in layers]
+        out, *others = w4a8_linears(tokens, [layer.packed for layer in layers], biases, x.dtype)
+        kept.made.update({id(layer): y for layer, y in zip(layers[1:], others, strict=True)})
+        return out
+
+    def _is_like(self, other: QoQLinear) -> bool:
+        form = (self.width, self.wbits, self.group_size, self.weight.device)
+        return form == (other.width, other.wbits, other.group_size, other.weight.device)
+
+    def _shaped(self, out: Tensor, x: Tensor) -> Tensor:
         return out.view(*x.shape[:-1], len(self.weight_scale))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QoQLinear:
@@ -138,7 +174,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: QoQLinear) -> Tensor:
         ctx.linear = linear
-        return linear._product(x, None)
+        tokens = quantize_tokens(x.reshape(-1, x.shape[-1])) if x.is_inference() else _kept(x, linear).tokens
+        return linear._shaped(w4a8_linear(tokens, linear.packed, None, x.dtype), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -161,17 +198,25 @@ def parts_of(packed: PackedWeight) -> dict[str, Tensor]:
     return {name: x for name, x in found.items() if x is not None}
 
 
-def _tokens(x: Tensor, reader: int) -> Tokens:
-    """An input in 8 bits; kept with it, for the next layer that reads the same one."""
-    if x.is_inference() or torch.compiler.is_compiling():  # no version tells whether it was written to
-        return quantize_tokens(x.reshape(-1, x.shape[-1]))
+def _kept(x: Tensor, reader: QoQLinear) -> _Kept:
+    """The 8-bit form of an input, kept with it for the next layer that reads the same one."""
     kept: _Kept | None = getattr(x, _TOKENS, None)
-    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    if kept is None or (kept.version, kept.captured) != (x._version, captured) or reader in kept.readers:
-        kept = _Kept(quantize_tokens(x.reshape(-1, x.shape[-1])), x._version, captured)
-        setattr(x, _TOKENS, kept)
-    kept.readers.add(reader)
-    return kept.tokens
+    known = kept is not None and (kept.version, kept.captured) == (x._version, _captured(x))
+    if kept is None or not known or any(layer is reader for layer in kept.readers):
+        kept = keep_tokens(x, quantize_tokens(x.reshape(-1, x.shape[-1])))
+    kept.readers.append(reader)
+    return kept
+
+
+def keep_tokens(x: Tensor, tokens: Tokens) -> _Kept:
+    """Keep the 8-bit form of a tensor with it, for layers that read it as it is now."""
+    kept = _Kept(tokens, x._version, _captured(x))
+    setattr(x, _TOKENS, kept)
+    return kept
+
+
+def _captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
