@@ -19,7 +19,7 @@ from .gradient import Stored
 from .kernels import ops
 from .limits import reads_all_to, straight_to
 from .plan import HeadGroup, HeadPolicy, Retention, Selector
-from .select.choose import choose, forced, forced_ahead, most_far
+from .select.choose import choose, forced, forced_ahead, most_far, visible_to
 from .select.scorers import Look
 from .turning import turn_keys, turn_queries
 
@@ -192,7 +192,7 @@ def _renew(
     if again and not kept.is_due(selector.refresh_every, piece.columns):
         return kept.ids
     if again:
-        near = piece.once(("ahead", selector), lambda: forced_ahead(selector, piece.pos, piece.lengths))
+        near = piece.once(("ahead", selector), lambda: forced_ahead(selector, piece.lengths))
     look = _look(call, selector, q, piece.pos, piece.tokens, call.store.memory[0], turns, near[0])
     ids = choose(selector, look, near)
     if again:
@@ -244,7 +244,7 @@ def forced_near(
 
     def make() -> tuple[tuple[Tensor, Tensor], Tensor]:
         near = forced(selector, pos, size)
-        return near, (near[1] + 1).expand(rows, -1).sum()
+        return near, visible_to(near[1], rows)
 
     near, visible = step.once(("near", selector, size, rows, first), make)
     return near, visible

@@ -133,7 +133,7 @@ def _choice(call: Call, selector: Selector, step: Step, rows: int) -> tuple[Tens
         return kept.ids, None
     low, high = forced_near(selector, step, step.pos, 1, rows)[0]
     if again:
-        low, high = step.once(("ahead", selector), lambda: forced_ahead(selector, step.pos, step.lengths))
+        low, high = step.once(("ahead", selector), lambda: forced_ahead(selector, step.lengths))
     assert selector.budget.tokens is not None
     summary, block = call.store.summaries, selector.block
     numbers = (selector.sink_blocks, selector.budget.tokens // block, most_forced(selector, 1))

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_LARGEST = 2**31 - 1
+"""What is left of -1 without its sign: more than any block."""
+
 
 class Ledger:
     """How many tokens a cache has seen; outlives the cache, so that a report can still speak of it.
@@ -74,8 +77,7 @@ class Ledger:
         if key not in self.tally:
             self.tally[key] = torch.zeros(2, dtype=torch.float64, device=ids.device)
         read, seen = self.tally[key].unbind()
-        blocks = ids >= 0
-        read += (blocks if last is None else blocks & (ids <= last[:, None, :, None])).sum()
+        read += (ids >= 0 if last is None else (ids & _LARGEST) <= last[:, None, :, None]).sum()
         seen.add_(visible, alpha=ids.shape[1])
 
     def settle(self) -> None:

@@ -32,7 +32,9 @@ def choose(selector: Selector, look: Look, near: tuple[Tensor, Tensor]) -> Tenso
 def forced(selector: Selector, q_pos: Tensor, q_block: int) -> tuple[Tensor, Tensor]:
     """First and last of the local blocks of each block of queries: `[B or 1, N]`, int64; last is -1 without a query."""
     if q_block == 1:
-        return _first_forced(selector, q_pos, q_pos), q_pos // selector.block  # of -1: -1
+        block = q_pos // selector.block  # of -1: -1
+        plain = selector.local == 1 and selector.dense_below <= 0
+        return block.clamp(min=0) if plain else _first_forced(selector, q_pos, q_pos), block
     pos = q_pos.view(q_pos.shape[0], -1, q_block)
     last = pos.amax(-1)
     first = pos.masked_fill(pos < 0, _LATE).amin(-1)
@@ -47,19 +49,25 @@ def _first_forced(selector: Selector, first: Tensor, last: Tensor) -> Tensor:
     return low if last is first and whole == 0 else torch.where(last < whole, 0, low)
 
 
-def forced_ahead(selector: Selector, q_pos: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def forced_ahead(selector: Selector, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """What is forced for one query a row, and for all that go by its choice after it: nothing is left to add then.
 
     Args:
         selector: that chooses every `refresh_every` steps.
-        q_pos: `[B or 1, 1]`, int64, where the queries stand, -1 for none: the choice is for those to come.
-        lengths: `[B or 1]`, int64, tokens of each row before them.
+        lengths: `[B or 1]`, int64, tokens of each row before the query, which is where it stands; a row without one
+            chooses for those to come.
 
     Returns:
         As `forced`.
     """
-    first = torch.where(q_pos < 0, lengths[:, None], q_pos)
-    return _first_forced(selector, first, first), (first + selector.refresh_every - 1) // selector.block
+    first = lengths[:, None]
+    return _first_forced(selector, first, first), (first + (selector.refresh_every - 1)) // selector.block
+
+
+def visible_to(last: Tensor, rows: int) -> Tensor:
+    """`[]`, int64, how many blocks so many rows could see: those to `last`, `[rows or 1, N]`, -1 for none."""
+    blocks = (last + 1).expand(rows, -1)
+    return blocks.view(()) if blocks.numel() == 1 else blocks.sum()
 
 
 def most_forced(selector: Selector, q_block: int) -> int:
