@@ -50,19 +50,31 @@ def test_a_row_does_not_depend_on_the_others(llama_pairs: dict[str, Any], dtype:
 
 
 @torch.no_grad()
-def test_patched_it_generates_the_same_from_recorded_steps(llama_pairs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_recorded_steps_give_the_same(llama_pairs: dict[str, Any], dtype: torch.dtype) -> None:
     inputs = there(batch(4, length=16))
-    knobs: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
-    plain, patched = on_gpu(llama_pairs, torch.float32), on_gpu(llama_pairs, torch.float32, slots=3)
+    knobs: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    eager, patched = on_gpu(llama_pairs, dtype), on_gpu(llama_pairs, dtype, slots=3)
+    lc.patch(eager, "dense", cuda_graph=False)
     lc.patch(patched, "dense")
     for names in (["law", "code", "__base__", "maths"], ["poems", "law", "law", "__base__"], None, ["maths"] * 4):
         asked = {} if names is None else {"adapter_names": names}
-        wanted = plain.generate(**inputs, **asked, **knobs)
-        out = patched.generate(**inputs, **asked, **knobs, return_dict_in_generate=True)
-        assert torch.equal(out.sequences, wanted), names
+        out, wanted = (model.generate(**inputs, **asked, **knobs) for model in (patched, eager))
+        assert torch.equal(out.sequences, wanted.sequences), names
         report = lc.report(patched)
         assert report.eager is None, report.eager
         assert report.graphs, names
+
+
+@torch.no_grad()
+def test_float32_says_why_steps_are_not_recorded(llama_pairs: dict[str, Any]) -> None:
+    """There the definition computes the deltas, which looks at whose rows there are."""
+    inputs = there(batch(2, length=16))
+    knobs: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "adapter_names": ["law", "__base__"]}
+    plain, patched = on_gpu(llama_pairs, torch.float32), on_gpu(llama_pairs, torch.float32)
+    lc.patch(patched, "dense")
+    assert torch.equal(patched.generate(**inputs, **knobs), plain.generate(**inputs, **knobs))
+    assert "the call could not be recorded" in str(lc.report(patched).eager)
 
 
 @torch.no_grad()
