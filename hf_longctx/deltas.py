@@ -188,7 +188,6 @@ def distil(
     Raises:
         FileNotFoundError: something is not there.
         ValueError: the text is too short, a setting, or a damaged delta; the files stay.
-        UnsupportedError: the model is a mixture of experts; the files stay.
         RuntimeError: a loss is not finite; the files stay.
     """
     where = None if text is None else Path(text)

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from ...errors import UnsupportedError
 from .attach import install, remove
 from .bits import Matrix
-from .experts import Experts
+from .experts import EXPERT, Experts
 from .format import Delta
 from .message import say
 from .signs import Signs
@@ -82,7 +81,6 @@ def distil(
 
     Raises:
         ValueError: the text is shorter than a piece, or the delta is not one of the base.
-        UnsupportedError: the model is a mixture of experts.
         RuntimeError: a loss is not finite.
     """
     if len(ids) < lessons.tokens:
@@ -118,7 +116,7 @@ def _teach(
     on_step: Callable[[int, float], None],
 ) -> None:
     """The steps of the optimizer."""
-    means = [x.detach().abs().mean() for x in trained if x.dtype == torch.float32 and x.ndim == 4]
+    means = [x.detach().abs().mean() for x in trained if x.dtype == torch.float32 and x.ndim in (4, 5)]
     rate = min(lessons.rate, _SHARE * float(torch.stack(means).mean())) if means else lessons.rate
     optimizer = AdamW(trained, lr=rate, weight_decay=0.0)
     falling = CosineAnnealingLR(optimizer, lessons.steps)
@@ -148,7 +146,9 @@ def _pieces(ids: Tensor, lessons: Lessons) -> Iterator[Tensor]:
 
 def _whole(delta: Delta, teacher: Any) -> Delta:
     """A delta that leaves nothing to the base but what signs are added to."""
-    own = {name: x for name, x in teacher.named_parameters() if name not in delta.matrices}
+    experts = {found["module"] for name in delta.matrices if (found := EXPERT.fullmatch(name))}
+    rest = [(name, x) for name, x in teacher.named_parameters() if name.rpartition(".")[0] not in experts]
+    own = {name: x for name, x in rest if name not in delta.matrices}
     dense = {name: x.detach().to("cpu", torch.bfloat16) for name, x in own.items()}
     return replace(delta, dense={**dense, **delta.dense})
 
@@ -156,11 +156,9 @@ def _whole(delta: Delta, teacher: Any) -> Delta:
 def _trained(state: Deltas, train: str) -> Iterator[nn.Parameter]:
     """What is trained, put into the hooks as parameters."""
     state.enter(1)  # brings the tenant
-    for hook in state.hooks.values():
+    for key, hook in state.hooks.items():
         if isinstance(hook, Experts):
-            raise UnsupportedError(
-                say("delta distil", "linear layers", "experts of a mixture", "Leave out --calibrate")
-            )
+            yield from hook.trained(state.parts(next(iter(state.tenants)), key))
         if isinstance(hook, Signs) and hook.scales is not None:
             hook.scales = _parameter(hook.scales)
             yield hook.scales
@@ -202,6 +200,9 @@ def _taken(state: Deltas, delta: Delta) -> Delta:
             if isinstance(hook.bias, nn.Parameter):
                 own: Any = getattr(hook.module, "bias", None)
                 held["bias"] = hook.bias[1] + (0 if own is None else own.float())
+        elif isinstance(hook, Experts):
+            found = hook.taught(state.parts(next(iter(state.tenants)), key))
+            matrices |= {f"{key}.{name}.weight": matrix for name, matrix in found.items()}
         elif isinstance(hook, Table) and isinstance(hook.table, nn.Parameter):
             held["weight"] = hook.table[0, : hook.own[0]]
         elif isinstance(hook, Norm) and hook.tables is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -131,6 +132,31 @@ class Experts(Hook):
                 made.index_add_(0, token, each.to(made.dtype))
         return torch.where(wide(route.index(len(x), x.device) < 0, x.ndim), out, made)
 
+    def trained(self, parts: Mapping[str, Any]) -> list[nn.Parameter]:
+        """Scales of the only slot, as parameters; what a matrix has one scale for gets one gradient, and stays alike.
+
+        Args:
+            parts: of the tenant.
+        """
+        for name, scales in self.scales.items():
+            alike: dict[tuple[int, int, torch.Size], list[int]] = {}
+            for at, matrix in self._spots(parts):
+                if at.tensor == name:
+                    alike.setdefault((at.start, at.stop, matrix.scales.shape), []).append(at.number)
+            self.scales[name] = made = nn.Parameter(scales)
+            made.register_hook(partial(_shared, mask=scales != 0, alike=alike))  # type: ignore[no-untyped-call]
+        return [x for x in self.scales.values() if isinstance(x, nn.Parameter)]
+
+    def taught(self, parts: Mapping[str, Any]) -> dict[str, Matrix]:
+        """The matrices of a tenant with the scales that are here, each as it was given."""
+        found = {}
+        for key, (at, matrix) in zip(parts, self._spots(parts), strict=True):
+            planes, rows, groups = matrix.scales.shape
+            scales = self.scales[at.tensor][at.number, 0, :planes, at.start : at.stop].detach()
+            scales = scales[:, :: scales.shape[1] // rows, :: scales.shape[2] // groups]
+            found[key] = Matrix(matrix.bits, scales.cpu().clone())
+        return found
+
     def _linear(self, name: str, number: int, x: Tensor, rows: Tensor, route: Route, total: int) -> Tensor:
         """One product of one expert for some rows of the input, each with the signs of its tenant."""
         out = F.linear(x, getattr(self.module, name)[number])
@@ -161,3 +187,13 @@ class Experts(Hook):
     def buffers(self) -> list[Tensor]:
         """As `Hook` says."""
         return [*self.bits.values(), *self.scales.values()]
+
+
+def _shared(grad: Tensor, mask: Tensor, alike: Mapping[tuple[int, int, torch.Size], list[int]]) -> Tensor:
+    """Gradients `[E, 1, P, N, groups]` of scales that are there, summed over those that are one in a matrix."""
+    grad = grad * mask
+    for (start, stop, (planes, rows, groups)), numbers in alike.items():
+        part = grad[numbers, 0, :planes, start:stop]
+        cells = part.reshape(len(numbers), planes, rows, part.shape[2] // rows, groups, part.shape[3] // groups)
+        grad[numbers, 0, :planes, start:stop] = cells.sum((3, 5), keepdim=True).expand_as(cells).reshape(part.shape)
+    return grad

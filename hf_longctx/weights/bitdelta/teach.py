@@ -42,7 +42,7 @@ def run(
         The loss of each step.
 
     Raises:
-        FileNotFoundError, ValueError, UnsupportedError, RuntimeError: as `distil` and `format.read`; the files stay.
+        FileNotFoundError, ValueError, RuntimeError: as `distil` and `format.read`; the files stay.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -241,6 +241,10 @@ class Deltas:
         hook.make(parts)
         self._changed()
 
+    def parts(self, name: str, key: str) -> Mapping[str, Any]:
+        """What a tenant has on a layer."""
+        return self._places[name][key].load(self.tenants[name])
+
     def table(self) -> Table | None:
         """The hook on the input embeddings, if there is one."""
         found = self.hooks.get(self._first)
