@@ -42,7 +42,7 @@ def mask(**kwargs: Any) -> Tensor | None:
         not kwargs.get("allow_is_causal_skip", True) if local else kwargs["mask_function"] is not causal_mask_function
     )
     # While a stream is captured nobody can look whether positions begin again; the call before, which ran, was seen.
-    if more and not torch.cuda.is_current_stream_capturing():
+    if more and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         raise UnsupportedError(
             f"hf_longctx: expected causal or sliding-window attention with padding in '{forward.facts.family}'; got a "
             "mask with more to it (packed sequences, blocks of image tokens, or a mask function). Unpatch the model."
