@@ -292,7 +292,8 @@ def test_a_resumed_training_ends_as_one_that_was_never_interrupted(
 
 def test_nothing_in_a_lesson_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a stream is captured a number that is asked for is an error, as it is of tensors without data."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for name in ("is_available", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
     model = tiny_llama().to("meta")
     alphas = some_gates([2, 2], model.device, torch.float32)
     given = Lesson(torch.zeros(400, dtype=torch.int64, device="meta"), torch.zeros(400, device="meta"))
