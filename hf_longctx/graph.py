@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -157,7 +157,8 @@ class Recorder:
                 return self._without(f"no memory for {held.room} tokens in every row ({_first(error)})", kwargs)
             self._held[cache] = held
         cache.make_room(step)
-        due, guests = held.due(step.columns), self._guests()
+        guests = [] if self._obstacles is None else self._obstacles.guests()
+        due = held.due(step.columns)
         kind = _kind(self.decoder, inputs, others, step), *(guest.same() for guest in guests)
         take = held.take((due, kind), inputs, step, cache.ledger.rows)
         run = partial(_run, self.decoder, take, others, forward, held.room)
@@ -166,7 +167,7 @@ class Recorder:
         else:
             before = [kept.since for kept, _ in held.chosen]
             try:
-                graph = self._graph(take, held, cache, step, run)
+                graph = self._graph(take, held, cache, step, run, guests)
             except RuntimeError as error:
                 held.undo(before)
                 return self._without(f"the call could not be recorded ({_first(error)})", kwargs)
@@ -174,19 +175,24 @@ class Recorder:
         held.passed(step, due)
         return _whole(out, cache)
 
-    def _graph(self, take: Take, held: Recording, cache: LongContextCache, step: Step, run: Callable[[], Any]) -> Graph:
+    def _graph(
+        self,
+        take: Take,
+        held: Recording,
+        cache: LongContextCache,
+        step: Step,
+        run: Callable[[], Any],
+        guests: Sequence[Guest],
+    ) -> Graph:
         """The graph of a call, recorded now if there is none or what it uses has moved."""
-        guests = [x for guest in self._guests() for x in guest.buffers()]
-        if take.graph is None or not take.fits([*cache.buffers(), *guests]):
+        read = [x for guest in guests for x in guest.buffers()]
+        if take.graph is None or not take.fits([*cache.buffers(), *read]):
             take.graph = None
             held.let_go()
             cache.prepare(replace(step, room=held.room))
-            take.used = [weakref.ref(x) for x in (*cache.buffers(), *guests)]
+            take.used = [weakref.ref(x) for x in (*cache.buffers(), *read)]
             take.graph = RECORDERS[step.device.type](run, step.device, held.pool)
         return take.graph
-
-    def _guests(self) -> list[Guest]:
-        return [] if self._obstacles is None else self._obstacles.guests()
 
     def _without(self, reason: str, kwargs: dict[str, Any]) -> Any:
         """Compute the call as any other, and let those to come be."""

@@ -7,19 +7,14 @@ run as ever; a layer that is not a plain `nn.Linear` is left alone, and so is an
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from .kernels.compiled.project import MOST_ROWS
 from .kernels.layers import project, project_gated
-from .kernels.reference.project import project_gated as gated_by_definition
-from .shortcut import DTYPES, ShortCut, gives, random
+from .shortcut import DTYPES, ShortCut, is_gated
 
 _TOGETHER = ("q_proj", "k_proj", "v_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
@@ -134,16 +129,5 @@ def _gated(module: nn.Module, known: dict[Any, Any]) -> bool:
     settings = {name: x for name, x in vars(module).items() if isinstance(x, bool | float | str)}
     key = type(module), others, tuple(sorted(settings.items()))
     if key not in known:
-        known[key] = all(_computes(module, dtype) for dtype in DTYPES)
+        known[key] = is_gated(module, *_GATED)
     return bool(known[key])
-
-
-def _computes(module: nn.Module, dtype: torch.dtype) -> bool:
-    made, dim, inner = torch.Generator().manual_seed(0), 16, 24
-    x, gate, up = (random(made, n, dim).to(dtype) for n in (3, inner, inner))
-    down, probed = random(made, dim, inner).to(dtype), copy(module)
-    small = {name: nn.Linear(1, 1, bias=False, device="meta") for name in _GATED}
-    for layer, weight in zip(small.values(), (gate, up, down), strict=True):
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-    probed.__dict__["_modules"] = {**module._modules, **small}
-    return gives(partial(type(module).forward, probed, x), linear(gated_by_definition(x, gate, up), down))

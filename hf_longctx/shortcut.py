@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from .cache.step import FEW
 from .context import current
@@ -61,3 +64,30 @@ def gives(run: Callable[[], Any], *expected: Tensor) -> bool:
     return len(found) == len(expected) and all(
         isinstance(x, Tensor) and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(found, expected, strict=True)
     )
+
+
+def is_gated(module: nn.Module, gate: str, up: str, down: str) -> bool:
+    """True if a module computes `down(silu(gate(x)) * up(x))`, whatever the dtype; seen on small layers.
+
+    Args:
+        module: of which the three names are linear layers of any kind.
+        gate: name of the layer whose result goes through silu.
+        up: of the one that it is multiplied with.
+        down: of the one that reads the product.
+    """
+    made, probed = torch.Generator().manual_seed(0), copy(module)
+    for dtype in DTYPES:
+        small = {name: _small(made, *((24, 16) if name == down else (16, 24)), dtype) for name in (gate, up, down)}
+        probed.__dict__["_modules"] = {**module._modules, **small}
+        x = random(made, 2, 3, 16).to(dtype)
+        with torch.no_grad():
+            expected = small[down](silu(small[gate](x)) * small[up](x))
+        if not gives(partial(type(module).forward, probed, x), expected):
+            return False
+    return True
+
+
+def _small(made: torch.Generator, columns: int, rows: int, dtype: torch.dtype) -> nn.Linear:
+    layer = nn.Linear(columns, rows, bias=False, device="meta")
+    layer.weight = nn.Parameter(random(made, rows, columns).to(dtype), requires_grad=False)
+    return layer
