@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import UnsupportedError
 
-ORDER = ("compiled", "flex", "torch", "reference")
+ORDER = ("compiled", "triton", "flex", "torch", "reference")
 """Backends, fastest first. `reference` defines every operation and always exists."""
 
 OPS = (
@@ -43,7 +43,7 @@ OPS = (
     "w4a8_linears",
 )
 
-_MODULES = {"compiled": "compiled", "flex": "flex", "torch": "fused", "reference": "reference"}
+_MODULES = {"compiled": "compiled", "triton": "triton", "flex": "flex", "torch": "fused", "reference": "reference"}
 _WANTED: ContextVar[str | None] = ContextVar("hf_longctx_backend", default=None)
 _LAST: dict[str, str] = {}
 

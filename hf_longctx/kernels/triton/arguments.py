@@ -1,0 +1,82 @@
+"""Arguments of attention as the kernels take them, and those that they do not take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import Logits, Packed, Selection, Turns, Visibility, parts
+
+LEAST = 16
+"""Rows, columns and channels that a product of two tiles has at least."""
+MOST = 256
+"""Channels."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def reject_tensors(q: Tensor, k: Tensor | Packed, v: Tensor | Packed, logits: Logits) -> str | None:
+    """Why the kernels do not take these tensors, or None."""
+    if 0 in (q.numel(), k.shape[2], v.shape[3]):
+        return "takes no empty tensors"
+    inputs = [x for x in (q, k, v, logits.sink_logits, logits.slopes) if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return "computes no gradients"
+    if {k.device, v.device} != {q.device}:
+        return "needs queries, keys and values on one device"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        return "needs queries, keys and values in one dtype, float32, float16 or bfloat16"
+    if max(q.shape[3], v.shape[3]) > MOST:
+        return f"takes at most {MOST} channels"
+    tensors = [x for y in (k, v) for x in parts(y)]
+    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in tensors):
+        return "needs channels that lie side by side"
+    if any(x.scale.stride() != x.zero.stride() for x in (k, v) if isinstance(x, Packed)):
+        return "needs scales and zeros that lie alike"
+    return None if logits.scale > 0 else "needs a scale above zero"
+
+
+def reject_turns(logits: Logits, turns: Turns | None) -> str | None:
+    """Why the kernels do not take these turns, or None."""
+    return None if turns is None else "cannot turn queries to keys at lap positions"
+
+
+def width_of(channels: int) -> int:
+    """Of a tile that holds so many channels."""
+    return max(LEAST, 1 << (channels - 1).bit_length())
+
+
+def rows_of(x: Tensor | Packed) -> tuple[tuple[Any, ...], int]:
+    """Stored keys or values: addresses and strides of their rows, scales and zeros; and their bits, 0 if not packed."""
+    if isinstance(x, Tensor):
+        return (x, x, x, *x.stride()[:3], 0, 0, 0), 0
+    return (x.payload, x.scale, x.zero, *x.payload.stride()[:3], *x.scale.stride()), x.bits
+
+
+def places_of(see: Visibility, device: torch.device) -> tuple[Any, ...]:
+    """Positions of queries and keys and what lies between them in a row, sinks, window."""
+    found: list[Any] = []
+    for pos in (see.q_pos, see.k_pos):
+        here = None if pos is None else pos.to(device).contiguous()
+        found += [here, 0 if here is None or len(here) == 1 else here.shape[1]]
+    return (*found, see.sink, 0 if see.window is None else see.window)
+
+
+def lists_of(selection: Selection | None) -> tuple[Any, ...] | None:
+    """Blocks, their pages, strides of both, lists of a row, tokens and number of blocks, queries of a list."""
+    if selection is None:
+        return None
+    ids, pages = selection.ids, selection.pages
+    if (pages is not None and pages.stride() != ids.stride()) or ids.stride(-1) != 1:
+        ids, pages = ids.contiguous(), None if pages is None else pages.contiguous()
+    q_block = selection.q_block if ids.shape[2] > 1 else 1 << 30
+    pages = ids if pages is None else pages
+    return (ids, pages, *ids.stride()[:3], ids.shape[1], selection.block, ids.shape[3], q_block)
+
+
+def tile_of(q: Tensor, channels: int) -> tuple[int, int, int, int]:
+    """Queries and keys of a tile of `attend_blocks`, warps, and tiles of keys on their way."""
+    if q.dtype == torch.float32:
+        return (64, 32, 4, 2) if channels <= 128 else (32, 16, 4, 2)
+    return (128, 64, 4, 2) if channels <= 128 else (64, 32, 4, 2)

@@ -1,0 +1,256 @@
+"""`ops.attend_blocks` in Triton: FlashAttention-2's loop over the tiles of keys that a tile of queries sees.
+
+Paper: arXiv 2307.08691, section 3.1. One program has a tile of queries of one head. Keys that all of its queries see
+come first, and are not masked; then those at the edges of what is seen. Longest programs start first, and the heads of a
+KV head side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.weigh import empty_out
+from ..types import Logits, Packed, Selection, Turns, Visibility
+from .arguments import LEAST, lists_of, places_of, reject_tensors, reject_turns, rows_of, tile_of, width_of
+from .tiles import LOG2_E, NEVER, average, head_of, logits_of, read
+
+COLUMNS, PLACES, LISTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Columns are positions, or have positions of their own, or are those of chosen blocks."""
+
+
+@triton.jit
+def _positions(see, batch, rows, tokens, stored, GIVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of each query, -1 for none."""
+    if GIVEN:
+        return tl.load(see[0] + batch * see[1] + rows, mask=rows < tokens, other=-1).to(tl.int32)
+    return tl.where(rows < tokens, stored - tokens + rows, -1)
+
+
+@triton.jit
+def _chosen(ids, chosen, low, high, block, stored, PAGED: tl.constexpr, CUT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a list, how many blocks all queries see as a whole, and how many some query sees: the first ones."""
+    whole, seen = 0, 0
+    for first in range(0, chosen, 128):
+        places = first + tl.arange(0, 128)
+        block_id = tl.load(ids + places, mask=places < chosen, other=-1)
+        begin = block_id * block
+        there = (block_id >= 0) & (begin <= high)
+        seen += tl.sum(there.to(tl.int32), 0)
+        there &= begin + block - 1 <= low
+        if not PAGED:
+            there &= begin + block <= stored
+        if not CUT:
+            whole += tl.sum(there.to(tl.int32), 0)
+    return whole, seen
+
+
+@triton.jit
+def _band(tile, low, high, tokens, stored, see, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, WINDOWED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tiles of keys that are seen: how many of the sinks', then the first beyond, the first whole, the first not, the end."""
+    sink, window = see[4], see[5]
+    near, last = high, tl.minimum(high, stored - 1)  # the last query, and the last column
+    far = low
+    if MODE == PLACES:  # the last columns are the queries' own
+        last = tl.minimum(stored, stored - tokens + (tile + 1) * BM) - 1
+        far = stored - tokens + tile * BM
+    end = tl.cdiv(last + 1, BN)
+    sinks, first = 0, 0
+    if WINDOWED:
+        first = tl.minimum(tl.maximum(far - window + 1, 0) // BN, end)
+        sinks = tl.minimum(tl.cdiv(tl.minimum(sink, last + 1), BN), first)
+    whole, rest = first, first
+    if MODE == COLUMNS:
+        if WINDOWED:
+            whole = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(near - window + 1, 0), BN), first), end)
+        rest = tl.minimum(tl.maximum(tl.minimum((low + 1) // BN, stored // BN), whole), end)
+    return sinks, first, whole, rest, end
+
+
+@triton.jit
+def _page(pages, i, chosen, block, BN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First column of a tile of the chosen blocks."""
+    each = block // BN
+    page = tl.load(pages + i // each, mask=i // each < chosen, other=0)
+    return page * block + (i % each) * BN
+
+
+@triton.jit
+def _kernel(  # type: ignore[no-untyped-def]
+    q, k, v, out, see, lists, sink_logits, slopes, tokens, stored, scale, softcap,
+    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
+    GIVEN: tl.constexpr, PAGED: tl.constexpr, CUT: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    SUNK: tl.constexpr, SLOPED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tile = tl.cdiv(tokens, BM) - 1 - tl.program_id(0) // GROUP
+    kv_head, batch = tl.program_id(1), tl.program_id(2)
+    head = kv_head * GROUP + tl.program_id(0) % GROUP
+    rows, offsets = tile * BM + tl.arange(0, BM), tl.arange(0, BN)
+    pos = _positions(see, batch, rows, tokens, stored, GIVEN)
+    high, low = tl.max(pos, 0), tl.min(tl.where(pos < 0, NEVER, pos), 0)
+    sink, window = see[4], see[5]
+
+    channels = tl.arange(0, WIDTH)
+    at = q[0] + batch.to(tl.int64) * q[1] + head * q[2] + rows.to(tl.int64)[:, None] * q[3] + channels[None, :]
+    asked = tl.load(at, mask=(rows < tokens)[:, None] & (channels < DIM)[None, :], other=0.0)
+    keys, values = head_of(k, batch, kv_head), head_of(v, batch, kv_head)
+    slope = 0.0
+    top, total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
+    if SLOPED:
+        slope = tl.load(slopes + head)
+    if SUNK:
+        top, total = total + tl.load(sink_logits + head) * LOG2_E, total + 1.0
+    sums = tl.zeros((BM, V_WIDTH), tl.float32)
+
+    if MODE == LISTS:
+        block, chosen = lists[6], lists[7]
+        mine = batch.to(tl.int64) * lists[2] + (head * lists[5] // (GROUP * tl.num_programs(1))) * lists[3]
+        mine += (tile * BM // lists[8]) * lists[4]
+        ids, pages = lists[0] + mine, lists[1] + mine
+        whole, seen = _chosen(ids, chosen, low, high, block, stored, PAGED, CUT)
+        each = block // BN
+        count, some = whole * each, (seen - whole) * each
+        column = _page(pages, 0, chosen, block, BN)
+        where = _page(ids, 0, chosen, block, BN) if SLOPED else 0
+    else:
+        sinks, first, whole, rest, end = _band(tile, low, high, tokens, stored, see, BM, BN, MODE, WINDOWED)
+        count, some = rest - whole, sinks + whole - first + end - rest
+        column = whole * BN
+
+    for i in tl.range(0, count, num_stages=STAGES):
+        key = read(keys, column.to(tl.int64), offsets, offsets >= 0, DIM, WIDTH, K_BITS, False, asked)
+        value = read(values, column.to(tl.int64), offsets, offsets >= 0, V_DIM, V_WIDTH, V_BITS, False, asked)
+        distance = 0
+        if SLOPED:
+            begin = column
+            if MODE == LISTS:
+                begin = _page(ids, i, chosen, block, BN)
+            distance = (begin + offsets)[None, :] - pos[:, None]
+        x = logits_of(tl.dot(asked, tl.trans(key), input_precision="ieee"), distance, scale, softcap, slope, CAPPED, SLOPED)
+        sums, top, total = average((sums, top, total), x, value)
+        if MODE == LISTS:
+            column = _page(pages, i + 1, chosen, block, BN)
+        else:
+            column += BN
+
+    for i in range(0, some):
+        if MODE == LISTS:
+            column, begin = _page(pages, count + i, chosen, block, BN), _page(ids, count + i, chosen, block, BN)
+        else:
+            beyond = i - sinks
+            number = tl.where(beyond < whole - first, first + beyond, rest + beyond - (whole - first))
+            column = tl.where(beyond < 0, i, number) * BN
+            begin = column
+        there = column + offsets < stored
+        key_pos = begin + offsets
+        if MODE == PLACES:
+            key_pos = tl.load(see[2] + batch * see[3] + column + offsets, mask=there, other=-1).to(tl.int32)
+        there &= (key_pos >= 0) & (key_pos <= high)
+        key = read(keys, column.to(tl.int64), offsets, there, DIM, WIDTH, K_BITS, True, asked)
+        value = read(values, column.to(tl.int64), offsets, there, V_DIM, V_WIDTH, V_BITS, True, asked)
+        distance = key_pos[None, :] - pos[:, None]
+        x = logits_of(tl.dot(asked, tl.trans(key), input_precision="ieee"), distance, scale, softcap, slope, CAPPED, SLOPED)
+        visible = there[None, :] & (distance <= 0)
+        if WINDOWED:
+            visible &= (distance > -window) | (key_pos < sink)[None, :]
+        sums, top, total = average((sums, top, total), tl.where(visible, x, float("-inf")), value)
+
+    none = (total == 0.0) | (pos < 0)
+    result = tl.where(none[:, None], 0.0, sums / tl.where(none, 1.0, total)[:, None])
+    channels = tl.arange(0, V_WIDTH)
+    at = out[0] + batch.to(tl.int64) * out[1] + head * out[2] + rows.to(tl.int64)[:, None] * out[3] + channels[None, :]
+    tl.store(at, result.to(out[0].dtype.element_ty), mask=(rows < tokens)[:, None] & (channels < V_DIM)[None, :])
+
+
+def reject(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None = None,
+) -> str | None:
+    """Why the kernel does not take these arguments, or None."""
+    reason = reject_tensors(q, k, v, logits) or reject_turns(logits, turns)
+    if reason is not None or selection is None:
+        return reason or _reject_dense(q, k, logits, see)
+    if selection.block % LEAST:
+        return f"takes blocks of a multiple of {LEAST} keys"
+    if selection.q_block % LEAST and selection.ids.shape[2] > 1:
+        return f"takes blocks of a multiple of {LEAST} queries"
+    return None if selection.ids.numel() else "takes no empty lists"
+
+
+def _reject_dense(q: Tensor, k: Tensor | Packed, logits: Logits, see: Visibility) -> str | None:
+    """Causal attention of a whole text is what torch's kernels are fastest at."""
+    stored = k.shape[2]
+    whole = see.aligned and q.shape[2] == stored and (see.window is None or see.window >= stored)
+    return "leaves plain causal attention to torch" if whole and logits.plain else None
+
+
+def run(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None = None,
+) -> Tensor:
+    """`ops.attend_blocks`."""
+    q = q if q.stride(3) == 1 else q.contiguous()
+    out = empty_out(q, v.shape[3])
+    tokens, stored, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    rows, keys, warps, stages = tile_of(q, max(q.shape[3], v.shape[3]))
+    rows = min(rows, max(LEAST, triton.next_power_of_2(tokens)))
+    mode, cut = COLUMNS.value if see.k_pos is None else PLACES.value, False
+    if selection is not None:
+        mode, keys = LISTS.value, min(keys, selection.block & -selection.block)
+        if selection.ids.shape[2] > 1:
+            rows = min(rows, selection.q_block & -selection.q_block)
+        cut = selection.pages is not None and stored % selection.block > 0
+    (k_rows, k_bits), (v_rows, v_bits) = rows_of(k), rows_of(v)
+    places = places_of(see, q.device)
+    sinks, slopes = (None if x is None else x.detach().to(q.device, torch.float32) for x in (logits.sink_logits, logits.slopes))
+    grid = (triton.cdiv(tokens, rows) * group, k.shape[1], q.shape[0])
+    with torch.cuda.device_of(q):
+        _kernel[grid](
+            (q, *q.stride()[:3]),
+            k_rows,
+            v_rows,
+            (out, *out.stride()[:3]),
+            places,
+            lists_of(selection),
+            sinks,
+            slopes,
+            tokens,
+            stored,
+            logits.scale,
+            logits.softcap or 1.0,
+            GROUP=group,
+            DIM=q.shape[3],
+            WIDTH=width_of(q.shape[3]),
+            V_DIM=v.shape[3],
+            V_WIDTH=width_of(v.shape[3]),
+            K_BITS=k_bits,
+            V_BITS=v_bits,
+            BM=rows,
+            BN=keys,
+            MODE=mode,
+            GIVEN=see.q_pos is not None,
+            PAGED=selection is not None and selection.pages is not None,
+            CUT=cut,
+            WINDOWED=see.window is not None and selection is None,
+            CAPPED=logits.softcap is not None,
+            SUNK=sinks is not None,
+            SLOPED=slopes is not None,
+            STAGES=stages,
+            num_warps=warps,
+        )
+    return out
