@@ -80,3 +80,23 @@ def tile_of(q: Tensor, channels: int) -> tuple[int, int, int, int]:
     if q.dtype == torch.float32:
         return (64, 32, 4, 2) if channels <= 128 else (32, 16, 4, 2)
     return (128, 64, 4, 2) if channels <= 128 else (64, 32, 4, 2)
+
+
+def tiles_of(x: Tensor | Packed, keys: int) -> tuple[Any, ...] | None:
+    """Stored keys or values as a matrix from which the device copies tiles by itself, and where rows and heads begin.
+
+    Heads lie one below the other, or side by side. None: they cannot be read in this way.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if not isinstance(x, Tensor) or x.dtype == torch.float32 or x.shape[3] != width_of(x.shape[3]):
+        return None
+    b, h, t, _ = x.stride()
+    side = x.shape[1] > 1 and h < t
+    width = x.shape[1] * x.shape[3] if side else x.shape[3]
+    if x.data_ptr() % 16 or t % 8 or t < width or (len(x) > 1 and b % t) or (x.shape[1] > 1 and h % (8 if side else t)):
+        return None
+    b, h = b // t if len(x) > 1 else 0, h if x.shape[1] > 1 else 0
+    rows = b * (len(x) - 1) + (0 if side else h // t * (x.shape[1] - 1)) + x.shape[2]
+    whole = TensorDescriptor(x, [rows, h * (x.shape[1] - 1) + x.shape[3] if side else width], [t, 1], [keys, x.shape[3]])
+    return whole, b, 0 if side else h // t, h if side else 0

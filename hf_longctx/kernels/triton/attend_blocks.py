@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference.weigh import empty_out
 from ..types import Logits, Packed, Selection, Turns, Visibility
-from .arguments import LEAST, lists_of, places_of, reject_tensors, reject_turns, rows_of, tile_of, width_of
+from .arguments import LEAST, lists_of, places_of, reject_tensors, reject_turns, rows_of, tile_of, tiles_of, width_of
 from .tiles import LOG2_E, NEVER, average, head_of, logits_of, read
 
 COLUMNS, PLACES, LISTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -72,20 +72,33 @@ def _band(tile, low, high, tokens, stored, see, BM: tl.constexpr, BN: tl.constex
 
 
 @triton.jit
-def _page(pages, i, chosen, block, BN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First column of a tile of the chosen blocks."""
-    each = block // BN
-    page = tl.load(pages + i // each, mask=i // each < chosen, other=0)
-    return page * block + (i % each) * BN
+def _column(pages, i, chosen, BN: tl.constexpr, EACH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First column of a tile of the chosen blocks, of EACH tiles."""
+    page = tl.load(pages + i // EACH, mask=i // EACH < chosen, other=0)
+    return (page * EACH + i % EACH) * BN
+
+
+@triton.jit
+def _both(k, v, k_tiles, v_tiles, batch, head, column, offsets, there, like, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, TILED: tl.constexpr, CUT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of keys and of values; CUT: values are zero where they are not there."""
+    if TILED:
+        key = k_tiles[0].load([batch * k_tiles[1] + head * k_tiles[2] + column, head * k_tiles[3]])
+        value = v_tiles[0].load([batch * v_tiles[1] + head * v_tiles[2] + column, head * v_tiles[3]])
+        if CUT:
+            value = tl.where(there[:, None], value, 0.0)
+        return key, value
+    first = column.to(tl.int64)
+    key = read(k, first, offsets, there, DIM, WIDTH, K_BITS, CUT, like)
+    return key, read(v, first, offsets, there, V_DIM, V_WIDTH, V_BITS, CUT, like)
 
 
 @triton.jit
 def _kernel(  # type: ignore[no-untyped-def]
-    q, k, v, out, see, lists, sink_logits, slopes, tokens, stored, scale, softcap,
+    q, k, v, k_tiles, v_tiles, out, see, lists, sink_logits, slopes, tokens, stored, scale, softcap,
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
     GIVEN: tl.constexpr, PAGED: tl.constexpr, CUT: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    SUNK: tl.constexpr, SLOPED: tl.constexpr, STAGES: tl.constexpr,
+    SUNK: tl.constexpr, SLOPED: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     tile = tl.cdiv(tokens, BM) - 1 - tl.program_id(0) // GROUP
     kv_head, batch = tl.program_id(1), tl.program_id(2)
@@ -99,7 +112,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     at = q[0] + batch.to(tl.int64) * q[1] + head * q[2] + rows.to(tl.int64)[:, None] * q[3] + channels[None, :]
     asked = tl.load(at, mask=(rows < tokens)[:, None] & (channels < DIM)[None, :], other=0.0)
     keys, values = head_of(k, batch, kv_head), head_of(v, batch, kv_head)
-    slope = 0.0
+    slope, PLAIN = 0.0, not (CAPPED or SLOPED)
     top, total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
     if SLOPED:
         slope = tl.load(slopes + head)
@@ -113,34 +126,38 @@ def _kernel(  # type: ignore[no-untyped-def]
         mine += (tile * BM // lists[8]) * lists[4]
         ids, pages = lists[0] + mine, lists[1] + mine
         whole, seen = _chosen(ids, chosen, low, high, block, stored, PAGED, CUT)
-        each = block // BN
-        count, some = whole * each, (seen - whole) * each
-        column = _page(pages, 0, chosen, block, BN)
-        where = _page(ids, 0, chosen, block, BN) if SLOPED else 0
+        count, some = whole * EACH, (seen - whole) * EACH
+        column = _column(pages, 0, chosen, BN, EACH)
     else:
         sinks, first, whole, rest, end = _band(tile, low, high, tokens, stored, see, BM, BN, MODE, WINDOWED)
         count, some = rest - whole, sinks + whole - first + end - rest
         column = whole * BN
 
     for i in tl.range(0, count, num_stages=STAGES):
-        key = read(keys, column.to(tl.int64), offsets, offsets >= 0, DIM, WIDTH, K_BITS, False, asked)
-        value = read(values, column.to(tl.int64), offsets, offsets >= 0, V_DIM, V_WIDTH, V_BITS, False, asked)
+        key, value = _both(
+            keys, values, k_tiles, v_tiles, batch, kv_head, column, offsets, offsets >= 0, asked,
+            DIM, WIDTH, V_DIM, V_WIDTH, K_BITS, V_BITS, TILED, False,
+        )  # fmt: skip
         distance = 0
         if SLOPED:
             begin = column
             if MODE == LISTS:
-                begin = _page(ids, i, chosen, block, BN)
+                begin = _column(ids, i, chosen, BN, EACH)
             distance = (begin + offsets)[None, :] - pos[:, None]
-        x = logits_of(tl.dot(asked, tl.trans(key), input_precision="ieee"), distance, scale, softcap, slope, CAPPED, SLOPED)
-        sums, top, total = average((sums, top, total), x, value)
+        x = tl.dot(asked, tl.trans(key), input_precision="ieee")
+        if PLAIN:
+            sums, top, total = average((sums, top, total), x, scale * LOG2_E, value, True)
+        else:
+            x = logits_of(x, distance, scale, softcap, slope, CAPPED, SLOPED)
+            sums, top, total = average((sums, top, total), x, 1.0, value, True)
         if MODE == LISTS:
-            column = _page(pages, i + 1, chosen, block, BN)
+            column = _column(pages, i + 1, chosen, BN, EACH)
         else:
             column += BN
 
-    for i in range(0, some):
+    for i in tl.range(0, some, num_stages=1):
         if MODE == LISTS:
-            column, begin = _page(pages, count + i, chosen, block, BN), _page(ids, count + i, chosen, block, BN)
+            column, begin = _column(pages, count + i, chosen, BN, EACH), _column(ids, count + i, chosen, BN, EACH)
         else:
             beyond = i - sinks
             number = tl.where(beyond < whole - first, first + beyond, rest + beyond - (whole - first))
@@ -151,14 +168,20 @@ def _kernel(  # type: ignore[no-untyped-def]
         if MODE == PLACES:
             key_pos = tl.load(see[2] + batch * see[3] + column + offsets, mask=there, other=-1).to(tl.int32)
         there &= (key_pos >= 0) & (key_pos <= high)
-        key = read(keys, column.to(tl.int64), offsets, there, DIM, WIDTH, K_BITS, True, asked)
-        value = read(values, column.to(tl.int64), offsets, there, V_DIM, V_WIDTH, V_BITS, True, asked)
+        key, value = _both(
+            keys, values, k_tiles, v_tiles, batch, kv_head, column, offsets, there, asked,
+            DIM, WIDTH, V_DIM, V_WIDTH, K_BITS, V_BITS, TILED, True,
+        )  # fmt: skip
         distance = key_pos[None, :] - pos[:, None]
-        x = logits_of(tl.dot(asked, tl.trans(key), input_precision="ieee"), distance, scale, softcap, slope, CAPPED, SLOPED)
+        x = tl.dot(asked, tl.trans(key), input_precision="ieee")
+        factor = scale * LOG2_E
+        if not PLAIN:
+            x = logits_of(x, distance, scale, softcap, slope, CAPPED, SLOPED)
+            factor = 1.0
         visible = there[None, :] & (distance <= 0)
         if WINDOWED:
             visible &= (distance > -window) | (key_pos < sink)[None, :]
-        sums, top, total = average((sums, top, total), tl.where(visible, x, float("-inf")), value)
+        sums, top, total = average((sums, top, total), tl.where(visible, x, float("-inf")), factor, value, False)
 
     none = (total == 0.0) | (pos < 0)
     result = tl.where(none[:, None], 0.0, sums / tl.where(none, 1.0, total)[:, None])
@@ -218,12 +241,15 @@ def run(
     (k_rows, k_bits), (v_rows, v_bits) = rows_of(k), rows_of(v)
     places = places_of(see, q.device)
     sinks, slopes = (None if x is None else x.detach().to(q.device, torch.float32) for x in (logits.sink_logits, logits.slopes))
+    tiles = tiles_of(k, keys), tiles_of(v, keys)
+    tiles = (None, None) if None in tiles else tiles
     grid = (triton.cdiv(tokens, rows) * group, k.shape[1], q.shape[0])
     with torch.cuda.device_of(q):
         _kernel[grid](
             (q, *q.stride()[:3]),
             k_rows,
             v_rows,
+            *tiles,
             (out, *out.stride()[:3]),
             places,
             lists_of(selection),
@@ -251,6 +277,8 @@ def run(
             SUNK=sinks is not None,
             SLOPED=slopes is not None,
             STAGES=stages,
+            TILED=tiles[0] is not None,
+            EACH=1 if selection is None else selection.block // keys,
             num_warps=warps,
         )
     return out

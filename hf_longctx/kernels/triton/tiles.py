@@ -71,15 +71,17 @@ def logits_of(x, distance, scale, softcap, slope, CAPPED: tl.constexpr, SLOPED: 
 
 
 @triton.jit
-def average(state, x, v):  # type: ignore[no-untyped-def]
-    """Go on with values of a tile, whose logits over ln 2 are `x`, -inf where nothing is seen.
+def average(state, x, factor, v, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Go on with values of a tile, whose logits over ln 2 are `x * factor`, -inf where nothing is seen.
 
-    A state is sums of values, the largest logit (-inf before the first), and the sum of weights.
+    A state is sums of values, the largest logit (-inf before the first), and the sum of weights. WHOLE: all is seen.
     """
     sums, top, total = state
-    largest = tl.maximum(top, tl.max(x, 1))
-    finite = tl.where(largest == float("-inf"), 0.0, largest)
-    weights = tl.exp2(x - finite[:, None])
+    largest = tl.maximum(top, tl.max(x, 1) * factor)
+    finite = largest
+    if not WHOLE:
+        finite = tl.where(largest == float("-inf"), 0.0, largest)
+    weights = tl.exp2(x * factor - finite[:, None])
     before = tl.exp2(top - finite)
     total = total * before + tl.sum(weights, 1)
     sums = tl.dot(weights.to(v.dtype), v, sums * before[:, None], input_precision="ieee")
