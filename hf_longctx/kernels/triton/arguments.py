@@ -27,6 +27,8 @@ def reject_tensors(q: Tensor, k: Tensor | Packed, v: Tensor | Packed, logits: Lo
         return "needs queries, keys and values on one device"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         return "needs queries, keys and values in one dtype, float32, float16 or bfloat16"
+    if q.dtype == torch.bfloat16 and not q.is_cuda:
+        return "has no products of bfloat16 in Triton's interpreter, which gets them wrong"
     if max(q.shape[3], v.shape[3]) > MOST:
         return f"takes at most {MOST} channels"
     tensors = [x for y in (k, v) for x in parts(y)]
@@ -38,8 +40,9 @@ def reject_tensors(q: Tensor, k: Tensor | Packed, v: Tensor | Packed, logits: Lo
 
 
 def reject_turns(logits: Logits, turns: Turns | None) -> str | None:
-    """Why the kernels do not take these turns, or None."""
-    return None if turns is None else "cannot turn queries to keys at lap positions"
+    """Why a kernel that turns nothing does not take these turns, or None."""
+    turned = turns is not None and (turns.inv_freq is not None or logits.slopes is not None)
+    return "cannot turn queries to keys at lap positions" if turned else None
 
 
 def width_of(channels: int) -> int:

@@ -1,0 +1,313 @@
+"""`ops.attend_pages` in Triton: few queries over many keys, which are shared out among programs and then merged.
+
+Paper: FlashDecoding, arXiv 2311.01282, section 2. The query heads of a KV head, and the queries of a call, are the rows
+of one tile, so that keys and values are read once; they may lie in pages of any size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.rotate import rotate
+from ..reference.weigh import empty_out, positions
+from ..types import Logits, Packed, Selection, Turns, Visibility
+from .arguments import LEAST, lists_of, places_of, reject_tensors, reject_turns, rows_of, width_of
+from .tiles import LOG2_E, NEVER, average, head_of, logits_of, read
+
+MOST = 64
+"""Queries of a row."""
+COLUMNS, PLACES, LISTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Columns are positions, or have positions of their own, or are those of chosen blocks."""
+
+
+@triton.jit
+def _tiles(low, high, stored, see, lists, BN: tl.constexpr, MODE: tl.constexpr, WINDOWED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many tiles are read of sinks that the window is past, of all, and the first one in the window."""
+    sinks, first = 0, 0
+    if MODE == LISTS:
+        return 0, tl.cdiv(lists[7] * lists[6], BN), 0
+    if MODE == PLACES:
+        return 0, tl.cdiv(stored, BN), 0
+    last = tl.minimum(high + 1, stored)
+    end = tl.cdiv(last, BN)
+    if WINDOWED:
+        first = tl.minimum(tl.maximum(low - see[5] + 1, 0) // BN, end)
+        sinks = tl.minimum(tl.cdiv(tl.minimum(see[4], last), BN), first)
+    return sinks, sinks + end - first, first
+
+
+@triton.jit
+def _place(i, sinks, first, mine, stored, see, lists, batch, offsets, BN: tl.constexpr, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Columns of a tile, which of them exist, and their positions."""
+    if MODE == LISTS:
+        token = i * BN + offsets
+        number = token // lists[6]
+        block = tl.load(lists[0] + mine + number, mask=number < lists[7], other=-1)
+        page = tl.load(lists[1] + mine + number, mask=number < lists[7], other=0)
+        within = token - number * lists[6]
+        columns = page.to(tl.int64) * lists[6] + within
+        return columns, (block >= 0) & (columns < stored), block * lists[6] + within
+    columns = tl.where(i < sinks, i, first + i - sinks) * BN + offsets
+    there, key_pos = columns < stored, columns
+    if MODE == PLACES:
+        key_pos = tl.load(see[2] + batch * see[3] + columns, mask=there, other=-1).to(tl.int32)
+    return columns.to(tl.int64), there, key_pos
+
+
+@triton.jit
+def _queries(q, batch, heads, at, valid, DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    channels = tl.arange(0, WIDTH)
+    rows = batch.to(tl.int64) * q[1] + heads * q[2] + at * q[3]
+    return tl.load(q[0] + rows[:, None] + channels[None, :], mask=valid[:, None] & (channels < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _part(  # type: ignore[no-untyped-def]
+    q, before, elsewhere, k, v, out, sums_of, stats_of, see, lists, lap, offset, sink_logits, slopes,
+    q_heads, tokens, stored, scale, softcap,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, OWN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, MODE: tl.constexpr, GIVEN: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    SUNK: tl.constexpr, SLOPED: tl.constexpr, TURNED: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    split, splits, batch = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
+    units = q_heads // HEADS
+    unit, own = tl.program_id(1) % units, tl.program_id(1) // units
+    rows, offsets = tl.arange(0, BM), tl.arange(0, BN)
+    if OWN:
+        heads, at = rows, rows * 0 + own
+    else:
+        rows += own * BM
+        heads, at = rows // tokens, rows % tokens
+    valid = heads < HEADS
+    heads += unit * HEADS
+    kv_head = unit * HEADS // GROUP
+    pos = tl.where(valid, stored - tokens + at, -1)
+    if GIVEN:
+        pos = tl.load(see[0] + batch * see[1] + at, mask=valid, other=-1).to(tl.int32)
+    high, low = tl.max(pos, 0), tl.min(tl.where(pos < 0, NEVER, pos), 0)
+
+    asked = _queries(q, batch, heads, at, valid, DIM, WIDTH)
+    if TURNED:
+        asked_before = _queries(before, batch, heads, at, valid, DIM, WIDTH)
+        asked_elsewhere = _queries(elsewhere, batch, heads, at, valid, DIM, WIDTH)
+    keys, values = head_of(k, batch, kv_head), head_of(v, batch, kv_head)
+    top, total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
+    sums = tl.zeros((BM, V_WIDTH), tl.float32)
+    slope = tl.zeros((BM,), tl.float32)
+    if SLOPED:
+        slope += tl.load(slopes + heads, mask=valid, other=0.0)
+    mine = 0
+    if MODE == LISTS:
+        mine = batch.to(tl.int64) * lists[2] + (unit * HEADS * lists[5] // q_heads) * lists[3]
+        if OWN:
+            mine += own * lists[4]
+    sinks, count, first = _tiles(low, high, stored, see, lists, BN, MODE, WINDOWED)
+    each = tl.cdiv(count, splits)
+    begin = split * each
+
+    for i in tl.range(begin, tl.minimum(begin + each, count), num_stages=STAGES):
+        columns, there, key_pos = _place(i, sinks, first, mine, stored, see, lists, batch, offsets, BN, MODE)
+        there &= (key_pos >= 0) & (key_pos <= high)
+        key = read(keys, 0, columns, there, DIM, WIDTH, K_BITS, True, asked)
+        value = read(values, 0, columns, there, V_DIM, V_WIDTH, V_BITS, True, asked)
+        distance = key_pos[None, :] - pos[:, None]
+        x = tl.dot(asked, tl.trans(key), input_precision="ieee")
+        if TURNED:
+            earlier = (tl.maximum(pos - offset, 0) // lap)[:, None] > (tl.maximum(key_pos - offset, 0) // lap)[None, :]
+            x = tl.where(earlier, tl.dot(asked_before, tl.trans(key), input_precision="ieee"), x)
+            there_first = (key_pos < see[4])[None, :]
+            x = tl.where(there_first, tl.dot(asked_elsewhere, tl.trans(key), input_precision="ieee"), x)
+        x = logits_of(x, distance, scale, softcap, slope[:, None], CAPPED, SLOPED)
+        visible = there[None, :] & (distance <= 0)
+        if WINDOWED:
+            visible &= (distance > -see[5]) | (key_pos < see[4])[None, :]
+        sums, top, total = average((sums, top, total), tl.where(visible, x, float("-inf")), 1.0, value, False)
+
+    channels = tl.arange(0, V_WIDTH)
+    if SPLIT:
+        place = ((split * tl.num_programs(2) + batch) * q_heads + heads) * tokens + at
+        tl.store(stats_of + place * 2, top, mask=valid)
+        tl.store(stats_of + place * 2 + 1, total, mask=valid)
+        tl.store(sums_of + place[:, None] * V_WIDTH + channels[None, :], sums, mask=valid[:, None])
+    else:
+        if SUNK:
+            sums, top, total = _with_sink(sums, top, total, tl.load(sink_logits + heads, mask=valid, other=0.0) * LOG2_E)
+        result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+        place = batch.to(tl.int64) * out[1] + heads * out[2] + at * out[3]
+        inside = valid[:, None] & (channels < V_DIM)[None, :]
+        tl.store(out[0] + place[:, None] + channels[None, :], result.to(out[0].dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _with_sink(sums, top, total, sink):  # type: ignore[no-untyped-def]
+    """A state that has one more logit, which has no value."""
+    largest = tl.maximum(top, sink)
+    before = tl.exp2(top - largest)
+    return sums * before[:, None], largest, total * before + tl.exp2(sink - largest)
+
+
+@triton.jit
+def _merge(  # type: ignore[no-untyped-def]
+    out, sums_of, stats_of, sink_logits, splits, q_heads, tokens,
+    SPLITS: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, SUNK: tl.constexpr,
+):  # fmt: skip
+    """The parts of one query of one head."""
+    at, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    split, channels = tl.arange(0, SPLITS), tl.arange(0, V_WIDTH)
+    place = ((split * tl.num_programs(2) + batch) * q_heads + head) * tokens + at
+    top = tl.load(stats_of + place * 2, mask=split < splits, other=float("-inf"))
+    total = tl.load(stats_of + place * 2 + 1, mask=split < splits, other=0.0)
+    largest = tl.max(top, 0)
+    sink = float("-inf")
+    if SUNK:
+        sink = tl.load(sink_logits + head) * LOG2_E
+        largest = tl.maximum(largest, sink)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    share = tl.exp2(top - largest)
+    whole = tl.sum(total * share, 0)
+    if SUNK:
+        whole += tl.exp2(sink - largest)
+    sums = tl.load(sums_of + place[:, None] * V_WIDTH + channels[None, :], mask=(split < splits)[:, None], other=0.0)
+    result = tl.sum(sums * share[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
+    to = out[0] + batch.to(tl.int64) * out[1] + head * out[2] + at * out[3] + channels
+    tl.store(to, result.to(out[0].dtype.element_ty), mask=channels < V_DIM)
+
+
+def reject(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None = None,
+) -> str | None:
+    """Why the kernels do not take these arguments, or None."""
+    if q.shape[2] > MOST:
+        return f"takes at most {MOST} queries a row"
+    if turns is not None and turns.clamp is not None:
+        return "cannot clamp distances"
+    if turns is not None and logits.slopes is not None:
+        return "has no ALiBi at lap positions"
+    if selection is not None and selection.q_block > 1 and selection.ids.shape[2] > 1:
+        return "takes a selection for each query, or one for all"
+    if selection is not None and not selection.ids.numel():
+        return "takes no empty lists"
+    return reject_tensors(q, k, v, logits)
+
+
+def run(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None = None,
+) -> Tensor:
+    """`ops.attend_pages`."""
+    q = q if q.stride(3) == 1 else q.contiguous()
+    out = empty_out(q, v.shape[3])
+    (batch, q_heads, tokens, dim), group = q.shape, q.shape[1] // k.shape[1]
+    own = selection is not None and selection.ids.shape[2] > 1
+    heads = 1 if selection is not None and selection.ids.shape[1] == q_heads else group
+    rows = max(LEAST, triton.next_power_of_2(heads) if own else min(MOST, triton.next_power_of_2(heads * tokens)))
+    units = q_heads // heads * (tokens if own else triton.cdiv(heads * tokens, rows))
+    keys, warps, stages = tile_of(q, max(dim, v.shape[3]))
+    mode, columns = (COLUMNS.value if see.k_pos is None else PLACES.value), k.shape[2]
+    if selection is not None:
+        mode, columns = LISTS.value, selection.ids.shape[3] * selection.block
+    elif see.window is not None and see.k_pos is None:
+        columns = min(columns, see.sink + see.window + tokens)
+    splits = splits_of(q.device, batch * units, triton.cdiv(columns, keys))
+    (k_rows, k_bits), (v_rows, v_bits) = rows_of(k), rows_of(v)
+    v_width = width_of(v.shape[3])
+    sinks, slopes = (None if x is None else x.detach().to(q.device, torch.float32) for x in (logits.sink_logits, logits.slopes))
+    sums = stats = None
+    if splits > 1:
+        sums = q.new_empty((splits, batch, q_heads, tokens, v_width), dtype=torch.float32)
+        stats = q.new_empty((splits, batch, q_heads, tokens, 2), dtype=torch.float32)
+    turned = turn(q, see, turns, k.shape[2])
+    with torch.cuda.device_of(q):
+        _part[(splits, units, batch)](
+            *((x, *x.stride()[:3]) for x in (q, *turned[:2])),
+            k_rows,
+            v_rows,
+            (out, *out.stride()[:3]),
+            sums,
+            stats,
+            places_of(see, q.device),
+            lists_of(selection),
+            *turned[2:],
+            sinks,
+            slopes,
+            q_heads,
+            tokens,
+            k.shape[2],
+            logits.scale,
+            logits.softcap or 1.0,
+            GROUP=group,
+            HEADS=heads,
+            OWN=own,
+            DIM=dim,
+            WIDTH=width_of(dim),
+            V_DIM=v.shape[3],
+            V_WIDTH=v_width,
+            K_BITS=k_bits,
+            V_BITS=v_bits,
+            BM=rows,
+            BN=keys,
+            MODE=mode,
+            GIVEN=see.q_pos is not None,
+            WINDOWED=see.window is not None and selection is None,
+            CAPPED=logits.softcap is not None,
+            SUNK=sinks is not None,
+            SLOPED=slopes is not None,
+            TURNED=turned[2] is not None,
+            SPLIT=splits > 1,
+            STAGES=stages,
+            num_warps=warps,
+        )
+        if splits > 1:
+            _merge[(tokens, q_heads, batch)](
+                (out, *out.stride()[:3]),
+                sums,
+                stats,
+                sinks,
+                splits,
+                q_heads,
+                tokens,
+                SPLITS=triton.next_power_of_2(splits),
+                V_DIM=v.shape[3],
+                V_WIDTH=v_width,
+                SUNK=sinks is not None,
+            )
+    return out
+
+
+def turn(q: Tensor, see: Visibility, turns: Turns | None, stored: int) -> tuple[Any, ...]:
+    """Queries as keys of the lap before see them, and as sinks do, the tokens of a lap and those before the first."""
+    if turns is None or turns.inv_freq is None:
+        return q, q, None, None
+    own = positions(see, q.shape[2], stored, q.device)[0]
+    moved = torch.full_like(own, turns.lap), turns.sink_pos.to(q.device) - (own - turns.lap * turns.laps(own))
+    before, sinks = (rotate(q.float(), x, turns.inv_freq, turns.interleaved).to(q.dtype) for x in moved)
+    return before, sinks, turns.lap, turns.offset
+
+
+def tile_of(q: Tensor, channels: int) -> tuple[int, int, int]:
+    """Keys of a tile, warps, and tiles on their way."""
+    keys = 64 if channels <= 128 else 32
+    return (keys // 2 if q.dtype == torch.float32 else keys), 4, 3
+
+
+def splits_of(device: torch.device, programs: int, tiles: int) -> int:
+    """Among how many programs the keys of a row and KV head are shared out: all that run at a time, of two tiles each."""
+    at_a_time = 2 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2)
+    return max(1, min(at_a_time // programs, triton.cdiv(tiles, 2), 128))
