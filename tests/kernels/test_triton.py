@@ -27,56 +27,55 @@ from .prefills import Case, made
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
-SMALL = Case((2, 2, 2, 50, 90, 32), F16)
-LISTS = replace(SMALL, sizes=(1, 2, 2, 100, 130, 32), lists=(32, 32, "some"))
+SMALL = Case((2, 1, 2, 40, 70, 16), F16)
+LISTS = Case((1, 1, 2, 70, 100, 16), F16, lists=(32, 32, "some"))
 PREFILLS = [
-    *(replace(SMALL, sizes=(1, 2, 2, 40, 70, d), dtype=t) for d in (10, 16, 40, 64, 96) for t in (F16, F32)),
-    *(replace(LISTS, sizes=(1, 2, 2, 70, 70, d), dtype=t) for d in (40, 64) for t in (F16, F32)),
-    *(replace(LISTS, sizes=(1, 2, g, 70, 130, 16), seed=g) for g in (1, 3)),
+    *(replace(SMALL, sizes=(1, 1, 2, 40, 70, d), dtype=t) for d in (10, 16, 40, 64) for t in (F16, F32)),
+    *(replace(LISTS, sizes=(1, 1, 2, 40, 70, d), dtype=t) for d in (40, 64) for t in (F16, F32)),
+    *(replace(LISTS, sizes=(1, 2, g, 40, 70, 16), seed=g) for g in (1, 3)),
     *(replace(LISTS, lists=(32, 32, kind)) for kind in ("all", "one", "own")),
     *(replace(LISTS, lists=(block, q_block, "some")) for block in (16, 48) for q_block in (16, 96)),
-    *(replace(LISTS, share=share, pages=True, sizes=(2, 2, 3, 70, 139, 16)) for share in ("all", "kv_head")),
-    replace(LISTS, ends=(129, 41), sizes=(2, 2, 2, 60, 130, 32)),
-    replace(LISTS, ends=(-1, 129, 70), sizes=(3, 1, 2, 65, 130, 16)),
-    replace(LISTS, sizes=(1, 1, 2, 1, 130, 32), lists=(16, 1, "some")),
+    *(replace(LISTS, share=share, pages=True, sizes=(1, 2, 2, 40, 139, 16)) for share in ("all", "kv_head")),
+    replace(LISTS, ends=(99, 41), sizes=(2, 1, 2, 60, 100, 16)),
+    replace(LISTS, ends=(-1, 99, 70), sizes=(3, 1, 1, 65, 100, 16)),
+    replace(LISTS, sizes=(1, 1, 2, 1, 100, 16), lists=(16, 1, "some")),
     replace(LISTS, softcap=3.0, sink_logits=True, slopes=True),
     replace(LISTS, softcap=3.0, dtype=F32),
-    Case((1, 1, 2, 200, 200, 16), F16, window=40),
-    Case((1, 1, 2, 200, 230, 16), F16, sink=4, window=70),
-    Case((1, 1, 2, 150, 250, 16), F32, sink=70, window=1),
-    Case((1, 2, 2, 200, 200, 16), F16, sink=100, window=120, sink_logits=True),
-    Case((2, 2, 1, 100, 250, 16), F16, sink=4, window=60, ends=(249, 120)),
-    Case((2, 2, 1, 100, 250, 16), F16, sink=4, window=60, ends=(-1, 101), slopes=True),
+    Case((1, 1, 1, 200, 200, 16), F16, window=40),
+    Case((1, 1, 1, 200, 230, 16), F16, sink=4, window=70),
+    Case((1, 1, 1, 150, 250, 16), F32, sink=70, window=1),
+    Case((1, 1, 1, 200, 200, 16), F16, sink=100, window=120, sink_logits=True),
+    Case((2, 1, 1, 100, 250, 16), F16, sink=4, window=60, ends=(249, 120)),
+    Case((2, 1, 1, 100, 250, 16), F16, sink=4, window=60, ends=(-1, 101), slopes=True),
     *(replace(SMALL, bits=b, dtype=t) for b, t in ((8, F16), (4, F16), (8, F32), (4, F32))),
     *(replace(LISTS, bits=b, pages=True) for b in (8, 4)),
-    replace(SMALL, bits=4, window=30, sink=4, ends=(89, 60)),
+    replace(SMALL, bits=4, window=30, sink=4, ends=(69, 50)),
     *(
-        Case((3, 1, g, 60, 0, 16), F16, sink=4, window=50, ring=((0, 60), (300, 29), (30, 0)), **more)
-        for g in (1, 3)
-        for more in ({}, {"bits": 4})
+        Case((3, 1, g, 40, 0, 16), F16, sink=4, window=50, ring=((0, 40), (300, 29), (30, 0)), **more)
+        for g, more in ((1, {}), (2, {"bits": 4}))
     ),
 ]
 LARGE = [case for case in prefills.CASES if not case.lap]
 
 STEPS = [
-    *(decodes.Case((2, 2, 3, 1, 100, d), t, bits) for d in (16, 40) for t in (F16, F32) for bits in (None, 8, 4)),
+    *(decodes.Case((1, 2, 3, 1, 100, d), t, bits) for d in (16, 40) for t in (F16, F32) for bits in (None, 8, 4)),
     *(decodes.Case((2, 1, g, 1, 77, 16), F16, seed=g) for g in (1, 7, 20)),
     *(decodes.Case((2, 1, 4, t, 200, 16), F16, ends=(198, 40), seed=t) for t in (2, 5, 8)),
     decodes.Case((1, 1, 1, 1, 1, 16), F16),
-    decodes.Case((3, 2, 4, 3, 400, 16), F16, ends=(-1, 1, 399), bits=8),
-    decodes.Case((2, 2, 4, 2, 400, 16), F16, ends=(399, 100), sink=5, window=40),
-    decodes.Case((2, 2, 4, 2, 300, 16), F16, ends=(299, 10), sink=70, window=40, bits=4),
+    decodes.Case((3, 1, 4, 3, 400, 16), F16, ends=(-1, 1, 399), bits=8),
+    decodes.Case((2, 1, 4, 2, 400, 16), F16, ends=(399, 100), sink=5, window=40),
+    decodes.Case((2, 1, 4, 2, 300, 16), F16, ends=(299, 10), sink=70, window=40, bits=4),
     decodes.Case((2, 2, 4, 1, 200, 16), F16, ends=(50, 199), window=1),
-    decodes.Case((3, 2, 4, 4, 83, 16), F16, ring=True, sink=4, window=70, ends=(200, 60, -1)),
+    decodes.Case((3, 1, 4, 4, 83, 16), F16, ring=True, sink=4, window=70, ends=(200, 60, -1)),
     decodes.Case((2, 2, 4, 1, 88, 16), F16, ring=True, sink=4, window=80, lap=90, ends=(500, 30)),
-    decodes.Case((2, 2, 4, 5, 88, 16), F16, ring=True, sink=4, window=80, lap=84, ends=(420, 85), bits=8),
-    decodes.Case((2, 2, 3, 2, 150, 16), F16, softcap=2.0, slopes=True, sink_logits=True, ends=(149, -1)),
+    decodes.Case((2, 1, 4, 5, 88, 16), F16, ring=True, sink=4, window=80, lap=84, ends=(420, 85), bits=8),
+    decodes.Case((2, 1, 3, 2, 150, 16), F16, softcap=2.0, slopes=True, sink_logits=True, ends=(149, -1)),
     *(
-        decodes.Case((2, 2, 4, 1, 200, 16), F16, b, chosen=(9, 16), share=share, pages=pages, ends=(190, 80))
+        decodes.Case((2, 2, 2, 1, 200, 16), F16, b, chosen=(9, 16), share=share, pages=pages, ends=(190, 80))
         for b, share, pages in ((None, "kv_head", True), (8, "q_head", False), (4, "all", True))
     ),
-    decodes.Case((2, 2, 3, 3, 100, 16), F32, chosen=(9, 5), share="q_head", pages=True, ends=(99, -1)),
-    decodes.Case((2, 2, 20, 3, 100, 16), F16, chosen=(9, 5), pages=True, ends=(99, -1), sink_logits=True),
+    decodes.Case((1, 1, 2, 3, 100, 16), F32, chosen=(9, 5), share="q_head", pages=True, ends=(99,)),
+    decodes.Case((2, 1, 20, 2, 100, 16), F16, chosen=(9, 5), pages=True, ends=(99, -1), sink_logits=True),
 ]
 
 
@@ -109,9 +108,9 @@ def check(op: str, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) 
     with use_backend("triton"):
         dispatch.chosen(op, *arguments)
         monkeypatch.setattr(triton._module(op), "empty_out", nan_filled)
-        got, again = (getattr(ops, op)(*arguments) for _ in range(2))
+        got = getattr(ops, op)(*arguments)
+        assert not q.is_cuda or torch.equal(got, getattr(ops, op)(*arguments))
     assert dispatch.last_used()[op] == "triton"
-    assert torch.equal(got, again)
     assert got.dtype == q.dtype
     ulp = torch.finfo(q.dtype).eps * float(exact.abs().max())
     yardstick = float((same.double() - exact).abs().max())
