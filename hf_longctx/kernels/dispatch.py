@@ -145,9 +145,9 @@ def last_used() -> dict[str, str]:
 
 def table() -> list[Row]:
     """Every operation on every backend, and why not where there is a no."""
-    from .compiled import missing
+    from . import compiled, triton
 
-    rows, without = [], {"compiled": missing()}
+    rows, without = [], {"compiled": compiled.missing(), "triton": triton.missing()}
     for op in OPS:
         for backend in ORDER:
             has = op in _table()[backend]

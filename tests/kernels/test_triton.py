@@ -6,9 +6,6 @@ Its interpreter knows no products of bfloat16; those are for a GPU alone.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from hf_longctx.kernels import dispatch, ops, triton
 from hf_longctx.kernels.dispatch import use_backend
-from hf_longctx.kernels.ops import Logits, Packed, Selection, Turns, Visibility
+from hf_longctx.kernels.ops import Packed
 
 from . import test_compiled_attend as decodes
 from . import test_compiled_prefill as prefills

@@ -19,22 +19,33 @@ CAPABILITY = (8, 0)
 
 
 @cache
+def _absent() -> str | None:
+    return None if find_spec("triton") else "needs triton: pip install 'hf_longctx[triton]'"
+
+
 def missing() -> str | None:
     """Why no operation runs here, or None."""
-    return None if find_spec("triton") else "needs triton: pip install 'hf_longctx[triton]'"
+    if _absent() or torch.cuda.is_available():
+        return _absent() or reason(torch.device("cuda", torch.cuda.current_device()))
+    return None if _interprets() else _NOWHERE
+
+
+_NOWHERE = "runs on CUDA devices; on a CPU in its interpreter only (TRITON_INTERPRET=1, HF_LONGCTX_BACKEND=triton)"
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def reason(device: torch.device) -> str | None:
     """Why no operation runs on a device, or None. On a CPU only the interpreter does, and only if it is asked for."""
-    if missing():
-        return missing()
+    if _absent():
+        return _absent()
     if device.type == "cuda":
         return _too_old(device.index)
     if device.type != "cpu":
         return f"is for CUDA devices, not for {device.type}"
-    if os.environ.get("TRITON_INTERPRET") != "1" or wanted() != "triton":
-        return "runs on CUDA devices; on a CPU in its interpreter only (TRITON_INTERPRET=1, HF_LONGCTX_BACKEND=triton)"
-    return None
+    return None if _interprets() and wanted() == "triton" else _NOWHERE
 
 
 @cache

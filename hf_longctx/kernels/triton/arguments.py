@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ LEAST = 16
 """Rows, columns and channels that a product of two tiles has at least."""
 MOST = 256
 """Channels."""
+COLUMNS, PLACES, LISTS = 0, 1, 2
+"""Columns are positions, or have positions of their own, or are those of chosen blocks."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -45,16 +48,21 @@ def reject_turns(logits: Logits, turns: Turns | None) -> str | None:
     return "cannot turn queries to keys at lap positions" if turned else None
 
 
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def width_of(channels: int) -> int:
     """Of a tile that holds so many channels."""
     return max(LEAST, 1 << (channels - 1).bit_length())
 
 
-def rows_of(x: Tensor | Packed) -> tuple[tuple[Any, ...], int]:
-    """Stored keys or values: addresses and strides of their rows, scales and zeros; and their bits, 0 if not packed."""
+def rows_of(x: Tensor | Packed) -> tuple[Any, ...]:
+    """Stored keys or values: addresses of rows, scales and zeros, and how far rows, heads and columns are apart."""
     if isinstance(x, Tensor):
-        return (x, x, x, *x.stride()[:3], 0, 0, 0), 0
-    return (x.payload, x.scale, x.zero, *x.payload.stride()[:3], *x.scale.stride()), x.bits
+        return (x, x, x, *x.stride()[:3], 0, 0, 0)
+    return (x.payload, x.scale, x.zero, *x.payload.stride()[:3], *x.scale.stride())
 
 
 def places_of(see: Visibility, device: torch.device) -> tuple[Any, ...]:
@@ -76,6 +84,40 @@ def lists_of(selection: Selection | None) -> tuple[Any, ...] | None:
     q_block = selection.q_block if ids.shape[2] > 1 else 1 << 30
     pages = ids if pages is None else pages
     return (ids, pages, *ids.stride()[:3], ids.shape[1], selection.block, ids.shape[3], q_block)
+
+
+def arguments_of(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    out: Tensor,
+    logits: Logits,
+    see: Visibility,
+    selection: Selection | None,
+) -> tuple[tuple[Any, ...], dict[str, int]]:
+    """The first arguments of a kernel of attention, and those that it is compiled for."""
+    heads = [
+        None if x is None else x.detach().to(q.device, torch.float32).contiguous()
+        for x in (logits.sink_logits, logits.slopes)
+    ]
+    tensors = ((q, *q.stride()[:3]), rows_of(k), rows_of(v), (out, *out.stride()[:3]))
+    numbers = (q.shape[2], k.shape[2], logits.scale, logits.softcap or 1.0)
+    flags = {
+        "GROUP": q.shape[1] // k.shape[1],
+        "DIM": q.shape[3],
+        "WIDTH": width_of(q.shape[3]),
+        "V_DIM": v.shape[3],
+        "V_WIDTH": width_of(v.shape[3]),
+        "K_BITS": k.bits if isinstance(k, Packed) else 0,
+        "V_BITS": v.bits if isinstance(v, Packed) else 0,
+        "MODE": LISTS if selection is not None else COLUMNS if see.k_pos is None else PLACES,
+        "GIVEN": see.q_pos is not None,
+        "WINDOWED": see.window is not None and selection is None,
+        "CAPPED": logits.softcap is not None,
+        "SUNK": logits.sink_logits is not None,
+        "SLOPED": logits.slopes is not None,
+    }
+    return (*tensors, places_of(see, q.device), lists_of(selection), *heads, *numbers), flags
 
 
 def tile_of(q: Tensor, channels: int) -> tuple[int, int, int, int]:
@@ -101,5 +143,7 @@ def tiles_of(x: Tensor | Packed, keys: int) -> tuple[Any, ...] | None:
         return None
     b, h = b // t if len(x) > 1 else 0, h if x.shape[1] > 1 else 0
     rows = b * (len(x) - 1) + (0 if side else h // t * (x.shape[1] - 1)) + x.shape[2]
-    whole = TensorDescriptor(x, [rows, h * (x.shape[1] - 1) + x.shape[3] if side else width], [t, 1], [keys, x.shape[3]])
+    whole = TensorDescriptor(
+        x, [rows, h * (x.shape[1] - 1) + x.shape[3] if side else width], [t, 1], [keys, x.shape[3]]
+    )
     return whole, b, 0 if side else h // t, h if side else 0

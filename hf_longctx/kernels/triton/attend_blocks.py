@@ -1,30 +1,24 @@
 """`ops.attend_blocks` in Triton: FlashAttention-2's loop over the tiles of keys that a tile of queries sees.
 
 Paper: arXiv 2307.08691, section 3.1. One program has a tile of queries of one head. Keys that all of its queries see
-come first, and are not masked; then those at the edges of what is seen. Longest programs start first, and the heads of a
-KV head side by side.
+come first, and are not masked; then those at the edges of what is seen. The longest programs start first, and the heads
+of a KV head side by side.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference.weigh import empty_out
 from ..types import Logits, Packed, Selection, Turns, Visibility
-from .arguments import LEAST, lists_of, places_of, reject_tensors, reject_turns, rows_of, tile_of, tiles_of, width_of
-from .tiles import LOG2_E, NEVER, average, head_of, logits_of, read
-
-COLUMNS, PLACES, LISTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""Columns are positions, or have positions of their own, or are those of chosen blocks."""
+from .arguments import LEAST, arguments_of, on, reject_tensors, reject_turns, tile_of, tiles_of
+from .tiles import COLUMNS, LISTS, LOG2_E, NEVER, PLACES, average, head_of, logits_of, read
 
 
 @triton.jit
-def _positions(see, batch, rows, tokens, stored, GIVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _positions(see, batch, rows, tokens, stored, GIVEN: tl.constexpr):
     """Of each query, -1 for none."""
     if GIVEN:
         return tl.load(see[0] + batch * see[1] + rows, mask=rows < tokens, other=-1).to(tl.int32)
@@ -32,7 +26,7 @@ def _positions(see, batch, rows, tokens, stored, GIVEN: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _chosen(ids, chosen, low, high, block, stored, PAGED: tl.constexpr, CUT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _chosen(ids, chosen, low, high, block, stored, PAGED: tl.constexpr, CUT: tl.constexpr):
     """Of a list, how many blocks all queries see as a whole, and how many some query sees: the first ones."""
     whole, seen = 0, 0
     for first in range(0, chosen, 128):
@@ -50,8 +44,10 @@ def _chosen(ids, chosen, low, high, block, stored, PAGED: tl.constexpr, CUT: tl.
 
 
 @triton.jit
-def _band(tile, low, high, tokens, stored, see, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, WINDOWED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Tiles of keys that are seen: how many of the sinks', then the first beyond, the first whole, the first not, the end."""
+def _band(
+    tile, low, high, tokens, stored, see, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, WINDOWED: tl.constexpr
+):
+    """Tiles of keys that are seen: how many of sinks, the first beyond, the first whole, the first after, the end."""
     sink, window = see[4], see[5]
     near, last = high, tl.minimum(high, stored - 1)  # the last query, and the last column
     far = low
@@ -72,14 +68,18 @@ def _band(tile, low, high, tokens, stored, see, BM: tl.constexpr, BN: tl.constex
 
 
 @triton.jit
-def _column(pages, i, chosen, BN: tl.constexpr, EACH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _column(pages, i, chosen, BN: tl.constexpr, EACH: tl.constexpr):
     """First column of a tile of the chosen blocks, of EACH tiles."""
     page = tl.load(pages + i // EACH, mask=i // EACH < chosen, other=0)
     return (page * EACH + i % EACH) * BN
 
 
 @triton.jit
-def _both(k, v, k_tiles, v_tiles, batch, head, column, offsets, there, like, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, TILED: tl.constexpr, CUT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _both(
+    k, v, k_tiles, v_tiles, batch, head, column, offsets, there, like, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, TILED: tl.constexpr,
+    CUT: tl.constexpr,
+):  # fmt: skip
     """A tile of keys and of values; CUT: values are zero where they are not there."""
     if TILED:
         key = k_tiles[0].load([batch * k_tiles[1] + head * k_tiles[2] + column, head * k_tiles[3]])
@@ -88,13 +88,13 @@ def _both(k, v, k_tiles, v_tiles, batch, head, column, offsets, there, like, DIM
             value = tl.where(there[:, None], value, 0.0)
         return key, value
     first = column.to(tl.int64)
-    key = read(k, first, offsets, there, DIM, WIDTH, K_BITS, CUT, like)
-    return key, read(v, first, offsets, there, V_DIM, V_WIDTH, V_BITS, CUT, like)
+    key = read(k, first, offsets, there, like, DIM, WIDTH, K_BITS, CUT)
+    return key, read(v, first, offsets, there, like, V_DIM, V_WIDTH, V_BITS, CUT)
 
 
 @triton.jit
-def _kernel(  # type: ignore[no-untyped-def]
-    q, k, v, k_tiles, v_tiles, out, see, lists, sink_logits, slopes, tokens, stored, scale, softcap,
+def _kernel(
+    q, k, v, out, see, lists, sink_logits, slopes, tokens, stored, scale, softcap, k_tiles, v_tiles,
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
     GIVEN: tl.constexpr, PAGED: tl.constexpr, CUT: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
@@ -232,53 +232,18 @@ def run(
     tokens, stored, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     rows, keys, warps, stages = tile_of(q, max(q.shape[3], v.shape[3]))
     rows = min(rows, max(LEAST, triton.next_power_of_2(tokens)))
-    mode, cut = COLUMNS.value if see.k_pos is None else PLACES.value, False
+    cut, each = False, 1
     if selection is not None:
-        mode, keys = LISTS.value, min(keys, selection.block & -selection.block)
+        keys = min(keys, selection.block & -selection.block)
         if selection.ids.shape[2] > 1:
             rows = min(rows, selection.q_block & -selection.q_block)
-        cut = selection.pages is not None and stored % selection.block > 0
-    (k_rows, k_bits), (v_rows, v_bits) = rows_of(k), rows_of(v)
-    places = places_of(see, q.device)
-    sinks, slopes = (None if x is None else x.detach().to(q.device, torch.float32) for x in (logits.sink_logits, logits.slopes))
+        cut, each = selection.pages is not None and stored % selection.block > 0, selection.block // keys
     tiles = tiles_of(k, keys), tiles_of(v, keys)
     tiles = (None, None) if None in tiles else tiles
-    grid = (triton.cdiv(tokens, rows) * group, k.shape[1], q.shape[0])
-    with torch.cuda.device_of(q):
-        _kernel[grid](
-            (q, *q.stride()[:3]),
-            k_rows,
-            v_rows,
-            *tiles,
-            (out, *out.stride()[:3]),
-            places,
-            lists_of(selection),
-            sinks,
-            slopes,
-            tokens,
-            stored,
-            logits.scale,
-            logits.softcap or 1.0,
-            GROUP=group,
-            DIM=q.shape[3],
-            WIDTH=width_of(q.shape[3]),
-            V_DIM=v.shape[3],
-            V_WIDTH=width_of(v.shape[3]),
-            K_BITS=k_bits,
-            V_BITS=v_bits,
-            BM=rows,
-            BN=keys,
-            MODE=mode,
-            GIVEN=see.q_pos is not None,
-            PAGED=selection is not None and selection.pages is not None,
-            CUT=cut,
-            WINDOWED=see.window is not None and selection is None,
-            CAPPED=logits.softcap is not None,
-            SUNK=sinks is not None,
-            SLOPED=slopes is not None,
-            STAGES=stages,
-            TILED=tiles[0] is not None,
-            EACH=1 if selection is None else selection.block // keys,
-            num_warps=warps,
-        )
+    arguments, flags = arguments_of(q, k, v, out, logits, see, selection)
+    paged = selection is not None and selection.pages is not None
+    more = {"BM": rows, "BN": keys, "PAGED": paged, "CUT": cut, "TILED": tiles[0] is not None, "EACH": each}
+    with on(q.device):
+        grid = (triton.cdiv(tokens, rows) * group, k.shape[1], q.shape[0])
+        _kernel[grid](*arguments, *tiles, STAGES=stages, num_warps=warps, **flags, **more)
     return out

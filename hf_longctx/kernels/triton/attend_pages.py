@@ -16,17 +16,15 @@ from torch import Tensor
 from ..reference.rotate import rotate
 from ..reference.weigh import empty_out, positions
 from ..types import Logits, Packed, Selection, Turns, Visibility
-from .arguments import LEAST, lists_of, places_of, reject_tensors, reject_turns, rows_of, width_of
-from .tiles import LOG2_E, NEVER, average, head_of, logits_of, read
+from .arguments import LEAST, arguments_of, on, reject_tensors, width_of
+from .tiles import LISTS, LOG2_E, NEVER, PLACES, average, head_of, logits_of, read
 
 MOST = 64
 """Queries of a row."""
-COLUMNS, PLACES, LISTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""Columns are positions, or have positions of their own, or are those of chosen blocks."""
 
 
 @triton.jit
-def _tiles(low, high, stored, see, lists, BN: tl.constexpr, MODE: tl.constexpr, WINDOWED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tiles(low, high, stored, see, lists, BN: tl.constexpr, MODE: tl.constexpr, WINDOWED: tl.constexpr):
     """How many tiles are read of sinks that the window is past, of all, and the first one in the window."""
     sinks, first = 0, 0
     if MODE == LISTS:
@@ -42,7 +40,7 @@ def _tiles(low, high, stored, see, lists, BN: tl.constexpr, MODE: tl.constexpr, 
 
 
 @triton.jit
-def _place(i, sinks, first, mine, stored, see, lists, batch, offsets, BN: tl.constexpr, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _place(i, sinks, first, mine, stored, see, lists, batch, offsets, BN: tl.constexpr, MODE: tl.constexpr):
     """Columns of a tile, which of them exist, and their positions."""
     if MODE == LISTS:
         token = i * BN + offsets
@@ -60,16 +58,16 @@ def _place(i, sinks, first, mine, stored, see, lists, batch, offsets, BN: tl.con
 
 
 @triton.jit
-def _queries(q, batch, heads, at, valid, DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _queries(q, batch, heads, at, valid, DIM: tl.constexpr, WIDTH: tl.constexpr):
     channels = tl.arange(0, WIDTH)
     rows = batch.to(tl.int64) * q[1] + heads * q[2] + at * q[3]
     return tl.load(q[0] + rows[:, None] + channels[None, :], mask=valid[:, None] & (channels < DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def _part(  # type: ignore[no-untyped-def]
-    q, before, elsewhere, k, v, out, sums_of, stats_of, see, lists, lap, offset, sink_logits, slopes,
-    q_heads, tokens, stored, scale, softcap,
+def _part(
+    q, k, v, out, see, lists, sink_logits, slopes, tokens, stored, scale, softcap,
+    before, elsewhere, lap, offset, sums_of, stats_of, q_heads,
     GROUP: tl.constexpr, HEADS: tl.constexpr, OWN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, MODE: tl.constexpr, GIVEN: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
@@ -114,8 +112,8 @@ def _part(  # type: ignore[no-untyped-def]
     for i in tl.range(begin, tl.minimum(begin + each, count), num_stages=STAGES):
         columns, there, key_pos = _place(i, sinks, first, mine, stored, see, lists, batch, offsets, BN, MODE)
         there &= (key_pos >= 0) & (key_pos <= high)
-        key = read(keys, 0, columns, there, DIM, WIDTH, K_BITS, True, asked)
-        value = read(values, 0, columns, there, V_DIM, V_WIDTH, V_BITS, True, asked)
+        key = read(keys, 0, columns, there, asked, DIM, WIDTH, K_BITS, True)
+        value = read(values, 0, columns, there, asked, V_DIM, V_WIDTH, V_BITS, True)
         distance = key_pos[None, :] - pos[:, None]
         x = tl.dot(asked, tl.trans(key), input_precision="ieee")
         if TURNED:
@@ -137,7 +135,9 @@ def _part(  # type: ignore[no-untyped-def]
         tl.store(sums_of + place[:, None] * V_WIDTH + channels[None, :], sums, mask=valid[:, None])
     else:
         if SUNK:
-            sums, top, total = _with_sink(sums, top, total, tl.load(sink_logits + heads, mask=valid, other=0.0) * LOG2_E)
+            sums, top, total = _with_sink(
+                sums, top, total, tl.load(sink_logits + heads, mask=valid, other=0.0) * LOG2_E
+            )
         result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
         place = batch.to(tl.int64) * out[1] + heads * out[2] + at * out[3]
         inside = valid[:, None] & (channels < V_DIM)[None, :]
@@ -145,7 +145,7 @@ def _part(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _with_sink(sums, top, total, sink):  # type: ignore[no-untyped-def]
+def _with_sink(sums, top, total, sink):
     """A state that has one more logit, which has no value."""
     largest = tl.maximum(top, sink)
     before = tl.exp2(top - largest)
@@ -153,7 +153,7 @@ def _with_sink(sums, top, total, sink):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _merge(  # type: ignore[no-untyped-def]
+def _merge(
     out, sums_of, stats_of, sink_logits, splits, q_heads, tokens,
     SPLITS: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, SUNK: tl.constexpr,
 ):  # fmt: skip
@@ -220,73 +220,44 @@ def run(
     rows = max(LEAST, triton.next_power_of_2(heads) if own else min(MOST, triton.next_power_of_2(heads * tokens)))
     units = q_heads // heads * (tokens if own else triton.cdiv(heads * tokens, rows))
     keys, warps, stages = tile_of(q, max(dim, v.shape[3]))
-    mode, columns = (COLUMNS.value if see.k_pos is None else PLACES.value), k.shape[2]
+    columns = k.shape[2]
     if selection is not None:
-        mode, columns = LISTS.value, selection.ids.shape[3] * selection.block
+        columns = selection.ids.shape[3] * selection.block
     elif see.window is not None and see.k_pos is None:
         columns = min(columns, see.sink + see.window + tokens)
     splits = splits_of(q.device, batch * units, triton.cdiv(columns, keys))
-    (k_rows, k_bits), (v_rows, v_bits) = rows_of(k), rows_of(v)
-    v_width = width_of(v.shape[3])
-    sinks, slopes = (None if x is None else x.detach().to(q.device, torch.float32) for x in (logits.sink_logits, logits.slopes))
-    sums = stats = None
-    if splits > 1:
-        sums = q.new_empty((splits, batch, q_heads, tokens, v_width), dtype=torch.float32)
-        stats = q.new_empty((splits, batch, q_heads, tokens, 2), dtype=torch.float32)
-    turned = turn(q, see, turns, k.shape[2])
-    with torch.cuda.device_of(q):
+    shape = (splits, batch, q_heads, tokens)
+    sums, stats = (
+        q.new_empty((*shape, n), dtype=torch.float32) if splits > 1 else None for n in (width_of(v.shape[3]), 2)
+    )
+    arguments, flags = arguments_of(q, k, v, out, logits, see, selection)
+    before, sinks, lap, offset = turn(q, see, turns, k.shape[2])
+    more = {"HEADS": heads, "OWN": own, "BM": rows, "BN": keys, "TURNED": lap is not None, "SPLIT": splits > 1}
+    with on(q.device):
         _part[(splits, units, batch)](
-            *((x, *x.stride()[:3]) for x in (q, *turned[:2])),
-            k_rows,
-            v_rows,
-            (out, *out.stride()[:3]),
+            *arguments,
+            *((x, *x.stride()[:3]) for x in (before, sinks)),
+            lap,
+            offset,
             sums,
             stats,
-            places_of(see, q.device),
-            lists_of(selection),
-            *turned[2:],
-            sinks,
-            slopes,
             q_heads,
-            tokens,
-            k.shape[2],
-            logits.scale,
-            logits.softcap or 1.0,
-            GROUP=group,
-            HEADS=heads,
-            OWN=own,
-            DIM=dim,
-            WIDTH=width_of(dim),
-            V_DIM=v.shape[3],
-            V_WIDTH=v_width,
-            K_BITS=k_bits,
-            V_BITS=v_bits,
-            BM=rows,
-            BN=keys,
-            MODE=mode,
-            GIVEN=see.q_pos is not None,
-            WINDOWED=see.window is not None and selection is None,
-            CAPPED=logits.softcap is not None,
-            SUNK=sinks is not None,
-            SLOPED=slopes is not None,
-            TURNED=turned[2] is not None,
-            SPLIT=splits > 1,
             STAGES=stages,
             num_warps=warps,
+            **flags,
+            **more,
         )
         if splits > 1:
             _merge[(tokens, q_heads, batch)](
-                (out, *out.stride()[:3]),
+                arguments[3],
                 sums,
                 stats,
-                sinks,
+                arguments[6],
                 splits,
                 q_heads,
                 tokens,
                 SPLITS=triton.next_power_of_2(splits),
-                V_DIM=v.shape[3],
-                V_WIDTH=v_width,
-                SUNK=sinks is not None,
+                **{name: flags[name] for name in ("V_DIM", "V_WIDTH", "SUNK")},
             )
     return out
 
@@ -308,6 +279,6 @@ def tile_of(q: Tensor, channels: int) -> tuple[int, int, int]:
 
 
 def splits_of(device: torch.device, programs: int, tiles: int) -> int:
-    """Among how many programs the keys of a row and KV head are shared out: all that run at a time, of two tiles each."""
+    """Among how many programs the keys of a row and KV head are shared out: all that run at a time, of 2 tiles each."""
     at_a_time = 2 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2)
-    return max(1, min(at_a_time // programs, triton.cdiv(tiles, 2), 128))
+    return max(1, min(at_a_time // programs, -(-tiles // 2), 128))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import arguments
+
 LOG2_E = tl.constexpr(1.4426950408889634)
+COLUMNS, PLACES, LISTS = (tl.constexpr(x) for x in (arguments.COLUMNS, arguments.PLACES, arguments.LISTS))
 NEVER = tl.constexpr(2**30)
 """Further than any position."""
 
 
 @triton.jit
-def head_of(rows, batch, head):  # type: ignore[no-untyped-def]
+def head_of(rows, batch, head):
     """The rows of one KV head: addresses of what `read` reads, and how far its rows are apart."""
     first = batch.to(tl.int64) * rows[3] + head * rows[4]
     few = batch.to(tl.int64) * rows[6] + head * rows[7]
@@ -19,7 +22,9 @@ def head_of(rows, batch, head):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def read(head, first, offsets, there, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, CUT: tl.constexpr, like):  # type: ignore[no-untyped-def]
+def read(
+    head, first, offsets, there, like, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, CUT: tl.constexpr
+):
     """Rows `first + offsets` of a KV head, `[N, WIDTH]`, in the dtype of `like`; zero where they are not there.
 
     Of WIDTH channels DIM are stored, the others are zero. CUT: some rows may not be there.
@@ -49,7 +54,7 @@ def read(head, first, offsets, there, DIM: tl.constexpr, WIDTH: tl.constexpr, BI
 
 
 @triton.jit
-def tanh(x):  # type: ignore[no-untyped-def]
+def tanh(x):
     """To float32's precision: near zero, where the quotient would lose it, by its series."""
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
@@ -59,19 +64,16 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def logits_of(x, distance, scale, softcap, slope, CAPPED: tl.constexpr, SLOPED: tl.constexpr):  # type: ignore[no-untyped-def]
+def logits_of(x, distance, scale, softcap, slope, CAPPED: tl.constexpr, SLOPED: tl.constexpr):
     """Logits over ln 2, of products and of key position minus query position."""
-    if CAPPED:
-        x = softcap * tanh(x * (scale / softcap)) * LOG2_E
-    else:
-        x = x * (scale * LOG2_E)
+    x = softcap * tanh(x * (scale / softcap)) * LOG2_E if CAPPED else x * (scale * LOG2_E)
     if SLOPED:
         x += slope * LOG2_E * distance.to(tl.float32)
     return x
 
 
 @triton.jit
-def average(state, x, factor, v, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+def average(state, x, factor, v, WHOLE: tl.constexpr):
     """Go on with values of a tile, whose logits over ln 2 are `x * factor`, -inf where nothing is seen.
 
     A state is sums of values, the largest logit (-inf before the first), and the sum of weights. WHOLE: all is seen.
