@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Implementation, wanted
+from ..types import Packed
 
 CAPABILITY = (8, 0)
 """The least that its kernels are compiled for."""
@@ -63,7 +64,7 @@ def _module(name: str) -> Any:
 
 def _lazy(name: str) -> Implementation:
     def reject(*args: Any) -> str | None:
-        first: Tensor = args[0]
+        first: Tensor | Packed = args[0]
         why = reason(first.device)
         return _module(name).reject(*args) if why is None else why
 
@@ -71,4 +72,4 @@ def _lazy(name: str) -> Implementation:
     return Implementation(run, reject)
 
 
-OPS = {name: _lazy(name) for name in ("attend_blocks", "attend_pages")}
+OPS = {name: _lazy(name) for name in ("attend_blocks", "attend_pages", "score_pages", "append_pages")}

@@ -28,10 +28,9 @@ def reject_tensors(q: Tensor, k: Tensor | Packed, v: Tensor | Packed, logits: Lo
         return "computes no gradients"
     if {k.device, v.device} != {q.device}:
         return "needs queries, keys and values on one device"
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
-        return "needs queries, keys and values in one dtype, float32, float16 or bfloat16"
-    if q.dtype == torch.bfloat16 and not q.is_cuda:
-        return "has no products of bfloat16 in Triton's interpreter, which gets them wrong"
+    reason = reject_dtypes("queries, keys and values", q, k, v)
+    if reason is not None:
+        return reason
     if max(q.shape[3], v.shape[3]) > MOST:
         return f"takes at most {MOST} channels"
     tensors = [x for y in (k, v) for x in parts(y)]
@@ -40,6 +39,15 @@ def reject_tensors(q: Tensor, k: Tensor | Packed, v: Tensor | Packed, logits: Lo
     if any(x.scale.stride() != x.zero.stride() for x in (k, v) if isinstance(x, Packed)):
         return "needs scales and zeros that lie alike"
     return None if logits.scale > 0 else "needs a scale above zero"
+
+
+def reject_dtypes(what: str, first: Tensor, *others: Tensor | Packed) -> str | None:
+    """Why the kernels do not take these dtypes, or None."""
+    if any(x.dtype != first.dtype for x in others) or first.dtype not in DTYPES:
+        return f"needs {what} in one dtype, float32, float16 or bfloat16"
+    if first.dtype == torch.bfloat16 and not first.is_cuda:
+        return "has no bfloat16 in Triton's interpreter, which gets it wrong"
+    return None
 
 
 def reject_turns(logits: Logits, turns: Turns | None) -> str | None:
