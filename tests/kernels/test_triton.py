@@ -6,6 +6,9 @@ Its interpreter knows no products of bfloat16; those are for a GPU alone.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +22,8 @@ from hf_longctx.kernels.ops import Packed
 
 from . import test_compiled_attend as decodes
 from . import test_compiled_prefill as prefills
+from . import test_compiled_select as selects
+from . import test_compiled_store as stores
 from .prefills import Case, made
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -139,3 +144,148 @@ def test_attend_pages(case: decodes.Case, device: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("case", decodes.CASES, ids=str)
 def test_attend_pages_of_whole_tiles(case: decodes.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check("attend_pages", decodes.made(case, "cuda"), monkeypatch)
+
+
+SCORED = [
+    *(selects.Scored((2, 2, 3, 2, 40, d), t, r) for d in (16, 40) for t in (F16, F32) for r in (1, 2)),
+    *(selects.Scored((2, 2, 3, 3, 40, 16), F16, r, subs=7, blank=20, share=s) for r in (1, 2) for s in selects.SHARES),
+    selects.Scored((1, 2, 4, 1, 130, 16), F16, subs=4, blank=130),
+    selects.Scored((1, 1, 1, 1, 1, 16), F16, subs=64),
+    selects.Scored((1, 1, 20, 2, 33, 16), F32, share="all"),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "device"),
+    [(case, "cpu") for case in SCORED]
+    + [pytest.param(case, "cuda", marks=pytest.mark.cuda) for case in (*SCORED, *selects.SCORED) if case.sizes[2] < 65],
+    ids=str,
+)
+def test_score_pages(case: selects.Scored, device: str) -> None:
+    """Errors are at most one rounding of the largest partial sum for every 16 terms, as those of the library."""
+    need(device)
+    q, summary, subs, share = selects.summaries(case)
+    with use_backend("triton"):
+        got = ops.score_pages(q.to(device), summary.to(device), subs, share).cpu()
+    with use_backend("reference"):
+        exact = ops.score_pages(q.double(), summary.double(), subs, share)
+        terms = summary.double().abs().amax(3, keepdim=True).nan_to_num(posinf=0.0)
+        largest = ops.score_pages(q.double().abs(), terms, subs, "q_head").amax(1, keepdim=True)
+    assert got.dtype == torch.float32
+    assert got.shape == exact.shape
+    assert torch.equal(got.isneginf(), exact.isneginf())
+    allowed = max(4, case.vectors * q.shape[3] // 16) * torch.finfo(F32).eps * largest.clamp(min=1e-9)
+    assert bool(((got.double() - exact).abs().nan_to_num(nan=0.0) <= allowed).all())
+    assert not got.isnan().any()
+
+
+HERE = [replace(case, dtype=F16) if case.dtype == BF16 else case for case in stores.CASES]
+
+
+@pytest.mark.parametrize(
+    ("case", "device"),
+    [(case, "cpu") for case in (*HERE[6:18:2], *HERE[40:46:3], *HERE[46:-1])]
+    + [pytest.param(case, "cuda", marks=pytest.mark.cuda) for case in stores.CASES],
+    ids=str,
+)
+def test_append_pages(case: stores.Case, device: str) -> None:
+    """Bit for bit what is defined."""
+    need(device)
+    defined, got = (stores.on(device, stores.made(case)) for _ in range(2))
+    with use_backend("reference"):
+        ops.append_pages(*defined)
+    with use_backend("triton"):
+        ops.append_pages(*got)
+    assert all(map(torch.equal, stores.written(got), stores.written(defined)))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_a_captured_step_reads_as_far_as_the_text_has_come(bits: int) -> None:
+    """Nothing waits for the device, and nothing is decided by it while it is recorded."""
+    case = decodes.Case((2, 2, 4, 1, 4096, 128), bits=bits or None, ends=(4095, 4095))
+    q, k, v, logits, see, _, _ = decodes.made(case, "cuda")
+    with use_backend("triton"):
+        ops.attend_pages(q, k, v, logits, see, None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = ops.attend_pages(q, k, v, logits, see, None)
+        for ends in ((10, 4000), (-1, 0), (4095, 1777)):
+            see.q_pos.copy_(torch.tensor(ends)[:, None])
+            out.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(out, ops.attend_pages(q, k, v, logits, see, None))
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("attend_blocks", {"dtype": torch.float64}, "needs queries, keys and values in one dtype"),
+    ("attend_blocks", {"dtype": BF16}, "has no bfloat16 in Triton's interpreter"),
+    ("attend_blocks", {"sizes": (1, 1, 1, 9, 9, 300)}, "takes at most 256 channels"),
+    ("attend_blocks", {"lists": (8, 32, "some")}, "takes blocks of a multiple of 16 keys"),
+    ("attend_blocks", {"lists": (32, 8, "some")}, "takes blocks of a multiple of 16 queries"),
+    ("attend_blocks", {"lists": None, "sizes": (1, 1, 1, 9, 9, 16)}, "leaves plain causal attention to torch"),
+    ("attend_blocks", {"lap": 300}, "cannot turn queries to keys at lap positions"),
+    ("attend_pages", {"sizes": (1, 1, 1, 65, 70, 16)}, "takes at most 64 queries a row"),
+    ("attend_pages", {"lap": 300, "clamp": 100, "sizes": (1, 1, 1, 9, 90, 16)}, "cannot clamp distances"),
+    ("attend_pages", {"sizes": (1, 1, 1, 33, 90, 16)}, "takes a selection for each query, or one for all"),
+]
+
+
+@pytest.mark.parametrize(("op", "options", "reason"), REFUSED)
+def test_what_it_does_not_take(op: str, options: dict[str, Any], reason: str) -> None:
+    need("cpu")
+    arguments = made(replace(LISTS, **options), "cpu")
+    with use_backend("triton"), pytest.raises(dispatch.UnsupportedError, match=f"{op}: .*triton: {reason}"):
+        getattr(ops, op)(*arguments)
+
+
+def test_gradients_and_two_formats_are_for_others() -> None:
+    need("cpu")
+    q, k, v, *rest = made(LISTS, "cpu")
+    eight, four = ops.encode_kv(k, 8), ops.encode_kv(v, 4)
+    with use_backend("triton"):
+        with pytest.raises(dispatch.UnsupportedError, match="triton: needs keys and values in one format"):
+            ops.attend_blocks(q, eight, four, *rest)
+        with pytest.raises(dispatch.UnsupportedError, match="triton: computes no gradients"):
+            ops.attend_blocks(q.requires_grad_(), k, v, *rest)
+
+
+def test_it_is_loaded_for_a_call_that_it_takes_and_the_interpreter_only_serves_whom_asks() -> None:
+    code = (
+        "import sys, torch\n"
+        "from hf_longctx.kernels import dispatch, ops\n"
+        "x = torch.randn(1, 1, 20, 16, dtype=torch.float16)\n"
+        "call = lambda: ops.attend_pages(x, x, x, ops.Logits(1.0), ops.Visibility(), None)\n"
+        "call(); dispatch.table()\n"
+        "assert 'triton' not in sys.modules and dispatch.last_used()['attend_pages'] != 'triton'\n"
+        "with dispatch.use_backend('triton'): call()\n"
+        "assert 'triton' in sys.modules and dispatch.last_used()['attend_pages'] == 'triton'\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "HF_LONGCTX_BACKEND": "", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"find_spec": lambda name: None}, "needs triton"),
+        ({"_interprets": lambda: False}, "runs on CUDA devices; on a CPU in its interpreter only"),
+    ],
+)
+def test_why_it_is_missing(
+    changes: dict[str, Callable[..., Any]], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton._absent.cache_clear()
+    for name, value in changes.items():
+        monkeypatch.setattr(triton, name, value)
+    with use_backend("triton"):
+        assert str(triton.reason(torch.device("cpu"))).startswith(reason)
+    triton._absent.cache_clear()
+
+
+def test_old_gpus_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton._too_old.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert triton.reason(torch.device("cuda", 0)) == "needs sm_80 or later; this GPU is sm_75"
+    triton._too_old.cache_clear()

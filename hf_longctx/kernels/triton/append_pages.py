@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..types import Packed, parts
-from .arguments import LEAST, MOST, on, reject_dtypes, rows_of, width_of
+from .arguments import LEAST, MOST, bits_of, on, reject_dtypes, rows_of, width_of
 from .tiles import head_of, read
 
 FEW = 16
@@ -32,7 +31,7 @@ def _packed(x, steps, scale, zero):
 def _write(head, fresh, slot, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
     """A row of a KV head, quantized as `encode_kv` does it."""
     HALF: tl.constexpr = 2 if BITS == 4 else 1
-    channels = tl.arange(0, WIDTH // HALF)
+    channels = tl.arange(0, WIDTH)
     inside = channels * HALF < DIM
     row = head[0] + slot * head[3]
     x = tl.load(fresh + channels * HALF, mask=inside, other=0.0)
@@ -56,6 +55,17 @@ def _write(head, fresh, slot, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.c
 
 
 @triton.jit
+def _bound(to, stored, there, DIM: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr):
+    """Least and largest of the rows that are there, of every EACH-th channel."""
+    channels = tl.arange(0, WIDTH) * EACH
+    x = stored.to(tl.float32)
+    least = tl.min(tl.where(there[:, None], x, float("inf")), 0)
+    largest = tl.max(tl.where(there[:, None], x, float("-inf")), 0)
+    tl.store(to + channels, least.to(stored.dtype), mask=channels < DIM)
+    tl.store(to + DIM + channels, largest.to(stored.dtype), mask=channels < DIM)
+
+
+@triton.jit
 def _kernel(
     k_store, v_store, k, v, pos, pos_b, sink, ring, bounds, sub, tokens,
     DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, K_BITS: tl.constexpr,
@@ -75,7 +85,7 @@ def _kernel(
             _write(values, fresh_v + t * v[3], slot, V_DIM, V_WIDTH, V_BITS)
     if BOUNDED:
         tl.debug_barrier()  # what was written is read again
-        few, offsets, channels = tl.arange(0, FEW), tl.arange(0, SUB), tl.arange(0, WIDTH)
+        few, offsets = tl.arange(0, FEW), tl.arange(0, SUB)
         last = tl.max(tl.load(pos + batch * pos_b + few, mask=few < tokens, other=-1), 0)
         like = tl.zeros((1,), k[0].dtype.element_ty)
         for t in range(tokens):
@@ -83,12 +93,11 @@ def _kernel(
             if at >= 0:
                 entry = at // sub
                 there = (offsets < sub) & (entry * sub + offsets <= last)
-                stored = read(keys, entry * sub, offsets, there, like, DIM, WIDTH, K_BITS, True).to(tl.float32)
-                least = tl.min(tl.where(there[:, None], stored, float("inf")), 0)
-                largest = tl.max(tl.where(there[:, None], stored, float("-inf")), 0)
-                to = bounds[0] + batch.to(tl.int64) * bounds[1] + head * bounds[2] + entry * (2 * DIM) + channels
-                tl.store(to, least.to(like.dtype), mask=channels < DIM)
-                tl.store(to + DIM, largest.to(like.dtype), mask=channels < DIM)
+                some, others = read(keys, entry * sub, offsets, there, like, DIM, WIDTH, K_BITS, True)
+                to = bounds[0] + batch.to(tl.int64) * bounds[1] + head * bounds[2] + entry * (2 * DIM)
+                _bound(to, some, there, DIM, WIDTH, 2 if K_BITS == 4 else 1)
+                if K_BITS == 4:
+                    _bound(to + 1, others, there, DIM, WIDTH, 2)
 
 
 def reject(
@@ -159,11 +168,11 @@ def run(
             sub,
             k.shape[2],
             DIM=k.shape[3],
-            WIDTH=width_of(k.shape[3]),
+            WIDTH=width_of(k.shape[3], bits_of(k_store)),
             V_DIM=v.shape[3],
-            V_WIDTH=width_of(v.shape[3]),
-            K_BITS=k_store.bits if isinstance(k_store, Packed) else 0,
-            V_BITS=v_store.bits if isinstance(v_store, Packed) else 0,
+            V_WIDTH=width_of(v.shape[3], bits_of(v_store)),
+            K_BITS=bits_of(k_store),
+            V_BITS=bits_of(v_store),
             FEW=FEW,
             RING=ring is not None,
             BOUNDED=bounds is not None,

@@ -31,6 +31,8 @@ def reject_tensors(q: Tensor, k: Tensor | Packed, v: Tensor | Packed, logits: Lo
     reason = reject_dtypes("queries, keys and values", q, k, v)
     if reason is not None:
         return reason
+    if bits_of(k) != bits_of(v):
+        return "needs keys and values in one format"
     if max(q.shape[3], v.shape[3]) > MOST:
         return f"takes at most {MOST} channels"
     tensors = [x for y in (k, v) for x in parts(y)]
@@ -61,9 +63,14 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def width_of(channels: int) -> int:
-    """Of a tile that holds so many channels."""
-    return max(LEAST, 1 << (channels - 1).bit_length())
+def bits_of(x: Tensor | Packed) -> int:
+    """Of a stored number; 0 where it is not packed."""
+    return x.bits if isinstance(x, Packed) else 0
+
+
+def width_of(channels: int, bits: int = 0) -> int:
+    """Of a tile that holds so many channels; of 4 bits, half of them."""
+    return max(LEAST, 1 << ((channels // 2 if bits == 4 else channels) - 1).bit_length())
 
 
 def rows_of(x: Tensor | Packed) -> tuple[Any, ...]:
@@ -113,11 +120,10 @@ def arguments_of(
     flags = {
         "GROUP": q.shape[1] // k.shape[1],
         "DIM": q.shape[3],
-        "WIDTH": width_of(q.shape[3]),
+        "WIDTH": width_of(q.shape[3], bits_of(k)),
         "V_DIM": v.shape[3],
-        "V_WIDTH": width_of(v.shape[3]),
-        "K_BITS": k.bits if isinstance(k, Packed) else 0,
-        "V_BITS": v.bits if isinstance(v, Packed) else 0,
+        "V_WIDTH": width_of(v.shape[3], bits_of(v)),
+        "BITS": bits_of(k),
         "MODE": LISTS if selection is not None else COLUMNS if see.k_pos is None else PLACES,
         "GIVEN": see.q_pos is not None,
         "WINDOWED": see.window is not None and selection is None,
@@ -135,7 +141,7 @@ def tile_of(q: Tensor, channels: int) -> tuple[int, int, int, int]:
     return (128, 64, 4, 2) if channels <= 128 else (64, 32, 4, 2)
 
 
-def tiles_of(x: Tensor | Packed, keys: int) -> tuple[Any, ...] | None:
+def tiles_of(x: Tensor | Packed, keys: int) -> tuple[Any, tuple[int, int, int]] | None:
     """Stored keys or values as a matrix from which the device copies tiles by itself, and where rows and heads begin.
 
     Heads lie one below the other, or side by side. None: they cannot be read in this way.
@@ -154,4 +160,4 @@ def tiles_of(x: Tensor | Packed, keys: int) -> tuple[Any, ...] | None:
     whole = TensorDescriptor(
         x, [rows, h * (x.shape[1] - 1) + x.shape[3] if side else width], [t, 1], [keys, x.shape[3]]
     )
-    return whole, b, 0 if side else h // t, h if side else 0
+    return whole, (b, 0 if side else h // t, h if side else 0)

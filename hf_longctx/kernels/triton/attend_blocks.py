@@ -7,6 +7,8 @@ of a KV head side by side.
 
 from __future__ import annotations
 
+from itertools import chain
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +16,21 @@ from torch import Tensor
 from ..reference.weigh import empty_out
 from ..types import Logits, Packed, Selection, Turns, Visibility
 from .arguments import LEAST, arguments_of, on, reject_tensors, reject_turns, tile_of, tiles_of
-from .tiles import COLUMNS, LISTS, LOG2_E, NEVER, PLACES, average, head_of, logits_of, read
+from .tiles import (
+    COLUMNS,
+    LISTS,
+    LOG2_E,
+    NEVER,
+    PLACES,
+    average,
+    head_of,
+    logits_of,
+    nothing,
+    products,
+    put,
+    queries,
+    read,
+)
 
 
 @triton.jit
@@ -76,27 +92,27 @@ def _column(pages, i, chosen, BN: tl.constexpr, EACH: tl.constexpr):
 
 @triton.jit
 def _both(
-    k, v, k_tiles, v_tiles, batch, head, column, offsets, there, like, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, TILED: tl.constexpr,
+    k, v, k_tiles, v_tiles, k_at, v_at, batch, head, column, offsets, there, like, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, BITS: tl.constexpr, TILED: tl.constexpr,
     CUT: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys and of values; CUT: values are zero where they are not there."""
     if TILED:
-        key = k_tiles[0].load([batch * k_tiles[1] + head * k_tiles[2] + column, head * k_tiles[3]])
-        value = v_tiles[0].load([batch * v_tiles[1] + head * v_tiles[2] + column, head * v_tiles[3]])
+        key = k_tiles.load([batch * k_at[0] + head * k_at[1] + column, head * k_at[2]])
+        value = v_tiles.load([batch * v_at[0] + head * v_at[1] + column, head * v_at[2]])
         if CUT:
             value = tl.where(there[:, None], value, 0.0)
-        return key, value
+        return (key, key), (value, value)
     first = column.to(tl.int64)
-    key = read(k, first, offsets, there, like, DIM, WIDTH, K_BITS, CUT)
-    return key, read(v, first, offsets, there, like, V_DIM, V_WIDTH, V_BITS, CUT)
+    key = read(k, first, offsets, there, like, DIM, WIDTH, BITS, CUT)
+    return key, read(v, first, offsets, there, like, V_DIM, V_WIDTH, BITS, CUT)
 
 
 @triton.jit
 def _kernel(
-    q, k, v, out, see, lists, sink_logits, slopes, tokens, stored, scale, softcap, k_tiles, v_tiles,
+    q, k, v, out, see, lists, sink_logits, slopes, tokens, stored, scale, softcap, k_tiles, v_tiles, k_at, v_at,
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
+    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
     GIVEN: tl.constexpr, PAGED: tl.constexpr, CUT: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     SUNK: tl.constexpr, SLOPED: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
@@ -108,17 +124,16 @@ def _kernel(
     high, low = tl.max(pos, 0), tl.min(tl.where(pos < 0, NEVER, pos), 0)
     sink, window = see[4], see[5]
 
-    channels = tl.arange(0, WIDTH)
-    at = q[0] + batch.to(tl.int64) * q[1] + head * q[2] + rows.to(tl.int64)[:, None] * q[3] + channels[None, :]
-    asked = tl.load(at, mask=(rows < tokens)[:, None] & (channels < DIM)[None, :], other=0.0)
+    asked = queries(
+        q[0] + batch.to(tl.int64) * q[1] + head * q[2], rows.to(tl.int64) * q[3], rows < tokens, DIM, WIDTH, BITS
+    )
     keys, values = head_of(k, batch, kv_head), head_of(v, batch, kv_head)
     slope, PLAIN = 0.0, not (CAPPED or SLOPED)
-    top, total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
+    sums, others, top, total = nothing(BM, V_WIDTH, BITS)
     if SLOPED:
         slope = tl.load(slopes + head)
     if SUNK:
         top, total = total + tl.load(sink_logits + head) * LOG2_E, total + 1.0
-    sums = tl.zeros((BM, V_WIDTH), tl.float32)
 
     if MODE == LISTS:
         block, chosen = lists[6], lists[7]
@@ -135,8 +150,8 @@ def _kernel(
 
     for i in tl.range(0, count, num_stages=STAGES):
         key, value = _both(
-            keys, values, k_tiles, v_tiles, batch, kv_head, column, offsets, offsets >= 0, asked,
-            DIM, WIDTH, V_DIM, V_WIDTH, K_BITS, V_BITS, TILED, False,
+            keys, values, k_tiles, v_tiles, k_at, v_at, batch, kv_head, column, offsets, offsets >= 0, asked[0],
+            DIM, WIDTH, V_DIM, V_WIDTH, BITS, TILED, False,
         )  # fmt: skip
         distance = 0
         if SLOPED:
@@ -144,12 +159,12 @@ def _kernel(
             if MODE == LISTS:
                 begin = _column(ids, i, chosen, BN, EACH)
             distance = (begin + offsets)[None, :] - pos[:, None]
-        x = tl.dot(asked, tl.trans(key), input_precision="ieee")
+        x = products(asked, key, BITS)
         if PLAIN:
-            sums, top, total = average((sums, top, total), x, scale * LOG2_E, value, True)
+            sums, others, top, total = average((sums, others, top, total), x, scale * LOG2_E, value, BITS, True)
         else:
             x = logits_of(x, distance, scale, softcap, slope, CAPPED, SLOPED)
-            sums, top, total = average((sums, top, total), x, 1.0, value, True)
+            sums, others, top, total = average((sums, others, top, total), x, 1.0, value, BITS, True)
         if MODE == LISTS:
             column = _column(pages, i + 1, chosen, BN, EACH)
         else:
@@ -169,11 +184,11 @@ def _kernel(
             key_pos = tl.load(see[2] + batch * see[3] + column + offsets, mask=there, other=-1).to(tl.int32)
         there &= (key_pos >= 0) & (key_pos <= high)
         key, value = _both(
-            keys, values, k_tiles, v_tiles, batch, kv_head, column, offsets, there, asked,
-            DIM, WIDTH, V_DIM, V_WIDTH, K_BITS, V_BITS, TILED, True,
+            keys, values, k_tiles, v_tiles, k_at, v_at, batch, kv_head, column, offsets, there, asked[0],
+            DIM, WIDTH, V_DIM, V_WIDTH, BITS, TILED, True,
         )  # fmt: skip
         distance = key_pos[None, :] - pos[:, None]
-        x = tl.dot(asked, tl.trans(key), input_precision="ieee")
+        x = products(asked, key, BITS)
         factor = scale * LOG2_E
         if not PLAIN:
             x = logits_of(x, distance, scale, softcap, slope, CAPPED, SLOPED)
@@ -181,13 +196,15 @@ def _kernel(
         visible = there[None, :] & (distance <= 0)
         if WINDOWED:
             visible &= (distance > -window) | (key_pos < sink)[None, :]
-        sums, top, total = average((sums, top, total), tl.where(visible, x, float("-inf")), factor, value, False)
+        x = tl.where(visible, x, float("-inf"))
+        sums, others, top, total = average((sums, others, top, total), x, factor, value, BITS, False)
 
     none = (total == 0.0) | (pos < 0)
-    result = tl.where(none[:, None], 0.0, sums / tl.where(none, 1.0, total)[:, None])
-    channels = tl.arange(0, V_WIDTH)
-    at = out[0] + batch.to(tl.int64) * out[1] + head * out[2] + rows.to(tl.int64)[:, None] * out[3] + channels[None, :]
-    tl.store(at, result.to(out[0].dtype.element_ty), mask=(rows < tokens)[:, None] & (channels < V_DIM)[None, :])
+    share = tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, total))[:, None]
+    others = tl.where(share == 0.0, 0.0, others * share) if BITS == 4 else 0.0
+    to = out[0] + batch.to(tl.int64) * out[1] + head * out[2]
+    sums = tl.where(share == 0.0, 0.0, sums * share)
+    put(to, rows.to(tl.int64) * out[3], rows < tokens, sums, others, V_DIM, V_WIDTH, BITS)
 
 
 def reject(
@@ -239,11 +256,12 @@ def run(
             rows = min(rows, selection.q_block & -selection.q_block)
         cut, each = selection.pages is not None and stored % selection.block > 0, selection.block // keys
     tiles = tiles_of(k, keys), tiles_of(v, keys)
-    tiles = (None, None) if None in tiles else tiles
+    tiled = tiles[0] is not None and tiles[1] is not None
+    tiles = zip(*tiles, strict=True) if tiled else ((None, None), (None, None))
     arguments, flags = arguments_of(q, k, v, out, logits, see, selection)
     paged = selection is not None and selection.pages is not None
-    more = {"BM": rows, "BN": keys, "PAGED": paged, "CUT": cut, "TILED": tiles[0] is not None, "EACH": each}
+    more = {"BM": rows, "BN": keys, "PAGED": paged, "CUT": cut, "TILED": tiled, "EACH": each}
     with on(q.device):
         grid = (triton.cdiv(tokens, rows) * group, k.shape[1], q.shape[0])
-        _kernel[grid](*arguments, *tiles, STAGES=stages, num_warps=warps, **flags, **more)
+        _kernel[grid](*arguments, *chain(*tiles), STAGES=stages, num_warps=warps, **flags, **more)
     return out

@@ -17,7 +17,20 @@ from ..reference.rotate import rotate
 from ..reference.weigh import empty_out, positions
 from ..types import Logits, Packed, Selection, Turns, Visibility
 from .arguments import LEAST, arguments_of, on, reject_tensors, width_of
-from .tiles import LISTS, LOG2_E, NEVER, PLACES, average, head_of, logits_of, read
+from .tiles import (
+    LISTS,
+    LOG2_E,
+    NEVER,
+    PLACES,
+    average,
+    head_of,
+    logits_of,
+    nothing,
+    products,
+    put,
+    queries,
+    read,
+)
 
 MOST = 64
 """Queries of a row."""
@@ -58,18 +71,11 @@ def _place(i, sinks, first, mine, stored, see, lists, batch, offsets, BN: tl.con
 
 
 @triton.jit
-def _queries(q, batch, heads, at, valid, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    channels = tl.arange(0, WIDTH)
-    rows = batch.to(tl.int64) * q[1] + heads * q[2] + at * q[3]
-    return tl.load(q[0] + rows[:, None] + channels[None, :], mask=valid[:, None] & (channels < DIM)[None, :], other=0.0)
-
-
-@triton.jit
 def _part(
     q, k, v, out, see, lists, sink_logits, slopes, tokens, stored, scale, softcap,
     before, elsewhere, lap, offset, sums_of, stats_of, q_heads,
     GROUP: tl.constexpr, HEADS: tl.constexpr, OWN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BM: tl.constexpr,
+    V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, MODE: tl.constexpr, GIVEN: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     SUNK: tl.constexpr, SLOPED: tl.constexpr, TURNED: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -90,13 +96,14 @@ def _part(
         pos = tl.load(see[0] + batch * see[1] + at, mask=valid, other=-1).to(tl.int32)
     high, low = tl.max(pos, 0), tl.min(tl.where(pos < 0, NEVER, pos), 0)
 
-    asked = _queries(q, batch, heads, at, valid, DIM, WIDTH)
+    places = batch.to(tl.int64) * q[1] + heads * q[2] + at * q[3]
+    asked = queries(q[0], places, valid, DIM, WIDTH, BITS)
     if TURNED:
-        asked_before = _queries(before, batch, heads, at, valid, DIM, WIDTH)
-        asked_elsewhere = _queries(elsewhere, batch, heads, at, valid, DIM, WIDTH)
+        places = batch.to(tl.int64) * before[1] + heads * before[2] + at * before[3]
+        asked_before = queries(before[0], places, valid, DIM, WIDTH, BITS)
+        asked_elsewhere = queries(elsewhere[0], places, valid, DIM, WIDTH, BITS)
     keys, values = head_of(k, batch, kv_head), head_of(v, batch, kv_head)
-    top, total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
-    sums = tl.zeros((BM, V_WIDTH), tl.float32)
+    sums, others, top, total = nothing(BM, V_WIDTH, BITS)
     slope = tl.zeros((BM,), tl.float32)
     if SLOPED:
         slope += tl.load(slopes + heads, mask=valid, other=0.0)
@@ -112,54 +119,46 @@ def _part(
     for i in tl.range(begin, tl.minimum(begin + each, count), num_stages=STAGES):
         columns, there, key_pos = _place(i, sinks, first, mine, stored, see, lists, batch, offsets, BN, MODE)
         there &= (key_pos >= 0) & (key_pos <= high)
-        key = read(keys, 0, columns, there, asked, DIM, WIDTH, K_BITS, True)
-        value = read(values, 0, columns, there, asked, V_DIM, V_WIDTH, V_BITS, True)
+        key = read(keys, 0, columns, there, asked[0], DIM, WIDTH, BITS, True)
+        value = read(values, 0, columns, there, asked[0], V_DIM, V_WIDTH, BITS, True)
         distance = key_pos[None, :] - pos[:, None]
-        x = tl.dot(asked, tl.trans(key), input_precision="ieee")
+        x = products(asked, key, BITS)
         if TURNED:
             earlier = (tl.maximum(pos - offset, 0) // lap)[:, None] > (tl.maximum(key_pos - offset, 0) // lap)[None, :]
-            x = tl.where(earlier, tl.dot(asked_before, tl.trans(key), input_precision="ieee"), x)
+            x = tl.where(earlier, products(asked_before, key, BITS), x)
             there_first = (key_pos < see[4])[None, :]
-            x = tl.where(there_first, tl.dot(asked_elsewhere, tl.trans(key), input_precision="ieee"), x)
+            x = tl.where(there_first, products(asked_elsewhere, key, BITS), x)
         x = logits_of(x, distance, scale, softcap, slope[:, None], CAPPED, SLOPED)
         visible = there[None, :] & (distance <= 0)
         if WINDOWED:
             visible &= (distance > -see[5]) | (key_pos < see[4])[None, :]
-        sums, top, total = average((sums, top, total), tl.where(visible, x, float("-inf")), 1.0, value, False)
+        x = tl.where(visible, x, float("-inf"))
+        sums, others, top, total = average((sums, others, top, total), x, 1.0, value, BITS, False)
 
-    channels = tl.arange(0, V_WIDTH)
     if SPLIT:
         place = ((split * tl.num_programs(2) + batch) * q_heads + heads) * tokens + at
         tl.store(stats_of + place * 2, top, mask=valid)
         tl.store(stats_of + place * 2 + 1, total, mask=valid)
-        tl.store(sums_of + place[:, None] * V_WIDTH + channels[None, :], sums, mask=valid[:, None])
+        put(sums_of, place.to(tl.int64) * V_DIM, valid, sums, others, V_DIM, V_WIDTH, BITS)
     else:
+        share = 1.0 / tl.where(total == 0.0, 1.0, total)
         if SUNK:
-            sums, top, total = _with_sink(
-                sums, top, total, tl.load(sink_logits + heads, mask=valid, other=0.0) * LOG2_E
-            )
-        result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+            sink = tl.load(sink_logits + heads, mask=valid, other=0.0) * LOG2_E
+            largest = tl.maximum(top, sink)
+            share = tl.exp2(top - largest) / (total * tl.exp2(top - largest) + tl.exp2(sink - largest))
+        others = others * share[:, None] if BITS == 4 else others
         place = batch.to(tl.int64) * out[1] + heads * out[2] + at * out[3]
-        inside = valid[:, None] & (channels < V_DIM)[None, :]
-        tl.store(out[0] + place[:, None] + channels[None, :], result.to(out[0].dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _with_sink(sums, top, total, sink):
-    """A state that has one more logit, which has no value."""
-    largest = tl.maximum(top, sink)
-    before = tl.exp2(top - largest)
-    return sums * before[:, None], largest, total * before + tl.exp2(sink - largest)
+        put(out[0], place, valid, sums * share[:, None], others, V_DIM, V_WIDTH, BITS)
 
 
 @triton.jit
 def _merge(
     out, sums_of, stats_of, sink_logits, splits, q_heads, tokens,
-    SPLITS: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, SUNK: tl.constexpr,
+    SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SUNK: tl.constexpr,
 ):  # fmt: skip
     """The parts of one query of one head."""
     at, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    split, channels = tl.arange(0, SPLITS), tl.arange(0, V_WIDTH)
+    split, channels = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     place = ((split * tl.num_programs(2) + batch) * q_heads + head) * tokens + at
     top = tl.load(stats_of + place * 2, mask=split < splits, other=float("-inf"))
     total = tl.load(stats_of + place * 2 + 1, mask=split < splits, other=0.0)
@@ -173,10 +172,11 @@ def _merge(
     whole = tl.sum(total * share, 0)
     if SUNK:
         whole += tl.exp2(sink - largest)
-    sums = tl.load(sums_of + place[:, None] * V_WIDTH + channels[None, :], mask=(split < splits)[:, None], other=0.0)
+    inside = (split < splits)[:, None] & (channels < DIM)[None, :]
+    sums = tl.load(sums_of + place.to(tl.int64)[:, None] * DIM + channels[None, :], mask=inside, other=0.0)
     result = tl.sum(sums * share[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
     to = out[0] + batch.to(tl.int64) * out[1] + head * out[2] + at * out[3] + channels
-    tl.store(to, result.to(out[0].dtype.element_ty), mask=channels < V_DIM)
+    tl.store(to, result.to(out[0].dtype.element_ty), mask=channels < DIM)
 
 
 def reject(
@@ -227,9 +227,7 @@ def run(
         columns = min(columns, see.sink + see.window + tokens)
     splits = splits_of(q.device, batch * units, triton.cdiv(columns, keys))
     shape = (splits, batch, q_heads, tokens)
-    sums, stats = (
-        q.new_empty((*shape, n), dtype=torch.float32) if splits > 1 else None for n in (width_of(v.shape[3]), 2)
-    )
+    sums, stats = (q.new_empty((*shape, n), dtype=torch.float32) if splits > 1 else None for n in (v.shape[3], 2))
     arguments, flags = arguments_of(q, k, v, out, logits, see, selection)
     before, sinks, lap, offset = turn(q, see, turns, k.shape[2])
     more = {"HEADS": heads, "OWN": own, "BM": rows, "BN": keys, "TURNED": lap is not None, "SPLIT": splits > 1}
@@ -257,7 +255,9 @@ def run(
                 q_heads,
                 tokens,
                 SPLITS=triton.next_power_of_2(splits),
-                **{name: flags[name] for name in ("V_DIM", "V_WIDTH", "SUNK")},
+                DIM=v.shape[3],
+                WIDTH=width_of(v.shape[3]),
+                SUNK=flags["SUNK"],
             )
     return out
 

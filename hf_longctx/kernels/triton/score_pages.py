@@ -56,7 +56,9 @@ def _kernel(
         valid = token < tokens
     else:
         row = (batch * heads + kv_head * GROUP + member) * tokens + token
-    tl.store(out + row.to(tl.int64)[:, None] * blocks + block[None, :], x, mask=valid[:, None] & (block < blocks)[None, :])
+    tl.store(
+        out + row.to(tl.int64)[:, None] * blocks + block[None, :], x, mask=valid[:, None] & (block < blocks)[None, :]
+    )
 
 
 def reject(q: Tensor, summary: Tensor, subs: int, share: str) -> str | None:

@@ -22,35 +22,56 @@ def head_of(rows, batch, head):
 
 
 @triton.jit
+def queries(q, rows, valid, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """Rows `[M, WIDTH]` at these offsets as keys of BITS are read: all channels, or the even ones and the odd ones."""
+    EACH: tl.constexpr = 2 if BITS == 4 else 1
+    channels = tl.arange(0, WIDTH) * EACH
+    at, inside = q + rows[:, None] + channels[None, :], valid[:, None] & (channels < DIM)[None, :]
+    first = tl.load(at, mask=inside, other=0.0)
+    return first, (tl.load(at + 1, mask=inside, other=0.0) if BITS == 4 else first)
+
+
+@triton.jit
+def _decoded(payload, scale, zero, like):
+    """Values; a byte in the last bits of 2^23 is a number at once, which conversion is four times slower at."""
+    x = (payload.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    return ((x - zero[:, None]) * scale[:, None]).to(like.dtype)
+
+
+@triton.jit
 def read(
     head, first, offsets, there, like, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, CUT: tl.constexpr
 ):
-    """Rows `first + offsets` of a KV head, `[N, WIDTH]`, in the dtype of `like`; zero where they are not there.
+    """Rows `first + offsets` of a KV head in the dtype of `like`, zero where they are not there.
 
-    Of WIDTH channels DIM are stored, the others are zero. CUT: some rows may not be there.
+    `[N, WIDTH]`, and the same again; of 4 bits the even and the odd channels. Beyond DIM channels is anything finite.
+    CUT: some rows may not be there.
     """
+    channels = tl.arange(0, WIDTH)
     rows = head[0] + first * head[3]
-    if BITS == 4:
-        halves = tl.arange(0, WIDTH // 2)
-        inside = there[:, None] & (halves < DIM // 2)[None, :]
-        pairs = tl.load(rows + (offsets * head[3])[:, None] + halves[None, :], mask=inside, other=0)
-        payload = tl.interleave(pairs & 15, pairs >> 4)
+    at = rows + (offsets * head[3])[:, None] + channels[None, :]
+    STORED: tl.constexpr = DIM // 2 if BITS == 4 else DIM
+    if STORED != WIDTH:
+        payload = tl.load(at, mask=there[:, None] & (channels < STORED)[None, :], other=0)
+    elif CUT:
+        payload = tl.load(at, mask=there[:, None], other=0)
     else:
-        channels = tl.arange(0, WIDTH)
-        at = rows + (offsets * head[3])[:, None] + channels[None, :]
-        if DIM != WIDTH:
-            payload = tl.load(at, mask=there[:, None] & (channels < DIM)[None, :], other=0)
-        elif CUT:
-            payload = tl.load(at, mask=there[:, None], other=0)
-        else:
-            payload = tl.load(at)
-    if BITS == 0:
-        return payload
-    few = first * head[4] + offsets * head[4]
-    scale = tl.load(head[1] + few, mask=there, other=0.0).to(tl.float32)
-    zero = tl.load(head[2] + few, mask=there, other=0.0).to(tl.float32)
-    x = (payload.to(tl.float32) - zero[:, None]) * scale[:, None]
-    return tl.where((tl.arange(0, WIDTH) < DIM)[None, :], x, 0.0).to(like.dtype)
+        payload = tl.load(at)
+    some, others = payload, payload
+    if BITS > 0:
+        few = first * head[4] + offsets * head[4]
+        scale = tl.load(head[1] + few, mask=there, other=0.0).to(tl.float32)
+        zero = tl.load(head[2] + few, mask=there, other=0.0).to(tl.float32)
+        some = _decoded(payload & 15 if BITS == 4 else payload, scale, zero, like)
+        others = _decoded(payload >> 4, scale, zero, like) if BITS == 4 else some
+    return some, others
+
+
+@triton.jit
+def products(asked, keys, BITS: tl.constexpr):
+    """Of queries and keys, each as `queries` and `read` give them."""
+    x = tl.dot(asked[0], tl.trans(keys[0]), input_precision="ieee")
+    return tl.dot(asked[1], tl.trans(keys[1]), x, input_precision="ieee") if BITS == 4 else x
 
 
 @triton.jit
@@ -73,12 +94,24 @@ def logits_of(x, distance, scale, softcap, slope, CAPPED: tl.constexpr, SLOPED: 
 
 
 @triton.jit
-def average(state, x, factor, v, WHOLE: tl.constexpr):
+def nothing(ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """The state before the first tile: sums of values, of odd channels apart where they are of 4 bits, and so on."""
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    return (
+        sums,
+        (sums if BITS == 4 else 0.0),
+        tl.full((ROWS,), float("-inf"), tl.float32),
+        tl.zeros((ROWS,), tl.float32),
+    )
+
+
+@triton.jit
+def average(state, x, factor, values, BITS: tl.constexpr, WHOLE: tl.constexpr):
     """Go on with values of a tile, whose logits over ln 2 are `x * factor`, -inf where nothing is seen.
 
     A state is sums of values, the largest logit (-inf before the first), and the sum of weights. WHOLE: all is seen.
     """
-    sums, top, total = state
+    sums, others, top, total = state
     largest = tl.maximum(top, tl.max(x, 1) * factor)
     finite = largest
     if not WHOLE:
@@ -86,5 +119,19 @@ def average(state, x, factor, v, WHOLE: tl.constexpr):
     weights = tl.exp2(x * factor - finite[:, None])
     before = tl.exp2(top - finite)
     total = total * before + tl.sum(weights, 1)
-    sums = tl.dot(weights.to(v.dtype), v, sums * before[:, None], input_precision="ieee")
-    return sums, largest, total
+    weights = weights.to(values[0].dtype)
+    sums = tl.dot(weights, values[0], sums * before[:, None], input_precision="ieee")
+    if BITS == 4:
+        others = tl.dot(weights, values[1], others * before[:, None], input_precision="ieee")
+    return sums, others, largest, total
+
+
+@triton.jit
+def put(out, rows, valid, sums, others, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """Write results at these offsets, in which channels are all, or even and odd ones."""
+    EACH: tl.constexpr = 2 if BITS == 4 else 1
+    channels = tl.arange(0, WIDTH) * EACH
+    at, inside = out + rows[:, None] + channels[None, :], valid[:, None] & (channels < DIM)[None, :]
+    tl.store(at, sums.to(out.dtype.element_ty), mask=inside)
+    if BITS == 4:
+        tl.store(at + 1, others.to(out.dtype.element_ty), mask=inside)
