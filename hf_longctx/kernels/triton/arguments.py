@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ LEAST = 16
 """Rows, columns and channels that a product of two tiles has at least."""
 MOST = 256
 """Channels."""
+LARGE = 200 << 10
+"""Bytes of shared memory with which tiles are larger, as on sm_90."""
 COLUMNS, PLACES, LISTS = 0, 1, 2
 """Columns are positions, or have positions of their own, or are those of chosen blocks."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -134,11 +137,21 @@ def arguments_of(
     return (*tensors, places_of(see, q.device), lists_of(selection), *heads, *numbers), flags
 
 
-def tile_of(q: Tensor, channels: int) -> tuple[int, int, int, int]:
+def tile_of(q: Tensor, channels: int, bits: int) -> tuple[int, int, int, int]:
     """Queries and keys of a tile of `attend_blocks`, warps, and tiles of keys on their way."""
     if q.dtype == torch.float32:
         return (64, 32, 4, 2) if channels <= 128 else (32, 16, 4, 2)
-    return (128, 64, 4, 2) if channels <= 128 else (64, 32, 4, 2)
+    if shared_of(q.device) < LARGE:
+        return (128, 64, 4, 2) if channels <= 128 else (64, 32, 4, 2)
+    return (128, 64 if channels > 128 or bits else 128, 8, 2)
+
+
+@cache
+def shared_of(device: torch.device) -> int:
+    """Bytes of shared memory of a program, at most."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def tiles_of(x: Tensor | Packed, keys: int) -> tuple[Any, tuple[int, int, int]] | None:

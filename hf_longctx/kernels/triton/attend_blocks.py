@@ -7,15 +7,13 @@ of a KV head side by side.
 
 from __future__ import annotations
 
-from itertools import chain
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference.weigh import empty_out
 from ..types import Logits, Packed, Selection, Turns, Visibility
-from .arguments import LEAST, arguments_of, on, reject_tensors, reject_turns, tile_of, tiles_of
+from .arguments import LEAST, arguments_of, bits_of, on, reject_tensors, reject_turns, tile_of, tiles_of
 from .tiles import (
     COLUMNS,
     LISTS,
@@ -247,7 +245,7 @@ def run(
     q = q if q.stride(3) == 1 else q.contiguous()
     out = empty_out(q, v.shape[3])
     tokens, stored, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    rows, keys, warps, stages = tile_of(q, max(q.shape[3], v.shape[3]))
+    rows, keys, warps, stages = tile_of(q, max(q.shape[3], v.shape[3]), bits_of(k))
     rows = min(rows, max(LEAST, triton.next_power_of_2(tokens)))
     cut, each = False, 1
     if selection is not None:
@@ -255,13 +253,13 @@ def run(
         if selection.ids.shape[2] > 1:
             rows = min(rows, selection.q_block & -selection.q_block)
         cut, each = selection.pages is not None and stored % selection.block > 0, selection.block // keys
-    tiles = tiles_of(k, keys), tiles_of(v, keys)
-    tiled = tiles[0] is not None and tiles[1] is not None
-    tiles = zip(*tiles, strict=True) if tiled else ((None, None), (None, None))
+    some, others = tiles_of(k, keys), tiles_of(v, keys)
+    tiled = some is not None and others is not None
+    tiles = (some[0], others[0], some[1], others[1]) if some and others else (None,) * 4
     arguments, flags = arguments_of(q, k, v, out, logits, see, selection)
     paged = selection is not None and selection.pages is not None
     more = {"BM": rows, "BN": keys, "PAGED": paged, "CUT": cut, "TILED": tiled, "EACH": each}
     with on(q.device):
         grid = (triton.cdiv(tokens, rows) * group, k.shape[1], q.shape[0])
-        _kernel[grid](*arguments, *chain(*tiles), STAGES=stages, num_warps=warps, **flags, **more)
+        _kernel[grid](*arguments, *tiles, STAGES=stages, num_warps=warps, **flags, **more)
     return out
