@@ -93,7 +93,7 @@ def _kernel(
             if at >= 0:
                 entry = at // sub
                 there = (offsets < sub) & (entry * sub + offsets <= last)
-                some, others, _, _ = read(keys, entry * sub, offsets, there, like, DIM, WIDTH, K_BITS, True, False)
+                some, others = read(keys, entry * sub, offsets, there, like, DIM, WIDTH, K_BITS, True)
                 to = bounds[0] + batch.to(tl.int64) * bounds[1] + head * bounds[2] + entry * (2 * DIM)
                 _bound(to, some, there, DIM, WIDTH, 2 if K_BITS == 4 else 1)
                 if K_BITS == 4:

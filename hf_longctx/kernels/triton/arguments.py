@@ -127,8 +127,6 @@ def arguments_of(
         "V_DIM": v.shape[3],
         "V_WIDTH": width_of(v.shape[3], bits_of(v)),
         "BITS": bits_of(k),
-        "K_RAW": isinstance(k, Packed) and q.dtype != torch.float32,
-        "V_RAW": isinstance(k, Packed) and q.dtype == torch.bfloat16,  # float16 has no room for weight * scale
         "MODE": LISTS if selection is not None else COLUMNS if see.k_pos is None else PLACES,
         "GIVEN": see.q_pos is not None,
         "WINDOWED": see.window is not None and selection is None,

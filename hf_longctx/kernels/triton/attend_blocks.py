@@ -91,8 +91,8 @@ def _column(pages, i, chosen, BN: tl.constexpr, EACH: tl.constexpr):
 @triton.jit
 def _both(
     k, v, k_tiles, v_tiles, k_at, v_at, batch, head, column, offsets, there, like, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, BITS: tl.constexpr, K_RAW: tl.constexpr,
-    V_RAW: tl.constexpr, TILED: tl.constexpr, CUT: tl.constexpr,
+    WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, BITS: tl.constexpr, TILED: tl.constexpr,
+    CUT: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys and of values; CUT: values are zero where they are not there."""
     if TILED:
@@ -100,20 +100,19 @@ def _both(
         value = v_tiles.load([batch * v_at[0] + head * v_at[1] + column, head * v_at[2]])
         if CUT:
             value = tl.where(there[:, None], value, 0.0)
-        return (key, key, 1.0, 0.0), (value, value, 1.0, 0.0)
+        return (key, key), (value, value)
     first = column.to(tl.int64)
-    key = read(k, first, offsets, there, like, DIM, WIDTH, BITS, CUT, K_RAW)
-    return key, read(v, first, offsets, there, like, V_DIM, V_WIDTH, BITS, CUT, V_RAW)
+    key = read(k, first, offsets, there, like, DIM, WIDTH, BITS, CUT)
+    return key, read(v, first, offsets, there, like, V_DIM, V_WIDTH, BITS, CUT)
 
 
 @triton.jit
 def _kernel(
     q, k, v, out, see, lists, sink_logits, slopes, tokens, stored, scale, softcap, k_tiles, v_tiles, k_at, v_at,
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr,
-    BITS: tl.constexpr, K_RAW: tl.constexpr, V_RAW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    MODE: tl.constexpr, GIVEN: tl.constexpr, PAGED: tl.constexpr, CUT: tl.constexpr, WINDOWED: tl.constexpr,
-    CAPPED: tl.constexpr, SUNK: tl.constexpr, SLOPED: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr,
-    EACH: tl.constexpr,
+    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
+    GIVEN: tl.constexpr, PAGED: tl.constexpr, CUT: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    SUNK: tl.constexpr, SLOPED: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     tile = tl.cdiv(tokens, BM) - 1 - tl.program_id(0) // GROUP
     kv_head, batch = tl.program_id(1), tl.program_id(2)
@@ -150,7 +149,7 @@ def _kernel(
     for i in tl.range(0, count, num_stages=STAGES):
         key, value = _both(
             keys, values, k_tiles, v_tiles, k_at, v_at, batch, kv_head, column, offsets, offsets >= 0, asked[0],
-            DIM, WIDTH, V_DIM, V_WIDTH, BITS, K_RAW, V_RAW, TILED, False,
+            DIM, WIDTH, V_DIM, V_WIDTH, BITS, TILED, False,
         )  # fmt: skip
         distance = 0
         if SLOPED:
@@ -158,12 +157,12 @@ def _kernel(
             if MODE == LISTS:
                 begin = _column(ids, i, chosen, BN, EACH)
             distance = (begin + offsets)[None, :] - pos[:, None]
-        x = products(asked, key, BITS, K_RAW)
+        x = products(asked, key, BITS)
         if PLAIN:
-            sums, others, top, total = average((sums, others, top, total), x, scale * LOG2_E, value, BITS, V_RAW, True)
+            sums, others, top, total = average((sums, others, top, total), x, scale * LOG2_E, value, BITS, True)
         else:
             x = logits_of(x, distance, scale, softcap, slope, CAPPED, SLOPED)
-            sums, others, top, total = average((sums, others, top, total), x, 1.0, value, BITS, V_RAW, True)
+            sums, others, top, total = average((sums, others, top, total), x, 1.0, value, BITS, True)
         if MODE == LISTS:
             column = _column(pages, i + 1, chosen, BN, EACH)
         else:
@@ -184,10 +183,10 @@ def _kernel(
         there &= (key_pos >= 0) & (key_pos <= high)
         key, value = _both(
             keys, values, k_tiles, v_tiles, k_at, v_at, batch, kv_head, column, offsets, there, asked[0],
-            DIM, WIDTH, V_DIM, V_WIDTH, BITS, K_RAW, V_RAW, TILED, True,
+            DIM, WIDTH, V_DIM, V_WIDTH, BITS, TILED, True,
         )  # fmt: skip
         distance = key_pos[None, :] - pos[:, None]
-        x = products(asked, key, BITS, K_RAW)
+        x = products(asked, key, BITS)
         factor = scale * LOG2_E
         if not PLAIN:
             x = logits_of(x, distance, scale, softcap, slope, CAPPED, SLOPED)
@@ -196,7 +195,7 @@ def _kernel(
         if WINDOWED:
             visible &= (distance > -window) | (key_pos < sink)[None, :]
         x = tl.where(visible, x, float("-inf"))
-        sums, others, top, total = average((sums, others, top, total), x, factor, value, BITS, V_RAW, False)
+        sums, others, top, total = average((sums, others, top, total), x, factor, value, BITS, False)
 
     none = (total == 0.0) | (pos < 0)
     share = tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, total))[:, None]

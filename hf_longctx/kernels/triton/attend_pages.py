@@ -16,7 +16,7 @@ from torch import Tensor
 from ..reference.rotate import rotate
 from ..reference.weigh import empty_out, positions
 from ..types import Logits, Packed, Selection, Turns, Visibility
-from .arguments import LEAST, arguments_of, bits_of, on, reject_tensors, width_of
+from .arguments import LEAST, arguments_of, on, reject_tensors, width_of
 from .tiles import (
     LISTS,
     LOG2_E,
@@ -75,10 +75,9 @@ def _part(
     q, k, v, out, see, lists, sink_logits, slopes, tokens, stored, scale, softcap,
     before, elsewhere, lap, offset, sums_of, stats_of, q_heads,
     GROUP: tl.constexpr, HEADS: tl.constexpr, OWN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, BITS: tl.constexpr, K_RAW: tl.constexpr, V_RAW: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, GIVEN: tl.constexpr, WINDOWED: tl.constexpr,
-    CAPPED: tl.constexpr, SUNK: tl.constexpr, SLOPED: tl.constexpr, TURNED: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
+    V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, MODE: tl.constexpr, GIVEN: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    SUNK: tl.constexpr, SLOPED: tl.constexpr, TURNED: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     split, splits, batch = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
     units = q_heads // HEADS
@@ -120,21 +119,21 @@ def _part(
     for i in tl.range(begin, tl.minimum(begin + each, count), num_stages=STAGES):
         columns, there, key_pos = _place(i, sinks, first, mine, stored, see, lists, batch, offsets, BN, MODE)
         there &= (key_pos >= 0) & (key_pos <= high)
-        key = read(keys, 0, columns, there, asked[0], DIM, WIDTH, BITS, True, K_RAW)
-        value = read(values, 0, columns, there, asked[0], V_DIM, V_WIDTH, BITS, True, V_RAW)
+        key = read(keys, 0, columns, there, asked[0], DIM, WIDTH, BITS, True)
+        value = read(values, 0, columns, there, asked[0], V_DIM, V_WIDTH, BITS, True)
         distance = key_pos[None, :] - pos[:, None]
-        x = products(asked, key, BITS, K_RAW)
+        x = products(asked, key, BITS)
         if TURNED:
             earlier = (tl.maximum(pos - offset, 0) // lap)[:, None] > (tl.maximum(key_pos - offset, 0) // lap)[None, :]
-            x = tl.where(earlier, products(asked_before, key, BITS, K_RAW), x)
+            x = tl.where(earlier, products(asked_before, key, BITS), x)
             there_first = (key_pos < see[4])[None, :]
-            x = tl.where(there_first, products(asked_elsewhere, key, BITS, K_RAW), x)
+            x = tl.where(there_first, products(asked_elsewhere, key, BITS), x)
         x = logits_of(x, distance, scale, softcap, slope[:, None], CAPPED, SLOPED)
         visible = there[None, :] & (distance <= 0)
         if WINDOWED:
             visible &= (distance > -see[5]) | (key_pos < see[4])[None, :]
         x = tl.where(visible, x, float("-inf"))
-        sums, others, top, total = average((sums, others, top, total), x, 1.0, value, BITS, V_RAW, False)
+        sums, others, top, total = average((sums, others, top, total), x, 1.0, value, BITS, False)
 
     if SPLIT:
         place = ((split * tl.num_programs(2) + batch) * q_heads + heads) * tokens + at
@@ -220,7 +219,7 @@ def run(
     heads = 1 if selection is not None and selection.ids.shape[1] == q_heads else group
     rows = max(LEAST, triton.next_power_of_2(heads) if own else min(MOST, triton.next_power_of_2(heads * tokens)))
     units = q_heads // heads * (tokens if own else triton.cdiv(heads * tokens, rows))
-    keys, warps, stages = tile_of(q, max(dim, v.shape[3]), bits_of(k))
+    keys, warps, stages = tile_of(q, max(dim, v.shape[3]))
     columns = k.shape[2]
     if selection is not None:
         columns = selection.ids.shape[3] * selection.block
@@ -273,10 +272,10 @@ def turn(q: Tensor, see: Visibility, turns: Turns | None, stored: int) -> tuple[
     return before, sinks, turns.lap, turns.offset
 
 
-def tile_of(q: Tensor, channels: int, bits: int) -> tuple[int, int, int]:
+def tile_of(q: Tensor, channels: int) -> tuple[int, int, int]:
     """Keys of a tile, warps, and tiles on their way."""
     keys = 64 if channels <= 128 else 32
-    return (keys // 2 if q.dtype == torch.float32 else keys), 4, 2 if bits else 3
+    return (keys // 2 if q.dtype == torch.float32 else keys), 4, 3
 
 
 def splits_of(device: torch.device, programs: int, tiles: int) -> int:

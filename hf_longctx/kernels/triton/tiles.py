@@ -23,46 +23,33 @@ def head_of(rows, batch, head):
 
 @triton.jit
 def queries(q, rows, valid, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
-    """Rows `[M, WIDTH]` at these offsets as keys of BITS are read: all channels, or even and odd ones; their sums."""
+    """Rows `[M, WIDTH]` at these offsets as keys of BITS are read: all channels, or the even ones and the odd ones."""
     EACH: tl.constexpr = 2 if BITS == 4 else 1
     channels = tl.arange(0, WIDTH) * EACH
     at, inside = q + rows[:, None] + channels[None, :], valid[:, None] & (channels < DIM)[None, :]
-    some = tl.load(at, mask=inside, other=0.0)
-    others, sums = some, tl.sum(some.to(tl.float32), 1)
-    if BITS == 4:
-        others = tl.load(at + 1, mask=inside, other=0.0)
-        sums += tl.sum(others.to(tl.float32), 1)
-    return some, others, sums
+    first = tl.load(at, mask=inside, other=0.0)
+    return first, (tl.load(at + 1, mask=inside, other=0.0) if BITS == 4 else first)
 
 
 @triton.jit
-def _byte(payload):
-    """As float32: in the last bits of 2^23 it is a number at once, which conversion is several times slower at."""
-    return (payload.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-
-
-@triton.jit
-def _half(number, like):
-    """A number of 4 bits and 128 (bfloat16) or 16 (float16): in the last bits of those, or in the first ones."""
-    if like.dtype == tl.bfloat16:
-        return (number.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
-    else:
-        return ((number.to(tl.uint16) << 6) | 0x4C00).to(tl.float16, bitcast=True)
+def _decoded(payload, scale, zero, like):
+    """Values; a byte in the last bits of 2^23 is a number at once, which conversion is four times slower at."""
+    x = (payload.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    return ((x - zero[:, None]) * scale[:, None]).to(like.dtype)
 
 
 @triton.jit
 def read(
-    head, first, offsets, there, like, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, CUT: tl.constexpr,
-    RAW: tl.constexpr,
-):  # fmt: skip
-    """Rows `first + offsets` of a KV head in the dtype of `like`; those that are not there are finite, or zero.
+    head, first, offsets, there, like, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, CUT: tl.constexpr
+):
+    """Rows `first + offsets` of a KV head in the dtype of `like`, zero where they are not there.
 
-    `[N, WIDTH]`, and the same again; of 4 bits the even and the odd channels; beyond DIM channels is anything finite.
-    Then scale and zero, `[N]`; RAW: value = (number - zero) * scale, else the numbers are values. CUT: some rows may be
-    missing.
+    `[N, WIDTH]`, and the same again; of 4 bits the even and the odd channels. Beyond DIM channels is anything finite.
+    CUT: some rows may not be there.
     """
     channels = tl.arange(0, WIDTH)
-    at = head[0] + first * head[3] + (offsets * head[3])[:, None] + channels[None, :]
+    rows = head[0] + first * head[3]
+    at = rows + (offsets * head[3])[:, None] + channels[None, :]
     STORED: tl.constexpr = DIM // 2 if BITS == 4 else DIM
     if STORED != WIDTH:
         payload = tl.load(at, mask=there[:, None] & (channels < STORED)[None, :], other=0)
@@ -70,34 +57,21 @@ def read(
         payload = tl.load(at, mask=there[:, None], other=0)
     else:
         payload = tl.load(at)
-    some, others, scale, zero = payload, payload, 1.0, 0.0
+    some, others = payload, payload
     if BITS > 0:
         few = first * head[4] + offsets * head[4]
         scale = tl.load(head[1] + few, mask=there, other=0.0).to(tl.float32)
         zero = tl.load(head[2] + few, mask=there, other=0.0).to(tl.float32)
-        if RAW and BITS == 8:
-            some = _byte(payload).to(like.dtype)
-            others = some
-        elif RAW:
-            some, others = _half(payload & 15, like), _half(payload >> 4, like)
-            zero += 128.0 if like.dtype == tl.bfloat16 else 16.0
-        else:
-            some = ((_byte(payload & 15 if BITS == 4 else payload) - zero[:, None]) * scale[:, None]).to(like.dtype)
-            others = some
-            if BITS == 4:
-                others = ((_byte(payload >> 4) - zero[:, None]) * scale[:, None]).to(like.dtype)
-    return some, others, scale, zero
+        some = _decoded(payload & 15 if BITS == 4 else payload, scale, zero, like)
+        others = _decoded(payload >> 4, scale, zero, like) if BITS == 4 else some
+    return some, others
 
 
 @triton.jit
-def products(asked, keys, BITS: tl.constexpr, RAW: tl.constexpr):
+def products(asked, keys, BITS: tl.constexpr):
     """Of queries and keys, each as `queries` and `read` give them."""
     x = tl.dot(asked[0], tl.trans(keys[0]), input_precision="ieee")
-    if BITS == 4:
-        x = tl.dot(asked[1], tl.trans(keys[1]), x, input_precision="ieee")
-    if RAW:
-        x = (x - asked[2][:, None] * keys[3][None, :]) * keys[2][None, :]
-    return x
+    return tl.dot(asked[1], tl.trans(keys[1]), x, input_precision="ieee") if BITS == 4 else x
 
 
 @triton.jit
@@ -132,7 +106,7 @@ def nothing(ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def average(state, x, factor, values, BITS: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr):
+def average(state, x, factor, values, BITS: tl.constexpr, WHOLE: tl.constexpr):
     """Go on with values of a tile, whose logits over ln 2 are `x * factor`, -inf where nothing is seen.
 
     A state is sums of values, the largest logit (-inf before the first), and the sum of weights. WHOLE: all is seen.
@@ -145,21 +119,10 @@ def average(state, x, factor, values, BITS: tl.constexpr, RAW: tl.constexpr, WHO
     weights = tl.exp2(x * factor - finite[:, None])
     before = tl.exp2(top - finite)
     total = total * before + tl.sum(weights, 1)
-    sums = sums * before[:, None]
-    if BITS == 4:
-        others = others * before[:, None]
-    if RAW:
-        weights = (weights * values[2][None, :]).to(values[0].dtype)
-        less = tl.sum(weights.to(tl.float32) * values[3][None, :], 1)[
-            :, None
-        ]  # of what is multiplied, as it is rounded
-        sums -= less
-        if BITS == 4:
-            others -= less
     weights = weights.to(values[0].dtype)
-    sums = tl.dot(weights, values[0], sums, input_precision="ieee")
+    sums = tl.dot(weights, values[0], sums * before[:, None], input_precision="ieee")
     if BITS == 4:
-        others = tl.dot(weights, values[1], others, input_precision="ieee")
+        others = tl.dot(weights, values[1], others * before[:, None], input_precision="ieee")
     return sums, others, largest, total
 
 
