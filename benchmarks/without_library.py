@@ -72,32 +72,6 @@ def prefill_rows() -> Iterator[dict[str, Any]]:
             "must": None if must is None else f">= {must} TFLOP/s",
             "met": None if must is None else reached >= must,
         }
-    yield estimate_row()
-
-
-def estimate_row() -> dict[str, Any]:
-    """XAttention's scores, blocks of 128 and tiles of 16."""
-    q, k, _ = text(TOKENS)
-    pos = torch.arange(TOKENS, device=DEVICE)[None]
-
-    def score() -> Tensor:
-        return ops.score_antidiagonal(q, k, pos, 128, 16, LOGITS.scale, True)
-
-    value = time_of(score, 3)
-    with use_backend("reference"):
-        before = time_of(score, 1)
-    flops = 2 * Q_HEADS * (TOKENS // 16) ** 2 / 2 * 16 * DIM
-    return {
-        "case": "score_antidiagonal, tiles of 16, 128K",
-        "value": round(value, 3),
-        "unit": "ms",
-        "tflops": round(flops / value * 1e-9, 1),
-        "baseline": "reference",
-        "baseline_value": round(before, 3),
-        "ratio": round(before / value, 3),
-        "must": None,
-        "met": None,
-    }
 
 
 def packed(x: Tensor, bits: int) -> ops.Packed:

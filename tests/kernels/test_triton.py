@@ -20,7 +20,6 @@ from hf_longctx.kernels import dispatch, ops, triton
 from hf_longctx.kernels.dispatch import use_backend
 from hf_longctx.kernels.ops import Packed
 
-from . import test_compiled_antidiagonal as estimates
 from . import test_compiled_attend as decodes
 from . import test_compiled_prefill as prefills
 from . import test_compiled_select as selects
@@ -178,37 +177,6 @@ def test_score_pages(case: selects.Scored, device: str) -> None:
     allowed = max(4, case.vectors * q.shape[3] // 16) * torch.finfo(F32).eps * largest.clamp(min=1e-9)
     assert bool(((got.double() - exact).abs().nan_to_num(nan=0.0) <= allowed).all())
     assert not got.isnan().any()
-
-
-ESTIMATED = [
-    estimates.Tiled(heads=(1, 2), spans=((0, 300), (133, 401)), block=(64, 16), dim=16, dtype=F16),
-    estimates.Tiled(heads=(2, 1), spans=((0, 300), (133, 401)), block=(32, 4), dim=40, dtype=F16, causal=False),
-    estimates.Tiled(heads=(1, 1), spans=((0, 0), (100, 300)), block=(64, 8), dim=16, dtype=F32),
-    estimates.Tiled(heads=(1, 1), spans=((5, 90),), block=(64, 64), dim=16, dtype=F16),
-]
-
-
-@pytest.mark.parametrize(
-    ("case", "device"),
-    [(case, "cpu") for case in ESTIMATED]
-    + [pytest.param(case, "cuda", marks=pytest.mark.cuda) for case in (*ESTIMATED, *estimates.TILED)],
-    ids=str,
-)
-def test_score_antidiagonal(case: estimates.Tiled, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A logit is off by a rounding of the largest sum of products for every 16 of them, a score by twice that part."""
-    need(device)
-    q, k, *rest = (x.to(device) if isinstance(x, Tensor) else x for x in estimates.tiles(case))
-    with use_backend("reference"):
-        exact = ops.score_antidiagonal(q.double(), k.double(), *rest)
-    with use_backend("triton"):
-        got = ops.score_antidiagonal(q, k, *rest)
-        monkeypatch.setattr(triton._module("score_antidiagonal"), "KEPT", 1)  # a block of queries at a time
-        parts = ops.score_antidiagonal(q, k, *rest)
-    assert got.shape == exact.shape
-    lengths = [x.float().nan_to_num(0.0).norm(dim=-1).amax() for x in (q, k)]
-    off = case.block[1] * case.dim / 16 * torch.finfo(F32).eps * float(lengths[0] * lengths[1]) * case.dim**-0.5
-    for x in (got, parts):
-        assert bool(((x.double() - exact).abs() <= (2 * off + 1e-5) * exact + 1e-6).all())
 
 
 HERE = [replace(case, dtype=F16) if case.dtype == BF16 else case for case in stores.CASES]
