@@ -72,7 +72,7 @@ ROOMS = {
     "streaming/captions": {"streaming"},
     "streaming/subtitles": set(),
     "streaming/watch": {"streaming"},
-    "configs": {"evals"},
+    "configs": {"evals", "weights"},
     "bench": {
         *("configs", "errors", "evals", "kernels", "machine", "options", "plan", "prompt", "bench"),
         *("LongContextCache", "patched", "report"),
