@@ -5,15 +5,34 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from hf_longctx.cli import app
+from hf_longctx.evals import grammar
 from hf_longctx.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def commands(path: Path) -> list[str]:
+    """Lines of a page's code blocks that call the command."""
+    kind, lines = None, []
+    for line in re.sub(r"\\\n\s*", " ", path.read_text()).splitlines():
+        if line.startswith("```"):
+            kind = line[3:] if kind is None else None
+        elif kind in ("", "bash", "sh"):
+            lines += [part.strip() for part in line.split("&&")]
+    return [line for line in lines if re.search(r"(^|\s)(hf-longctx|hf_longctx\.cli)(\s|$)", line)]
+
+
+COMMANDS = [(path, line) for path in PAGES for line in commands(path)]
 
 
 def test_every_message_of_the_catalogue_is_one_of_the_code() -> None:
@@ -33,14 +52,38 @@ def test_every_method_has_a_page() -> None:
     assert all(f"`{name}`" in index for name in METHODS)
 
 
-def test_the_table_of_models_is_that_of_the_cases() -> None:
-    spec = importlib.util.spec_from_file_location("models_table", DOCS / "models_table.py")
+@pytest.mark.parametrize("name", ["models_table", "errors_table"])
+def test_tables_are_those_of_the_code(name: str) -> None:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     text = made.PAGE.read_text()
-    assert text == made.page(text), "run python docs/models_table.py"
+    assert text == made.page(text), f"run python docs/{name}.py"
+
+
+@pytest.mark.parametrize(("path", "line"), COMMANDS, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_every_command_is_one(path: Path, line: str) -> None:
+    words = shlex.split(line, comments=True)
+    args = words[min(i for i, word in enumerate(words) if word in ("hf-longctx", "hf_longctx.cli")) + 1 :]
+    command = get_command(app)
+    while hasattr(command, "commands"):
+        assert args
+        assert args[0] in command.commands
+        command, args = command.commands[args[0]], args[1:]
+    given = command.make_context("it", list(args)).params  # refuses an option or a value that it does not take
+    if given.get("methods") and "ppl" not in words:  # which has more of them
+        grammar.methods(given["methods"])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_is_named_is_there(path: Path) -> None:
+    text = path.read_text()
+    linked = [each.partition("#")[0] for each in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in each]
+    missing = [each for each in linked if each and not (path.parent / each).exists()]
+    named = re.findall(r"(?:python3?|`)\s*((?:benchmarks|notebooks|docs|tests|csrc)/[\w./*-]*\w)", text)
+    assert [each for each in {*named} if not any(ROOT.glob(each))] + missing == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
