@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
 import json
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
 
+import hf_longctx as lc
 from hf_longctx.cli import app
 from hf_longctx.evals import grammar
 from hf_longctx.methods import METHODS
@@ -30,6 +35,12 @@ def commands(path: Path) -> list[str]:
         elif kind in ("", "bash", "sh"):
             lines += [part.strip() for part in line.split("&&")]
     return [line for line in lines if re.search(r"(^|\s)(hf-longctx|hf_longctx\.cli)(\s|$)", line)]
+
+
+def code(path: Path) -> list[str]:
+    """Blocks of Python of a page; transcripts aside."""
+    found = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+    return [block for block in found if not block.startswith(">>>")]
 
 
 COMMANDS = [(path, line) for path in PAGES for line in commands(path)]
@@ -75,6 +86,40 @@ def test_every_command_is_one(path: Path, line: str) -> None:
     given = command.make_context("it", list(args)).params  # refuses an option or a value that it does not take
     if given.get("methods") and "ppl" not in words:  # which has more of them
         grammar.methods(given["methods"])
+
+
+def resolved(node: ast.expr) -> Any:
+    """What `lc.` names stand for; None: it is of something else."""
+    if isinstance(node, ast.Name):
+        return lc if node.id == "lc" else None
+    owner = resolved(node.value) if isinstance(node, ast.Attribute) else None
+    return None if owner is None else getattr(owner, node.attr)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("path", "number"),
+    [(path, i) for path in PAGES for i in range(len(code(path)))],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_python_on_pages_calls_what_there_is(path: Path, number: int) -> None:
+    for node in ast.walk(ast.parse(code(path)[number])):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_longctx"):
+            assert [each.name for each in node.names if not hasattr(import_module(node.module), each.name)] == []  # type: ignore[arg-type]
+        called = (
+            resolved(node.func)
+            if isinstance(node, ast.Call)
+            else resolved(node)
+            if isinstance(node, ast.Attribute)
+            else None
+        )
+        if not isinstance(node, ast.Call) or called is None:
+            continue
+        given = {each.arg: each.value for each in node.keywords if each.arg}
+        inspect.signature(called).bind_partial(*node.args, **given)
+        if called is lc.patch and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+            own = given.keys() - inspect.signature(lc.patch).parameters.keys()
+            known = inspect.signature(METHODS[node.args[1].value]).parameters
+            assert own <= known.keys()
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
