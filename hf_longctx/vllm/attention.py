@@ -131,6 +131,7 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         super().__init__(*args, **more)
         self.choice = _asked()
         self.bounds: BlockBounds | None = None
+        self.layers = int(get_current_vllm_config().model_config.hf_text_config.num_hidden_layers)
         self._read_all(self._reason())
 
     def _reason(self) -> str | None:
@@ -150,7 +151,8 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         """Whether this layer is one that ever chooses."""
         if self.reason is None and not kv_cache.is_contiguous():
             self._read_all("blocks that lie apart")
-        return self.reason is None and bool(extract_layer_index(layer.layer_name) >= self.choice.dense_layers)
+        layers = range(self.choice.dense_layers, self.layers)  # beyond: those of a model that drafts tokens
+        return self.reason is None and extract_layer_index(layer.layer_name) in layers
 
     def _read_all(self, reason: str | None) -> None:
         self.reason = reason

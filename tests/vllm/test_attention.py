@@ -44,7 +44,7 @@ class Room:
         vars(self.builder).update(num_kv_heads=HEADS, num_heads=HEADS * GROUP, head_dim=DIM, window_size=-1)
         vars(self.builder).update(kv_cache_dtype="auto", is_cross_attention=False, is_encoder_only_attention=False)
         self.impl = self.made(attention.PageImpl)
-        vars(self.impl).update(reason=None, bounds=None, head_size=DIM, scale=DIM**-0.5, num_kv_heads=HEADS)
+        vars(self.impl).update(layers=6, reason=None, bounds=None, head_size=DIM, scale=DIM**-0.5, num_kv_heads=HEADS)
         vars(self.impl).update(num_queries_per_kv=GROUP, logits_soft_cap=0, sliding_window=-1, alibi_slopes=None)
         vars(self.impl).update(sinks=None, kv_cache_dtype="auto", attn_type="decoder")
         monkeypatch.setattr(
