@@ -79,6 +79,7 @@ class Chat:
 
     def __init__(self, model: Any, processor: Any, facts: VisionFacts) -> None:
         self._processor, self._facts = processor, facts
+        self._device = model.get_input_embeddings().weight.device
         self._takes = set(inspect.signature(type(model).forward).parameters)
         user, answer = _message("user", _WORD), _message("assistant", _WORD)
         self._before = [user, answer]
@@ -129,7 +130,7 @@ class Chat:
         if kind == "image":
             more["images"] = pictures
         else:
-            more["videos"] = [[torch.stack(row)] for row in pictures]
+            more["videos"] = [[torch.stack(row).to(self._device)] for row in pictures]  # bytes: to move and to cut
             more["do_sample_frames"] = False
             more["video_metadata"] = [[_metadata(turn)] for turn in turns]
         out = self._processor(text=texts, padding=True, add_special_tokens=False, return_tensors="pt", **more)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -66,6 +66,7 @@ class Engine:
         sampler: what it says next.
         rows: streams.
         stops: tokens that end an answer.
+        recorded: whether calls are recorded now.
     """
 
     def __init__(
@@ -78,11 +79,12 @@ class Engine:
         sampler: Sampler,
         rows: int,
         stops: set[int],
+        recorded: Callable[[], bool],
     ) -> None:
         self.model, self.cache, self.chat, self.window = model, cache, chat, window
         self.rows = [Row() for _ in range(rows)]
         self._broken = False
-        self._reader, self._sampler, self._stops = Reader(model, cache, facts), sampler, stops
+        self.reader, self._sampler, self._stops = Reader(model, cache, facts, recorded), sampler, stops
         self._rotary: AtRead = vars(model.get_decoder().rotary_emb)["forward"]
 
     @torch.inference_mode()
@@ -153,12 +155,12 @@ class Engine:
         kept = [row.drop(marks) for row, marks in zip(self.rows, stays, strict=True)]
         counts = [len(slots) for slots, _ in kept]
         index, shift = (
-            torch.tensor([x + x[-1:] * (max(counts) - len(x)) for x in part], device=self._reader.device)
+            torch.tensor([x + x[-1:] * (max(counts) - len(x)) for x in part], device=self.reader.device)
             for part in zip(*kept, strict=True)
         )
         alike = len(set(counts)) == 1
-        lengths = None if alike else torch.tensor(counts, device=self._reader.device)
-        self.cache.keep(index, lengths, shift, lambda pos: self._rotary.real(self._reader.like, pos))
+        lengths = None if alike else torch.tensor(counts, device=self.reader.device)
+        self.cache.keep(index, lengths, shift, lambda pos: self._rotary.real(self.reader.like, pos))
 
     # reading ------------------------------------------------------------------------------------------------------
 
@@ -173,17 +175,17 @@ class Engine:
         kinds = None
         if encoded.kinds is not None:
             kinds = [[0] * len(p[0]) + kind + [0] * len(p[2]) for p, kind in zip(parts, encoded.kinds, strict=True)]
-        places = self._reader.places(self.rows, ids, kinds, encoded)
+        places = self.reader.places(self.rows, ids, kinds, encoded)
         for row, part, more, place in zip(self.rows, parts, new, places, strict=True):
             row.take_in(part, more, place[0].tolist())  # spans begin and end with text, so one axis says it all
-        return self._reader.read(self.rows, ids, places, encoded)
+        return self.reader.read(self.rows, ids, places, encoded)
 
     # answering ----------------------------------------------------------------------------------------------------
 
     def _say(self, logits: Tensor, asked: Sequence[bool], budget: Budget, began: float) -> list[Answer | None]:
         """Token after token, until every row has ended its turn or spent its budget."""
         answers = [Answer() if is_asked else None for is_asked in asked]
-        running, device = list(asked), self._reader.device
+        running, device = list(asked), self.reader.device
         ahead = len(self.rows) == 1 and device.type in AHEAD
         draws = self._sampler.begin(self._said, len(self.rows), budget.tokens, device)
         pos = torch.tensor([row.next for row in self.rows], device=device)
@@ -191,7 +193,7 @@ class Engine:
             tokens = draws.next(logits)
             words, spent = Fetched(tokens), count == budget.tokens or budget.is_over(began)
             if ahead and not spent:
-                logits = self._reader.step(self.rows, tokens, pos, running)
+                logits = self.reader.step(self.rows, tokens, pos, running)
             picked = words.get()
             spent = spent or (not ahead and budget.is_over(began))
             for i, (row, answer, token) in enumerate(zip(self.rows, answers, picked, strict=True)):
@@ -202,7 +204,7 @@ class Engine:
                     self.cache.crop(-1)  # the step after the end of the turn
                 break
             if not ahead:
-                logits = self._reader.step(self.rows, tokens, pos, running)
+                logits = self.reader.step(self.rows, tokens, pos, running)
             pos = pos + 1
         for row, is_asked in zip(self.rows, asked, strict=True):
             if is_asked:

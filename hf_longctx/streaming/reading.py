@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..cache.cache import LongContextCache
 from ..models import CACHE, VisionFacts
 from .chat import Encoded
 from .layout import Row
+from .tower import Tower
 
 
 class Reader:
@@ -22,14 +23,18 @@ class Reader:
         model: the patched vision-language model.
         cache: of its plan.
         facts: how it counts positions.
+        recorded: whether calls are recorded now.
 
     Attributes:
         device: that its tokens go to.
         like: of the dtype that its text side computes in.
     """
 
-    def __init__(self, model: Any, cache: LongContextCache, facts: VisionFacts) -> None:
+    def __init__(
+        self, model: Any, cache: LongContextCache, facts: VisionFacts, recorded: Callable[[], bool]
+    ) -> None:
         self.model, self.cache, self.axes = model, cache, facts.axes
+        self.tower = Tower(model, recorded)
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.like = torch.empty(0, dtype=model.get_decoder().dtype, device=self.device)
 
@@ -67,7 +72,8 @@ class Reader:
         for number, place in enumerate(places):
             pos[:, number, width - place.shape[1] :] = place
         vision = {name: self._moved(x) for name, x in encoded.vision.items() if name != "second_per_grid_ts"}
-        return self.forward(rows, _left(ids, width), pos, [len(row) for row in ids], **vision)
+        with self.tower.recorded():
+            return self.forward(rows, _left(ids, width), pos, [len(row) for row in ids], **vision)
 
     def step(self, rows: Sequence[Row], tokens: Tensor, pos: Tensor, running: Sequence[bool]) -> Tensor:
         """Read one token of each row that is not done: `[B, V]`.
