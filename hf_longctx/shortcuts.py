@@ -79,7 +79,7 @@ class Norm(ShortCut):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One launch, or the norm's own."""
-        if kwargs or not self.due():
+        if kwargs or not self.due(any_rows=True):
             return self.stock(*args, **kwargs)
         weight: Any = self.module.weight
         return ops.rms_norm(args[0], weight, self.eps, self.offset, self.early)
@@ -182,7 +182,7 @@ class Rotation(ShortCut):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The attention's forward."""
-        return self._run(self.module, *args, **kwargs) if self.due() else self.stock(*args, **kwargs)
+        return self._run(self.module, *args, **kwargs) if self.due(any_rows=True) else self.stock(*args, **kwargs)
 
 
 def _rotation(module: nn.Module, known: dict[Any, Any]) -> Rotation | None:
