@@ -30,9 +30,7 @@ class Reader:
         like: of the dtype that its text side computes in.
     """
 
-    def __init__(
-        self, model: Any, cache: LongContextCache, facts: VisionFacts, recorded: Callable[[], bool]
-    ) -> None:
+    def __init__(self, model: Any, cache: LongContextCache, facts: VisionFacts, recorded: Callable[[], bool]) -> None:
         self.model, self.cache, self.axes = model, cache, facts.axes
         self.tower = Tower(model, recorded)
         self.device: torch.device = model.get_input_embeddings().weight.device

@@ -70,6 +70,6 @@ def attention(
     """
     heads, tokens, dim = query.shape[1:]
     windows = _NUMBER.get()
-    q, k, v = (x[0].unflatten(1, (windows, -1)).transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x[0].view(heads, windows, -1, dim).transpose(0, 1) for x in (query, key, value))
     out = scaled_dot_product_attention(q, k, v, scale=scaling)
     return out.transpose(1, 2).reshape(1, tokens, heads, dim), None

@@ -10,7 +10,6 @@ import torch
 
 from hf_longctx.stream import Session
 from hf_longctx.streaming import tower as room
-from hf_longctx.streaming.tower import Tower
 
 from .vlms import BY_NAME, clip, families
 
