@@ -121,7 +121,7 @@ class Journal:
                 file.write(json.dumps(line) + "\n")
 
 
-def stream(session: Session, journal: Journal, rounds: int, seconds: float, size: int) -> None:
+def stream(session: Session, journal: Journal, rounds: int, seconds: float, size: int, warm: int) -> None:
     """Rounds until there are as many, or so many seconds have gone; those of the warm-up are not noted.
 
     Args:
@@ -130,13 +130,14 @@ def stream(session: Session, journal: Journal, rounds: int, seconds: float, size
         rounds: after the warm-up, those of the journal among them.
         seconds: of this run.
         size: of the pictures.
+        warm: rounds of the warm-up.
     """
     engine, written = session.engine, len(journal.took_ms)
     gone = session.stats.rounds
     began = last = time.perf_counter()
     for number, event in enumerate(session.run(frames(size, FPS * gone)), gone):
         now = time.perf_counter()
-        if number >= WARM:
+        if number >= warm:
             assert event.tokens == NEW
             journal.took_ms.append(round(1000 * (now - last), 2))
             pair = engine.cache.kv_bytes, engine.rows[0].tokens
@@ -309,7 +310,7 @@ def main() -> None:
     with fresh as session:
         journal.parts.append(len(journal.took_ms))
         watched(session, vision)
-        stream(session, journal, options.rounds, options.seconds, size)
+        stream(session, journal, options.rounds, options.seconds, size, 5 if options.small else WARM)
         ids = torch.tensor([[token for span in session.engine.rows[0].spans for token in span.ids]])
         report = lc.report(model)
         print(report, flush=True)
