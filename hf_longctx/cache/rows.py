@@ -171,6 +171,9 @@ class Rows:
             self._put_run(slice(None), fresh, step.columns, step.tokens, sink, ring)
         elif step.tokens == 1:
             self.write(fresh, slot_of(step.lengths[:, None], sink, ring), step.real)
+        elif step.room is not None and step.pos.shape[0] == 1:  # only the device knows where
+            for store, x in zip(parts(self.filled), parts(fresh), strict=True):
+                store.index_copy_(2, slot_of(step.pos[0], sink, ring), x.to(store.dtype))
         else:
             for row, (first, count) in enumerate(step.spans):
                 self._put_run(slice(row, row + 1), fresh, first, count, sink, ring)
