@@ -44,7 +44,7 @@ ROOMS = {
     "graph": {"cache", "context", "models", "obstacles", "plan", "recording"},
     "shortcut": {"cache", "context"},
     "projections": {"kernels", "shortcut"},
-    "shortcuts": {"kernels", "projections", "shortcut"},
+    "shortcuts": {"context", "kernels", "projections", "shortcut", "turning"},
     "integers": {"kernels", "shortcut", "shortcuts", "weights"},
     "places": {"attention", "cache", "context", "errors", "models", "plan"},
     "sinks": {"context", "errors", "models"},

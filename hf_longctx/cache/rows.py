@@ -206,7 +206,10 @@ class Rows:
 
     def move_up(self, index: Tensor) -> None:
         """Put slots `index` `[B, N]` in the first N, in the memory that is there."""
-        self.write(each(self.filled, lambda x: ops.take_tokens(x, index)), 0)
+        count, alike = index.shape[1], index.shape[0] == 1
+        for store in parts(self.filled):
+            moved = store.index_select(2, index[0]) if alike else ops.take_tokens(store, index)
+            store[:, :, :count] = moved
 
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`; pick: `[B']`, int64."""

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from hf_longctx import graph, recording
+from hf_longctx import graph, recording, shortcut, shortcuts
 from hf_longctx.stream import Session
 
 from ..integration.again import Again, recorders
+from ..kernels.built import need
 from .vlms import ANY, BY_NAME, clip, families
 
 SMALL: dict[str, Any] = {"window_s": 3, "text_sink": 90, "text_window": 90, "max_new_tokens": 5, "query": "Go on."}
@@ -69,3 +70,16 @@ def test_rounds_that_cannot_be_recorded_leave_steps_alone(monkeypatch: pytest.Mo
         assert said(ANY, 1) == plain
         assert again.recorded == 1
         assert again.replayed > 30
+
+
+@pytest.mark.parametrize("name", families("qwen2_5_vl", "idefics3"))
+def test_short_cuts_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("cpu")
+    plain = said(name, 1)
+    turns: list[int] = []
+    turned = shortcuts.Turn.__call__
+    monkeypatch.setattr(shortcut, "DEVICES", {"cpu"})
+    monkeypatch.setattr(shortcuts.Turn, "__call__", lambda *args: turns.append(args[1].shape[2]) or turned(*args))
+    assert said(name, 1) == plain
+    assert max(turns) > 8
+    assert 1 in turns
