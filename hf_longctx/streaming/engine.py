@@ -122,6 +122,7 @@ class Engine:
             new.append([] if turn is None else both)
         stays = [row.stays(self.window, more) for row, more in zip(self.rows, new, strict=True)]
         with self._whole():
+            encoded = self.reader.begin(encoded)
             self._let_go(stays)
             logits = self._read(encoded, new)
             return self._say(logits, [turn is not None for turn in turns], budget, began)

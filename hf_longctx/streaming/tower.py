@@ -10,7 +10,8 @@ Recorded layers attend to all windows of a picture at once, where a model cuts t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,7 +78,10 @@ class Tower:
         self._layers, self._on = _chain(self._tower), on
         inside = [module for layer in self._layers for module in layer.modules()]
         self._hooks = [hooks for module in inside for hooks in (module._forward_pre_hooks, module._forward_hooks)]
-        odd = any("_hf_hook" in vars(x) or "forward" in vars(x) or hasattr(type(x), "merged_adapters") for x in inside)
+        odd = any(
+            "_hf_hook" in vars(x) or "forward" in vars(x) or hasattr(type(x), "merged_adapters")
+            for x in (self._tower, *inside)
+        )
         self._able = len(self._layers) > 1 and not odd
         self._takes: list[Take] = []
         self._pool: list[Any] = []
@@ -86,16 +90,45 @@ class Tower:
         self._sources: list[Tensor] = []
         self._replays, self._bytes = False, 0
         self._lengths: dict[int, tuple[Tensor, list[int]]] = {}
+        self._seen: tuple[Tensor, Tensor, Any] | None = None
+        hooks = self._tower._forward_pre_hooks, self._tower._forward_hooks
+        self._own_hooks, self._by_grid = hooks, "grid_thw" in inspect.signature(type(self._tower).forward).parameters
 
     @property
     def graphs(self) -> list[Graph]:
         """What is recorded now."""
         return [take.graph for take in self._takes if take.graph is not None]
 
+    def begin(self, vision: Mapping[str, Any]) -> None:
+        """Look at pictures that the model is about to be given: the device is at them while the host does other things.
+
+        Args:
+            vision: as the model takes it, on its device.
+        """
+        pixels, grid = vision.get("pixel_values_videos"), vision.get("video_grid_thw")
+        if not self._ready() or not self._by_grid or pixels is None or grid is None:
+            return
+        if pixels.device.type in RECORDERS and pixels.dtype == self._tower.dtype and not foreign_hooks(self._own_hooks):
+            with self.recorded():
+                self._seen = pixels, grid, self._tower(pixels, grid_thw=grid)
+
+    def _ready(self) -> bool:
+        return self._able and self._on() and not torch.is_grad_enabled() and not self._tower.training
+
+    def _look(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the tower's forward: what it has seen already, or its own."""
+        seen, self._seen = self._seen, None
+        plain = not kwargs.keys() - {"grid_thw", "return_dict", "use_cache"} and kwargs.get("return_dict", True)
+        same = seen is not None and len(args) == 1 and args[0] is seen[0] and kwargs.get("grid_thw") is seen[1]
+        if seen is not None and same and plain:
+            return seen[2]
+        self._by_grid = self._by_grid and seen is None  # a family that calls it otherwise
+        return type(self._tower).forward(self._tower, *args, **kwargs)
+
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Inside the block the tower's layers are replayed where they can be."""
-        if not self._able or not self._on() or torch.is_grad_enabled() or self._tower.training:
+        if not self._ready():
             yield
             return
         weights = tuple(next(layer.parameters()).data_ptr() for layer in self._layers)
@@ -104,9 +137,11 @@ class Tower:
             self._weights = weights
         for number, layer in enumerate(self._layers):
             layer.__dict__["forward"] = partial(self._call, number)
+        self._tower.__dict__["forward"] = self._look
         try:
             yield
         finally:
+            del self._tower.__dict__["forward"]
             for layer in self._layers:
                 del layer.__dict__["forward"]
             self._now, self._sources = None, []
@@ -244,6 +279,11 @@ def _chain(tower: Any) -> list[nn.Module]:
     lists = [list(module) for module in tower.modules() if isinstance(module, nn.ModuleList)]
     alike = [x for x in lists if x and isinstance(x[0], GradientCheckpointingLayer) and len(set(map(type, x))) == 1]
     return max(alike, key=len, default=[])
+
+
+def _is_odd(module: nn.Module) -> bool:
+    """True if something else than its class decides what a module does."""
+    return "_hf_hook" in vars(module) or "forward" in vars(module) or hasattr(type(module), "merged_adapters")
 
 
 def _is_list(x: Tensor) -> bool:

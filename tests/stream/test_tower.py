@@ -93,6 +93,6 @@ def test_recorded_pictures_are_the_same(name: str, monkeypatch: pytest.MonkeyPat
     assert taped.made == 0
     got = features(vlm, monkeypatch)
     assert 1 <= taped.made <= 2
-    assert taped.played >= 11 - 2
+    assert 11 - 2 <= taped.played <= 11  # once a round
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
