@@ -45,14 +45,14 @@ NOTHING = {
 
 
 @torch.no_grad()
-def perplexity(model: Any, ids: torch.Tensor, chunk: int, kv: str) -> float:
+def perplexity(model: Any, ids: torch.Tensor, chunk: int, kv: Any) -> float:
     """Of texts `[S, T]`, each by itself."""
     with lc.patched(model, "dense", kv=kv, cuda_graph=False):
         found = [torch.cat(list(token_nll(model, each, chunk))) for each in ids]
     return math.exp(torch.cat(found).double().mean().item())
 
 
-def keys_found(model: Any, tokenizer: Any, length: int, trials: int, kv: str) -> int:
+def keys_found(model: Any, tokenizer: Any, length: int, trials: int, kv: Any) -> int:
     """Of prompts of `length` tokens, each with a pass key at a depth of its own."""
     asked = list(passkey.exam(tokenizer, "passkey", [length], None, trials, None, 8, 0).trials)
     with lc.patched(model, "dense", kv=kv, cuda_graph=False):
@@ -113,7 +113,7 @@ class Ladder:
         return assets.load(self.chosen.model, self.chosen.dtype, "cpu")
 
     def add(
-        self, case: str, model: Any, kv: str, seconds: float = 0.0, least: float | None = None, must: Any = None
+        self, case: str, model: Any, kv: Any, seconds: float = 0.0, least: float | None = None, must: Any = None
     ) -> float:
         """Measure a case and write the file again; `least` is the perplexity of weights to the nearest."""
         value = perplexity(model.to(self.device), self.held, self.chosen.chunk, kv)
@@ -125,7 +125,9 @@ class Ladder:
             "baseline": "as it is",
             "baseline_value": base,
         }
-        row.update(ratio=value / base, kv=kv, quantize_seconds=round(seconds, 1))
+        row.update(
+            ratio=value / base, kv=kv if isinstance(kv, str) else kv.describe(), quantize_seconds=round(seconds, 1)
+        )
         if self.chosen.trials:
             row["passkeys"] = {
                 str(length): keys_found(model, self.tokenizer, length, self.chosen.trials, kv)
@@ -160,7 +162,10 @@ class Ladder:
         model, _ = self.load()
         self.add("KV4 alone", model.to(self.device), "int4")
         smooth_keys(model, self.calib, self.chosen.batch)
-        self.add("KV4 alone, SmoothAttention", model, "int4", must=lambda row: ("ratio", 1.01, row["ratio"] <= 1.01))
+        self.add("KV4 alone, SmoothAttention", model, "int4")
+        recent = lc.Int4KV(recent=self.chosen.recent)
+        case = f"KV4 alone, SmoothAttention, the last {recent.recent} tokens as they are"
+        self.add(case, model, recent, must=lambda row: ("ratio", 1.01, row["ratio"] <= 1.01))
 
     def climb(self, name: str, config: lc.QoQConfig, whole: bool) -> None:
         """To the nearest, then one step after the other (`whole`), or all at once."""
@@ -189,6 +194,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--recent", type=int, default=64, help="tokens that KV4 holds as they are, in one row")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="tokens of prompts with pass keys")
     parser.add_argument("--trials", type=int, default=20, help="prompts of each length; 0: no pass keys")
     parser.add_argument("--device", default="auto")
