@@ -48,6 +48,11 @@ class RecentStore(Store):
         """Store the call's tokens in both: what each then has for its queries; arguments as `append`."""
         return super().append(k, v, step), self.near.append(k, v, step)
 
+    def write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None = None) -> None:
+        """Store the call's tokens in both; arguments as `Store.write`."""
+        super().write(k, v, step, turns)
+        self.near.write(k, v, step)
+
     def prepare(self, step: Step) -> None:
         """Let nothing move in either."""
         super().prepare(step)

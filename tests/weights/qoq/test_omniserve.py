@@ -169,7 +169,7 @@ def test_a_published_folder_loads_as_it_is(kind: str, bits: int, group: int, ind
 
 def test_what_is_no_published_folder_is_refused(tmp_path: Path) -> None:
     tiny_llama(**SIZES).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="expected pytorch_model.bin in the model's folder; got none"):
+    with pytest.raises(ValueError, match=r"expected pytorch_model\.bin in the model's folder; got none"):
         loaded(tmp_path)
     torch.save({"lm_head.weight": torch.ones(2)}, tmp_path / omniserve.FILE)
     with pytest.raises(ValueError, match=r"expected quantized layers in pytorch_model\.bin; got none"):
