@@ -58,10 +58,6 @@ class RecentStore(Store):
         super().prepare(step)
         self.near.prepare(step)
 
-    def passed(self, columns: int) -> None:
-        """Know how far tokens were written."""
-        self.near.passed(columns)
-
     def buffers(self) -> list[Any]:
         """What both hold on their device."""
         return super().buffers() + self.near.buffers()
