@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .cache.cache import LongContextCache
 from .cache.kept import Kept
+from .cache.recent import RecentStore
 from .cache.rows import GROWTH
 from .cache.step import Step
-from .cache.recent import RecentStore
 from .cache.store import Store
 from .limits import turning_points
 from .plan import Plan
