@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Implementation
-from ..reference.weigh import empty_out, positions
+from ..reference.weigh import empty_out
 from ..types import Logits, Packed, Visibility
 from . import attend, library
 from .library import HflBeside
@@ -50,7 +50,9 @@ def attend_recent(
     q = library.laid_out(q)
     out = empty_out(q, v.shape[3])
     sums = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    q_pos = positions(see, q.shape[2], k.shape[2], q.device)[0]
+    q_pos = see.q_pos
+    if q_pos is None:
+        q_pos = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[None]
     near = Visibility(0, recent, q_pos, near_pos)
     bare = replace(logits, sink_logits=None)  # whose share is added once
     _run(out, q, near_k, near_v, bare, near, sums, HflBeside(reads=0, before=0))
