@@ -120,7 +120,7 @@ def foreign(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("room", "packages"),
-    [("plan", set()), ("kernels", {"torch"}), ("cache", {"torch", "transformers"}), ("methods", set())],
+    [("plan", set()), ("kernels", {"torch", "triton"}), ("cache", {"torch", "transformers"}), ("methods", set())],
 )
 def test_other_packages_stay_where_they_belong(room: str, packages: set[str]) -> None:
     for path in sorted((ROOT / room).rglob("*.py")) or [ROOT / room]:
