@@ -221,6 +221,16 @@ typedef struct {
   void* stream;
 } hfl_turn;
 
+// ops.gated; on CUDA alone. Tensors begin at multiples of 16 bytes.
+typedef struct {
+  int64_t count;  // numbers of each tensor, a multiple of 8
+  int32_t dtype;  // float16 or bfloat16
+  const void* gate;
+  const void* up;
+  void* out;
+  void* stream;
+} hfl_gated;
+
 // ops.attend_blocks: many queries a row, in one format for keys and values. *_cuda only.
 typedef struct {
   int32_t batch, q_heads, kv_heads, tokens, stored, dim, dtype;
@@ -280,6 +290,7 @@ const char* hfl_bring_cuda(const hfl_bring* a);
 const char* hfl_copy_cuda(const hfl_copy* a);
 const char* hfl_norm_cuda(const hfl_norm* a);
 const char* hfl_turn_cuda(const hfl_turn* a);
+const char* hfl_gated_cuda(const hfl_gated* a);
 const char* hfl_prefill_cuda(const hfl_prefill* a);
 const char* hfl_layer_cuda(const hfl_layer* a);
 const char* hfl_delta_cuda(const hfl_delta* a);

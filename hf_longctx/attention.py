@@ -17,6 +17,7 @@ from .context import NAME, Forward, current
 from .errors import UnsupportedError
 from .group import attend_group
 from .kernels import ops
+from .kernels.wide import picked
 from .layer import attend_layer
 from .models import WANTS_MASK, spans_all
 
@@ -121,7 +122,7 @@ def _attend(forward: Forward, layer: int, query: Tensor, key: Tensor, value: Ten
         attend_group(forward, layer, group, stores[i], q[i], k[i], v[i], logits.heads(order.q[i])).transpose(1, 2)
         for i, group in enumerate(plan.groups)
     ]
-    return torch.cat(parts, 2).index_select(2, order.back)
+    return picked(torch.cat(parts, 2), 2, order.back)
 
 
 def text_positions(forward: Forward) -> Tensor:
@@ -149,7 +150,7 @@ class _Order:
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys or values `[B, H, T, D]` group by group, all from one copy."""
         heads, sizes = self.sides[x.shape[1]]
-        return x.index_select(1, heads).split_with_sizes(sizes, 1)
+        return picked(x, 1, heads).split_with_sizes(sizes, 1)
 
 
 @lru_cache(maxsize=4096)

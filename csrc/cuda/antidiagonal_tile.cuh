@@ -36,6 +36,7 @@ struct Call {
   int32_t first, rows;                 // tiles of queries of this part: from where on, how many
   int32_t strips, together, widths;    // of the part; `widths` parts of the keys for each strip
   int32_t works;
+  int32_t* seen;  // [works / 2 + 1], how many pairs of works see a key, and these
 };
 
 // Strips of all queries of a row.

@@ -115,13 +115,15 @@ struct Groups {
 
   __device__ int steps() const { return (call.a.stride * call.a.dim * SIZE - 1) / LINE + 1; }
 
-  // Calls `f` with all works of this block of which it or the other of the pair sees a key.
+  // Calls `f` with all works of this block: of which it or the other of the pair sees a key.
   template <typename Each>
   __device__ __forceinline__ void for_works(Each f) const {
-    const int own = static_cast<int>(rank);
-    for (int index = static_cast<int>(blockIdx.x) - own; index < call.works; index += static_cast<int>(gridDim.x)) {
-      const Work work(call, index + own, COLUMNS), other(call, index + 1 - own, COLUMNS);
-      if (max(work.seen(call, work.reach(call)), other.seen(call, other.reach(call))) > 0) f(work);
+    const int pairs = static_cast<int>(gridDim.x) / PAIR, count = call.seen[0];
+    int at = static_cast<int>(blockIdx.x) / PAIR, next = at < count ? call.seen[1 + at] : 0;
+    for (; at < count; at += pairs) {
+      const int pair = next;
+      if (at + pairs < count) next = call.seen[1 + at + pairs];
+      f(Work(call, PAIR * pair + static_cast<int>(rank), COLUMNS));
     }
   }
 

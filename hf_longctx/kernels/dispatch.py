@@ -26,6 +26,7 @@ OPS = (
     "rotate",
     "rotate_heads",
     "rms_norm",
+    "gated",
     "project",
     "project_gated",
     "append",

@@ -117,7 +117,19 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
     **dict.fromkeys(
-        ("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "merged", "layer", "project"),
+        (
+            "antidiagonal",
+            "pick_mass",
+            "prefill",
+            "bring",
+            "copy",
+            "norm",
+            "turn",
+            "gated",
+            "merged",
+            "layer",
+            "project",
+        ),
         ("cuda",),
     ),
 }

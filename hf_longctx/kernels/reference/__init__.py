@@ -11,7 +11,7 @@ from .kv import decode_kv, encode_kv
 from .linear import quantize_gated, quantize_norm, quantize_tokens, w4a8_linear, w4a8_linears
 from .norm import rms_norm
 from .pick import pick_blocks
-from .project import project, project_gated
+from .project import gated, project, project_gated
 from .rotate import rotate, rotate_heads
 from .score import score_antidiagonal, score_pages
 from .selected import attend_mass
@@ -28,6 +28,7 @@ OPS = {
     "rotate": Implementation(rotate),
     "rotate_heads": Implementation(rotate_heads),
     "rms_norm": Implementation(rms_norm),
+    "gated": Implementation(gated),
     "project": Implementation(project),
     "project_gated": Implementation(project_gated),
     "append": Implementation(append),
