@@ -21,7 +21,7 @@ constexpr int SHARE_THREADS = 256, PLACE_THREADS = 128, ORDER_THREADS = 1024, MO
 constexpr int FEW_TILES = SHARE_THREADS / 32;
 constexpr int64_t MOST_SUMS = int64_t{256} << 20;  // bytes
 
-// Where the queries of a block stand, from their positions; `last` and `reach` begin as -1.
+// Where the queries of a block stand, from their positions; `apart`, `last` and `reach` begin as -1.
 __global__ void __launch_bounds__(PLACE_THREADS) places_kernel(const Call call) {
   __shared__ int32_t tiles[MOST_TILES + 1];  // and the last query
   const int thread = static_cast<int>(threadIdx.x), block = call.a.block, n = static_cast<int>(blockIdx.x);
@@ -32,17 +32,19 @@ __global__ void __launch_bounds__(PLACE_THREADS) places_kernel(const Call call) 
   for (int i = thread; i <= MOST_TILES; i += PLACE_THREADS) tiles[i] = -1;
   __syncthreads();
   int last = -1;
+  bool apart = false;
   for (int i = thread; i < block; i += PLACE_THREADS) {
     const int position = static_cast<int>(max(min(positions[i], int64_t{INT32_MAX}), int64_t{-1}));
+    const int within = max(position, 0) % block;
+    apart = apart || position < 0 || within != i;
     if (position < 0) continue;
-    const int within = position % block;
     source[within] = n * block + i;
     atomicMax(tiles + within / call.a.stride, position / call.a.stride);
     last = max(last, position);
   }
   last = __reduce_max_sync(0xffffffffu, last);
   if (thread % 32 == 0 && last >= 0) atomicMax(tiles + MOST_TILES, last);
-  __syncthreads();
+  if (__syncthreads_or(apart) && thread == 0) atomicMax(call.apart, 1);
   for (int i = thread; i < call.tiles; i += PLACE_THREADS) call.tile[line * call.tiles + i] = tiles[i];
   if (thread > 0 || tiles[MOST_TILES] < 0) return;
   last = tiles[MOST_TILES];
@@ -233,6 +235,8 @@ int64_t lay_out(const hfl_antidiagonal& a, Call& call) {
     used += line_of(words);
     return static_cast<int32_t*>(a.scratch) + from;
   };
+  call.lies = !a.rounded && a.dim % DEEP == 0 && a.stored % a.stride == 0;
+  call.apart = take(1);
   call.last = take(alike);
   call.reach = take(alike * strips_of(call));
   call.source = take(alike * a.blocks * a.block);
@@ -274,8 +278,10 @@ template <typename T, typename F>
 cudaError_t run(Call& call, cudaStream_t stream) {
   const hfl_antidiagonal& a = call.a;
   const int alike = a.q_pos_b ? a.batch : 1, all = a.blocks * call.tiles, most = call.rows;
-  const size_t cleared = static_cast<size_t>(reinterpret_cast<char*>(call.source) - reinterpret_cast<char*>(call.last));
-  cudaError_t error = cudaMemsetAsync(call.last, 0xff, cleared, stream);  // and `reach`
+  Maps maps;
+  call.lies = call.lies && call.queries && map_lying<F>(maps, call);
+  const size_t cleared = static_cast<size_t>(reinterpret_cast<char*>(call.source) - static_cast<char*>(a.scratch));
+  cudaError_t error = cudaMemsetAsync(a.scratch, 0xff, cleared, stream);  // `apart`, `last` and `reach`
   if (error != cudaSuccess) return error;
   places_kernel<<<dim3(a.blocks, alike), PLACE_THREADS, 0, stream>>>(call);
   if (call.queries) error = pack<T, F, false>(call, stream);

@@ -4,6 +4,7 @@
 // are not in the call and for keys after the last query. Rounded to 8 bits, a row is divided by its largest channel
 // over the largest of such numbers, which is kept beside it; what a channel loses is added to that of the token 256 / D
 // further on, which the same lane has, so that little of the sum over a tile's tokens is lost.
+// Where the rows of 16 bits can be read as they lie, nothing is done.
 // Grid: (tiles / 4, heads, B). Block: 128 threads, a warp has a tile. Bound by: bytes.
 #pragma once
 #include "antidiagonal_tile.cuh"
@@ -125,6 +126,7 @@ __device__ __forceinline__ uint2 eight_eights(const uint4& x, float factor, floa
 template <typename T, typename F, bool QUERIES>
 __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const Call call) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if (call.lies && *call.apart < 0) return;
   const int count = QUERIES ? call.rows : call.columns, tile = static_cast<int>(blockIdx.x * 4 + threadIdx.x / 32);
   const Tile<T, QUERIES> from(call, min(tile, count - 1), static_cast<int>(blockIdx.y), blockIdx.z);
   if (tile >= count || (!QUERIES && from.key > from.last)) return;  // nobody sees keys after the last
