@@ -142,7 +142,7 @@ def layer_rows(
         base, name = others[best], f"dense, causal, {best}"
         if line.of_dense_plan:
             base, name = time_of(lambda: prefill(lc.Dense().plan, q, k, v), 3) / LAYERS, "the dense plan"  # noqa: B023
-        yield _row(line.name, line.tokens, value, name, base, f">= {line.must}x", base / value >= line.must, read)
+        yield row(line.name, line.tokens, value, name, base, f">= {line.must}x", base / value >= line.must, read)
         if line.tokens == 128 * K and line.topics:
             taken = time_of(lambda: choice(q, k, line.method.scores), 3)  # noqa: B023
             yield from _choice_rows(line, q, k, taken, name, base)
@@ -152,16 +152,24 @@ def _choice_rows(line: Line, q: Tensor, k: Tensor, value: float, name: str, base
     """That it takes `value` milliseconds to choose, and how much rounding changes the choice."""
     scores = line.method.scores
     case = f"scoring + selection, S=16, 128K, {scores} scores"
-    yield _row(case, line.tokens, value, name, base, "<= 5.5 %", value <= 0.055 * base, None)
+    yield row(case, line.tokens, value, name, base, "<= 5.5 %", value <= 0.055 * base, None)
     if scores != "native":
         share, case = alike(q, k, scores), f"blocks chosen with native and {scores} scores, S=16, 128K"
-        row = _row(case, line.tokens, share, "all chosen with either", 1.0, ">= 0.99", share >= 0.99, None)
-        yield {**row, "unit": "share"}
+        found = row(case, line.tokens, share, "all chosen with either", 1.0, ">= 0.99", share >= 0.99, None)
+        yield {**found, "unit": "share"}
 
 
-def _row(
-    case: str, tokens: int, value: float, baseline: str, base: float, must: str, met: bool, read: float | None
+def row(
+    case: str,
+    tokens: int,
+    value: float,
+    baseline: str,
+    base: float,
+    must: str | None,
+    met: bool | None,
+    read: float | None,
 ) -> dict[str, Any]:
+    """A line of a table: milliseconds, and how many times faster than the baseline that is."""
     return {
         "case": case,
         "value": round(value, 4),

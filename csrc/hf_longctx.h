@@ -13,7 +13,7 @@
 
 #include "delta.h"
 
-#define HFL_ABI 6
+#define HFL_ABI 7
 
 #pragma GCC visibility push(default)  // all else is hidden
 #ifdef __cplusplus
@@ -258,6 +258,8 @@ typedef struct {
   const int32_t* pages;  // the same strides: where the blocks lie, in blocks; NULL: at their ids
   int64_t ids_b, ids_h, ids_n;
   int32_t select_heads, chosen, block, q_block;  // Hs: 1, Hkv or Hq; K; multiples of 64 and of 128 tokens
+  const int32_t* places;  // [Hq], which head of q and of out each query head is, of so many; NULL: they are in order
+  int32_t all_heads;
   int32_t* counter;  // 0 before and after every call
   void* stream;
 } hfl_prefill;

@@ -136,7 +136,7 @@ struct PrefillFeeder {
     KeyHalf half = look(keys, 0);
     Slot& slot = board.queries[filled % 2];
     barrier_wait(slot.empty, filled / 2 % 2 ^ 1);
-    copy(base + filled % 2 * S::TILE, maps.q, slot.full, queries.first + 64 * thread, queries.head, queries.batch);
+    copy(base + filled % 2 * S::TILE, maps.q, slot.full, queries.first + 64 * thread, queries.place(p.a), queries.batch);
     put_keys(queries, half, tile);
     for (int last = tile + (keys.count + 1) / 2 - 1, i = 1; tile <= last; ++i) {
       const int row = half.column;

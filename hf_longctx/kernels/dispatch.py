@@ -17,6 +17,7 @@ ORDER = ("compiled", "flex", "torch", "reference")
 
 OPS = (
     "attend_blocks",
+    "attend_heads",
     "attend_pages",
     "attend_mass",
     "attend_layer",

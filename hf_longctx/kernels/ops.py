@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import dispatch
+from .heads import attend_heads
 from .layers import gated, rms_norm, rotate_heads
 from .moves import bring_blocks, copy_blocks, take_tokens
 from .step import Choice, GroupStep, attend_layer
@@ -23,6 +24,7 @@ __all__ = [
     "append",
     "append_pages",
     "attend_blocks",
+    "attend_heads",
     "attend_layer",
     "attend_mass",
     "attend_pages",

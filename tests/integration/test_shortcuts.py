@@ -400,7 +400,7 @@ def test_there_are_none_on_a_cpu() -> None:
 @here
 def test_the_report_counts_them() -> None:
     report = lc.report(lc.patch(LLAMA.make(), "dense"))
-    assert str(report).endswith("one launch each in decode steps: 5 norms, 2 rotations, 14 linear layers")
+    assert str(report).endswith("one launch each: 5 norms, 2 rotations, 14 linear layers in decode steps")
 
 
 # on a GPU ---------------------------------------------------------------------------------------------------------

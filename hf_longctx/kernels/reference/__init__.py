@@ -6,6 +6,7 @@ from ..dispatch import Implementation
 from .append import append, append_pages
 from .attend import attend_blocks, attend_pages
 from .delta import delta_linear, linear_with_delta
+from .heads import attend_heads
 from .host import bring_blocks, copy_blocks
 from .kv import decode_kv, encode_kv
 from .linear import quantize_gated, quantize_norm, quantize_tokens, w4a8_linear, w4a8_linears
@@ -19,6 +20,7 @@ from .step import attend_layer
 
 OPS = {
     "attend_blocks": Implementation(attend_blocks),
+    "attend_heads": Implementation(attend_heads),
     "attend_pages": Implementation(attend_pages),
     "attend_mass": Implementation(attend_mass),
     "attend_layer": Implementation(attend_layer),
