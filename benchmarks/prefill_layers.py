@@ -1,7 +1,7 @@
 """Prefill of attention layers through the package's own attention function, against dense attention of others.
 
-Some layers follow each other in each piece of the text, as in a model, so that the host is ahead of the device; the
-time of one is the time of all over their number.
+Some layers follow each other in each piece of the text, as in a model, so that the host is ahead of the device but for
+the first; the time of one is the time of all over their number.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ from hf_longctx.kernels import ops
 from hf_longctx.prompt import PIECE
 
 K, BLOCK, STRIDE = 1024, 128, 16
-LAYERS = 4
-GATES = [[float(head % 2) for head in range(KV_HEADS)]] * LAYERS
+MOST_LAYERS, LEAST_LAYERS, TOKENS = 16, 4, 512 * K
+"""Layers of a short text, of a long one, and between them as many as have so many tokens together."""
+
+GATES = [[float(head % 2) for head in range(KV_HEADS)]] * LEAST_LAYERS
+
+
+def layers_of(tokens: int) -> int:
+    """How many layers read a text."""
+    return max(LEAST_LAYERS, min(MOST_LAYERS, TOKENS // tokens))
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,10 @@ def text(tokens: int, topics: int) -> list[Tensor]:
 
 def prefill(plan_of: Callable[[Any], Any], q: Tensor, k: Tensor, v: Tensor) -> float | None:
     """Layers read a text in the pieces in which `generate()` would; returns the share of blocks that they read."""
-    of = facts(LAYERS)
+    count = layers_of(q.shape[2])
+    of = facts(count)
     plan = plan_of(of)
-    cache, modules = LongContextCache(plan), [SimpleNamespace(layer_idx=layer) for layer in range(LAYERS)]
+    cache, modules = LongContextCache(plan), [SimpleNamespace(layer_idx=layer) for layer in range(count)]
     for first in range(0, q.shape[2], PIECE):
         last = min(first + PIECE, q.shape[2])
         step = replace(Step.of(first, last - first, DEVICE, None, None), expected=q.shape[2])
@@ -137,11 +145,12 @@ def layer_rows(
         others = dense_of_others(line.tokens)
         best = min(others, key=lambda name: others[name])
         q, k, v = text(line.tokens, line.topics)
-        value = time_of(lambda: prefill(line.method.plan, q, k, v), 3) / LAYERS  # noqa: B023
+        count = layers_of(line.tokens)
+        value = time_of(lambda: prefill(line.method.plan, q, k, v), 3) / count  # noqa: B023
         read = prefill(line.method.plan, q, k, v)
         base, name = others[best], f"dense, causal, {best}"
         if line.of_dense_plan:
-            base, name = time_of(lambda: prefill(lc.Dense().plan, q, k, v), 3) / LAYERS, "the dense plan"  # noqa: B023
+            base, name = time_of(lambda: prefill(lc.Dense().plan, q, k, v), 3) / count, "the dense plan"  # noqa: B023
         yield row(line.name, line.tokens, value, name, base, f">= {line.must}x", base / value >= line.must, read)
         if line.tokens == 128 * K and line.topics:
             taken = time_of(lambda: choice(q, k, line.method.scores), 3)  # noqa: B023

@@ -11,7 +11,7 @@ from torch import Tensor
 from .cache.kept import Kept
 from .cache.pieces import Blocks, pieces
 from .cache.rows import View
-from .cache.step import FEW, TAIL, Step
+from .cache.step import FEW, Step
 from .cache.store import Store
 from .context import Forward, Read
 from .gradient import Stored
@@ -278,8 +278,8 @@ def forced_near(
 
     def make() -> tuple[tuple[Tensor, Tensor], Tensor]:
         near = forced(selector, pos, size)
-        if step.ends_prompt and selector.scorer.summary is None:
-            near = all_from(selector, near, step.lengths_after - TAIL)
+        if selector.scorer.summary is None and step.tail is not None:
+            near = all_from(selector, near, step.tail)
         return near, visible_to(near[1], rows)
 
     near, visible = step.once(("near", selector, size, rows, first), make)

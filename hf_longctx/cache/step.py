@@ -137,9 +137,10 @@ class Step:
         return self.columns > 0 and self.tokens <= FEW
 
     @property
-    def ends_prompt(self) -> bool:
-        """True for a call that is known to have a prompt's last tokens."""
-        return self.expected > 0 and self.end == self.expected and not self.decodes
+    def tail(self) -> Tensor | None:
+        """`[B or 1]`, int64, where the first of a prompt's last tokens stands; None: the call is not known to have any."""
+        left = self.expected - self.end
+        return None if self.decodes or not 0 <= left < TAIL else self.lengths_after + (left - TAIL)
 
     @cached_property
     def lengths_after(self) -> Tensor:
