@@ -138,7 +138,7 @@ class Step:
 
     @property
     def tail(self) -> Tensor | None:
-        """`[B or 1]`, int64, where the first of a prompt's last tokens stands; None: the call is not known to have any."""
+        """`[B or 1]`, int64, place of the first of a prompt's last tokens; None: the call is not known to have any."""
         left = self.expected - self.end
         return None if self.decodes or not 0 <= left < TAIL else self.lengths_after + (left - TAIL)
 
