@@ -156,5 +156,5 @@ def test_more_lengths_than_torch_compiles_for_by_itself(chosen: bool) -> None:
     """It is not left to code for any length, nor to products of all scores."""
     torch.compiler.reset()
     for tokens in (640, 1000, 1408, 777, 2048, 384, 1500, 901, 1152, 1999):
-        case = replace(LISTS, sizes=(1, 2, 2, tokens, tokens, 64))
+        case = replace(LISTS, dtype=BF16, sizes=(1, 2, 2, tokens, tokens, 64))
         test_definition(case if chosen else replace(case, lists=None, ends=(tokens - 1,), sink=4, window=100))
