@@ -57,8 +57,8 @@ class Line:
     of_dense_plan: bool = False
 
 
-SHARES = lc.XAttention(stride=STRIDE, tau=0.91, dense_below=0)
-WIDER = replace(SHARES, tau=0.95)
+SHARES = lc.XAttention(stride=STRIDE, tau=0.89, dense_below=0)
+WIDER = replace(SHARES, tau=0.925)
 LINES = (
     *(
         Line(
