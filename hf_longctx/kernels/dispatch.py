@@ -17,6 +17,7 @@ ORDER = ("compiled", "triton", "flex", "torch", "reference")
 
 OPS = (
     "attend_blocks",
+    "attend_heads",
     "attend_pages",
     "attend_mass",
     "attend_recent",
@@ -27,6 +28,7 @@ OPS = (
     "rotate",
     "rotate_heads",
     "rms_norm",
+    "gated",
     "project",
     "project_gated",
     "append",
