@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .cache.cache import LongContextCache
 from .cache.kept import Kept
+from .cache.recent import RecentStore
 from .cache.rows import GROWTH
 from .cache.step import FEW, Step
 from .cache.store import Store
@@ -118,7 +119,8 @@ class Recording:
         room = int(min([grown, *(p for p in points if p >= end)]))
         both = [(group.policy.decode, store) for layer in cache.stacks for group, store in layer.stores]
         chosen = [(s.kept, d.refresh_every) for d, s in both if d is not None and d.refresh_every > 1]
-        rings = [s for _, s in both if isinstance(s, Store) and s.retention.window is not None]
+        own = [s.near if isinstance(s, RecentStore) else s for _, s in both if isinstance(s, Store)]
+        rings = [s for s in own if s.retention.window is not None]
         return Recording(max((p for p in points if p < end), default=0), room, cache.stacks[0].stores, chosen, rings)
 
     def covers(self, cache: LongContextCache, end: int) -> bool:

@@ -75,12 +75,12 @@ ROOMS = {
     "streaming/captions": {"streaming"},
     "streaming/subtitles": set(),
     "streaming/watch": {"streaming"},
-    "configs": {"evals"},
+    "configs": {"evals", "weights"},
     "bench": {
         *("configs", "errors", "evals", "kernels", "machine", "options", "plan", "prompt", "bench"),
         *("LongContextCache", "patched", "report"),
     },
-    "vllm": {"errors", "kernels", "methods", "plan", "select", "vllm", "weights"},
+    "vllm": {"errors", "heads", "kernels", "methods", "plan", "select", "vllm", "weights"},
     "training": {"errors", "files", "models", "streaming", "training"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""

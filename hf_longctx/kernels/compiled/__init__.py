@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from . import antidiagonal, attend, delta, host, library, linear, norm, prefill, project, rotary, select, step, store
+from . import (
+    antidiagonal,
+    attend,
+    delta,
+    host,
+    library,
+    linear,
+    norm,
+    prefill,
+    project,
+    recent,
+    rotary,
+    select,
+    step,
+    store,
+)
 
 OPS = {
     **antidiagonal.OPS,
     **attend.OPS,
+    **recent.OPS,
     **prefill.OPS,
     **select.OPS,
     **store.OPS,

@@ -7,6 +7,7 @@ import os
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,13 @@ class HflAttend(ctypes.Structure):
         ("splits", ctypes.c_int32),
         ("stream", ctypes.c_void_p),
     )
+
+
+class HflBeside(ctypes.Structure):
+    """`hfl_beside`."""
+
+    __slots__ = ()
+    _fields_ = (("sums", ctypes.c_void_p), ("reads", ctypes.c_int32), ("before", ctypes.c_int32))
 
 
 class HflPrefill(ctypes.Structure):
@@ -117,9 +125,22 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
     **dict.fromkeys(
-        ("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "merged", "layer", "project"),
+        (
+            "attend_beside",
+            "antidiagonal",
+            "pick_mass",
+            "prefill",
+            "bring",
+            "copy",
+            "norm",
+            "turn",
+            "merged",
+            "layer",
+            "project",
+        ),
         ("cuda",),
     ),
+    "attend_beside": ("cuda",),
 }
 
 
@@ -186,7 +207,7 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def call(name: str, block: ctypes.Structure, *more: int) -> None:
+def call(name: str, block: ctypes.Structure, *more: Any) -> None:
     """Run an operation.
 
     Raises:
