@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,10 @@ class QoQQuantizer(HfQuantizer):
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         """Saved as any model."""
         return True
+
+    def take_shapes(self, model: PreTrainedModel, source: Path) -> None:
+        """Have a model on `meta` be of the shapes that a checkpoint gives it; errors as `chosen_linears`."""
+        self._process_model_before_weight_loading(model)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """True for the weight of a linear layer that is rounded as it is loaded."""
