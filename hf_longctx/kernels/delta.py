@@ -18,8 +18,8 @@ from .reference.delta import gradients
 WORD = 32
 """Signs in a word."""
 
-MANY = 256
-"""Rows from which on it may pay to merge weights and deltas on their way into a product."""
+FEW, MANY = 16, 256
+"""Rows up to which, and from which on, it may pay to do a layer's product and that of its deltas in one."""
 
 
 def delta_linear(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slot_of_row: Tensor) -> Tensor:
@@ -58,8 +58,9 @@ def linear_with_delta(
 ) -> Tensor:
     """`delta_linear` of a layer with that weight: `x weight^T + bias + sum over slots of x (scale * sign)^T`.
 
-    Where there are many rows, a backend may do with one product in place of two: then `weight + delta` is rounded to
-    the dtype of the weight, as if it had been merged.
+    A backend may do both products of few rows in one, without rounding between them. Where there are many rows, it may
+    do with one product in place of two: then `weight + delta` is rounded to the dtype of the weight, as if it had been
+    merged.
 
     Args:
         x: `[R, K]`.
@@ -76,15 +77,26 @@ def linear_with_delta(
         ValueError: as `delta_linear`.
         TypeError: likewise.
     """
-    trains = (x, weight, scales) if bias is None else (x, weight, scales, bias)
-    if len(x) >= MANY and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trains)):
-        _check(x, x.new_empty(1, 1).expand(len(x), len(weight)), bits, scales, slot_of_row)
+    if joins(x, weight, bias, bits, scales, slot_of_row):
         slots = slot_of_row[:, None] if slot_of_row.ndim == 1 else slot_of_row
-        arguments = (x, weight, bias, bits, scales, slots)
-        if dispatch.chosen("linear_with_delta", *arguments) == "compiled":
-            out: Tensor = dispatch.call("linear_with_delta", *arguments)
-            return out
+        out: Tensor = dispatch.call("linear_with_delta", x, weight, bias, bits, scales, slots)
+        return out
     return delta_linear(x, linear(x, weight, bias), bits, scales, slot_of_row)
+
+
+def joins(x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slot_of_row: Tensor) -> bool:
+    """True if `linear_with_delta` does both products of these arguments in one.
+
+    Raises:
+        ValueError: as `delta_linear`.
+        TypeError: likewise.
+    """
+    trains = (x, weight, scales) if bias is None else (x, weight, scales, bias)
+    if FEW < len(x) < MANY or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trains)):
+        return False
+    _check(x, x.new_empty(1, 1).expand(len(x), len(weight)), bits, scales, slot_of_row)
+    slots = slot_of_row[:, None] if slot_of_row.ndim == 1 else slot_of_row
+    return dispatch.chosen("linear_with_delta", x, weight, bias, bits, scales, slots) == "compiled"
 
 
 class _DeltaLinear(torch.autograd.Function):

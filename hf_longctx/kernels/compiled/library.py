@@ -117,9 +117,22 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
     **dict.fromkeys(
-        ("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "merged", "layer", "project"),
+        (
+            "antidiagonal",
+            "pick_mass",
+            "prefill",
+            "bring",
+            "copy",
+            "norm",
+            "turn",
+            "merged",
+            "layer",
+            "project",
+            "streamed",
+        ),
         ("cuda",),
     ),
+    "streamed": ("cuda",),
 }
 
 
@@ -131,6 +144,7 @@ _SIZES = (
     "antidiagonal_scratch",
     "delta_scratch",
     "merged_scratch",
+    "streamed_scratch",
     "linear_scratch",
 )
 
