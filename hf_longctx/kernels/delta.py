@@ -5,6 +5,7 @@ Paper: arXiv 2402.10193, section 3: `W_finetuned ~ W_base + scale * sign(W_finet
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,26 +78,49 @@ def linear_with_delta(
         ValueError: as `delta_linear`.
         TypeError: likewise.
     """
-    if joins(x, weight, bias, bits, scales, slot_of_row):
-        slots = slot_of_row[:, None] if slot_of_row.ndim == 1 else slot_of_row
-        out: Tensor = dispatch.call("linear_with_delta", x, weight, bias, bits, scales, slots)
-        return out
+    made = joined(x, (weight,), (bias,), (bits,), (scales,), slot_of_row)
+    if made is not None:
+        return made[0]
     return delta_linear(x, linear(x, weight, bias), bits, scales, slot_of_row)
 
 
-def joins(x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slot_of_row: Tensor) -> bool:
-    """True if `linear_with_delta` does both products of these arguments in one.
+def joined(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    bits: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    slot_of_row: Tensor,
+) -> tuple[Tensor, ...] | None:
+    """`linear_with_delta` of layers that get the same rows, if a backend does it in one; None: none does.
+
+    Args:
+        x: `[R, K]`.
+        weights: `[N, K]` of each layer; a row's result is the same to the last bit whatever the other layers are.
+        biases: `[N]` of each, or None.
+        bits: of each, as in `delta_linear`.
+        scales: likewise.
+        slot_of_row: of all.
 
     Raises:
         ValueError: as `delta_linear`.
         TypeError: likewise.
     """
-    trains = (x, weight, scales) if bias is None else (x, weight, scales, bias)
-    if FEW < len(x) < MANY or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trains)):
-        return False
-    _check(x, x.new_empty(1, 1).expand(len(x), len(weight)), bits, scales, slot_of_row)
+    trains = (x, *weights, *scales, *(bias for bias in biases if bias is not None))
+    if FEW < len(x) < (MANY if len(weights) == 1 else len(x) + 1) or not len(x):
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trains):
+        return None
+    for weight, own_bits, own_scales in zip(weights, bits, scales, strict=True):
+        _check(x, x.new_empty(1, 1).expand(len(x), len(weight)), own_bits, own_scales, slot_of_row)
     slots = slot_of_row[:, None] if slot_of_row.ndim == 1 else slot_of_row
-    return dispatch.chosen("linear_with_delta", x, weight, bias, bits, scales, slots) == "compiled"
+    if len(x) <= FEW:
+        layers = (x, weights, biases, bits, scales, slots)
+        few = dispatch.chosen("linears_with_delta", *layers) == "compiled"
+        return dispatch.call("linears_with_delta", *layers) if few else None
+    layer = (x, weights[0], biases[0], bits[0], scales[0], slots)
+    many = dispatch.chosen("linear_with_delta", *layer) == "compiled"
+    return (dispatch.call("linear_with_delta", *layer),) if many else None
 
 
 class _DeltaLinear(torch.autograd.Function):

@@ -36,6 +36,7 @@ OPS = (
     "decode_kv",
     "delta_linear",
     "linear_with_delta",
+    "linears_with_delta",
     "quantize_tokens",
     "quantize_norm",
     "quantize_gated",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from hf_longctx.kernels import dispatch, reference
-from hf_longctx.kernels.compiled import delta, library, streamed
+from hf_longctx.kernels.compiled import library, streamed
 from hf_longctx.kernels.delta import linear_with_delta
 
 from .built import need
@@ -37,6 +38,15 @@ def layer(case: Case, dtype: torch.dtype, device: str = "cuda") -> tuple[Tensor,
     return x, weight, bias, bits, scales, slots.view(case.rows, -1)
 
 
+def one(x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor) -> tuple[Any, ...]:
+    """As the library takes a single layer."""
+    return x, [weight], [bias], [bits], [scales], slots
+
+
+def run(*arguments: Any) -> Tensor:
+    return streamed.linears_with_delta(*one(*arguments))[0]
+
+
 def defined(x: Tensor, weight: Tensor, bias: Tensor, bits: Tensor, scales: Tensor, slots: Tensor) -> Tensor:
     """In float64, not rounded to the dtype of x."""
     base = linear(x.double(), weight.double(), bias.double())
@@ -51,27 +61,27 @@ def defined(x: Tensor, weight: Tensor, bias: Tensor, bits: Tensor, scales: Tenso
 def test_what_is_defined(case: Case, dtype: torch.dtype) -> None:
     need("cuda")
     arguments = layer(case, dtype)
-    assert delta.reject_merged(*arguments) is None
-    out = delta.linear_with_delta(*arguments)
+    assert streamed.reject(*one(*arguments)) is None
+    out = run(*arguments)
     noise = 4 * case.inputs * torch.finfo(torch.float32).eps
     torch.testing.assert_close(out.double(), defined(*arguments), rtol=torch.finfo(dtype).eps, atol=noise)
     for _ in range(3):
-        assert torch.equal(delta.linear_with_delta(*arguments), out)
+        assert torch.equal(run(*arguments), out)
 
 
 @pytest.mark.cuda
 def test_a_row_is_the_same_beside_any_others() -> None:
     need("cuda")
     x, weight, bias, bits, scales, slots = layer(Case(16, 2304, 200, 5, 1), torch.bfloat16)
-    whole = delta.linear_with_delta(x, weight, bias, bits, scales, slots)
+    whole = run(x, weight, bias, bits, scales, slots)
     made = torch.Generator().manual_seed(1)
     for count in (1, 2, 4, 5, 8, 9, 16):
         rows = torch.randperm(16, generator=made)[:count].cuda()
-        assert torch.equal(delta.linear_with_delta(x[rows], weight, bias, bits, scales, slots[rows]), whole[rows])
+        assert torch.equal(run(x[rows], weight, bias, bits, scales, slots[rows]), whole[rows])
     x[7], x[9] = torch.nan, torch.inf
     slots[11], slots[12] = 5, 2**31 - 1  # there are no such slots
     others = torch.tensor([row for row in range(16) if row not in (7, 9, 11, 12)], device="cuda")
-    broken = delta.linear_with_delta(x, weight, bias, bits, scales, slots)
+    broken = run(x, weight, bias, bits, scales, slots)
     assert torch.equal(broken[others], whole[others])
     assert broken[[7, 11, 12]].isnan().all()
     assert not broken[9].isfinite().any()
@@ -83,15 +93,15 @@ def test_rows_that_lie_apart_and_no_bias() -> None:
     x, weight, bias, bits, scales, slots = layer(Case(6, 384, 50, 3, 1), torch.bfloat16)
     apart = torch.zeros(6, 512, dtype=x.dtype, device="cuda")[:, 128:].copy_(x)
     wide = torch.zeros(50, 512, dtype=x.dtype, device="cuda")[:, 64:448].copy_(weight)
-    want = delta.linear_with_delta(x, weight, torch.zeros_like(bias), bits, scales, slots)
-    assert torch.equal(delta.linear_with_delta(apart, wide, None, bits, scales, slots), want)
+    want = run(x, weight, torch.zeros_like(bias), bits, scales, slots)
+    assert torch.equal(run(apart, wide, None, bits, scales, slots), want)
 
 
 @pytest.mark.cuda
 def test_more_outputs_than_fit_at_a_time() -> None:
     need("cuda")
     arguments = layer(Case(9, 16384, 16 * 8 * 16 * 10, 1, 1), torch.bfloat16)
-    out = delta.linear_with_delta(*arguments)
+    out = run(*arguments)
     torch.testing.assert_close(out.double(), defined(*arguments), rtol=2**-7, atol=0.01)
 
 
@@ -103,9 +113,9 @@ def test_layers_of_the_same_rows() -> None:
     weights, biases, bits, scales = ([part[i] for part in parts] for i in (1, 2, 3, 4))
     biases[1] = None
     assert streamed.reject(x, weights, biases, bits, scales, slots) is None
-    made = streamed.run(x, weights, biases, bits, scales, slots)
+    made = streamed.linears_with_delta(x, weights, biases, bits, scales, slots)
     for own, *part in zip(made, weights, biases, bits, scales, strict=True):
-        assert torch.equal(own, delta.linear_with_delta(x, *part, slots))
+        assert torch.equal(own, run(x, *part, slots))
 
 
 @pytest.mark.cuda
@@ -113,7 +123,7 @@ def test_it_is_chosen_where_there_are_few_rows_and_can_be_captured() -> None:
     need("cuda")
     x, weight, bias, bits, scales, slots = layer(Case(9, 512, 64, 4, 1), torch.bfloat16)
     linear_with_delta(x, weight, bias, bits, scales, slots)
-    assert dispatch.last_used()["linear_with_delta"] == "compiled"
+    assert dispatch.last_used()["linears_with_delta"] == "compiled"
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = linear_with_delta(x, weight, bias, bits, scales, slots)
@@ -141,11 +151,11 @@ def test_what_it_does_not_take() -> None:
         ((x, weight, bias, bits.transpose(0, 1).contiguous().transpose(0, 1), scales, slots), "that are contiguous"),
         ((x, weight.clone().requires_grad_(), bias, bits, scales, slots), "no gradients"),
     ):
-        assert reason in str(delta.reject_merged(*arguments))
+        assert reason in str(streamed.reject(*one(*arguments)))
     large = torch.empty(16, 1 << 16, dtype=x.dtype, device="cuda")
     words = torch.empty(1, 1, 1 << 11, dtype=torch.int32, device="cuda")
-    one = torch.zeros(16, 1, dtype=torch.int32, device="cuda")
-    assert "no room for 16 rows" in str(delta.reject_merged(large, large[:1], None, words, scales[:1], one))
+    slot = torch.zeros(16, 1, dtype=torch.int32, device="cuda")
+    assert "no room for 16 rows" in str(streamed.reject(large, [large[:1]], [None], [words], [scales[:1]], slot))
 
 
 SIZES = {"rows": 2, "inputs": 256, "slots": 2, "dtype": 2, "parts": 1}

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from . import antidiagonal, attend, delta, host, library, linear, norm, prefill, project, rotary, select, step, store
+from . import (
+    antidiagonal,
+    attend,
+    delta,
+    host,
+    library,
+    linear,
+    norm,
+    prefill,
+    project,
+    rotary,
+    select,
+    step,
+    store,
+    streamed,
+)
 
 OPS = {
     **antidiagonal.OPS,
@@ -16,6 +31,7 @@ OPS = {
     **norm.OPS,
     **project.OPS,
     **delta.OPS,
+    **streamed.OPS,
     **linear.OPS,
     **rotary.OPS,
     **step.OPS,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Implementation
-from . import library, streamed
+from . import library
 
 BLOCK = 128
 """Inputs of which a CUDA device reads a multiple."""
@@ -72,14 +72,6 @@ def reject_merged(
     x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor
 ) -> str | None:
     """Why the library does not take these arguments of `linear_with_delta`, or None."""
-    if 0 < len(x) <= streamed.MOST_ROWS:
-        return streamed.reject(x, (weight,), (bias,), (bits,), (scales,), slots)
-    return _reject_many(x, weight, bias, bits, scales, slots)
-
-
-def _reject_many(
-    x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor
-) -> str | None:
     reason = library.reason_on_cuda(x, "is for CUDA: elsewhere there is nothing to gain")
     if reason is not None:
         return reason
@@ -123,8 +115,6 @@ def linear_with_delta(
     x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor
 ) -> Tensor:
     """`delta.linear_with_delta`; slots: `[R, P]`."""
-    if len(x) <= streamed.MOST_ROWS:
-        return streamed.run(x, (weight,), (bias,), (bits,), (scales,), slots)[0]
     x, weight, slots = library.laid_out(x), library.laid_out(weight), slots.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)

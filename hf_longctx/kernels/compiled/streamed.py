@@ -1,4 +1,4 @@
-"""`delta.linear_with_delta` of few rows in the compiled library, and of several layers that get the same rows."""
+"""`delta.linears_with_delta` in the compiled library: few rows, and layers that get them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dispatch import Implementation
 from . import library
 
 MOST_ROWS, MOST_PARTS = 16, 3
@@ -84,7 +85,7 @@ def _reject_places(
     return None if all(own.is_contiguous() for own in others) else "needs scales, slots and biases that are contiguous"
 
 
-def run(
+def linears_with_delta(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -110,3 +111,6 @@ def run(
     block.scratch = scratch.data_ptr()
     library.run("streamed", block, x.device)
     return out
+
+
+OPS = {"linears_with_delta": Implementation(linears_with_delta, reject)}

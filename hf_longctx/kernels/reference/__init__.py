@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..dispatch import Implementation
 from .append import append, append_pages
 from .attend import attend_blocks, attend_pages
-from .delta import delta_linear, linear_with_delta
+from .delta import delta_linear, linear_with_delta, linears_with_delta
 from .host import bring_blocks, copy_blocks
 from .kv import decode_kv, encode_kv
 from .linear import quantize_gated, quantize_norm, quantize_tokens, w4a8_linear, w4a8_linears
@@ -38,6 +38,7 @@ OPS = {
     "decode_kv": Implementation(decode_kv),
     "delta_linear": Implementation(delta_linear),
     "linear_with_delta": Implementation(linear_with_delta),
+    "linears_with_delta": Implementation(linears_with_delta),
     "quantize_tokens": Implementation(quantize_tokens),
     "quantize_norm": Implementation(quantize_norm),
     "quantize_gated": Implementation(quantize_gated),

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.delta import delta_linear, joins, linear_with_delta
+from ...kernels.delta import delta_linear
 from .bits import Matrix
+from .family import Family
 from .hooks import Hook, Where
 from .route import Route
 from .split import local_weight, whole_weight
@@ -33,6 +34,7 @@ class Signs(Hook):
     def __init__(self, module: nn.Module, where: Where) -> None:
         super().__init__(module, where)
         self.joined = False
+        self.family = Family([self])
         self.part = where.part(module)
         before = vars(module).get("forward")
         if type(module) is nn.Linear and (before is None or hasattr(before, "stock")):
@@ -129,15 +131,12 @@ class _Joined:
     def __call__(self, input: Tensor) -> Tensor:
         """The layer's output; where the call has tenants and a backend can, with their signs."""
         hook, module = self.hook, self.hook.module
-        route, own = hook.where.route(), module._parameters
-        weight, bias = own["weight"], own.get("bias")
-        assert weight is not None
+        route = hook.where.route()
         if route is not None and hook.bits is not None and hook.part is None:
-            flat = input.reshape(-1, input.shape[-1])
-            arguments = flat, weight, bias, *hook.arguments(route, flat)
-            if joins(*arguments):
+            made = hook.family.take(hook, input, route)
+            if made is not None:
                 hook.joined = True
-                return linear_with_delta(*arguments).reshape(*input.shape[:-1], len(weight))
+                return made
         return self.before(input) if self.before else nn.Linear.forward(module, input)  # type: ignore[arg-type]
 
 
