@@ -25,11 +25,9 @@ typedef struct {
   const int32_t* bits[HFL_STREAMED_PARTS];  // [S, N, K / 32] contiguous
   const float* scales[HFL_STREAMED_PARTS];  // [S]
   void* out[HFL_STREAMED_PARTS];            // [R, N] contiguous
-  void* scratch;                            // hfl_streamed_scratch bytes
   void* stream;
 } hfl_streamed;
 
-int64_t hfl_streamed_scratch(const hfl_streamed* a);
 const char* hfl_streamed_cuda(const hfl_streamed* a);
 
 #ifdef __cplusplus

@@ -9,7 +9,6 @@ namespace hfl {
 
 struct MergedStages {
   static constexpr int ROWS = 256, OUTPUTS = 128, INPUTS = 64, THREADS = 384, STAGES = 6;
-  static constexpr int PAIR = 2;  // blocks that share rows
   static constexpr int TILE = ROWS * INPUTS * 2,
                        BYTES = STAGES * TILE + 1024;  // so that it can begin at a multiple of 1024
 };
@@ -19,7 +18,6 @@ struct MergedRows {
   int32_t* order;  // as in DeltaRows
   int32_t* starts;
   int32_t* pieces;
-  int4* known;  // [R], of each piece: the first place in the order, how many rows, the first row and its first slot
   int64_t bytes;
 
   explicit MergedRows(const hfl_delta& a) {
@@ -29,7 +27,6 @@ struct MergedRows {
     order = static_cast<int32_t*>(take(a.scratch, rows * 4));
     starts = static_cast<int32_t*>(take(a.scratch, rows * 4 + 4));
     pieces = static_cast<int32_t*>(take(a.scratch, 4));
-    known = static_cast<int4*>(take(a.scratch, rows * 16));
   }
 
  private:
@@ -43,7 +40,7 @@ struct MergedRows {
 struct MergedTask {
   hfl_merged a;
   MergedRows rows;
-  int pairs;  // of tiles of outputs
+  int tiles;  // of outputs
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -78,43 +75,19 @@ __device__ __forceinline__ void spread(float (&x)[128], const uint32_t* a, uint6
 #undef HFL_32
 #undef HFL_SPREAD
 
-__device__ __forceinline__ int rank_of_block() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-// Until all threads of the cluster that are still there have come.
-__device__ __forceinline__ void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-// As barrier_arrive, in another block of the cluster, or in this one.
-__device__ __forceinline__ void barrier_arrive_in(uint64_t& bar, int rank) {
-  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(&bar)),
-               "r"(rank)
-               : "memory");
-}
-// As copy_box of the first head and batch, to both blocks of a pair, counted by the barrier of each.
-__device__ __forceinline__ void copy_box_to_both(uint32_t to, const CUtensorMap* map, uint64_t& bar, int channel,
-                                                 int row) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-               "[%1, {%3, %4, %5, %5}], [%2], %6;" ::"r"(to), "l"(map), "r"(shared_address(&bar)), "r"(channel),
-               "r"(row), "r"(0), "h"(static_cast<uint16_t>(3))
-               : "memory");
-}
-
 struct MergedBoard {
   uint64_t full[MergedStages::STAGES], empty[MergedStages::STAGES];
 };
 
-// A group of four warps, which has 64 outputs of an item: a thread those of two rows of weights, 8 apart.
-template <bool BF16>
+// A group of four warps, which has 64 outputs of an item: a thread those of two rows of weights, 8 apart. PLAIN: rows
+// have one slot, and that has one scale for all inputs.
+template <bool BF16, bool PLAIN>
 struct MergedGroup {
   using S = MergedStages;
   const MergedTask& p;
   MergedBoard& board;
   uint32_t base;
-  int group, warp, lane, rank, filled;  // filled: stages so far
+  int group, warp, lane, filled;  // filled: stages so far
   // of the item
   int first, count, output,
       slots[2];                // output: of the warp's first row; slots: place in `slots_of_rows`, and the first
@@ -124,28 +97,16 @@ struct MergedGroup {
   float x[128];
 
   __device__ MergedGroup(const MergedTask& p_, MergedBoard& board_, uint32_t base_)
-      : p(p_), board(board_), base(base_), lane(lane_of_thread()), rank(rank_of_block()), filled(0) {
+      : p(p_), board(board_), base(base_), lane(lane_of_thread()), filled(0) {
     group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128 - 1, 0);
     warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32 % 4, 0);
   }
 
-  __device__ void run(int first_item, int step, int items, int pieces) {
-    if (first_item >= items) return;
-    Raw4 raw;
-    int4 next = p.rows.known[first_item % pieces];
-    begin(first_item / pieces, next);
-    read(raw, 0);
-#pragma unroll 1
-    for (int item = first_item; item < items; item += step) {
-      const bool more = item + step < items;
-      if (more) next = p.rows.known[(item + step) % pieces];
-      multiply(raw);
-      const int of_rows = first, rows = count, outputs = output;
-      if (more) {  // its first weights are on their way while these results leave
-        begin((item + step) / pieces, next);
-        read(raw, 0);
-      }
-      leave(of_rows, rows, outputs);
+  __device__ void run(int items, int pieces) {
+    for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
+      begin(item, pieces);
+      multiply();
+      leave();
     }
   }
 
@@ -168,10 +129,12 @@ struct MergedGroup {
     return (static_cast<int64_t>(slot < 0 || slot >= d.slots ? 0 : slot) * d.outputs + row) * (d.inputs / WORD);
   }
 
-  __device__ __forceinline__ void begin(int tiles, const int4& piece) {
+  __device__ __forceinline__ void begin(int item, int pieces) {
     const hfl_delta& d = p.a.delta;
-    first = piece.x, count = piece.y, slots[0] = piece.z, slots[1] = piece.w;
-    output = (tiles * S::PAIR + rank) * S::OUTPUTS + group * 64 + warp * 16;
+    const int piece = item % pieces;
+    first = p.rows.starts[piece], count = p.rows.starts[piece + 1] - first;
+    output = item / pieces * S::OUTPUTS + group * 64 + warp * 16;
+    slots[0] = p.rows.order[first], slots[1] = d.slots_of_rows[static_cast<int64_t>(slots[0]) * d.planes];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = row_of(i);
@@ -199,7 +162,7 @@ struct MergedGroup {
 
   // Weights of 64 inputs and their deltas, as the product takes them.
   __device__ __forceinline__ void merge(uint32_t (&a)[16], const Raw4& raw, int tile) {
-    if (p.a.delta.groups > 1) {
+    if (!PLAIN && p.a.delta.groups > 1) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) scale[i] = scale_of(slots[1], row_of(i), tile * S::INPUTS);
     }
@@ -210,7 +173,7 @@ struct MergedGroup {
         const uint4 pairs = raw.weights[half][i];
         float2 two[4] = {as_floats(pairs.x), as_floats(pairs.y), as_floats(pairs.z), as_floats(pairs.w)};
         add(two, half ? raw.words[i].y : raw.words[i].x, scale[i]);
-        if (p.a.delta.planes > 1) add_planes(two, i, tile * S::INPUTS + half * WORD);
+        if (!PLAIN && p.a.delta.planes > 1) add_planes(two, i, tile * S::INPUTS + half * WORD);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           a[(half * 2 + j / 2) * 4 + j % 2 * 2 + i] =
@@ -257,41 +220,41 @@ struct MergedGroup {
 #pragma unroll
     for (int i = 0; i < 16; ++i) asm volatile("" ::"r"(a[i]) : "memory");
     __syncwarp();
-    if (lane < S::PAIR) barrier_arrive_in(board.empty[stage % S::STAGES], lane);
+    if (lane == 0) barrier_arrive(board.empty[stage % S::STAGES]);
   }
 
-  // `raw` has the first weights.
-  __device__ __forceinline__ void multiply(Raw4& raw) {
+  __device__ __forceinline__ void multiply() {
     const int tiles = p.a.delta.inputs / S::INPUTS;
     uint32_t even[16], odd[16];
-    merge(even, raw, 0);
-    if (tiles > 1) read(raw, 1);
+    constexpr int AHEAD = PLAIN ? 2 : 1;  // tiles; for more there are no registers
+    Raw4 raws[AHEAD], &first_raw = raws[0], &last_raw = raws[AHEAD - 1];
+    read(first_raw, 0);
+    if (PLAIN && tiles > 1) read(last_raw, 1);
+    merge(even, first_raw, 0);
+    if (tiles > AHEAD) read(first_raw, AHEAD);
 #pragma unroll 1
     for (int tile = 0;; tile += 2) {
       issue(even, tile);
       if (tile) finish<1>(odd, filled - 2);
       if (tile + 1 == tiles) break;
-      merge(odd, raw, tile + 1);
-      if (tile + 2 < tiles) read(raw, tile + 2);
+      merge(odd, last_raw, tile + 1);
+      if (tile + 1 + AHEAD < tiles) read(last_raw, tile + 1 + AHEAD);
       issue(odd, tile + 1);
       finish<1>(even, filled - 2);
       if (tile + 2 == tiles) break;
-      merge(even, raw, tile + 2);
-      if (tile + 3 < tiles) read(raw, tile + 3);
+      merge(even, first_raw, tile + 2);
+      if (tile + 2 + AHEAD < tiles) read(first_raw, tile + 2 + AHEAD);
     }
     finish<0>(even, filled - 1);
     in_flight(x);
   }
 
   // Of 8 rows and 16 outputs at a time.
-  __device__ __forceinline__ void leave(int of_rows, int rows, int outputs) const {
+  __device__ __forceinline__ void leave() {
     const hfl_delta& d = p.a.delta;
     const uint16_t* bias = static_cast<const uint16_t*>(p.a.bias);
-    float add[2] = {};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (bias) add[i] = to_float(bias[min(outputs + i * 8 + lane / 4, d.outputs - 1)], d.dtype);
-    }
+    const float add[2] = {bias ? to_float(bias[row_of(0)], d.dtype) : 0.0f,
+                          bias ? to_float(bias[row_of(1)], d.dtype) : 0.0f};
 #pragma unroll
     for (int n = 0; n < S::ROWS / 8; ++n) {
       const int at = n * 8 + lane / 4;
@@ -301,11 +264,11 @@ struct MergedGroup {
         const float low = x[4 * n + 2 * i] + add[i], high = x[4 * n + 2 * i + 1] + add[i];
         two[i] = transpose(BF16 ? pack_bf16(low, high) : pack_f16(low, high));
       }
-      if (at >= rows) continue;
-      uint16_t* to = static_cast<uint16_t*>(d.out) + static_cast<int64_t>(p.rows.order[of_rows + at]) * d.outputs;
+      if (at >= count) continue;
+      uint16_t* to = static_cast<uint16_t*>(d.out) + static_cast<int64_t>(p.rows.order[first + at]) * d.outputs;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int own = outputs + i * 8 + lane % 4 * 2;
+        const int own = output + i * 8 + lane % 4 * 2;
         if (own < d.outputs) *reinterpret_cast<uint32_t*>(to + own) = two[i];
       }
     }
@@ -314,7 +277,7 @@ struct MergedGroup {
 
 #endif
 
-template <bool BF16>
+template <bool BF16, bool PLAIN>
 __global__ __launch_bounds__(MergedStages::THREADS,
                              1) void merged_wgmma_kernel(const __grid_constant__ MergedTask p,
                                                          const __grid_constant__ CUtensorMap map) {
@@ -324,33 +287,28 @@ __global__ __launch_bounds__(MergedStages::THREADS,
   __shared__ MergedBoard board;
   const uint32_t base = (shared_address(merged_shared) + 1023) / 1024 * 1024;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < S::STAGES; ++s) barrier_init(board.full[s], 1), barrier_init(board.empty[s], 8 * S::PAIR);
+    for (int s = 0; s < S::STAGES; ++s) barrier_init(board.full[s], 1), barrier_init(board.empty[s], 8);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  meet_cluster();
-  wait_for_previous(static_cast<int>(threadIdx.x));
-  const int pieces = *p.rows.pieces, items = pieces * p.pairs;
-  const int pair = static_cast<int>(blockIdx.x) / S::PAIR, step = static_cast<int>(gridDim.x) / S::PAIR;
+  __syncthreads();
+  const int pieces = *p.rows.pieces, items = pieces * p.tiles;
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x) return;
-    const int rank = rank_of_block();
     int filled = 0;
-    for (int item = pair; item < items; item += step) {
-      const int first = p.rows.known[item % pieces].x + rank * (S::ROWS / S::PAIR);
+    for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
+      const int first = p.rows.starts[item % pieces];
       for (int at = 0; at < p.a.delta.inputs; at += S::INPUTS, ++filled) {
         const int stage = filled % S::STAGES;
         barrier_wait(board.empty[stage], filled / S::STAGES % 2 ^ 1);
         barrier_expect(board.full[stage], S::TILE);
-        copy_box_to_both(base + static_cast<uint32_t>(stage * S::TILE + rank * (S::TILE / S::PAIR)), &map,
-                         board.full[stage], at, first);
+        copy_box(base + static_cast<uint32_t>(stage * S::TILE), &map, board.full[stage], at, first, 0, 0);
       }
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    MergedGroup<BF16>(p, board, base).run(pair, step, items, pieces);
+    MergedGroup<BF16, PLAIN>(p, board, base).run(items, pieces);
   }
-  meet_cluster();  // the other block still writes here, or its warps come to barriers here
 #endif
 }
 

@@ -16,54 +16,6 @@
 namespace hfl {
 namespace {
 
-constexpr int PLANE_THREADS = 128, PLANE_WARPS = PLANE_THREADS / 32, PLANE_QUARTERS = 8;
-
-__global__ void __launch_bounds__(PLANE_THREADS) planes_kernel(const StreamTask p) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  // The next kernel reads weights first, and waits for this one before anything else.
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-  __shared__ uint32_t all[PLANE_WARPS];
-  const int row = static_cast<int>(blockIdx.y), lane = lane_of_thread(), warp = warp_of_thread();
-  const uint16_t* x = static_cast<const uint16_t*>(p.a.x) + row * p.a.x_r;
-  uint32_t most = 0;
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x); i < p.a.inputs / 8; i += PLANE_THREADS) {
-    most = largest_of(most, reinterpret_cast<const uint4*>(x)[i]);
-  }
-  most = __reduce_max_sync(0xffffffffu, max(most & 0xffffu, most >> 16));
-  if (lane == 0) all[warp] = most;
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < PLANE_WARPS; ++i) most = max(most, all[i]);
-  const RowUnit unit(most, p.a.dtype);
-  if (blockIdx.x == 0 && threadIdx.x == 0) p.units[row] = unit.unit;
-  const int first = static_cast<int>(blockIdx.x) * PLANE_QUARTERS, end = min(first + PLANE_QUARTERS, p.quarters);
-  for (int quarter = first + warp; quarter < end; quarter += PLANE_WARPS) {
-    int numbers[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      numbers[w] = __float2int_rn(to_float(x[quarter * QUARTER + w * 32 + lane], p.a.dtype) * unit.factor);
-    }
-    uint32_t own[4] = {};
-#pragma unroll
-    for (int place = 0; place < PLACES; ++place)
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const uint32_t word = __ballot_sync(0xffffffffu, numbers[w] >> place & 1);
-        if (lane == place) own[w] = word;
-      }
-    const int rank = quarter / p.each, of_rank = quarter % p.each;
-    uint32_t* to = p.planes + ((static_cast<int64_t>(row) * RANKS + rank) * p.steps + of_rank / 4) * (STEP_BYTES / 4);
-    if (lane < PLACES) {
-      reinterpret_cast<uint4*>(to)[lane * 4 + of_rank % 4] = make_uint4(own[0], own[1], own[2], own[3]);
-    }
-    const int sum = __reduce_add_sync(0xffffffffu, numbers[0] + numbers[1] + numbers[2] + numbers[3]);
-    if (lane == 0) p.sums[row * p.quarters + quarter] = sum;
-  }
-}
-
 const char* check(const hfl_streamed& a) {
   if (a.dtype != HFL_F16 && a.dtype != HFL_BF16) return "linear_with_delta: expected float16 or bfloat16";
   if (a.rows < 1 || a.rows > HFL_STREAMED_ROWS) return "linear_with_delta: expected 1 to 16 rows";
@@ -74,6 +26,7 @@ const char* check(const hfl_streamed& a) {
     return "linear_with_delta: expected rows that begin at multiples of 16 bytes";
   for (int p = 0; p < a.parts; ++p) {
     if (a.outputs[p] < 1 || a.outputs[p] > INT32_MAX / 8) return "linear_with_delta: expected outputs";
+    if (a.weight_r[p] > INT32_MAX / 8) return "linear_with_delta: expected fewer inputs";
     if (a.weight_r[p] % 8 || reinterpret_cast<uintptr_t>(a.weight[p]) % 16 ||
         reinterpret_cast<uintptr_t>(a.bits[p]) % 16) {
       return "linear_with_delta: expected weights and bits that begin at multiples of 16 bytes";
@@ -128,9 +81,6 @@ const char* run(const hfl_streamed& a) {
   const int most = std::min(MOST_OWNED, bytes / task.owned_bytes());
   if (bytes < 0 || most < 1) return "linear_with_delta: expected fewer inputs for so many rows";
   void* arguments[] = {&task};
-  const dim3 rows(static_cast<unsigned>((task.quarters + PLANE_QUARTERS - 1) / PLANE_QUARTERS),
-                  static_cast<unsigned>(a.rows));
-  error = launch(reinterpret_cast<const void*>(&planes_kernel), rows, PLANE_THREADS, 0, a.stream, arguments);
   for (int left = task.tiles; left && error == cudaSuccess; left -= task.tiles, task.first += task.tiles) {
     task.tiles = std::min(left, most * RANKS * groups);
     const int used = std::min(groups, task.tiles), each = (task.tiles + used - 1) / used;
@@ -146,8 +96,6 @@ const char* run(const hfl_streamed& a) {
 
 }  // namespace
 }  // namespace hfl
-
-extern "C" int64_t hfl_streamed_scratch(const hfl_streamed* a) { return hfl::StreamTask(*a).scratch_bytes; }
 
 extern "C" const char* hfl_streamed_cuda(const hfl_streamed* a) {
   const char* message = hfl::check(*a);

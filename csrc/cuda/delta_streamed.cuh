@@ -8,37 +8,36 @@
 
 namespace hfl {
 
-constexpr int RANKS = 8, STREAM_WARPS = 8, STREAM_THREADS = STREAM_WARPS * 32, STREAM_ROWS = HFL_STREAMED_ROWS;
+constexpr int RANKS = 8, STREAM_WARPS = 16, STREAM_THREADS = STREAM_WARPS * 32, STREAM_ROWS = HFL_STREAMED_ROWS;
 constexpr int TILE = 16, QUARTER = 128, STEP = 4 * QUARTER, PLACES = 24, STEP_BYTES = PLACES * STEP / 8;
-constexpr int MOST_OWNED = 64, AHEAD = STEP;  // AHEAD: inputs of a warp's first weights that go to the L2 early
+constexpr int MOST_OWNED = 64, AHEAD = 2;  // AHEAD: quarters of weights that are on their way to the L2 early
 
 struct StreamTask {
   hfl_streamed a;
-  int32_t quarters, each, steps;  // of all inputs, and of a rank; steps of a rank
-  int32_t first, tiles, owned;    // of this launch: the first tile, how many; most of them that a block sums up
+  int32_t quarters, each, steps;     // of all inputs, and of a rank; steps of a rank
+  int32_t first, tiles, owned;       // of this launch: the first tile, how many; most of them that a block sums up
   int32_t ends[HFL_STREAMED_PARTS];  // tiles up to the end of each part
-  uint32_t* planes;                  // [R, RANKS, steps, PLACES, STEP / 32], bits of whole numbers, as RowUnit makes them
-  int32_t* sums;                     // [R, quarters], of these numbers
-  float* units;                      // [R]
-  int64_t scratch_bytes;
 
   explicit StreamTask(const hfl_streamed& a_)
-      : a(a_), quarters(a_.inputs / QUARTER), each((quarters + RANKS - 1) / RANKS), steps((each + 3) / 4), first(0),
-        tiles(0), owned(0) {
+      : a(a_),
+        quarters(a_.inputs / QUARTER),
+        each((quarters + RANKS - 1) / RANKS),
+        steps((each + 3) / 4),
+        first(0),
+        tiles(0),
+        owned(0) {
     for (int p = 0; p < HFL_STREAMED_PARTS; ++p) {
       if (p < a.parts) tiles += (a.outputs[p] + TILE - 1) / TILE;
       ends[p] = tiles;
     }
-    char* at = static_cast<char*>(a.scratch);
-    const int64_t rows = a.rows, of_planes = rows * RANKS * steps * STEP_BYTES, of_sums = rows * quarters * 4;
-    planes = reinterpret_cast<uint32_t*>(at), sums = reinterpret_cast<int32_t*>(at + of_planes);
-    units = reinterpret_cast<float*>(at + of_planes + of_sums);
-    scratch_bytes = of_planes + of_sums + rows * 4;
   }
   // Columns of results, of rows in memory; bytes of what a block knows of x, and of each tile that it sums up.
   __host__ __device__ int columns() const { return a.rows > 8 ? 16 : 8; }
   __host__ __device__ int x_bytes() const { return each * QUARTER * 2 + 16; }
-  __host__ __device__ int known_bytes() const { return columns() * x_bytes() + a.rows * steps * STEP_BYTES; }
+  __host__ __device__ int deltas_bytes() const { return STREAM_THREADS * columns() / 2 * 4; }
+  __host__ __device__ int known_bytes() const {
+    return deltas_bytes() + columns() * x_bytes() + a.rows * steps * STEP_BYTES;
+  }
   __host__ __device__ int owned_bytes() const { return RANKS * TILE * columns() * 4; }
 };
 
@@ -104,14 +103,15 @@ struct StreamBoard {
   int slots[STREAM_ROWS];
   float factors[HFL_STREAMED_PARTS][STREAM_ROWS];  // worth of a whole number of the row, times the scale, twice
   float minus[HFL_STREAMED_PARTS][STREAM_ROWS];    // of this rank's inputs without signs
+  float wholes[STREAM_ROWS];                       // what makes whole numbers of a row's inputs
 };
 
 // Where a lane's first weights and bits of a tile lie, of two outputs 8 apart.
 struct StreamPlace {
-  const uint16_t* weights[2];
-  const int32_t* bits[2];
-  int64_t apart;  // words from slot to slot
-  int part;
+  const uint16_t* weights;
+  const int32_t* bits;
+  int weights_on, bits_on;  // from the first output to the second
+  int apart, part;          // words from slot to slot
 };
 
 template <typename T>
@@ -130,7 +130,8 @@ struct Streamer {
   const StreamBoard& board;
   int lane, begin, mine;          // quarters: the first, and how many are this rank's
   uint32_t x_at, planes_at, some;  // some: bit r: row r has bits
-  float base[NT][4], deltas[NT][4], kept[4][2];
+  float* deltas;  // this lane's, 32 apart, as `base`
+  float base[NT][4];
 
   __device__ __forceinline__ int part_of(int tile) const { return (tile >= p.ends[0]) + (tile >= p.ends[1]); }
   __device__ __forceinline__ int output_of(int tile, int part) const {
@@ -142,14 +143,21 @@ struct Streamer {
     at.part = part_of(tile);
     const int first = output_of(tile, at.part), outputs = one_of(p.a.outputs, at.part), words = p.a.inputs / WORD;
     const uint16_t* weight = static_cast<const uint16_t*>(one_of(p.a.weight, at.part));
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t output = min(first + h * 8 + lane / 4, outputs - 1);
-      at.weights[h] = weight + output * one_of(p.a.weight_r, at.part) + begin * QUARTER + lane % 4 * 8;
-      at.bits[h] = one_of(p.a.bits, at.part) + output * words + (begin + lane % 4) * 4;
-    }
-    at.apart = static_cast<int64_t>(outputs) * words;
+    const int output = min(first + lane / 4, outputs - 1), on = min(8, outputs - 1 - output);
+    const int64_t stride = one_of(p.a.weight_r, at.part);
+    at.weights = weight + output * stride + begin * QUARTER + lane % 4 * 8, at.weights_on = on * static_cast<int>(stride);
+    at.bits = one_of(p.a.bits, at.part) + static_cast<int64_t>(output) * words + (begin + lane % 4) * 4;
+    at.bits_on = on * words, at.apart = outputs * words;
     return at;
+  }
+
+  // The weights that follow a tile's first ones, to the L2.
+  __device__ __forceinline__ void promise(int tile) const {
+    const int part = part_of(tile), bytes = (min(mine, AHEAD) - 1) * QUARTER * 2;
+    const int output = min(output_of(tile, part) + lane, one_of(p.a.outputs, part) - 1);
+    const uint16_t* from = static_cast<const uint16_t*>(one_of(p.a.weight, part)) + output * one_of(p.a.weight_r, part);
+    if (lane >= TILE) return;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + (begin + 1) * QUARTER), "r"(bytes) : "memory");
   }
 
   __device__ __forceinline__ void load_weights(Batch& to, const StreamPlace& at, int quarter) const {
@@ -157,7 +165,7 @@ struct Streamer {
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        to.weights[i][h] = weights_if(at.weights[h] + quarter * QUARTER + i * 32, quarter < mine);
+        to.weights[i][h] = weights_if(at.weights + h * at.weights_on + quarter * QUARTER + i * 32, quarter < mine);
       }
   }
   __device__ __forceinline__ void load_bits(Batch& to, const StreamPlace& at, int quarter) const {
@@ -165,9 +173,9 @@ struct Streamer {
     for (int e = 0; e < EACH; ++e) {
       const int row = quarter % 4 * EACH + e, step = quarter / 4;
       const bool there = (some >> row & 1) && step * 4 + lane % 4 < mine;
-      const int64_t from = board.slots[row] * at.apart + step * (STEP / WORD);
+      const int64_t from = static_cast<int64_t>(board.slots[row]) * at.apart + step * (STEP / WORD);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) to.bits[e][h] = bits_if(at.bits[h] + from, there);
+      for (int h = 0; h < 2; ++h) to.bits[e][h] = bits_if(at.bits + from + h * at.bits_on, there);
     }
   }
   __device__ __forceinline__ void load(Batch& to, const StreamPlace& at, int quarter) const {
@@ -214,56 +222,61 @@ struct Streamer {
     }
   }
 
-  // Of four rows' shares a lane t of four gets the sum of row t.
-  __device__ __forceinline__ static float gather_rows(float a, float b, float c, float d, int t) {
-    const bool upper = t & 2, odd = t & 1;
-    const float first = (upper ? c : a) + __shfl_xor_sync(0xffffffffu, upper ? a : c, 2);
-    const float second = (upper ? d : b) + __shfl_xor_sync(0xffffffffu, upper ? b : d, 2);
-    return (odd ? second : first) + __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
+  // A row's share, or nothing where it has no bits.
+  __device__ __forceinline__ void count_row(float (&sum)[2], const uint4 (&bits)[2], int row, int step,
+                                            int part) const {
+    sum[0] = sum[1] = 0.0f;
+    if (!(some >> row & 1)) return;
+    count(sum, bits, row, step, board.factors[part][row] * static_cast<float>(1 << lane % 4 * 2));
+  }
+  // Two rows' shares, added up over four lanes in two steps: the first lanes get those of the first row.
+  __device__ __forceinline__ static float add_far(float low, float high, bool upper) {
+    return (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, 2);
+  }
+  __device__ __forceinline__ static float add_near(float even, float odd, bool is_odd) {
+    return (is_odd ? odd : even) + __shfl_xor_sync(0xffffffffu, is_odd ? even : odd, 1);
   }
 
-  template <int Q>
-  __device__ __forceinline__ void work(const Batch& own, int step, int part) {
-    multiply(own, step * 4 + Q);
+  // Products of a quarter's bits, of the rows from `first` on. Lane t of four gets the sum of row t of four.
+  __device__ __forceinline__ void add_deltas(const Batch& own, int first, int step, int part) {
+    if (!(some >> first & ((1u << EACH) - 1))) return;
+    const bool upper = lane & 2, odd = lane & 1, later = first & 2, one_later = first & 1;
+    float low[2], high[2] = {}, even[2], sums[2];
+    count_row(low, own.bits[0], first, step, part);
+    if constexpr (EACH == 4) count_row(high, own.bits[2], first + 2, step, part);
 #pragma unroll
-    for (int e = 0; e < EACH; ++e) {
-      constexpr int FIRST = Q * EACH;
-      const int row = FIRST + e;
-      float(&sum)[2] = kept[(FIRST + e) % 4];
-      sum[0] = sum[1] = 0.0f;
-      if (some >> row & 1) {
-        const float factor = board.factors[part][row] * static_cast<float>(1 << lane % 4 * 2);
-        count(sum, own.bits[e], row, step, factor);
-      }
-      if ((FIRST + e) % 4 < 3) continue;
+    for (int h = 0; h < 2; ++h) even[h] = EACH < 4 && later ? add_far(0.0f, low[h], upper) : add_far(low[h], high[h], upper);
+    if constexpr (EACH > 1) {
+      count_row(low, own.bits[1], first + 1, step, part);
+      if constexpr (EACH == 4) count_row(high, own.bits[3], first + 3, step, part);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        deltas[(FIRST + e) / 8][(FIRST + e) / 4 % 2 + 2 * h] +=
-            gather_rows(kept[0][h], kept[1][h], kept[2][h], kept[3][h], lane % 4);
+        const float of_odd = EACH < 4 && later ? add_far(0.0f, low[h], upper) : add_far(low[h], high[h], upper);
+        sums[h] = add_near(even[h], of_odd, odd);
+      }
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sums[h] = one_later ? add_near(0.0f, even[h], odd) : add_near(even[h], 0.0f, odd);
       }
     }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) deltas[(first / 8 * 4 + first / 4 % 2 + 2 * h) * 32] += sums[h];
   }
 
-  // All of a tile; `even` has its first batch and gets that of the next one.
-  __device__ __forceinline__ void run(Batch& even, Batch& odd, const StreamPlace& at, const StreamPlace& next, bool more) {
+  // All of a tile, whose first weights are in `own`.
+  __device__ __forceinline__ void run(Batch& own, const StreamPlace& at) {
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) base[n][j] = deltas[n][j] = 0.0f;
+      for (int j = 0; j < 4; ++j) base[n][j] = deltas[(n * 4 + j) * 32] = 0.0f;
+    const int quarters = (mine + 3) / 4 * 4;
 #pragma unroll 1
-    for (int first = 0; first < mine; first += 4) {
-      load(odd, at, first + 1);
-      work<0>(even, first / 4, at.part);
-      load(even, at, first + 2);
-      work<1>(odd, first / 4, at.part);
-      load(odd, at, first + 3);
-      work<2>(even, first / 4, at.part);
-      if (first + 4 < mine) {
-        load(even, at, first + 4);
-      } else if (more) {
-        load(even, next, 0);
-      }
-      work<3>(odd, first / 4, at.part);
+    for (int quarter = 0; quarter < quarters; ++quarter) {
+      if (quarter) load_weights(own, at, quarter);
+      load_bits(own, at, quarter);
+      multiply(own, quarter);
+      add_deltas(own, quarter % 4 * EACH, quarter / 4, at.part);
     }
   }
 
@@ -274,7 +287,7 @@ struct Streamer {
       float out[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        out[j] = base[n][j] + (deltas[n][j] - board.minus[part][n * 8 + j % 2 * 4 + lane % 4]);
+        out[j] = base[n][j] + (deltas[(n * 4 + j) * 32] - board.minus[part][n * 8 + j % 2 * 4 + lane % 4]);
       }
       send(to + static_cast<uint32_t>(n * 512 + lane * 16), bar, out[0], out[1], out[2], out[3]);
     }
@@ -305,40 +318,90 @@ struct Streamer {
   }
 };
 
-// What the board says of the rows, and their inputs and planes of this rank to shared memory.
-__device__ __forceinline__ void know_rows(const StreamTask& p, StreamBoard& board, int begin, int mine, int rank,
-                                          uint32_t x_at, uint32_t planes_at) {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  for (int row = thread / 32; row < p.a.rows; row += STREAM_WARPS) {
-    const uint16_t* x = static_cast<const uint16_t*>(p.a.x) + row * p.a.x_r + begin * QUARTER;
-    for (int i = lane; i < mine * (QUARTER / 8); i += 32) {
-      copy_async(x_at + static_cast<uint32_t>(row * p.x_bytes() + i * 16), x + i * 8, true);
+// A 32 x 32 matrix of bits, a row in each lane, transposed.
+struct Transposed {
+  uint32_t by[5], keep[5];  // how far bits of the other lane go; which of the own ones stay
+
+  __device__ __forceinline__ explicit Transposed(int lane) {
+    constexpr uint32_t LOW[5] = {0x55555555u, 0x33333333u, 0x0f0f0f0fu, 0x00ff00ffu, 0x0000ffffu};
+#pragma unroll
+    for (int i = 0; i < 5; ++i) {
+      const bool upper = lane >> i & 1;
+      by[i] = upper ? 32u - (1u << i) : 1u << i, keep[i] = upper ? ~LOW[i] : LOW[i];
     }
-    const uint32_t* planes = p.planes + (static_cast<int64_t>(row) * RANKS + rank) * p.steps * (STEP_BYTES / 4);
-    for (int i = lane; i < (mine + 3) / 4 * (STEP_BYTES / 16); i += 32) {
-      copy_async(planes_at + static_cast<uint32_t>(row * p.steps * STEP_BYTES + i * 16), planes + i * 4, true);
+  }
+  __device__ __forceinline__ uint32_t of(uint32_t x) const {
+#pragma unroll
+    for (int i = 4; i >= 0; --i) {
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, x, 1 << i);
+      x = (x & keep[i]) | (__funnelshift_l(other, other, by[i]) & ~keep[i]);
+    }
+    return x;
+  }
+};
+
+// A row's inputs of this rank: the unit of its whole numbers, and what these add up to.
+__device__ __forceinline__ void measure_row(const StreamTask& p, StreamBoard& board, int row, int mine,
+                                            const unsigned char* x) {
+  const int lane = lane_of_thread();
+  const uint4* from = reinterpret_cast<const uint4*>(x + row * p.x_bytes());
+  uint32_t most = 0;
+  for (int i = lane; i < mine * (QUARTER / 8); i += 32) most = largest_of(most, from[i]);
+  const RowUnit unit(__reduce_max_sync(0xffffffffu, max(most & 0xffffu, most >> 16)), p.a.dtype);
+  int sum = 0;
+  for (int i = lane; i < mine * (QUARTER / 8); i += 32) {
+    const Eight part = unpack(Raw{from[i], uint4{}}, p.a.dtype);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum += __float2int_rn(part.x[j] * unit.factor);
+  }
+  const float low = static_cast<float>(__reduce_add_sync(0xffffffffu, sum & 0xffff)),
+              high = static_cast<float>(__reduce_add_sync(0xffffffffu, sum >> 16));
+  if (lane >= p.a.parts && lane) return;
+  const int slot = p.a.slots_of_rows[row];
+  const bool there = slot >= 0 && slot < p.a.slots;
+  float factor = 0.0f;
+  if (slot >= 0) {
+    factor = there ? unit.unit * one_of(p.a.scales, lane)[slot] : __int_as_float(0x7fffffff);  // there is no such slot
+  }
+  board.factors[lane][row] = 2.0f * factor, board.minus[lane][row] = factor * fmaf(high, 65536.0f, low);
+  if (lane == 0) board.slots[row] = there ? slot : -1, board.wholes[row] = unit.factor;
+}
+
+// What the board says of the rows; their inputs of this rank, and the bits of these, to shared memory.
+__device__ __forceinline__ void know_rows(const StreamTask& p, StreamBoard& board, int begin, int mine,
+                                          unsigned char* x, unsigned char* planes) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  if (thread < STREAM_ROWS) {
+    board.slots[thread] = -1;
+    for (int part = 0; part < HFL_STREAMED_PARTS; ++part) board.factors[part][thread] = board.minus[part][thread] = 0.0f;
+  }
+  for (int row = warp; row < p.a.rows; row += STREAM_WARPS) {
+    const uint16_t* from = static_cast<const uint16_t*>(p.a.x) + row * p.a.x_r + begin * QUARTER;
+    for (int i = lane; i < mine * (QUARTER / 8); i += 32) {
+      copy_async(x + row * p.x_bytes() + i * 16, from + i * 8, true);
     }
   }
   copy_commit();
-  if (thread < STREAM_ROWS) {
-    const int slot = thread < p.a.rows ? p.a.slots_of_rows[thread] : -1;
-    const bool there = slot >= 0 && slot < p.a.slots;
-    board.slots[thread] = there ? slot : -1;
-    float unit = 0.0f, sum = 0.0f;
-    if (thread < p.a.rows) {
-      unit = p.units[thread];
-      for (int i = 0; i < mine; ++i) sum += static_cast<float>(p.sums[thread * p.quarters + begin + i]);
-    }
+  copy_wait<0>();
+  __syncthreads();
+  for (int row = warp; row < p.a.rows; row += STREAM_WARPS) measure_row(p, board, row, mine, x);
+  __syncthreads();
+  const Transposed transposed(lane);
+#pragma unroll 1
+  for (int task = warp; task < p.a.rows * mine; task += STREAM_WARPS) {
+    const int row = task / mine, quarter = task % mine;
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(x + row * p.x_bytes()) + quarter * QUARTER + lane;
+    uint32_t words[4];
 #pragma unroll
-    for (int part = 0; part < HFL_STREAMED_PARTS; ++part) {
-      float factor = 0.0f;
-      if (slot >= 0 && part < p.a.parts) {
-        factor = there ? unit * p.a.scales[part][slot] : __int_as_float(0x7fffffff);  // there is no such slot
-      }
-      board.factors[part][thread] = 2.0f * factor, board.minus[part][thread] = factor * sum;
+    for (int w = 0; w < 4; ++w) {
+      const int whole = __float2int_rn(to_float(from[w * 32], p.a.dtype) * board.wholes[row]);
+      words[w] = transposed.of(static_cast<uint32_t>(whole));
+    }
+    if (lane < PLACES) {
+      uint4* to = reinterpret_cast<uint4*>(planes + (row * p.steps + quarter / 4) * STEP_BYTES);
+      to[lane * 4 + quarter % 4] = make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
-  copy_wait<0>();
   __syncthreads();
 }
 
@@ -356,7 +419,8 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   const int first = border(group), tiles = border(group + 1) - first, owned = (tiles - rank + RANKS - 1) / RANKS;
   const int begin = min(rank * p.each, p.quarters), mine = min(p.each, p.quarters - begin);
   const uint32_t slots = shared_address(stream_shared),
-                 x_at = slots + static_cast<uint32_t>(p.owned * p.owned_bytes()),
+                 deltas = static_cast<uint32_t>(p.owned * p.owned_bytes()),
+                 x_at = slots + deltas + static_cast<uint32_t>(p.deltas_bytes()),
                  planes_at = x_at + static_cast<uint32_t>(p.columns() * p.x_bytes());
   if (threadIdx.x == 0) {
     for (int i = 0; i < owned; ++i) barrier_init(board.sent[i], 1);
@@ -368,33 +432,25 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   using S = Streamer<EACH, BF16>;
   const int g = lane / 4, t = lane % 4;
   S own = {p, board, lane, begin, mine, x_at + static_cast<uint32_t>((g / 2 + g % 2 * 4) * p.x_bytes() + t * 16),
-           planes_at + static_cast<uint32_t>(lane * 16), 0, {}, {}, {}};
-  typename S::Batch even = {}, odd = {};
-  StreamPlace place = own.place_of(first + min(warp, tiles - 1));
+           planes_at + static_cast<uint32_t>(lane * 16), 0,
+           reinterpret_cast<float*>(stream_shared + deltas) + warp * S::NT * 4 * 32 + lane, {}};
+  typename S::Batch batch = {};
   if (warp < tiles && mine > 0) {
-    own.load_weights(even, place, 0);
-    if (t == 0) {
-      const int bytes = min(mine * QUARTER, AHEAD) * 2;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(place.weights[h]), "r"(bytes) : "memory");
-      }
-    }
+    if (mine > 1) own.promise(first + warp);
+    own.load_weights(batch, own.place_of(first + warp), 0);
   }
   wait_for_previous(warp);
-  know_rows(p, board, begin, mine, rank, x_at, planes_at);
+  know_rows(p, board, begin, mine, stream_shared + (x_at - slots), stream_shared + (planes_at - slots));
   for (int row = 0; row < STREAM_ROWS; ++row) own.some |= (board.slots[row] >= 0 ? 1u : 0u) << row;
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-  if (warp < tiles) own.load_bits(even, place, 0);
 #pragma unroll 1
   for (int tile = warp; tile < tiles; tile += STREAM_WARPS) {
-    const bool more = tile + STREAM_WARPS < tiles;
-    const StreamPlace next = own.place_of(first + min(tile + STREAM_WARPS, tiles - 1));
-    own.run(even, odd, place, next, more);
+    const StreamPlace place = own.place_of(first + tile);
+    if (tile > warp) own.load_weights(batch, place, 0);
+    own.run(batch, place);
     const int owner = tile % RANKS, slot = tile / RANKS;
     own.leave(over_there(slots + static_cast<uint32_t>(slot * p.owned_bytes() + rank * S::NT * 512), owner),
               over_there(shared_address(&board.sent[slot]), owner), place.part);
-    place = next;
   }
 #pragma unroll 1
   for (int slot = warp; slot < owned; slot += STREAM_WARPS) {

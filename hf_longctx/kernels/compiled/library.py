@@ -144,7 +144,6 @@ _SIZES = (
     "antidiagonal_scratch",
     "delta_scratch",
     "merged_scratch",
-    "streamed_scratch",
     "linear_scratch",
 )
 

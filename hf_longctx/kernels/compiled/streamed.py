@@ -34,7 +34,7 @@ class HflStreamed(ctypes.Structure):
         ("weight", _PARTS),
         ("weight_r", _STRIDES),
         *((name, _PARTS) for name in ("bias", "bits", "scales", "out")),
-        *((name, ctypes.c_void_p) for name in ("scratch", "stream")),
+        ("stream", ctypes.c_void_p),
     )
 
 
@@ -70,7 +70,8 @@ def _reject_sizes(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor]
     if x.shape[1] % _BLOCK or not x.shape[1]:
         return f"takes a multiple of {_BLOCK} inputs"
     blocks = -(-(x.shape[1] // _BLOCK) // _RANKS)
-    known = (16 if len(x) > 8 else 8) * (blocks * _BLOCK * 2 + 16) + len(x) * -(-blocks // 4) * _STEP_BYTES
+    columns = 16 if len(x) > 8 else 8
+    known = columns * (blocks * _BLOCK * 2 + 16 + 1024) + len(x) * -(-blocks // 4) * _STEP_BYTES
     return f"has no room for {len(x)} rows of {x.shape[1]} inputs" if known > _ROOM else None
 
 
@@ -106,9 +107,6 @@ def linears_with_delta(
     block.bias = _PARTS(*(library.pointer(own) for own in biases))
     block.bits, block.scales = _PARTS(*(b.data_ptr() for b in bits)), _PARTS(*(own.data_ptr() for own in scales))
     block.out = _PARTS(*(own.data_ptr() for own in out))
-    size = library.library().hfl_streamed_scratch(ctypes.byref(block))
-    scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
-    block.scratch = scratch.data_ptr()
     library.run("streamed", block, x.device)
     return out
 
