@@ -1,14 +1,14 @@
-// ops.linear_with_delta of up to 16 rows on sm_90: weights and bits are read once, as they lie, by one kernel.
+// ops.linear_with_delta of up to 16 rows on sm_90: one kernel reads weights and bits, once and as they lie.
 //
 // Paper: BitDelta, arXiv 2402.10193. Shapes: x [R, K], weight [N, K], bits [S, N, K / 32], out [R, N]; K a multiple of
 // 128; up to three layers of the same x.
-// Two launches. The first makes whole numbers of 24 bits of x, as delta_rows.cuh does, and of each 32 of them the words
-//   of each place: so that bits of a delta meet bits of x, and a tensor core counts where both are set, 16 outputs x 256
-//   inputs x 8 places at a time. Nothing is unpacked.
-// Blocks of the second are clusters of 8, each of which has an eighth of the inputs, which fit into shared memory with
-//   the places of their bits; a cluster has a run of outputs. A warp takes 16 of them after the other: 512 inputs of the
-//   weights and of each row's bits, a quarter at a time, in registers, the next quarter on its way. Sums go through the
-//   memory of the cluster to the block that adds up those of all eight, in order.
+// Grid: clusters of 8 blocks. A block has an eighth of the inputs, so that those of all rows fit into shared memory; a
+//   cluster has a run of outputs, and each of the 16 warps of a block takes 16 of them after the other.
+// Of its inputs of a row a block makes whole numbers of 24 bits, as delta_rows.cuh does, and of each 32 of them the
+//   words of each place. So bits of a delta meet bits of x, and a tensor core counts where both are set, 16 outputs x
+//   256 inputs x 8 places at a time: nothing is unpacked. Then sum(+-x) = 2 sum(x where 1) - sum(x).
+// A warp has 128 inputs of the weights, and 512 of the bits of a quarter of the rows, in registers at a time. Its sums
+//   go to the block of the cluster that adds up those of all eight, in order.
 // Weights are not written by kernels, so the first of them are on their way before the kernel before this one is done.
 // A row's sums do not depend on the others: all are added in the same order. Bound by: bytes of weights and bits.
 #include "delta_streamed.cuh"
