@@ -2,8 +2,9 @@
 //
 // Paper: BitDelta, arXiv 2402.10193. Shapes: x [R, K], weight [N, K], bits [S, N, K / 32], out [R, N]; K a multiple of
 // 128; up to three layers of the same x.
-// Grid: clusters of 8 blocks. A block has an eighth of the inputs, so that those of all rows fit into shared memory; a
-//   cluster has a run of outputs, and each of the 16 warps of a block takes 16 of them after the other.
+// Grid: clusters of 8 blocks. A block has an eighth of up to 8192 inputs, which leaves most of the L1 to what is on its
+//   way, then of the next ones; a cluster has a run of outputs, of which each of the 16 warps of a block takes 16 after
+//   the other.
 // Of its inputs of a row a block makes whole numbers of 24 bits, as delta_rows.cuh does, and of each 32 of them the
 //   words of each place. So bits of a delta meet bits of x, and a tensor core counts where both are set, 16 outputs x
 //   256 inputs x 8 places at a time: nothing is unpacked. Then sum(+-x) = 2 sum(x where 1) - sum(x).
@@ -25,7 +26,8 @@ const char* check(const hfl_streamed& a) {
   if (a.x_r % 8 || reinterpret_cast<uintptr_t>(a.x) % 16)
     return "linear_with_delta: expected rows that begin at multiples of 16 bytes";
   for (int p = 0; p < a.parts; ++p) {
-    if (a.outputs[p] < 1 || a.outputs[p] > INT32_MAX / 8) return "linear_with_delta: expected outputs";
+    if (a.outputs[p] < 1) return "linear_with_delta: expected outputs";
+    if (int64_t{a.outputs[p]} * a.inputs / WORD > INT32_MAX) return "linear_with_delta: expected a smaller layer";
     if (a.weight_r[p] > INT32_MAX / 8) return "linear_with_delta: expected fewer inputs";
     if (a.weight_r[p] % 8 || reinterpret_cast<uintptr_t>(a.weight[p]) % 16 ||
         reinterpret_cast<uintptr_t>(a.bits[p]) % 16) {
@@ -78,14 +80,14 @@ const char* run(const hfl_streamed& a) {
   if (error == cudaSuccess) error = clusters(kernel, groups);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   bytes -= static_cast<int>(found.sharedSizeBytes) + task.known_bytes();
-  const int most = std::min(MOST_OWNED, bytes / task.owned_bytes());
-  if (bytes < 0 || most < 1) return "linear_with_delta: expected fewer inputs for so many rows";
+  const int most = std::min(MOST_OWNED, bytes / (task.owned_bytes() + task.kept_bytes()));
+  if (bytes < 0 || most < 1) return "linear_with_delta: expected a device with 228 KiB of shared memory";
   void* arguments[] = {&task};
   for (int left = task.tiles; left && error == cudaSuccess; left -= task.tiles, task.first += task.tiles) {
     task.tiles = std::min(left, most * RANKS * groups);
     const int used = std::min(groups, task.tiles), each = (task.tiles + used - 1) / used;
     task.owned = (each + RANKS - 1) / RANKS;
-    const int needed = task.owned * task.owned_bytes() + task.known_bytes();
+    const int needed = task.owned * (task.owned_bytes() + task.kept_bytes()) + task.known_bytes();
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, needed);
     if (error != cudaSuccess) break;
     error = launch(kernel, dim3(static_cast<unsigned>(used * RANKS)), STREAM_THREADS, static_cast<size_t>(needed),

@@ -51,10 +51,10 @@ __device__ __forceinline__ uint32_t over_there(uint32_t at, int rank) {
   return there;
 }
 // Four floats to there, counted by a barrier there.
-__device__ __forceinline__ void send(uint32_t to, uint32_t bar, float x, float y, float z, float w) {
+__device__ __forceinline__ void send(uint32_t to, uint32_t bar, const float4& x) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
                    to),
-               "f"(x), "f"(y), "f"(z), "f"(w), "r"(bar)
+               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(bar)
                : "memory");
 }
 // As barrier_wait, for what other blocks of the cluster have sent.
@@ -103,16 +103,6 @@ struct Streamer {
     at.bits = one_of(p.a.bits, at.part) + static_cast<int64_t>(output) * words + (begin + lane % 4) * 4;
     at.bits_on = on * words, at.apart = outputs * words;
     return at;
-  }
-
-  // The weights that follow a tile's first ones, to the L2.
-  __device__ __forceinline__ void promise(int tile) const {
-    const int part = part_of(tile), bytes = (min(mine, AHEAD) - 1) * QUARTER * 2;
-    const int output = min(output_of(tile, part) + lane, one_of(p.a.outputs, part) - 1);
-    const uint16_t* from = static_cast<const uint16_t*>(one_of(p.a.weight, part)) + output * one_of(p.a.weight_r, part);
-    if (lane >= TILE) return;
-    from += (begin + 1) * QUARTER;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
   }
 
   __device__ __forceinline__ void load_weights(Batch& to, const StreamPlace& at, int quarter) const {
@@ -222,12 +212,15 @@ struct Streamer {
     for (int h = 0; h < 2; ++h) deltas[(first / 8 * 4 + first / 4 % 2 + 2 * h) * 32] += sums[h];
   }
 
-  // All of a tile, whose first weights are in `own`.
-  __device__ __forceinline__ void run(Batch& own, const StreamPlace& at) {
+  // All of a tile in a phase, whose first weights are in `own`; kept: this lane's sums of the phases before, or NULL.
+  __device__ __forceinline__ void run(Batch& own, const StreamPlace& at, const float4* kept) {
 #pragma unroll
-    for (int n = 0; n < NT; ++n)
+    for (int n = 0; n < NT; ++n) {
+      const float4 before = kept ? kept[n * 32] : float4{};
+      base[n][0] = before.x, base[n][1] = before.y, base[n][2] = before.z, base[n][3] = before.w;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) base[n][j] = deltas[(n * 4 + j) * 32] = 0.0f;
+      for (int j = 0; j < 4; ++j) deltas[(n * 4 + j) * 32] = 0.0f;
+    }
     const int quarters = (mine + 3) / 4 * 4;
 #pragma unroll 1
     for (int quarter = 0; quarter < quarters; ++quarter) {
@@ -238,17 +231,14 @@ struct Streamer {
     }
   }
 
-  // Sums of this rank to the block that adds them up: to its shared memory at `to`, counted by its barrier.
-  __device__ __forceinline__ void leave(uint32_t to, uint32_t bar, int part) const {
+  // Sums of this rank and phase.
+  __device__ __forceinline__ float4 sums_of(int n, int part) const {
+    float out[4];
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      float out[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        out[j] = base[n][j] + (deltas[(n * 4 + j) * 32] - board.minus[part][n * 8 + j % 2 * 4 + lane % 4]);
-      }
-      send(to + static_cast<uint32_t>(n * 512 + lane * 16), bar, out[0], out[1], out[2], out[3]);
+    for (int j = 0; j < 4; ++j) {
+      out[j] = base[n][j] + (deltas[(n * 4 + j) * 32] - board.minus[part][n * 8 + j % 2 * 4 + lane % 4]);
     }
+    return make_float4(out[0], out[1], out[2], out[3]);
   }
 
   // A tile's results, from what the ranks have sent to `from`.
@@ -288,9 +278,8 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   const int warp = __shfl_sync(0xffffffffu, warp_of_thread(), 0);
   const auto border = [&](int i) { return p.first + static_cast<int>(static_cast<int64_t>(p.tiles) * i / groups); };
   const int first = border(group), tiles = border(group + 1) - first, owned = (tiles - rank + RANKS - 1) / RANKS;
-  const int begin = min(rank * p.each, p.quarters), mine = min(p.each, p.quarters - begin);
-  const uint32_t slots = shared_address(stream_shared),
-                 deltas = static_cast<uint32_t>(p.owned * p.owned_bytes()),
+  const uint32_t slots = shared_address(stream_shared), kept = static_cast<uint32_t>(p.owned * p.owned_bytes()),
+                 deltas = kept + static_cast<uint32_t>(p.owned * p.kept_bytes()),
                  x_at = slots + deltas + static_cast<uint32_t>(p.deltas_bytes()),
                  planes_at = x_at + static_cast<uint32_t>(p.columns() * p.x_bytes());
   if (threadIdx.x == 0) {
@@ -302,26 +291,43 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   using S = Streamer<EACH, BF16>;
   const int g = lane / 4, t = lane % 4;
-  S own = {p, board, lane, begin, mine, x_at + static_cast<uint32_t>((g / 2 + g % 2 * 4) * p.x_bytes() + t * 16),
+  S own = {p, board, lane, 0, 0, x_at + static_cast<uint32_t>((g / 2 + g % 2 * 4) * p.x_bytes() + t * 16),
            planes_at + static_cast<uint32_t>(lane * 16), 0,
            reinterpret_cast<float*>(stream_shared + deltas) + warp * S::NT * 4 * 32 + lane, {}};
   typename S::Batch batch = {};
-  if (warp < tiles && mine > 0) {
-    if (mine > 1) own.promise(first + warp);
-    own.load_weights(batch, own.place_of(first + warp), 0);
-  }
-  wait_for_previous(warp);
-  know_rows(p, board, begin, mine, stream_shared + (x_at - slots), stream_shared + (planes_at - slots));
-  for (int row = 0; row < STREAM_ROWS; ++row) own.some |= (board.slots[row] >= 0 ? 1u : 0u) << row;
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #pragma unroll 1
-  for (int tile = warp; tile < tiles; tile += STREAM_WARPS) {
-    const StreamPlace place = own.place_of(first + tile);
-    if (tile > warp) own.load_weights(batch, place, 0);
-    own.run(batch, place);
-    const int owner = tile % RANKS, slot = tile / RANKS;
-    own.leave(over_there(slots + static_cast<uint32_t>(slot * p.owned_bytes() + rank * S::NT * 512), owner),
-              over_there(shared_address(&board.sent[slot]), owner), place.part);
+  for (int phase = 0; phase < p.phases; ++phase) {
+    own.begin = min((phase * RANKS + rank) * p.each, p.quarters), own.mine = min(p.each, p.quarters - own.begin);
+    if (warp < tiles) own.load_weights(batch, own.place_of(first + warp), 0);
+    if (phase) {
+      __syncthreads();  // nobody reads what was known in the phase before
+    } else {
+      wait_for_previous(warp);
+    }
+    know_rows(p, board, own.begin, own.mine, stream_shared + (x_at - slots), stream_shared + (planes_at - slots));
+    if (!phase) {
+      for (int row = 0; row < STREAM_ROWS; ++row) own.some |= (board.slots[row] >= 0 ? 1u : 0u) << row;
+      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    }
+#pragma unroll 1
+    for (int tile = warp; tile < tiles; tile += STREAM_WARPS) {
+      const StreamPlace place = own.place_of(first + tile);
+      if (tile > warp) own.load_weights(batch, place, 0);
+      float4* before = reinterpret_cast<float4*>(stream_shared + kept) + tile * S::NT * 32 + lane;
+      own.run(batch, place, phase ? before : nullptr);
+      const int owner = tile % RANKS, slot = tile / RANKS;
+      const uint32_t to = slots + static_cast<uint32_t>(slot * p.owned_bytes() + (rank * S::NT * 32 + lane) * 16);
+#pragma unroll
+      for (int n = 0; n < S::NT; ++n) {
+        const float4 sums = own.sums_of(n, place.part);
+        if (phase + 1 < p.phases) {
+          before[n * 32] = sums;
+        } else {
+          send(over_there(to + static_cast<uint32_t>(n * 512), owner),
+               over_there(shared_address(&board.sent[slot]), owner), sums);
+        }
+      }
+    }
   }
 #pragma unroll 1
   for (int slot = warp; slot < owned; slot += STREAM_WARPS) {

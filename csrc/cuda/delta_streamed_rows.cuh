@@ -8,22 +8,25 @@ namespace hfl {
 
 constexpr int RANKS = 8, STREAM_WARPS = 16, STREAM_THREADS = STREAM_WARPS * 32, STREAM_ROWS = HFL_STREAMED_ROWS;
 constexpr int TILE = 16, QUARTER = 128, STEP = 4 * QUARTER, PLACES = 24, STEP_BYTES = PLACES * STEP / 8;
-constexpr int MOST_OWNED = 64, AHEAD = 2;  // AHEAD: quarters of weights that are on their way to the L2 early
+constexpr int MOST_OWNED = 64, MOST_EACH = 8;  // MOST_EACH: quarters of a rank at a time
 
 struct StreamTask {
   hfl_streamed a;
-  int32_t quarters, each, steps;     // of all inputs, and of a rank; steps of a rank
+  int32_t quarters, phases;          // of all inputs; in how many parts blocks read them, one after the other
+  int32_t each, steps;               // quarters, and steps, of a rank in a phase
   int32_t first, tiles, owned;       // of this launch: the first tile, how many; most of them that a block sums up
   int32_t ends[HFL_STREAMED_PARTS];  // tiles up to the end of each part
 
   explicit StreamTask(const hfl_streamed& a_)
       : a(a_),
         quarters(a_.inputs / QUARTER),
-        each((quarters + RANKS - 1) / RANKS),
-        steps((each + 3) / 4),
+        phases((quarters - 1) / (RANKS * MOST_EACH) + 1),
+        each((quarters - 1) / (RANKS * phases) + 1),
         first(0),
         tiles(0),
         owned(0) {
+    if (each == 7) ++each;  // then ranks begin where lines of bits do
+    steps = (each + 3) / 4;
     for (int p = 0; p < HFL_STREAMED_PARTS; ++p) {
       if (p < a.parts) tiles += (a.outputs[p] + TILE - 1) / TILE;
       ends[p] = tiles;
@@ -37,6 +40,7 @@ struct StreamTask {
     return deltas_bytes() + columns() * x_bytes() + a.rows * steps * STEP_BYTES;
   }
   __host__ __device__ int owned_bytes() const { return RANKS * TILE * columns() * 4; }
+  __host__ __device__ int kept_bytes() const { return phases > 1 ? owned_bytes() : 0; }  // for each tile of the others
 };
 
 #ifdef __CUDACC__

@@ -152,10 +152,9 @@ def test_what_it_does_not_take() -> None:
         ((x, weight.clone().requires_grad_(), bias, bits, scales, slots), "no gradients"),
     ):
         assert reason in str(streamed.reject(*one(*arguments)))
-    large = torch.empty(16, 1 << 16, dtype=x.dtype, device="cuda")
-    words = torch.empty(1, 1, 1 << 11, dtype=torch.int32, device="cuda")
-    slot = torch.zeros(16, 1, dtype=torch.int32, device="cuda")
-    assert "no room for 16 rows" in str(streamed.reject(large, [large[:1]], [None], [words], [scales[:1]], slot))
+    large = torch.empty(1, 1 << 17, dtype=x.dtype, device="cuda").expand(1 << 20, -1)
+    words = bits[:, :1, :1].expand(-1, 1 << 20, 1 << 12)
+    assert "words of bits" in str(streamed.reject(large[:1], [large], [None], [words], [scales], slots[:1]))
 
 
 SIZES = {"rows": 2, "inputs": 256, "slots": 2, "dtype": 2, "parts": 1}

@@ -13,8 +13,8 @@ from . import library
 
 MOST_ROWS, MOST_PARTS = 16, 3
 
-_BLOCK, _RANKS, _STEP_BYTES, _ROOM = 128, 8, 1536, 200 << 10
-"""Inputs of a piece; parts of the inputs; bytes of a row's bits in four pieces; shared memory that rows may take."""
+_BLOCK, _MOST_WORDS = 128, (1 << 31) - 1
+"""Inputs of which it takes a multiple; words of a slot's bits."""
 
 _PARTS = ctypes.c_void_p * MOST_PARTS
 _SIZES = ctypes.c_int32 * MOST_PARTS
@@ -69,10 +69,8 @@ def _reject_sizes(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor]
         return "takes one slot for each row, and one scale for each slot"
     if x.shape[1] % _BLOCK or not x.shape[1]:
         return f"takes a multiple of {_BLOCK} inputs"
-    blocks = -(-(x.shape[1] // _BLOCK) // _RANKS)
-    columns = 16 if len(x) > 8 else 8
-    known = columns * (blocks * _BLOCK * 2 + 16 + 1024) + len(x) * -(-blocks // 4) * _STEP_BYTES
-    return f"has no room for {len(x)} rows of {x.shape[1]} inputs" if known > _ROOM else None
+    most = max(len(own) for own in weights) * x.shape[1] // 32
+    return f"takes at most {_MOST_WORDS} words of bits in a slot" if most > _MOST_WORDS else None
 
 
 def _reject_places(
