@@ -291,6 +291,7 @@ __global__ __launch_bounds__(MergedStages::THREADS,
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  wait_for_previous(static_cast<int>(threadIdx.x));
   const int pieces = *p.rows.pieces, items = pieces * p.tiles;
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
