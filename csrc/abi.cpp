@@ -1,5 +1,5 @@
 // What the library is; and, built without CUDA, operations that say so.
-#include "hf_longctx.h"
+#include "beside.h"
 #include "linear.h"
 #include "project.h"
 #include "streamed.h"
@@ -24,6 +24,7 @@ extern "C" int64_t hfl_antidiagonal_scratch(const hfl_antidiagonal*) { return 0;
 extern "C" int64_t hfl_delta_scratch(const hfl_delta*) { return 0; }
 extern "C" int64_t hfl_merged_scratch(const hfl_merged*) { return 0; }
 extern "C" const char* hfl_attend_cuda(const hfl_attend*) { return kNone; }
+extern "C" const char* hfl_attend_beside_cuda(const hfl_attend*, const hfl_beside*) { return kNone; }
 extern "C" const char* hfl_score_cuda(const hfl_score*) { return kNone; }
 extern "C" const char* hfl_pick_cuda(const hfl_pick*) { return kNone; }
 extern "C" const char* hfl_append_cuda(const hfl_append*) { return kNone; }

@@ -11,9 +11,10 @@ from torch import Tensor
 from .cache.kept import Kept
 from .cache.pieces import Blocks, pieces
 from .cache.positions import sink_position
+from .cache.recent import RecentStore, attend_both
 from .cache.rows import View
 from .cache.step import FEW, Step
-from .cache.store import Store
+from .cache.stores import device_store
 from .context import Forward, Read
 from .gradient import Stored
 from .kernels import ops
@@ -57,7 +58,7 @@ def attend_group(
     in_turn = selector is not None and goes_in_turn(policy, selector, step)
     store = None if stored is None else stored[1]
     if store is None and (in_turn or policy.kv is not None):
-        store = Store(policy)  # for this call alone, so on the device
+        store = device_store(policy)  # for this call alone
     if store is not None and not step.decodes:
         store.kept.forget()
     call = Call(forward, layer, group, store, logits)
@@ -94,12 +95,11 @@ def reads_all(selector: Selector, step: Step) -> bool:
     return step.end <= reads_all_to(selector)
 
 
-# reading ----------------------------------------------------------------------------------------------------------
-
-
 def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention over all that is stored and visible."""
     store, retention = call.store, call.group.policy.retention
+    if isinstance(store, RecentStore) and call.forward.tap is None:  # a tap is told of keys in one format
+        return attend_both(store, q, k, v, call.logits, step)
     view = View(k, v, step.pos if step.ragged else None) if store is None else store.append(k, v, step)
     if call.group.policy.positions.at_read:
         assert isinstance(view.k, Tensor)

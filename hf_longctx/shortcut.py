@@ -19,6 +19,10 @@ from .context import current
 DEVICES = {"cuda"}
 """Types of devices on which there are short cuts: there a launch takes longer than what it computes."""
 
+ROUND = 1024
+"""Tokens of a round of a stream, at most, that take short cuts which are good for any number of rows: there are rounds
+all the time, and a call of so few is bound by launches still."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,12 +37,16 @@ class ShortCut:
         own = inspect.signature(type(self.module).forward)
         return own.replace(parameters=list(own.parameters.values())[1:])
 
-    def due(self) -> bool:
-        """True inside a call of few tokens that nothing trains, compiles or records for gradients."""
+    def due(self, any_rows: bool = False) -> bool:
+        """True inside a call of few tokens that nothing trains, compiles or records for gradients.
+
+        Args:
+            any_rows: what is asked for is as good for more rows: then a round of a stream is few tokens, too.
+        """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.module.training:
             return False
         forward = current()
-        if forward is None or forward.step.tokens > FEW:
+        if forward is None or forward.step.tokens > (ROUND if any_rows and forward.plan.at_read else FEW):
             return False
         device = forward.step.device.type
         return device in DEVICES and not torch.is_autocast_enabled(device)

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from . import projections, shortcut
+from .context import current
 from .kernels import ops
 from .kernels.compiled import library
 from .kernels.reference.norm import rms_norm
 from .kernels.reference.rotate import rotate_heads
 from .shortcut import DTYPES, ShortCut, gives, random
+from .turning import UNTURNED
 
 _ROTATE = "apply_rotary_pos_emb"
 
@@ -79,7 +81,7 @@ class Norm(ShortCut):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One launch, or the norm's own."""
-        if kwargs or not self.due():
+        if kwargs or not self.due(any_rows=True):
             return self.stock(*args, **kwargs)
         weight: Any = self.module.weight
         return ops.rms_norm(args[0], weight, self.eps, self.offset, self.early)
@@ -154,7 +156,10 @@ class Turn:
     same: Same
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
-        """One launch, or the function's own."""
+        """One launch, none where nothing turns, or the function's own."""
+        forward = current()
+        if forward is not None and forward.memo.get(UNTURNED) is cos:
+            return q, k
         size = self.same.size(cos.shape[-1], q.shape[-1])
         wide = self.same.wide and cos.dtype == torch.float32
         alike = q.dtype == k.dtype and cos.dtype == sin.dtype and (wide or cos.dtype == q.dtype)
@@ -182,7 +187,7 @@ class Rotation(ShortCut):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The attention's forward."""
-        return self._run(self.module, *args, **kwargs) if self.due() else self.stock(*args, **kwargs)
+        return self._run(self.module, *args, **kwargs) if self.due(any_rows=True) else self.stock(*args, **kwargs)
 
 
 def _rotation(module: nn.Module, known: dict[Any, Any]) -> Rotation | None:

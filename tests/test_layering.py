@@ -44,7 +44,7 @@ ROOMS = {
     "graph": {"cache", "context", "models", "obstacles", "plan", "recording"},
     "shortcut": {"cache", "context"},
     "projections": {"kernels", "shortcut"},
-    "shortcuts": {"kernels", "projections", "shortcut"},
+    "shortcuts": {"context", "kernels", "projections", "shortcut", "turning"},
     "integers": {"kernels", "shortcut", "shortcuts", "weights"},
     "places": {"attention", "cache", "context", "errors", "models", "plan"},
     "sinks": {"context", "errors", "models"},
@@ -60,6 +60,9 @@ ROOMS = {
     "streaming/sampling": set(),
     "streaming/settings": set(),
     "streaming/stats": set(),
+    "streaming/windows": set(),
+    "streaming/tower": {"graph", "obstacles", "recording", "streaming"},
+    "streaming/reading": {"cache", "models", "streaming"},
     "streaming/engine": {"cache", "models", "streaming", "turning"},
     "streaming/session": {"cache", "methods", "models", "patch", "session", "streaming"},
     "streaming/saved": {"session", "streaming"},
@@ -72,12 +75,12 @@ ROOMS = {
     "streaming/captions": {"streaming"},
     "streaming/subtitles": set(),
     "streaming/watch": {"streaming"},
-    "configs": {"evals"},
+    "configs": {"evals", "weights"},
     "bench": {
         *("configs", "errors", "evals", "kernels", "machine", "options", "plan", "prompt", "bench"),
         *("LongContextCache", "patched", "report"),
     },
-    "vllm": {"errors", "kernels", "methods", "plan", "select", "vllm", "weights"},
+    "vllm": {"errors", "heads", "kernels", "methods", "plan", "select", "vllm", "weights"},
     "training": {"errors", "files", "models", "streaming", "training"},
 }
 """What each room may import from the package; whatever is not listed stands above them all."""

@@ -19,6 +19,7 @@ OPS = (
     "attend_blocks",
     "attend_pages",
     "attend_mass",
+    "attend_recent",
     "attend_layer",
     "score_pages",
     "score_antidiagonal",

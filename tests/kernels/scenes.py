@@ -35,7 +35,10 @@ def lap_position(pos: int, turns: Turns | None) -> int:
 
 @dataclass(frozen=True)
 class Scene:
-    """Arguments before rotation: `q`, `k`, `v` in float64, positions of every row in full."""
+    """Arguments before rotation: `q`, `k`, `v` in float64, positions of every row in full.
+
+    `places` says which of them the operation is told: `all`, those of `queries` where columns are positions, or `none`.
+    """
 
     q: Tensor
     k: Tensor
@@ -43,14 +46,15 @@ class Scene:
     logits: Logits
     see: Visibility
     turns: Turns | None
-    aligned: bool = False
+    places: str = "all"
 
     def arguments(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Logits, Visibility, Turns | None]:
         """What the operation is called with: at lap positions where there are turns."""
         q, k = self.q, self.k
         if self.turns is not None and self.turns.inv_freq is not None:
             q, k = self._at_laps(q, self.see.q_pos), self._at_laps(k, self.see.k_pos)
-        see = replace(self.see, q_pos=None, k_pos=None) if self.aligned else self.see
+        queries, keys = (None if self.places == "none" else self.see.q_pos), self.see.k_pos
+        see = replace(self.see, q_pos=queries, k_pos=keys if self.places == "all" else None)
         return q.to(dtype), k.to(dtype), self.v.to(dtype), self.logits, see, self.turns
 
     def _at_laps(self, x: Tensor, pos: Tensor | None) -> Tensor:
@@ -114,9 +118,11 @@ def scenes(draw: st.DrawFn, plain: bool = False, one: bool = False, most: int = 
     window = draw(st.one_of(st.none(), st.integers(1, 20)))
     before = [draw(st.integers(0, columns)) for _ in range(rows)]
     count = [draw(st.integers(0, tokens)) for _ in range(rows)]
-    aligned = draw(st.booleans())
-    if aligned:
-        before, count, k_pos = [columns] * rows, [tokens] * rows, [list(range(columns + tokens))] * rows
+    places = draw(st.sampled_from(["all", "queries", "none"]))
+    if places == "none":
+        before, count = [columns] * rows, [tokens] * rows
+    if places != "all":
+        k_pos = [list(range(columns + tokens))] * rows
     else:
         k_pos = [_columns(b, c, columns, tokens, sink, window) for b, c in zip(before, count, strict=True)]
     q_pos = [[b + t if t < c else -1 for t in range(tokens)] for b, c in zip(before, count, strict=True)]
@@ -140,7 +146,7 @@ def scenes(draw: st.DrawFn, plain: bool = False, one: bool = False, most: int = 
         )
         if draw(st.booleans()):
             turns = _turns(draw, made, see, dim)
-    return Scene(q, k, v, logits, see, turns, aligned)
+    return Scene(q, k, v, logits, see, turns, places)
 
 
 def _columns(before: int, count: int, columns: int, tokens: int, sink: int, window: int | None) -> list[int]:
@@ -170,4 +176,4 @@ def shuffled(scene: Scene, seed: int) -> Scene:
     order = torch.randperm(scene.k.shape[2] - first, generator=torch.Generator().manual_seed(seed)) + first
     order = torch.cat((torch.arange(first), order))
     see = replace(scene.see, k_pos=scene.see.k_pos[:, order])
-    return replace(scene, k=scene.k[:, :, order], v=scene.v[:, :, order], see=see, aligned=False)
+    return replace(scene, k=scene.k[:, :, order], v=scene.v[:, :, order], see=see, places="all")

@@ -14,6 +14,7 @@ from . import (
     norm,
     prefill,
     project,
+    recent,
     rotary,
     select,
     step,
@@ -24,6 +25,7 @@ from . import (
 OPS = {
     **antidiagonal.OPS,
     **attend.OPS,
+    **recent.OPS,
     **prefill.OPS,
     **select.OPS,
     **store.OPS,

@@ -7,6 +7,7 @@ import os
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,13 @@ class HflAttend(ctypes.Structure):
         ("splits", ctypes.c_int32),
         ("stream", ctypes.c_void_p),
     )
+
+
+class HflBeside(ctypes.Structure):
+    """`hfl_beside`."""
+
+    __slots__ = ()
+    _fields_ = (("sums", ctypes.c_void_p), ("reads", ctypes.c_int32), ("before", ctypes.c_int32))
 
 
 class HflPrefill(ctypes.Structure):
@@ -128,11 +136,11 @@ _OPS = {
             "merged",
             "layer",
             "project",
+            "attend_beside",
             "streamed",
         ),
         ("cuda",),
     ),
-    "streamed": ("cuda",),
 }
 
 
@@ -199,7 +207,7 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def call(name: str, block: ctypes.Structure, *more: int) -> None:
+def call(name: str, block: ctypes.Structure, *more: Any) -> None:
     """Run an operation.
 
     Raises:

@@ -77,14 +77,27 @@ def blocks(
     sinks = min(see.sink, stored)
     width = stored if see.window is None else min(stored, see.sink + see.window)
     size = max(16, min(512, LOGITS_PER_BLOCK // max(1, q.shape[0] * q.shape[1] * width)) // 16 * 16)
-    for first in range(0, tokens, size):
+    starts = range(0, tokens, size)
+    for first, oldest in zip(starts, _oldest(see, q_pos, stored, starts), strict=True):
         last = min(first + size, tokens)
         high = stored - tokens + last
-        low = 0 if see.window is None else max(0, stored - tokens + first - see.window + 1)
+        low = min(max(0, oldest), high - 1)
         columns = (slice(0, high),) if low <= sinks else (slice(0, sinks), slice(low, high))
         rows = slice(first, last)
         part = replace(see, q_pos=q_pos[:, rows], k_pos=torch.cat([k_pos[:, c] for c in columns], 1))
         yield rows, columns, part, turns and replace(turns, sink_pos=turns.sink_pos[:, rows])
+
+
+def _oldest(see: Visibility, q_pos: Tensor, stored: int, starts: range) -> list[int]:
+    """The first column in the window of any query of each block; it may be less than 0."""
+    if see.window is None:
+        return [0] * len(starts)
+    if see.q_pos is None or see.k_pos is not None:  # the last query stands at the last column
+        firsts = [stored - q_pos.shape[1] + start for start in starts]
+    else:  # columns are positions, and each row ends where it likes
+        present = q_pos.masked_fill(q_pos < 0, stored)
+        firsts = torch.stack([part.amin() for part in torch.split(present, starts.step, 1)]).tolist()
+    return [first - see.window + 1 for first in firsts]
 
 
 def take_columns(x: Tensor, columns: tuple[slice, ...]) -> Tensor:

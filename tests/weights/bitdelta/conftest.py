@@ -28,17 +28,27 @@ class Pair:
         return pairs.stands_for(self.base, self.tuned)
 
 
-@pytest.fixture(scope="session")
-def llama_pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+def llamas(root: Path, **facts: Any) -> dict[str, Pair]:
     """Fine-tunes of one Llama: of all weights, with more tokens, of attention alone, of all weights in two bits."""
-    root = tmp_path_factory.mktemp("llama")
-    base = pairs.make("llama")
+    base = pairs.make("llama", **facts)
     return {
         "law": Pair(root, "llama", pairs.tune(base, 1), base),
         "code": Pair(root, "llama", pairs.tune(base, 2, vocabulary=70), base),
         "maths": Pair(root, "llama", pairs.tune(base, 3, but=("mlp", "embed", "norm", "lm_head")), base),
         "poems": Pair(root, "llama", pairs.tune(base, 4), base, bits=2, scales="row"),
     }
+
+
+@pytest.fixture(scope="session")
+def llama_pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    """Of sizes that are none of the library's for CUDA."""
+    return llamas(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def wide_pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    """Of sizes that the library takes on CUDA."""
+    return llamas(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=256)
 
 
 @pytest.fixture
