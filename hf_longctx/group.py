@@ -10,11 +10,7 @@ from torch import Tensor
 
 from .cache.kept import Kept
 from .cache.pieces import Blocks, pieces
-<<<<<<< HEAD
-from .cache.positions import sink_position
 from .cache.recent import RecentStore, attend_both
-=======
->>>>>>> pre
 from .cache.rows import View
 from .cache.step import FEW, Step
 from .cache.stores import device_store
@@ -107,7 +103,7 @@ def _leaves(forward: Forward, policy: HeadPolicy, step: Step) -> bool:
         return False
     selector = None if step.decodes else selector_for(policy.prefill, step)
     reads = selector is None or (reads_all(selector, step) and not goes_in_turn(policy, selector, step))
-    return reads and step.tokens > FEW
+    return reads and step.tokens > FEW and not (policy.kv is not None and policy.kv.recent)
 
 
 def selector_for(selector: Selector | None, step: Step) -> Selector | None:
@@ -130,16 +126,8 @@ def reads_all(selector: Selector, step: Step) -> bool:
     return step.end <= reads_all_to(selector)
 
 
-<<<<<<< HEAD
-def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over all that is stored and visible."""
-=======
-# reading ----------------------------------------------------------------------------------------------------------
-
-
 def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor, among: Among | None) -> Tensor | None:
     """Attention over all that is stored and visible; `among` as in `attend_group`."""
->>>>>>> pre
     store, retention = call.store, call.group.policy.retention
     if isinstance(store, RecentStore) and call.forward.tap is None:  # a tap is told of keys in one format
         return attend_both(store, q, k, v, call.logits, step)

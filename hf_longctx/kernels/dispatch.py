@@ -39,6 +39,7 @@ OPS = (
     "decode_kv",
     "delta_linear",
     "linear_with_delta",
+    "linears_with_delta",
     "quantize_tokens",
     "quantize_norm",
     "quantize_gated",

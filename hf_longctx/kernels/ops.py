@@ -5,15 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import dispatch
-<<<<<<< HEAD
-from .layers import rms_norm, rotate_heads
-from .moves import bring_blocks, copy_blocks
-from .recent import attend_recent
-=======
 from .heads import attend_heads
 from .layers import gated, rms_norm, rotate_heads
 from .moves import bring_blocks, copy_blocks, take_tokens
->>>>>>> pre
+from .recent import attend_recent
 from .step import Choice, GroupStep, attend_layer
 from .types import HostBlocks, Logits, Packed, Places, Selection, Turns, Visibility
 

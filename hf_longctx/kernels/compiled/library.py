@@ -128,10 +128,7 @@ _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
     **dict.fromkeys(
         (
-<<<<<<< HEAD
             "attend_beside",
-=======
->>>>>>> pre
             "antidiagonal",
             "pick_mass",
             "prefill",
@@ -139,17 +136,14 @@ _OPS = {
             "copy",
             "norm",
             "turn",
-<<<<<<< HEAD
-=======
             "gated",
->>>>>>> pre
             "merged",
             "layer",
             "project",
+            "streamed",
         ),
         ("cuda",),
     ),
-    "attend_beside": ("cuda",),
 }
 
 
