@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .cache.kept import Kept
 from .cache.pieces import Blocks, pieces
+from .cache.recent import RecentStore, attend_both
 from .cache.rows import View
 from .cache.step import FEW, Step
-from .cache.store import Store
+from .cache.stores import device_store
 from .context import Forward, Read
 from .gradient import Stored
 from .kernels import ops
@@ -77,7 +78,7 @@ def attend_group(
     in_turn = selector is not None and goes_in_turn(policy, selector, step)
     store = None if stored is None else stored[1]
     if store is None and (in_turn or policy.kv is not None):
-        store = Store(policy)  # for this call alone, so on the device
+        store = device_store(policy)  # for this call alone
     if store is not None and not step.decodes:
         store.kept.forget()
     call = Call(forward, layer, group, store, logits)
@@ -102,7 +103,7 @@ def _leaves(forward: Forward, policy: HeadPolicy, step: Step) -> bool:
         return False
     selector = None if step.decodes else selector_for(policy.prefill, step)
     reads = selector is None or (reads_all(selector, step) and not goes_in_turn(policy, selector, step))
-    return reads and step.tokens > FEW
+    return reads and step.tokens > FEW and not (policy.kv is not None and policy.kv.recent)
 
 
 def selector_for(selector: Selector | None, step: Step) -> Selector | None:
@@ -125,12 +126,11 @@ def reads_all(selector: Selector, step: Step) -> bool:
     return step.end <= reads_all_to(selector)
 
 
-# reading ----------------------------------------------------------------------------------------------------------
-
-
 def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor, among: Among | None) -> Tensor | None:
     """Attention over all that is stored and visible; `among` as in `attend_group`."""
     store, retention = call.store, call.group.policy.retention
+    if isinstance(store, RecentStore) and call.forward.tap is None:  # a tap is told of keys in one format
+        return attend_both(store, q, k, v, call.logits, step)
     view = View(k, v, step.pos if step.ragged else None) if store is None else store.append(k, v, step)
     if call.group.policy.positions.at_read:
         assert isinstance(view.k, Tensor)

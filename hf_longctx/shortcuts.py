@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from . import projections, shortcut
+from .context import current
 from .kernels import ops
 from .kernels.compiled import library
 from .kernels.reference.norm import rms_norm
 from .kernels.reference.rotate import rotate_heads
 from .shortcut import DTYPES, ShortCut, gives, random
+from .turning import UNTURNED
 
 _ROTATE = "apply_rotary_pos_emb"
 
@@ -154,7 +156,10 @@ class Turn:
     same: Same
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
-        """One launch, or the function's own."""
+        """One launch, none where nothing turns, or the function's own."""
+        forward = current()
+        if forward is not None and forward.memo.get(UNTURNED) is cos:
+            return q, k
         size = self.same.size(cos.shape[-1], q.shape[-1])
         wide = self.same.wide and cos.dtype == torch.float32
         alike = q.dtype == k.dtype and cos.dtype == sin.dtype and (wide or cos.dtype == q.dtype)

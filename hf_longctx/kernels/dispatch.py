@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import UnsupportedError
 
-ORDER = ("compiled", "flex", "torch", "reference")
+ORDER = ("compiled", "triton", "flex", "torch", "reference")
 """Backends, fastest first. `reference` defines every operation and always exists."""
 
 OPS = (
@@ -20,6 +20,7 @@ OPS = (
     "attend_heads",
     "attend_pages",
     "attend_mass",
+    "attend_recent",
     "attend_layer",
     "score_pages",
     "score_antidiagonal",
@@ -38,6 +39,7 @@ OPS = (
     "decode_kv",
     "delta_linear",
     "linear_with_delta",
+    "linears_with_delta",
     "quantize_tokens",
     "quantize_norm",
     "quantize_gated",
@@ -45,7 +47,7 @@ OPS = (
     "w4a8_linears",
 )
 
-_MODULES = {"compiled": "compiled", "flex": "flex", "torch": "fused", "reference": "reference"}
+_MODULES = {"compiled": "compiled", "triton": "triton", "flex": "flex", "torch": "fused", "reference": "reference"}
 _WANTED: ContextVar[str | None] = ContextVar("hf_longctx_backend", default=None)
 _LAST: dict[str, str] = {}
 
@@ -147,9 +149,9 @@ def last_used() -> dict[str, str]:
 
 def table() -> list[Row]:
     """Every operation on every backend, and why not where there is a no."""
-    from .compiled import missing
+    from . import compiled, triton
 
-    rows, without = [], {"compiled": missing()}
+    rows, without = [], {"compiled": compiled.missing(), "triton": triton.missing()}
     for op in OPS:
         for backend in ORDER:
             has = op in _table()[backend]

@@ -8,6 +8,7 @@ from . import dispatch
 from .heads import attend_heads
 from .layers import gated, rms_norm, rotate_heads
 from .moves import bring_blocks, copy_blocks, take_tokens
+from .recent import attend_recent
 from .step import Choice, GroupStep, attend_layer
 from .types import HostBlocks, Logits, Packed, Places, Selection, Turns, Visibility
 
@@ -28,6 +29,7 @@ __all__ = [
     "attend_layer",
     "attend_mass",
     "attend_pages",
+    "attend_recent",
     "bring_blocks",
     "copy_blocks",
     "decode_kv",
@@ -87,10 +89,7 @@ def attend_pages(
     turns: Turns | None,
     selection: Selection | None = None,
 ) -> Tensor:
-    """Attention of a few queries (decode); keys in any order, so `see.k_pos` speaks for each column.
-
-    Arguments, result and errors as `attend_blocks`.
-    """
+    """`attend_blocks` of a few queries (decode); keys in any order, so `see.k_pos` speaks for each column."""
     out: Tensor = dispatch.call("attend_pages", q, k, v, logits, see, turns, selection)
     return out
 

@@ -7,6 +7,7 @@ import os
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,13 @@ class HflAttend(ctypes.Structure):
         ("splits", ctypes.c_int32),
         ("stream", ctypes.c_void_p),
     )
+
+
+class HflBeside(ctypes.Structure):
+    """`hfl_beside`."""
+
+    __slots__ = ()
+    _fields_ = (("sums", ctypes.c_void_p), ("reads", ctypes.c_int32), ("before", ctypes.c_int32))
 
 
 class HflPrefill(ctypes.Structure):
@@ -120,6 +128,7 @@ _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
     **dict.fromkeys(
         (
+            "attend_beside",
             "antidiagonal",
             "pick_mass",
             "prefill",
@@ -131,6 +140,7 @@ _OPS = {
             "merged",
             "layer",
             "project",
+            "streamed",
         ),
         ("cuda",),
     ),
@@ -200,7 +210,7 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def call(name: str, block: ctypes.Structure, *more: int) -> None:
+def call(name: str, block: ctypes.Structure, *more: Any) -> None:
     """Run an operation.
 
     Raises:
