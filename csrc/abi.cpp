@@ -34,6 +34,7 @@ extern "C" const char* hfl_bring_cuda(const hfl_bring*) { return kNone; }
 extern "C" const char* hfl_copy_cuda(const hfl_copy*) { return kNone; }
 extern "C" const char* hfl_norm_cuda(const hfl_norm*) { return kNone; }
 extern "C" const char* hfl_turn_cuda(const hfl_turn*) { return kNone; }
+extern "C" const char* hfl_gated_cuda(const hfl_gated*) { return kNone; }
 extern "C" const char* hfl_prefill_cuda(const hfl_prefill*) { return kNone; }
 extern "C" const char* hfl_layer_cuda(const hfl_layer*) { return kNone; }
 extern "C" const char* hfl_delta_cuda(const hfl_delta*) { return kNone; }

@@ -223,7 +223,7 @@ struct PrefillGroup {
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const int t = queries.first + row + 8 * h;
       const float share = share_of(p.a, queries.head, top[h], sum, keys.position[row + 8 * h]);
-      uint16_t* to = static_cast<uint16_t*>(p.a.out) + queries.batch * p.a.out_b + queries.head * p.a.out_h +
+      uint16_t* to = static_cast<uint16_t*>(p.a.out) + queries.batch * p.a.out_b + queries.place(p.a) * p.a.out_h +
                      t * p.a.out_t + thread % 4 * 8;
 #pragma unroll
       for (int n = 0; n < D / 8; n += 4) {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..types import Packed
 
-ABI = 6
+ABI = 7
 FEW = 8
 """Queries, or fresh tokens, of a row that an operation takes."""
 
@@ -93,6 +93,8 @@ class HflPrefill(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("ids", "pages")),
         *((name, ctypes.c_int64) for name in ("ids_b", "ids_h", "ids_n")),
         *((name, ctypes.c_int32) for name in ("select_heads", "chosen", "block", "q_block")),
+        ("places", ctypes.c_void_p),
+        ("all_heads", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("counter", "stream")),
     )
 
@@ -126,6 +128,7 @@ _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
     **dict.fromkeys(
         (
+            "attend_beside",
             "antidiagonal",
             "pick_mass",
             "prefill",
@@ -133,10 +136,10 @@ _OPS = {
             "copy",
             "norm",
             "turn",
+            "gated",
             "merged",
             "layer",
             "project",
-            "attend_beside",
             "streamed",
         ),
         ("cuda",),
