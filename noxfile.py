@@ -12,6 +12,7 @@ again for each of them; a folder that is there is used again.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import nox
@@ -39,10 +40,10 @@ def matrix(session: nox.Session, host: str) -> None:
     folder = Path(session.cache_dir).resolve() / f"transformers-{host}"
     if host == NEWEST or not (folder / "transformers").is_dir():
         wanted = "transformers" if host == NEWEST else f"transformers=={host}"
-        session.run("python", "-m", "pip", "install", "-q", "--upgrade", "--target", str(folder), wanted)
+        session.run(sys.executable, "-m", "pip", "install", "-q", "--upgrade", "--target", str(folder), wanted)
     env = {"PYTHONPATH": os.pathsep.join((str(folder), str(Path.cwd())))}
-    session.run("python", "-c", "import transformers; print(transformers.__version__)", env=env)
-    session.run("python", "-m", "pytest", "-q", *(session.posargs or TESTS), env=env)
+    session.run(sys.executable, "-c", "import transformers; print(transformers.__version__)", env=env)
+    session.run(sys.executable, "-m", "pytest", "-q", *(session.posargs or TESTS), env=env)
 
 
 @nox.session

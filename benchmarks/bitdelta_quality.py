@@ -1,6 +1,6 @@
 """A fine-tune of SmolLM2 on a local text, and its delta: perplexity of both on held-out text, and bytes, as JSON.
 
-python benchmarks/bitdelta_quality.py --text addresses.txt --out benchmarks/results/bitdelta-smollm2.json
+python benchmarks/bitdelta_quality.py --out benchmarks/results/bitdelta-smollm2.json
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 import hf_longctx as lc
-from hf_longctx.evals import assets, results, text
+from hf_longctx.evals import assets, book, results, text
 
 BLOCK = 512
 """Tokens of a piece that is trained on, or held out: every tenth."""
@@ -24,7 +24,7 @@ BLOCK = 512
 VARIANTS = {"1 bit": {}, "1 bit, a scale per row": {"scales": "row"}, "2 bits": {"bits": 2}}
 
 
-def blocks_of(tokenizer: Any, name: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+def blocks_of(tokenizer: Any, name: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Pieces of a text, `[n, BLOCK]`: those to train on, and those that are held out."""
     ids = torch.tensor(text.token_ids(tokenizer, text.read(name)))
     blocks = ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK)
@@ -113,6 +113,8 @@ def measure(chosen: argparse.Namespace, root: Path) -> tuple[list[dict[str, Any]
     print(
         f"fine-tuned after {time.monotonic() - began:.0f} s: {math.exp(base):.3f} to {math.exp(tuned):.3f}", flush=True
     )
+    lessons_text = root / "taught.txt"  # the scales, too, are taught nothing that is held out
+    lessons_text.write_text(tokenizer.decode(taught.flatten()), encoding="utf-8")
     rows = [row("base", base, base, tuned), row("fine-tune", tuned, base, tuned)]
     for name, settings in list(VARIANTS.items())[: chosen.variants]:
         folder = root / name.replace(",", "").replace(" ", "-")
@@ -120,10 +122,9 @@ def measure(chosen: argparse.Namespace, root: Path) -> tuple[list[dict[str, Any]
         value = nll(load(folder, place), held, chosen.rows)
         rows += [row(f"delta-initial, {name}", value, base, tuned), bytes_row(f"delta, {name}", sizes)]
         if chosen.distil == "all" or (chosen.distil == "one" and name == "1 bit"):
-            where = None if chosen.text is None else Path(chosen.text)
             lessons = lc.deltas.Lessons(chosen.lessons)
             began = time.monotonic()
-            losses = lc.deltas.distil(folder, root / "tuned", where, lessons, str(place), "float32")
+            losses = lc.deltas.distil(folder, root / "tuned", lessons_text, lessons, str(place), "float32")
             seconds = {"seconds": round(time.monotonic() - began, 1), "loss": [losses[0], losses[-1]]}
             value = nll(load(folder, place), held, chosen.rows)
             must = 0.9 if name == "1 bit" else None
@@ -142,7 +143,7 @@ def main() -> None:
     """One text, one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="folder of the base; left out: SmolLM2-135M-Instruct")
-    parser.add_argument("--text", type=Path, help="UTF-8; left out: the text that ships with the package")
+    parser.add_argument("--text", type=Path, help="UTF-8; left out: the King James Bible, fetched once")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--rate", type=float, default=5e-5)
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
+    chosen.text = chosen.text or book.fetch(on_step=print)
     with tempfile.TemporaryDirectory() as folder:
         rows, place = measure(chosen, Path(folder))
     settings = {name: x for name, x in vars(chosen).items() if name not in ("out", "text", "model")}

@@ -51,7 +51,7 @@ class Case:
     read: int
     must: float
     is_ratio: bool = False
-    kv: str | None = None
+    kv: Any = None
     refresh_every: int = 1
 
 
@@ -68,6 +68,9 @@ def cases() -> Iterator[Case]:
         few = shape.bytes * (DIM // 2 + 4) // (2 * DIM)
         yield Case(f"attend_pages dense, 128K, B={rows}", lc.Dense(), shape, shape.bytes, 1 / 1.05, is_ratio=True)
         yield Case(f"KV int4 dense, 128K, B={rows}", lc.Dense(), shape, few, packed, is_ratio=True, kv="int4")
+        recent = lc.Int4KV(recent=64)
+        name = f"KV int4 dense, the last 64 tokens as they are, 128K, B={rows}"
+        yield Case(name, lc.Dense(), shape, few, 0.9 * packed, is_ratio=True, kv=recent)
     long, eight, short = Shape(1, 128 * K), Shape(8, 128 * K), Shape(1, 32 * K)
     every = lc.Quest(4096, page=16, dense_layers=0)
     yield Case("Quest, page 16, budget 4096, 128K, B=1", every, long, quest(long, 4096), 24)

@@ -1,4 +1,4 @@
-"""Perplexity of a model under QoQ, step by step, on text that it was not calibrated on, as JSON.
+"""Perplexity and pass keys of a model under QoQ, step by step, on text that it was not calibrated on, as JSON.
 
 python benchmarks/qoq_quality.py --out benchmarks/results/qoq-quality-smollm2.json
 """
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 import hf_longctx as lc
-from hf_longctx.evals import assets, results, text
+from hf_longctx.evals import assets, passkey, results, text
 from hf_longctx.evals.ppl import token_nll
+from hf_longctx.evals.respond import respond
 from hf_longctx.quantize import run as room
 from hf_longctx.weights.qoq.calibrate.blocks import block_of, layers_of
 from hf_longctx.weights.qoq.calibrate.flow import calls, embed, watching
@@ -44,11 +45,19 @@ NOTHING = {
 
 
 @torch.no_grad()
-def perplexity(model: Any, ids: torch.Tensor, chunk: int, kv: str) -> float:
+def perplexity(model: Any, ids: torch.Tensor, chunk: int, kv: Any) -> float:
     """Of texts `[S, T]`, each by itself."""
     with lc.patched(model, "dense", kv=kv, cuda_graph=False):
         found = [torch.cat(list(token_nll(model, each, chunk))) for each in ids]
     return math.exp(torch.cat(found).double().mean().item())
+
+
+def keys_found(model: Any, tokenizer: Any, length: int, trials: int, kv: Any) -> int:
+    """Of prompts of `length` tokens, each with a pass key at a depth of its own."""
+    asked = list(passkey.exam(tokenizer, "passkey", [length], None, trials, None, 8, 0).trials)
+    with lc.patched(model, "dense", kv=kv, cuda_graph=False):
+        answers = respond(model, tokenizer, torch.stack([trial.ids for trial in asked]), 8, length)
+    return sum(passkey.judge(answer.text, *trial.expected) for answer, trial in zip(answers, asked, strict=True))
 
 
 @torch.no_grad()
@@ -71,8 +80,8 @@ class Ladder:
 
     def __init__(self, chosen: argparse.Namespace) -> None:
         self.chosen = chosen
-        model, tokenizer = self.load()
-        ids = text.stream_ids(tokenizer, text.read(chosen.text))
+        model, self.tokenizer = self.load()
+        ids = text.stream_ids(self.tokenizer, text.read(chosen.text))
         held = chosen.windows * chosen.window
         self.held = ids[-held:].view(chosen.windows, chosen.window)
         self.calib = ids[: len(ids) - held][: chosen.samples * chosen.seqlen].view(chosen.samples, chosen.seqlen)
@@ -104,7 +113,7 @@ class Ladder:
         return assets.load(self.chosen.model, self.chosen.dtype, "cpu")
 
     def add(
-        self, case: str, model: Any, kv: str, seconds: float = 0.0, least: float | None = None, must: Any = None
+        self, case: str, model: Any, kv: Any, seconds: float = 0.0, least: float | None = None, must: Any = None
     ) -> float:
         """Measure a case and write the file again; `least` is the perplexity of weights to the nearest."""
         value = perplexity(model.to(self.device), self.held, self.chosen.chunk, kv)
@@ -116,13 +125,20 @@ class Ladder:
             "baseline": "as it is",
             "baseline_value": base,
         }
-        row.update(ratio=value / base, kv=kv, quantize_seconds=round(seconds, 1))
+        row.update(
+            ratio=value / base, kv=kv if isinstance(kv, str) else kv.describe(), quantize_seconds=round(seconds, 1)
+        )
+        if self.chosen.trials:
+            row["passkeys"] = {
+                str(length): keys_found(model, self.tokenizer, length, self.chosen.trials, kv)
+                for length in self.chosen.lengths
+            }
         if least is not None:
             row["share_of_gap_closed"] = (least - value) / (least - base)
         if must is not None:
             row.update(zip(("of", "must", "met"), must(row), strict=True))
         self.rows.append(row)
-        print(f"{case:48} {value:9.3f} {value / base:7.4f} {seconds:6.1f} s", flush=True)
+        print(f"{case:48} {value:9.3f} {value / base:7.4f} {seconds:6.1f} s {row.get('passkeys', '')}", flush=True)
         results.save_json(self.chosen.out, {"meta": results.meta(self.device, self.settings()), "rows": self.rows})
         return value
 
@@ -131,7 +147,7 @@ class Ladder:
         done = self.known(case)
         if done is not None:
             return done
-        model, _ = self.load()
+        model = self.load()[0].to(self.device)
         begin = time.perf_counter()
         if recipe is None:
             room.round_all(model, config)
@@ -146,7 +162,10 @@ class Ladder:
         model, _ = self.load()
         self.add("KV4 alone", model.to(self.device), "int4")
         smooth_keys(model, self.calib, self.chosen.batch)
-        self.add("KV4 alone, SmoothAttention", model, "int4", must=lambda row: ("ratio", 1.01, row["ratio"] <= 1.01))
+        self.add("KV4 alone, SmoothAttention", model, "int4")
+        recent = lc.Int4KV(recent=self.chosen.recent)
+        case = f"KV4 alone, SmoothAttention, the last {recent.recent} tokens as they are"
+        self.add(case, model, recent, must=lambda row: ("ratio", 1.01, row["ratio"] <= 1.01))
 
     def climb(self, name: str, config: lc.QoQConfig, whole: bool) -> None:
         """To the nearest, then one step after the other (`whole`), or all at once."""
@@ -175,6 +194,9 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--recent", type=int, default=64, help="tokens that KV4 holds as they are, in one row")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="tokens of prompts with pass keys")
+    parser.add_argument("--trials", type=int, default=20, help="prompts of each length; 0: no pass keys")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server on a CPU, with and without pages chosen by this package: the same tokens, pass keys, a crowd.
+"""vLLM's OpenAI server on a CPU, with and without blocks chosen by this package: the same tokens, pass keys, a crowd.
 
 Needs vLLM's CPU build and this package in one environment.
 
@@ -20,6 +20,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,10 +30,12 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_longctx.evals import assets, passkey, results, text
-from hf_longctx.vllm.settings import VARIABLE, PageChoice
+from hf_longctx.vllm.settings import HeadChoice, PageChoice
 
 BUDGET, BLOCK, CROWD = 1024, 32, 32
 READY_S, REQUEST_S = 600, 900
+QUEST, LSERVE = PageChoice(BUDGET), HeadChoice(BUDGET)
+EVERY_HEAD = HeadChoice(BUDGET, sparsity=0)
 
 
 class Server:
@@ -62,13 +65,13 @@ class Server:
 
 
 @contextmanager
-def serve(model: Path, dtype: str, length: int, knobs: dict[str, int] | None = None) -> Iterator[Server]:
-    """A server on a free port of this machine; `knobs` choose pages."""
+def serve(model: Path, dtype: str, length: int, choice: PageChoice | None = None) -> Iterator[Server]:
+    """A server on a free port of this machine; without a choice it is vLLM's own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {key: value for key, value in os.environ.items() if key != VARIABLE}
-    env |= {"VLLM_CPU_KVCACHE_SPACE": "1"} | ({} if knobs is None else {VARIABLE: json.dumps(knobs)})
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_LONGCTX_VLLM")}
+    env |= {"VLLM_CPU_KVCACHE_SPACE": "1"} | ({} if choice is None else {choice.variable: json.dumps(asdict(choice))})
     options = {"host": "127.0.0.1", "port": port, "dtype": dtype, "max-model-len": length, "block-size": BLOCK}
     said = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", *said]
@@ -99,17 +102,20 @@ def _await(running: subprocess.Popen[bytes], port: int, log: Path) -> None:
     raise TimeoutError(f"vllm serve: expected a server within {READY_S} s:\n{log.read_text()}")
 
 
+def continue_texts(server: Server, tokenizer: Any, small: bool) -> list[list[int]]:
+    """Greedy tokens after prompts that the budget covers."""
+    ids = tokenizer(text.read(None))["input_ids"]
+    sizes = (60, 320, 900) if small else (17, 60, 150, 320, 512, 700, 850, 960)
+    out = [server.complete(ids[i * 500 :][:n], 32)["token_ids"] for i, n in enumerate(sizes)]
+    print("greedy tokens", out, flush=True)
+    return out
+
+
 def ask(server: Server, tokenizer: Any, small: bool) -> dict[str, Any]:
-    """Everything that is asked of a server."""
+    """What is asked beyond the budget: pass keys, the time of a step, a crowd."""
     content = text.read(None)
     ids = tokenizer(content)["input_ids"]
-    out: dict[str, Any] = {}
-    short = [
-        ids[i * 500 :][:n] for i, n in enumerate((60, 320, 900) if small else (17, 60, 150, 320, 512, 700, 850, 960))
-    ]
-    out["short"] = [server.complete(prompt, 32)["token_ids"] for prompt in short]
-    out["found"] = []
-    print("greedy tokens", out["short"], flush=True)
+    out: dict[str, Any] = {"found": []}
     for length, depth in [(2048, 0.4)] if small else [(n, d) for n in (4096, 6144) for d in (0.1, 0.5, 0.9)]:
         trial = passkey.build(tokenizer, content, length, depth, seed=length)
         answer = server.complete(trial.ids.tolist(), 12)["text"]
@@ -136,25 +142,29 @@ def _try(server: Server, prompt: list[int]) -> int | str:
         return repr(error)
 
 
-def rows_of(dense: dict[str, Any], pages: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One row for each claim."""
-    same = sum(a == b for a, b in zip(dense["short"], pages["short"], strict=True))
-    count = len(dense["short"])
+def same_tokens(name: str, dense: list[list[int]], chosen: list[list[int]]) -> dict[str, Any]:
+    """A row: how many answers are those of vLLM."""
+    same, count = sum(a == b for a, b in zip(dense, chosen, strict=True)), len(dense)
     row = {"unit": "prompts", "value": same, "must": count, "met": same == count}
-    yield {"case": "greedy tokens as without the plugin, context within the budget", **row}
-    found, base = (sum(each["found"] for each in out["found"]) for out in (pages, dense))
-    row = {"unit": f"of {len(pages['found'])}", "value": found, "baseline": "vLLM", "baseline_value": base}
-    yield {"case": "pass keys found", **row, "must": base, "met": found >= base, "trials": pages["found"]}
-    answered = sum(isinstance(each, int) and each > 0 for each in pages["answers"])
+    return {"case": f"{name}: greedy tokens as without the plugin, context within the budget", **row}
+
+
+def rows_of(name: str, choice: PageChoice, dense: dict[str, Any], chosen: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each claim beyond the budget."""
+    found, base = (sum(each["found"] for each in out["found"]) for out in (chosen, dense))
+    row = {"unit": f"of {len(chosen['found'])}", "value": found, "baseline": "vLLM", "baseline_value": base}
+    yield {"case": f"{name}: pass keys found", **row, "must": base, "met": found >= base, "trials": chosen["found"]}
+    answered = sum(isinstance(each, int) and each > 0 for each in chosen["answers"])
     row = {"unit": "requests", "value": answered, "must": CROWD, "met": answered == CROWD}
-    wrong = [each for each in pages["answers"] if isinstance(each, str)]
-    yield {"case": f"answers to {CROWD} requests at once, 1536 tokens of context each", **row, "errors": wrong}
-    row = {"unit": "s", "value": pages["crowd_s"], "baseline": "vLLM", "baseline_value": dense["crowd_s"]}
-    yield {"case": f"time of those {CROWD} requests", **row, "ratio": dense["crowd_s"] / pages["crowd_s"]}
-    row = {"unit": "ms", "value": pages["step_ms"], "baseline": "vLLM", "baseline_value": dense["step_ms"]}
-    yield {"case": f"decode step at {pages['length']} tokens", **row, "ratio": dense["step_ms"] / pages["step_ms"]}
-    chosen = f"{VARIABLE}: PageChoice(" in pages["log"]
-    yield {"case": "the server says that pages are chosen", "unit": "", "value": chosen, "must": True, "met": chosen}
+    wrong = [each for each in chosen["answers"] if isinstance(each, str)]
+    yield {"case": f"{name}: answers to {CROWD} requests at once, 1536 tokens of context each", **row, "errors": wrong}
+    row = {"unit": "s", "value": chosen["crowd_s"], "baseline": "vLLM", "baseline_value": dense["crowd_s"]}
+    yield {"case": f"{name}: time of those {CROWD} requests", **row, "ratio": dense["crowd_s"] / chosen["crowd_s"]}
+    row = {"unit": "ms", "value": chosen["step_ms"], "baseline": "vLLM", "baseline_value": dense["step_ms"]}
+    ratio = dense["step_ms"] / chosen["step_ms"]
+    yield {"case": f"{name}: decode step at {chosen['length']} tokens", **row, "ratio": ratio}
+    said = f"{choice.variable}: {type(choice).__name__}(" in chosen["log"]
+    yield {"case": f"{name}: the server says so", "unit": "", "value": said, "must": True, "met": said}
 
 
 def main() -> None:
@@ -163,6 +173,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder; SmolLM2-135M-Instruct by default")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--small", action="store_true", help="few and short prompts")
+    parser.add_argument("--untimed", action="store_true", help="leave times out: the machine has other work to do")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
@@ -170,12 +181,18 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     about = results.meta(torch.device("cpu"), {"model": model.name, "dtype": args.dtype, "block": BLOCK})
     about["versions"]["vllm"] = version("vllm-cpu")
-    about["settings"]["choice"] = str(PageChoice(BUDGET))
+    about["settings"]["choices"] = [str(choice) for choice in (QUEST, LSERVE)]
+    rows = []
     with serve(model, args.dtype, 8192) as server:
-        dense = ask(server, tokenizer, args.small)
-    with serve(model, args.dtype, 8192, {"token_budget": BUDGET}) as server:
-        pages = ask(server, tokenizer, args.small)
-    rows = list(rows_of(dense, pages))
+        own, dense = continue_texts(server, tokenizer, args.small), ask(server, tokenizer, args.small)
+    with serve(model, args.dtype, 8192, QUEST) as server:
+        rows.append(same_tokens("quest", own, continue_texts(server, tokenizer, args.small)))
+        rows += rows_of("quest", QUEST, dense, ask(server, tokenizer, args.small))
+    with serve(model, args.dtype, 8192, EVERY_HEAD) as server:
+        rows.append(same_tokens("lserve, no head streams", own, continue_texts(server, tokenizer, args.small)))
+    with serve(model, args.dtype, 8192, LSERVE) as server:
+        rows += rows_of("lserve", LSERVE, dense, ask(server, tokenizer, args.small))
+    rows = [row for row in rows if not (args.untimed and row["unit"] in ("s", "ms"))]
     args.out.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n")
     for row in rows:
         print({key: value for key, value in row.items() if key != "trials"})

@@ -51,16 +51,15 @@ def build(source: str | Path | None, dtype: str, device: torch.device, seed: int
 
     Raises:
         AssetError: as `read_config`, or no class for it can write text.
-        ValueError: an unknown dtype, or a configuration of quantized weights, whose bytes only the weights tell.
+        ValueError: an unknown dtype; quantized weights that are to be random, or of a kind whose shapes only they tell.
+        FileNotFoundError: a delta whose base is not there.
     """
     if dtype not in assets.DTYPES:
         raise ValueError(f"dtype: expected {', '.join(assets.DTYPES[:-1])} or {assets.DTYPES[-1]}; got '{dtype}'.")
     config = read_config(source)
-    if getattr(config, "quantization_config", None) and not str(source).endswith(".gguf"):
-        raise ValueError(
-            f"config of '{source}': expected weights as the configuration has them; got quantized ones, whose shapes "
-            "it does not say. Load the model and use hf_longctx.plan(model), or --dtype with the base model's config."
-        )
+    quantized = None if str(source).endswith(".gguf") else getattr(config, "quantization_config", None)
+    if quantized is not None:
+        _require_known(quantized, source, device)
     made = torch.float32 if config.dtype is None else config.dtype
     made = made if dtype == "auto" else getattr(torch, dtype)
     config._name_or_path = _name(source)
@@ -68,7 +67,30 @@ def build(source: str | Path | None, dtype: str, device: torch.device, seed: int
         torch.manual_seed(seed)
         with torch.device(device):
             model = _class_of(config, source).from_config(config, dtype=made)
+    if quantized is not None:
+        _replace_weights(model, quantized, Path(str(source)).expanduser())
     return model.eval()
+
+
+def _require_known(quantized: Any, source: str | Path | None, device: torch.device) -> None:
+    """Refuse quantized weights but those of this package on `meta`, before anything is made."""
+    from .weights.registry import METHODS
+
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+    if device.type != "meta":
+        expected, advice = "weights that can be drawn at random", "Give the base model's config"
+    elif method not in METHODS:
+        expected, advice = "weights as the configuration has them", "Load the model and use hf_longctx.plan(model)"
+    else:
+        return
+    raise ValueError(f"config of '{source}': expected {expected}; got quantized ones ({method}). {advice}.")
+
+
+def _replace_weights(model: Any, quantized: Any, source: Path) -> None:
+    """Give a model on `meta` the tensors that the checkpoint of this configuration has, by shape."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    AutoHfQuantizer.from_config(quantized, pre_quantized=True).take_shapes(model, source)
 
 
 def _class_of(config: Any, source: str | Path | None) -> Any:

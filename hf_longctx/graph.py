@@ -1,5 +1,7 @@
 """The decode step of a patched model, recorded once and replayed: one launch in place of thousands.
 
+So are rounds of a stream, calls of some hundred tokens that have the same length again and again.
+
 A call of one token is run with a *bound* step: every place comes from lengths on the device, and views are made for
 `Step.room` columns. What such a call does then depends on the host only through lengths at which a group of heads goes
 over to something else (`limits.py`), and through whether blocks are chosen anew. The first call of a kind runs as it
@@ -26,7 +28,7 @@ from .context import Forward, current, enter
 from .models import CACHE, takes_positions
 from .obstacles import Guest, Obstacles, of_cache, of_call, of_model
 from .plan import Plan
-from .recording import Graph, Recording, Take
+from .recording import SEEN, Graph, Recording, Take, is_round
 
 
 class CudaGraph:
@@ -93,6 +95,7 @@ class Recorder:
         self.decoder, self.on = decoder, on
         self.reason: str | None = None
         self._failed: str | None = None
+        self._rounds = True
         self._obstacles: Obstacles | None = None
         self._last: Callable[[], LongContextCache | None] = lambda: None  # the cache for which they were looked for
         self._held: weakref.WeakKeyDictionary[LongContextCache, Recording] = weakref.WeakKeyDictionary()
@@ -111,7 +114,7 @@ class Recorder:
     def graphs(self, cache: LongContextCache | None) -> list[Graph]:
         """What is recorded on a cache now."""
         held = None if cache is None else self._held.get(cache)
-        return [] if held is None else [take.graph for take in held.takes.values() if take.graph is not None]
+        return [] if held is None else held.graphs
 
     def renew(self, on: bool) -> None:
         """Forget what was recorded and why not, as another plan is in force."""
@@ -129,14 +132,16 @@ class Recorder:
             tokens: `[B, T]` or `[B, T, hidden]`, its input.
             watched: someone is to be told of every choice of blocks.
         """
-        if not self.on or not cache.ledger.columns or tokens.shape[1] != 1:
+        if not self.on or not cache.ledger.columns or tokens.device.type not in RECORDERS:
             return False
-        if tokens.device.type not in RECORDERS:
+        of_round = tokens.shape[1] > 1
+        if of_round and not (self._rounds and is_round(plan, cache, kwargs, tokens)):
             return False
         if self._obstacles is None or self._obstacles.plan is not plan or self._last() is not cache:
             self._obstacles, self._last = of_model(self.decoder, plan), weakref.ref(cache)
-        self.reason = self._failed or self._obstacles.now() or of_call(self.decoder, kwargs, watched) or of_cache(cache)
-        return self.reason is None
+        reason = self._failed or self._obstacles.now() or of_call(self.decoder, kwargs, watched) or of_cache(cache)
+        self.reason = self.reason if of_round else reason
+        return reason is None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward."""
@@ -162,14 +167,17 @@ class Recorder:
         kind = _kind(self.decoder, inputs, others, step), *(guest.same() for guest in guests)
         take = held.take((due, kind), inputs, step, cache.ledger.rows)
         run = partial(_run, self.decoder, take, others, forward, held.room)
-        if not take.ran:  # what a kernel sets up when it first runs must not be recorded
-            out, take.ran = RECORDERS[step.device.type].first(run, step.device), True
+        if take.ran < (1 if step.tokens == 1 else SEEN):  # what kernels set up when they first run is not recorded
+            out, take.ran = RECORDERS[step.device.type].first(run, step.device), take.ran + 1
         else:
             before = [kept.since for kept, _ in held.chosen]
             try:
                 graph = self._graph(take, held, cache, step, run, guests)
             except RuntimeError as error:
                 held.undo(before)
+                if step.tokens > 1:
+                    self._rounds = False
+                    return type(self.decoder).forward(self.decoder, **kwargs)
                 return self._without(f"the call could not be recorded ({_first(error)})", kwargs)
             out = graph.replay()
         held.passed(step, due)

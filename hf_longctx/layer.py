@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cache.index import Bounds
 from .cache.place import Place
+from .cache.recent import RecentStore
 from .cache.rows import View
 from .cache.step import Step
 from .cache.store import Store
@@ -96,9 +97,11 @@ def _chooses(group: HeadGroup, step: Step) -> Selector | None:
 
 
 def _obstacle_of_group(forward: Forward, group: HeadGroup, store: Any) -> str | None:
-    if type(store) is not Store or store.k is None:
+    if not isinstance(store, Store) or store.k is None:
         return "reads no keys in host memory"
     assert forward.cache is not None
+    if isinstance(store, RecentStore):
+        return "reads keys of one format"
     if store.floor is not None or store.retention in forward.cache.floors:
         return "reads no windows of which tokens were evicted"
     if store.index is not None and not isinstance(store.index, Bounds):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,7 +56,12 @@ class Obstacles:
         return list({id(guest): guest for guest in found if guest is not None}.values())
 
     def _foreign(self) -> list[Any]:
-        return [h for hooks in self.hooks if hooks for h in hooks.values() if getattr(h, "__module__", "") != _INERT]
+        return foreign_hooks(self.hooks)
+
+
+def foreign_hooks(found: Iterable[Mapping[int, Any]]) -> list[Any]:
+    """Hooks of modules without those that are transformers' own."""
+    return [h for hooks in found if hooks for h in hooks.values() if getattr(h, "__module__", "") != _INERT]
 
 
 def _guest(hook: Any) -> Guest | None:

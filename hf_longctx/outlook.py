@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,6 +20,7 @@ from .methods.fitting import first_that_fits
 from .models import ModelFacts, decoder_of, inspect_model
 from .plan import require_whole
 from .tune.crossover import CANDIDATES, cached_path, read_crossover
+from .weights.bitdelta.attach import device_bytes
 
 _GIB = 2**30
 
@@ -33,7 +35,7 @@ class Outlook:
         batch: rows.
         device: what `memory` is of; empty: of one that was described.
         memory: bytes that are there for weights and all else.
-        weights: bytes of the parameters and buffers.
+        weights: bytes of the parameters and buffers, and of tenants of one-bit deltas.
         unpatched: bytes at the most without `patch`, which reads a prompt in one call.
         rows: what each method would hold, and read in a decode step.
         refused: methods that the model does not support, and why.
@@ -151,8 +153,18 @@ def plan(model: PreTrainedModel, context: int = 131072, batch: int = 1, memory: 
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a model's parameters and buffers, shared ones once."""
-    return sum(x.nbytes for x in {id(x): x for x in chain(model.parameters(), model.buffers())}.values())
+    """Bytes of a model's parameters and buffers, shared ones once, and of the tenants that hang on it."""
+    each = {id(x): x for x in chain(model.parameters(), model.buffers())}
+    return sum(x.nbytes for whole in each.values() for x in _parts(whole)) + device_bytes(model)
+
+
+def _parts(x: Any) -> Iterator[torch.Tensor]:
+    """The tensors that one consists of, as quantized ones of other libraries do: itself, where it is a plain one."""
+    if not hasattr(x, "__tensor_flatten__"):
+        yield x
+        return
+    for name in x.__tensor_flatten__()[0]:
+        yield from _parts(getattr(x, name))
 
 
 def _memory(facts: ModelFacts, weights: int, given: int | str | None) -> tuple[str, int]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .cache.cache import LongContextCache
 from .cache.kept import Kept
+from .cache.recent import RecentStore
 from .cache.rows import GROWTH
-from .cache.step import Step
+from .cache.step import FEW, Step
 from .cache.store import Store
 from .limits import turning_points
 from .plan import Plan
@@ -23,6 +24,19 @@ ROOM = 512
 
 MOST = 4
 """Recorded calls of a cache at a time: with and without a new choice of blocks, with and without a mask."""
+
+
+MOST_ROUNDS = 2
+"""Recorded calls of several tokens: rounds of a stream have two lengths or so, as an answer ended by itself or not."""
+
+MOST_TOKENS = 1024
+"""Of a round: longer ones are not bound by launches."""
+
+ROUND_DTYPES = {torch.bfloat16, torch.float16}
+"""Of rounds that are recorded: those of the kernel that takes the places of queries from the device."""
+
+SEEN = 2
+"""Calls of one length that come before it is recorded: of those that come once it would cost more than it saves."""
 
 
 class Graph(Protocol):
@@ -55,7 +69,7 @@ class Take:
     real: Tensor | None
     graph: Graph | None = None
     used: list[weakref.ref[Any]] = field(default_factory=list)
-    ran: bool = False
+    ran: int = 0
 
     @staticmethod
     def of(inputs: Mapping[str, Tensor], step: Step, rows: int) -> Take:
@@ -94,6 +108,7 @@ class Recording:
     chosen: list[tuple[Kept, int]]
     rings: list[Store]
     takes: dict[Any, Take] = field(default_factory=dict)
+    rounds: dict[Any, Take] = field(default_factory=dict)
     pool: list[Any] = field(default_factory=list)
 
     @staticmethod
@@ -104,7 +119,8 @@ class Recording:
         room = int(min([grown, *(p for p in points if p >= end)]))
         both = [(group.policy.decode, store) for layer in cache.stacks for group, store in layer.stores]
         chosen = [(s.kept, d.refresh_every) for d, s in both if d is not None and d.refresh_every > 1]
-        rings = [s for _, s in both if isinstance(s, Store) and s.retention.window is not None]
+        own = [s.near if isinstance(s, RecentStore) else s for _, s in both if isinstance(s, Store)]
+        rings = [s for s in own if s.retention.window is not None]
         return Recording(max((p for p in points if p < end), default=0), room, cache.stacks[0].stores, chosen, rings)
 
     def covers(self, cache: LongContextCache, end: int) -> bool:
@@ -117,16 +133,22 @@ class Recording:
 
     def take(self, key: Any, inputs: Mapping[str, Tensor], step: Step, rows: int) -> Take:
         """The take of a kind of call, with its inputs loaded; the oldest makes room for a new one."""
-        if key not in self.takes:
-            while len(self.takes) >= MOST:
-                del self.takes[next(iter(self.takes))]
-            self.takes[key] = Take.of(inputs, step, rows)
-        self.takes[key].load(inputs, step)
-        return self.takes[key]
+        takes, most = (self.takes, MOST) if step.tokens == 1 else (self.rounds, MOST_ROUNDS)
+        if key not in takes:
+            while len(takes) >= most:
+                del takes[next(iter(takes))]
+            takes[key] = Take.of(inputs, step, rows)
+        takes[key].load(inputs, step)
+        return takes[key]
+
+    @property
+    def graphs(self) -> list[Graph]:
+        """What is recorded now."""
+        return [take.graph for take in (*self.takes.values(), *self.rounds.values()) if take.graph is not None]
 
     def let_go(self) -> None:
         """Share nothing with graphs to come where none is left: torch takes no memory again that no graph holds."""
-        if all(take.graph is None for take in self.takes.values()):
+        if not self.graphs:
             self.pool.clear()
 
     def passed(self, step: Step, due: tuple[bool, ...]) -> None:
@@ -141,3 +163,16 @@ class Recording:
         """Choices are as old as they were: a call that was to make some anew computed nothing."""
         for (kept, _), columns in zip(self.chosen, since, strict=True):
             kept.since = columns
+
+
+def is_round(plan: Plan, cache: LongContextCache, kwargs: Mapping[str, Any], tokens: Tensor) -> bool:
+    """True for a round of one stream that has the form in which it can be recorded.
+
+    Args:
+        plan: in force: keys are rotated where they are read, so that no place of a token is known to kernels by value.
+        cache: of the call.
+        kwargs: its arguments.
+        tokens: `[B, T, hidden]`, its input; in 16 bits, as the kernel that takes places from the device has it.
+    """
+    alike = cache.ledger.rows == 1 and cache.ledger.lengths is None and kwargs.get("attention_mask") is None
+    return plan.at_read and alike and FEW < tokens.shape[1] <= MOST_TOKENS and tokens.dtype in ROUND_DTYPES

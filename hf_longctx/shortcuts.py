@@ -1,9 +1,9 @@
-"""Short cuts of a decode step: one launch in place of the many small ones of a norm, a rotation, a linear layer.
+"""Short cuts: one launch in place of the many small ones of a norm, a rotation, a gate, or of a step's linear layer.
 
 Nothing is known of a model here. What its norms and rotations do is seen on random numbers: where they give, bit for
-bit, what an operation of ours is defined to give, calls of few tokens go there. All others, and those that want
-gradients or are compiled, run the model's own code. Only attributes of instances are set, so nothing stays behind.
-Linear layers are in `projections.py`.
+bit, what an operation of ours is defined to give, calls go there. Those that want gradients or are compiled run the
+model's own code. Only attributes of instances are set, so nothing stays behind. Linear layers and MLPs are in
+`projections.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from . import projections, shortcut
+from .context import current
 from .kernels import ops
 from .kernels.compiled import library
 from .kernels.reference.norm import rms_norm
 from .kernels.reference.rotate import rotate_heads
 from .shortcut import DTYPES, ShortCut, gives, random
+from .turning import UNTURNED
 
 _ROTATE = "apply_rotary_pos_emb"
 
@@ -154,7 +156,10 @@ class Turn:
     same: Same
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
-        """One launch, or the function's own."""
+        """One launch, none where nothing turns, or the function's own."""
+        forward = current()
+        if forward is not None and forward.memo.get(UNTURNED) is cos:
+            return q, k
         size = self.same.size(cos.shape[-1], q.shape[-1])
         wide = self.same.wide and cos.dtype == torch.float32
         alike = q.dtype == k.dtype and cos.dtype == sin.dtype and (wide or cos.dtype == q.dtype)

@@ -20,6 +20,8 @@ from .errors import UnsupportedError
 from .kernels import ops
 
 _CALL = "angles"
+UNTURNED = "unturned"
+"""Under this name a call holds the cosines by which nothing turns, so that a layer knows them again."""
 
 
 @dataclass(eq=False)
@@ -40,7 +42,8 @@ class AtRead:
         if forward is None or not forward.plan.at_read or forward.probe is not None:
             return cos, sin
         forward.memo[_CALL] = position_ids, cos, sin
-        return torch.ones_like(cos), torch.zeros_like(sin)
+        forward.memo[UNTURNED] = ones = torch.ones_like(cos)
+        return ones, torch.zeros_like(sin)
 
     def real(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[B, T, R]`, as the model itself has them."""

@@ -13,6 +13,7 @@
 // Grid: (units of a KV head, splits, B * Hkv); 128 threads, 64 for D = 256.
 // Shared memory: ring of about 64 KiB or less, 16 D bytes for each variant of the queries (1, or up to 3 with turns),
 //   1 KiB.
+// ops.attend_recent is two calls: the second one, over keys of few bits, joins what the first left to its own sums.
 // Bound by: bytes of keys and values. Three blocks of a multiprocessor keep about 140 KiB of bf16 on their way. Of 32
 //   keys of 4 bits with 128 channels, a warp's slab, about 510 instructions stand beside 910 cycles of memory.
 #include <algorithm>
@@ -164,11 +165,13 @@ bool attend_fits(const hfl_attend& a) {
   return static_cast<int64_t>(a.batch) * a.kv_heads * p.units * (a.splits + 1) <= fit;
 }
 
-const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn) {
+namespace {
+
+const char* attend(const hfl_attend& a, const AttendTurn& turn, const hfl_beside& beside) {
   const char* message = check(a);
   if (message) return message;
   AttendTask p = task_of(a);
-  p.turn = turn;
+  p.turn = turn, p.beside = beside;
   if (turn.appended && (a.tokens != 1 || !a.q_pos || p.apart)) {
     return "attend_pages: expected, in a step, one token at a position and a selection for each KV head or for all";
   }
@@ -188,6 +191,16 @@ const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+}  // namespace
+
+const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn) { return attend(a, turn, hfl_beside()); }
+
+const char* attend_beside(const hfl_attend& a, const hfl_beside& beside) {
+  if (!beside.sums || beside.before < 0) return "attend_recent: expected room for sums, and a distance";
+  if (a.ids || a.q_before || !a.q_pos) return "attend_recent: expected positions, and neither a selection nor turns";
+  return attend(a, AttendTurn(), beside);
+}
+
 }  // namespace hfl
 
 extern "C" int64_t hfl_attend_counters(const hfl_attend* a) {
@@ -196,6 +209,10 @@ extern "C" int64_t hfl_attend_counters(const hfl_attend* a) {
 
 extern "C" int64_t hfl_attend_scratch(const hfl_attend* a, int32_t* splits) {
   return hfl::attend_scratch(*a, 0, splits);
+}
+
+extern "C" const char* hfl_attend_beside_cuda(const hfl_attend* a, const hfl_beside* beside) {
+  return hfl::attend_beside(*a, *beside);
 }
 
 extern "C" const char* hfl_attend_cuda(const hfl_attend* a) { return hfl::attend_in_turn(*a, hfl::AttendTurn()); }

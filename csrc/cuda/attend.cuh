@@ -3,7 +3,7 @@
 #include <limits.h>
 #include <math.h>
 
-#include "../hf_longctx.h"
+#include "../beside.h"
 #include "attend_tile.cuh"
 #include "divide.cuh"
 #include "step.cuh"
@@ -30,6 +30,7 @@ struct AttendTask {
   // KV heads; queries of a head that share a unit; units of a query's list; tokens of a block; warps of a unit
   Divisor kv_heads, tokens, tiles, block, share;
   AttendTurn turn;
+  hfl_beside beside;  // all zero: nothing
 };
 
 // What one block does, beside its share of the columns: up to 8 queries of a KV head, each a column of operands.
@@ -52,7 +53,8 @@ struct Unit {
   __device__ int position(const AttendTask& p, int row) const {
     if (row >= rows()) return -1;
     const int t = query(p, row);
-    return p.a.q_pos ? static_cast<int>(p.a.q_pos[batch * p.a.q_pos_b + t]) : p.a.stored - p.a.tokens + t;
+    const int at = p.a.q_pos ? static_cast<int>(p.a.q_pos[batch * p.a.q_pos_b + t]) : p.a.stored - p.a.tokens + t;
+    return at - p.beside.before;
   }
 };
 

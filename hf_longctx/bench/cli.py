@@ -32,7 +32,10 @@ _Source = Annotated[
 _Methods = Annotated[str, typer.Option(help="Methods, knobs in parentheses; dense runs in any case.")]
 _Lengths = Annotated[str, typer.Option(help="Tokens in a prompt, with commas between; 1k is 1024, 1m 1024 times that.")]
 _Peers = Annotated[
-    str, typer.Option(help="Others: unpatched, hf:static, hf:offloaded, hf:quantized, kvpress:snapkv; all; none.")
+    str,
+    typer.Option(
+        help="Others: unpatched, hf:static, hf:offloaded, hf:fp8, hf:hqq, hf:quanto, kvpress:snapkv; all; none."
+    ),
 ]
 _Random = Annotated[bool, typer.Option("--random", help="Random weights and prompts, from the configuration alone.")]
 

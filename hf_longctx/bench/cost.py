@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evals.respond import Ticks
+from ..evals.respond import Ticks, greedy
 from ..prompt import PIECE
 from .live import held
 
@@ -52,7 +52,7 @@ class Cost:
 def warm(model: Any, ids: Tensor, extra: dict[str, Any]) -> None:
     """Read the start of the prompts and go on a little, so that kernels are loaded and memory is there."""
     free()
-    _generate(model, ids[:, : _WARM.get(ids.device.type, PIECE)], SETTLE + 1, extra)
+    greedy(model, ids[:, : _WARM.get(ids.device.type, PIECE)], SETTLE + 1, SETTLE + 1, Ticks(), **extra)
 
 
 def cost(model: Any, ids: Tensor, tokens: int, extra: dict[str, Any]) -> Cost:
@@ -69,13 +69,15 @@ def cost(model: Any, ids: Tensor, tokens: int, extra: dict[str, Any]) -> Cost:
         free()  # a cache may be part of a cycle, and would count for the next
         torch.cuda.reset_peak_memory_stats(ids.device)
         torch.cuda.synchronize(ids.device)
+    clock, new = Ticks(), tokens + SETTLE + 1
     start = time.perf_counter()
-    out, (begun, *times) = _generate(model, ids, tokens + SETTLE + 1, extra)
+    out = greedy(model, ids, new, new, clock, **extra)
+    begun, *times = clock.times
     gaps = [1000 * (b - a) for a, b in pairwise(times)]
     peak = torch.cuda.max_memory_allocated(ids.device) if on_gpu else None
     kv, host, dense, eager = _bytes(model, out.past_key_values, ids.device)
-    new = out.sequences[:, ids.shape[1] :].cpu()
-    return Cost(times[0] - begun, times[0] - start, tuple(gaps[SETTLE:]), kv, host, dense, peak, eager, new)
+    said = out.sequences[:, ids.shape[1] :].cpu()
+    return Cost(times[0] - begun, times[0] - start, tuple(gaps[SETTLE:]), kv, host, dense, peak, eager, said)
 
 
 def free() -> None:
@@ -90,26 +92,6 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def _generate(model: Any, ids: Tensor, new: int, extra: dict[str, Any]) -> tuple[Any, list[float]]:
-    """What `generate` returns, and when the prompt and every new token were there."""
-    clock = Ticks()
-    eos = model.generation_config.eos_token_id
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        pad_token_id=(eos[0] if isinstance(eos, list) else eos) or 0,
-        streamer=clock,
-        return_dict_in_generate=True,
-        **extra,
-    )
-    return out, clock.times
 
 
 def _bytes(model: Any, cache: Any, device: torch.device) -> tuple[int, int, int | None, str | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,6 +28,7 @@ class Rival:
         prepare: from arguments of the operation, and its size, to a call that gives `[B, Hq, T, D]`.
         needs: the package that it needs, or None.
         cuda: it needs CUDA.
+        compiled: torch compiles it: with Triton for CUDA, with a C++ compiler for a CPU.
     """
 
     name: str
@@ -33,11 +36,16 @@ class Rival:
     prepare: Callable[[tuple[Any, ...], Size], Call]
     needs: str | None = None
     cuda: bool = False
+    compiled: bool = False
 
     def missing(self, device: torch.device) -> str | None:
         """Why it is absent, or None."""
         if self.needs and find_spec(self.needs) is None:
             return f"needs {self.needs}, which is not installed"
+        if self.compiled and device.type == "cuda" and find_spec("triton") is None:
+            return "needs triton, which is not installed"
+        if self.compiled and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+            return "needs a C++ compiler"
         return "needs CUDA" if self.cuda and device.type != "cuda" else None
 
 
@@ -81,7 +89,7 @@ def _flashinfer(given: tuple[Any, ...], size: Size) -> Call:
 
 RIVALS = (
     Rival("torch sdpa", ("attend", "prefill"), _sdpa),
-    Rival("flex attention", ("prefill", "prefill_window"), _flex, "triton", cuda=True),
+    Rival("flex attention", ("prefill", "prefill_window"), _flex, compiled=True),
     Rival("flash-attn", ("attend", "prefill"), _flash_attn, "flash_attn", cuda=True),
     Rival("flashinfer", ("attend", "prefill"), _flashinfer, "flashinfer", cuda=True),
 )

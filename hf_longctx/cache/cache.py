@@ -11,18 +11,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import UnsupportedError
-from ..plan import HeadGroup, HeadPolicy, LayerPlan, Plan, Retention
+from ..plan import HeadGroup, LayerPlan, Plan, Retention
 from .angles import Angles, Rotate
 from .floors import floors
 from .ledger import Ledger
 from .offload import OffloadedStore
 from .step import Step
 from .store import Store
-
-
-def store_for(policy: HeadPolicy) -> Store | OffloadedStore:
-    """An empty store where the policy places it."""
-    return Store(policy) if policy.placement is None else OffloadedStore(policy)
+from .stores import store_for
 
 
 class LongContextLayer(CacheLayerMixin):

@@ -171,6 +171,9 @@ class Rows:
             self._put_run(slice(None), fresh, step.columns, step.tokens, sink, ring)
         elif step.tokens == 1:
             self.write(fresh, slot_of(step.lengths[:, None], sink, ring), step.real)
+        elif step.room is not None and step.pos.shape[0] == 1:  # only the device knows where
+            for store, x in zip(parts(self.filled), parts(fresh), strict=True):
+                store.index_copy_(2, slot_of(step.pos[0], sink, ring), x.to(store.dtype))
         else:
             for row, (first, count) in enumerate(step.spans):
                 self._put_run(slice(row, row + 1), fresh, first, count, sink, ring)
@@ -203,7 +206,10 @@ class Rows:
 
     def move_up(self, index: Tensor) -> None:
         """Put slots `index` `[B, N]` in the first N, in the memory that is there."""
-        self.write(each(self.filled, lambda x: ops.take_tokens(x, index)), 0)
+        count, alike = index.shape[1], index.shape[0] == 1
+        for store in parts(self.filled):
+            moved = store.index_select(2, index[0]) if alike else ops.take_tokens(store, index)
+            store[:, :, :count] = moved
 
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`; pick: `[B']`, int64."""

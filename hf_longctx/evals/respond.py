@@ -54,6 +54,33 @@ class Ticks(BaseStreamer):
         """Nothing is left to do."""
 
 
+def greedy(model: Any, ids: torch.Tensor, most: int, least: int, clock: Clock, **extra: Any) -> Any:
+    """What `generate` returns, as a dictionary, greedily whatever the model's own settings say.
+
+    Args:
+        model: patched or not.
+        ids: `[B, T]`, int64, on the model's device; nothing is padding.
+        most: new tokens.
+        least: before so many new tokens nothing ends an answer.
+        clock: told of the prompt and of every new token.
+        extra: more arguments.
+    """
+    eos = model.generation_config.eos_token_id
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=most,
+        min_new_tokens=least,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,  # some checkpoints come with another, which would change which key is written
+        pad_token_id=(eos[0] if isinstance(eos, list) else eos) or 0,
+        streamer=clock,
+        return_dict_in_generate=True,
+        **extra,
+    )
+
+
 def respond(
     model: Any,
     tokenizer: Any,
@@ -83,19 +110,7 @@ def respond(
     ids = prompts.to(model.device)
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        min_new_tokens=least,
-        prefill_chunk_size=chunk,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,  # some checkpoints come with another, which would change which key is written
-        pad_token_id=tokenizer.eos_token_id,
-        streamer=clock,
-        return_dict_in_generate=True,
-    )
+    out = greedy(model, ids, new_tokens, least, clock, prefill_chunk_size=chunk)
     seen, rows = report(model), len(ids)
     prompt, first, *rest = clock.times
     token_ms = 1000 * (rest[-1] - first) / len(rest) if rest else None

@@ -17,8 +17,10 @@ ORDER = ("compiled", "triton", "flex", "torch", "reference")
 
 OPS = (
     "attend_blocks",
+    "attend_heads",
     "attend_pages",
     "attend_mass",
+    "attend_recent",
     "attend_layer",
     "score_pages",
     "score_antidiagonal",
@@ -26,6 +28,7 @@ OPS = (
     "rotate",
     "rotate_heads",
     "rms_norm",
+    "gated",
     "project",
     "project_gated",
     "append",
@@ -36,6 +39,7 @@ OPS = (
     "decode_kv",
     "delta_linear",
     "linear_with_delta",
+    "linears_with_delta",
     "quantize_tokens",
     "quantize_norm",
     "quantize_gated",

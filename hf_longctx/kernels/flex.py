@@ -20,9 +20,8 @@ BLOCK = 128
 
 DIMS = (16, 32, 64, 128, 256)
 
-MOST_SHAPES = 1024
-"""Shapes that are compiled for, each by itself: code for any length was seen to leave out keys of padded rows, and
-past torch's own limit of shapes it would compute all scores."""
+MOST_VARIANTS = 1024
+"""Variants that torch may compile, where its own limit is 8: past the limit it would compute all scores."""
 
 
 def reject(
@@ -69,7 +68,7 @@ def _without() -> str | None:
 def _attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 def attend_blocks(
@@ -106,7 +105,7 @@ def attend_blocks(
         seq_lengths=(tokens, stored),
     )
     grouped = q.shape[1] != k.shape[1]
-    with config.patch(recompile_limit=MOST_SHAPES):
+    with config.patch(recompile_limit=MOST_VARIANTS):
         out: Tensor = _attention()(q, k, v, block_mask=blocks, scale=logits.scale, enable_gqa=grouped)
     return out
 

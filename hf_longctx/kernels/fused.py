@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from . import banded, products
 from .dispatch import Implementation
+from .reference import recent as recently
 from .reference.attend import blocks, take_columns, values_of
 from .reference.weigh import empty_out, join, positions, visible
 from .types import Logits, Packed, Selection, Turns, Visibility
@@ -69,21 +70,66 @@ def attend_pages(
     turns: Turns | None,
     selection: Selection | None = None,
 ) -> Tensor:
-    """`ops.attend_pages`; the G query heads of a KV head stand side by side as queries, so keys are not repeated."""
+    """`ops.attend_pages`."""
     k, v = values_of(k), values_of(v)
     rows, heads, tokens, dim = q.shape
-    kv_heads, stored = k.shape[1:3]
-    packed = q.reshape(rows, kv_heads, -1, dim)
+    stored = k.shape[2]
     if see.aligned and tokens == 1 and (see.window is None or see.window >= stored):
+        packed = q.reshape(rows, k.shape[1], -1, dim)  # keys are not repeated
         return scaled_dot_product_attention(packed, k, v, scale=logits.scale).reshape(rows, heads, tokens, v.shape[-1])
-    seen = visible(see, *positions(see, tokens, stored, q.device))
-    mask = seen.repeat(1, heads // kv_heads, 1)[:, None]
-    out = scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=logits.scale)
+    return _masked(q, k, v, visible(see, *positions(see, tokens, stored, q.device)), logits.scale)
+
+
+def reject_recent(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    near_k: Tensor,
+    near_v: Tensor,
+    logits: Logits,
+    see: Visibility,
+    near_pos: Tensor | None,
+    recent: int,
+) -> str | None:
+    """Why the fused kernels do not take these arguments, or None."""
+    return None if logits.plain else "has no softcap, learned sinks or ALiBi"
+
+
+def attend_recent(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    near_k: Tensor,
+    near_v: Tensor,
+    logits: Logits,
+    see: Visibility,
+    near_pos: Tensor | None,
+    recent: int,
+) -> Tensor:
+    """`ops.attend_recent`, in blocks of queries."""
+
+    def read(part: recently.Part) -> Tensor:
+        return _masked(q[:, :, part.rows], part.k, part.v, part.seen, logits.scale)
+
+    found = recently.parts(q, k, v, near_k, near_v, see, near_pos, recent)
+    return join(((part.rows, read(part)) for part in found), empty_out(q, v.shape[3]))
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Attention where `seen` `[B or 1, T, S]` is true; zero where a query sees nothing.
+
+    The G query heads of a KV head stand side by side as queries, so keys are not repeated.
+    """
+    rows, heads, tokens, dim = q.shape
+    mask = seen.repeat(1, heads // k.shape[1], 1)[:, None]
+    packed = q.reshape(rows, k.shape[1], -1, dim)
+    out = scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=scale)
     blind = ~mask.any(-1, keepdim=True)  # some kernels give NaN to a query that sees nothing
     return out.masked_fill(blind, 0.0).reshape(rows, heads, tokens, v.shape[-1])
 
 
 OPS = {
+    "attend_recent": Implementation(attend_recent, reject_recent),
     "attend_blocks": Implementation(attend_blocks, reject),
     "attend_pages": Implementation(attend_pages, reject),
     "w4a8_linear": Implementation(products.w4a8_linear, products.reject),

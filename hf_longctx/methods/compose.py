@@ -12,7 +12,7 @@ from ..plan import HeadGroup, HeadPolicy, KVFormat, LayerPlan, Placement, Plan
 from .duo_heads import DuoHeads
 from .fit import check_plan
 from .kv import kv_format
-from .layouts import DENSE, part, require_full_attention, require_small_positions, uniform
+from .layouts import DENSE, own_format, part, require_full_attention, require_small_positions, uniform
 from .method import Method
 
 
@@ -51,7 +51,7 @@ def compose(
     whole = first or last or uniform("dense", facts, DENSE)
     both = [first or whole, last or whole]
     if kv is not None:
-        both = [_each(plan, lambda policy: replace(policy, kv=stored)) for plan in both]
+        both = [_stored(plan, facts, stored) for plan in both]
     plan = _merged(name, facts, *both)
     if heads is not None:
         plan = _split(plan, facts, heads)
@@ -70,6 +70,15 @@ def _plan(method: Method | Plan, facts: ModelFacts) -> Plan:
 def _name(value: object) -> str:
     """`DuoHeads` as `duo_heads`, `Int4KV` as `int4`."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(value).__name__.removesuffix("KV")).lower()
+
+
+def _stored(plan: Plan, facts: ModelFacts, kv: KVFormat | None) -> Plan:
+    """Keys and values in a format; in a layer with a sliding window of its own, those of recent tokens, too."""
+    layers = [
+        LayerPlan(tuple(replace(g, policy=replace(g.policy, kv=own_format(kv, layer.window))) for g in stack.groups))
+        for stack, layer in zip(plan.layers, facts.layers, strict=True)
+    ]
+    return Plan(plan.method, tuple(layers))
 
 
 def _each(plan: Plan, change: Callable[[HeadPolicy], HeadPolicy]) -> Plan:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from ..cache.positions import Absolute
 from ..cache.retention import KeepAll, SinkWindow
 from ..errors import UnsupportedError
 from ..models import LayerFacts, ModelFacts
-from ..plan import HeadGroup, HeadPolicy, LayerPlan, Plan, Selector
+from ..plan import HeadGroup, HeadPolicy, KVFormat, LayerPlan, Plan, Selector
 from ..select.budgets import Mass
 
 DENSE = HeadPolicy(KeepAll(), Absolute())
@@ -105,4 +106,13 @@ def require_small_positions(method: str, facts: ModelFacts, knobs: str, sizes: S
 def _own(window: int, policy: HeadPolicy) -> HeadPolicy:
     """What a layer with a sliding window of its own does beside others with a policy: far keys it never reads."""
     positions = policy.positions if policy.positions.in_cache else Absolute()
-    return HeadPolicy(SinkWindow(0, window), positions, kv=policy.kv)
+    return HeadPolicy(SinkWindow(0, window), positions, kv=own_format(policy.kv, window))
+
+
+def own_format(kv: KVFormat | None, window: int | None) -> KVFormat | None:
+    """How a layer stores keys and values: with a sliding window of its own, recent tokens like others."""
+    if kv is None or window is None or not kv.recent:
+        return kv
+    made: Any = kv
+    found: KVFormat = dataclasses.replace(made, recent=0)
+    return found

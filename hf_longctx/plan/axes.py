@@ -129,6 +129,10 @@ class KVFormat(Protocol):
     def bits(self) -> int:
         """Bits of a channel."""
 
+    @property
+    def recent(self) -> int:
+        """Tokens at a smaller distance from a query are read as the model made them."""
+
     def describe(self) -> str:
         """One phrase for a table."""
 

@@ -147,6 +147,18 @@ def _offloaded_heads_select(policy: HeadPolicy) -> str | None:
     return None
 
 
+def _recent_tokens_are_among_all(policy: HeadPolicy) -> str | None:
+    if policy.kv is None or not policy.kv.recent:
+        return None
+    moved = policy.positions.in_cache or policy.positions.distance is not None or policy.positions.at_read
+    if policy.retention.window is None and policy.prefill is None and policy.decode is None and not moved:
+        return None
+    return (
+        "expected heads that keep all tokens, at their places in the text, and read them all, where recent ones are "
+        f"held as they are; got '{policy.describe()}'. Use recent=0."
+    )
+
+
 _RULES: tuple[Callable[[HeadPolicy], str | None], ...] = (
     _clamped_heads_keep_all,
     _selecting_heads_keep_all,
@@ -155,4 +167,5 @@ _RULES: tuple[Callable[[HeadPolicy], str | None], ...] = (
     _one_summary,
     _attention_is_counted_per_kv_head,
     _offloaded_heads_select,
+    _recent_tokens_are_among_all,
 )

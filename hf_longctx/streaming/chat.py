@@ -79,9 +79,11 @@ class Chat:
 
     def __init__(self, model: Any, processor: Any, facts: VisionFacts) -> None:
         self._processor, self._facts = processor, facts
+        self._device = model.get_input_embeddings().weight.device
         self._takes = set(inspect.signature(type(model).forward).parameters)
         user, answer = _message("user", _WORD), _message("assistant", _WORD)
         self._before = [user, answer]
+        self._rendered: tuple[Any, str] = None, ""
         asked = self._added([user], prompt=True)
         whole = self._render(self._before)
         ends = whole.rfind(_WORD)
@@ -129,7 +131,7 @@ class Chat:
         if kind == "image":
             more["images"] = pictures
         else:
-            more["videos"] = [[torch.stack(row)] for row in pictures]
+            more["videos"] = [[torch.stack([one.to(self._device) for one in row])] for row in pictures]
             more["do_sample_frames"] = False
             more["video_metadata"] = [[_metadata(turn)] for turn in turns]
         out = self._processor(text=texts, padding=True, add_special_tokens=False, return_tensors="pt", **more)
@@ -137,11 +139,18 @@ class Chat:
 
     def _added(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
         """What the template adds for the last message, or for the wish for an answer to it."""
-        before = self._render(messages if prompt else messages[:-1])
+        before = self._render(messages) if prompt else self._known(messages[:-1])
         after = self._render(messages, prompt)
         if not after.startswith(before) or after == before:
             raise self._odd("does not simply add a turn to those before it")
         return after[len(before) :]
+
+    def _known(self, messages: Sequence[dict[str, Any]]) -> str:
+        """As `_render`; of what is before a turn, which is the same each time as long as the template is."""
+        key = list(messages), getattr(self._processor, "chat_template", None)
+        if self._rendered[0] != key:
+            self._rendered = key, self._render(messages)
+        return self._rendered[1]
 
     def _render(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
         template = getattr(self._processor, "chat_template", None)

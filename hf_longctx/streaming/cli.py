@@ -40,6 +40,9 @@ def stream(
         float | None,
         typer.Option(help="Seconds without a frame that are an error.", show_default="10 for what is live, else 60"),
     ] = None,
+    reconnect_s: Annotated[
+        float, typer.Option(help="Seconds that a camera or URL which broke off is tried again.")
+    ] = 0.0,
     max_pixels: Annotated[
         int | None, typer.Option(help="Scale larger frames down.", show_default="as they are")
     ] = None,
@@ -62,7 +65,13 @@ def stream(
     quiet()
 
     questions = [Question.read(each) for each in ask or []]
-    knobs = {"when_full": when_full, "queue": queue, "stall_s": stall_s, "max_pixels": max_pixels}
+    knobs = {
+        "when_full": when_full,
+        "queue": queue,
+        "stall_s": stall_s,
+        "max_pixels": max_pixels,
+        "reconnect_s": reconnect_s,
+    }
     opened = partial(frames, video, fps, **knobs, start_s=start_s, stop_s=stop_s)  # type: ignore[arg-type]
     opened().close()  # what cannot be read is said before a model is loaded, and a live source is not left to run full
     Settings(query, max_new_tokens=new_tokens).check_window(window_s)

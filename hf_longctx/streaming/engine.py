@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,11 +13,15 @@ from torch import Tensor
 
 from ..cache.cache import LongContextCache
 from ..cache.retention import ModalityWindow
-from ..models import CACHE, VisionFacts
+from ..models import VisionFacts
 from ..turning import AtRead
 from .chat import Chat, Encoded, Turn
-from .layout import Held, Row
-from .sampling import Sampler
+from .layout import Held, Row, Run
+from .reading import Reader
+from .sampling import Fetched, Sampler
+
+AHEAD = {"cuda"}
+"""Types of devices that are given the next step of an answer before its last word is known: they never wait for us."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class Budget:
 
     tokens: int
     seconds: float | None = None
+
+    def is_over(self, began: float) -> bool:
+        """True if the time is spent of an answer that began at `began` on `time.perf_counter`."""
+        return self.seconds is not None and time.perf_counter() - began >= self.seconds
 
 
 @dataclass
@@ -59,6 +66,7 @@ class Engine:
         sampler: what it says next.
         rows: streams.
         stops: tokens that end an answer.
+        recorded: whether calls are recorded now.
     """
 
     def __init__(
@@ -71,15 +79,13 @@ class Engine:
         sampler: Sampler,
         rows: int,
         stops: set[int],
+        recorded: Callable[[], bool],
     ) -> None:
         self.model, self.cache, self.chat, self.window = model, cache, chat, window
         self.rows = [Row() for _ in range(rows)]
         self._broken = False
-        self._axes, self._sampler, self._stops = facts.axes, sampler, stops
-        decoder = model.get_decoder()
-        self._device = model.get_input_embeddings().weight.device
-        self._like = torch.empty(0, dtype=decoder.dtype, device=self._device)
-        self._rotary: AtRead = vars(decoder.rotary_emb)["forward"]
+        self.reader, self._sampler, self._stops = Reader(model, cache, facts, recorded), sampler, stops
+        self._rotary: AtRead = vars(model.get_decoder().rotary_emb)["forward"]
 
     @torch.inference_mode()
     def open(self, ids: Sequence[int]) -> None:
@@ -147,14 +153,11 @@ class Engine:
         if all(map(all, stays)):
             return
         kept = [row.drop(marks) for row, marks in zip(self.rows, stays, strict=True)]
-        counts = [len(slots) for slots, _ in kept]
-        index, shift = (
-            torch.tensor([x + x[-1:] * (max(counts) - len(x)) for x in part], device=self._device)
-            for part in zip(*kept, strict=True)
-        )
+        counts = [row.tokens for row in self.rows]
+        index, shift = (_runs(part, max(counts)).to(self.reader.device) for part in zip(*kept, strict=True))
         alike = len(set(counts)) == 1
-        lengths = None if alike else torch.tensor(counts, device=self._device)
-        self.cache.keep(index, lengths, shift, lambda pos: self._rotary.real(self._like, pos))
+        lengths = None if alike else torch.tensor(counts, device=self.reader.device)
+        self.cache.keep(index, lengths, shift, lambda pos: self._rotary.real(self.reader.like, pos))
 
     # reading ------------------------------------------------------------------------------------------------------
 
@@ -166,116 +169,70 @@ class Engine:
             for row, ids, more in zip(self.rows, encoded.ids, new, strict=True)
         ]
         ids = [[token for part in row for token in part] for row in parts]
-        width = max(map(len, ids))
         kinds = None
         if encoded.kinds is not None:
             kinds = [[0] * len(p[0]) + kind + [0] * len(p[2]) for p, kind in zip(parts, encoded.kinds, strict=True)]
-        places = self._places(ids, kinds, encoded, width)
+        places = self.reader.places(self.rows, ids, kinds, encoded)
         for row, part, more, place in zip(self.rows, parts, new, places, strict=True):
             row.take_in(part, more, place[0].tolist())  # spans begin and end with text, so one axis says it all
-        pos = torch.zeros(self._axes, len(ids), width, dtype=torch.int64)
-        for number, place in enumerate(places):
-            pos[:, number, width - place.shape[1] :] = place
-        vision = {name: self._moved(name, x) for name, x in encoded.vision.items() if name != "second_per_grid_ts"}
-        return self._forward(_left(ids, width), pos, [len(row) for row in ids], **vision)
-
-    def _places(
-        self, ids: Sequence[list[int]], kinds: Sequence[list[int]] | None, encoded: Encoded, width: int
-    ) -> list[Tensor]:
-        """Where the tokens of each row stand, `[axes, T']`: what the model's routine says of them alone, moved on."""
-        if self._axes == 1 or kinds is None:
-            return [
-                (row.next + torch.arange(len(x))).expand(self._axes, -1) for row, x in zip(self.rows, ids, strict=True)
-            ]
-        routine = self.model.model.get_rope_index
-        known = inspect.signature(routine).parameters
-        grids = {name: x for name, x in encoded.vision.items() if name in known}
-        some = [i for i, row in enumerate(ids) if row]
-        pos, _ = routine(
-            input_ids=_left([ids[i] for i in some], width),
-            mm_token_type_ids=_left([kinds[i] for i in some], width).int(),
-            attention_mask=_left([[1] * len(ids[i]) for i in some], width),
-            **grids,
-        )
-        made = {i: self.rows[i].next + pos[:, at, width - len(ids[i]) :] for at, i in enumerate(some)}
-        return [made.get(i, pos[:, 0, :0]) for i in range(len(ids))]
-
-    def _forward(self, ids: Tensor, pos: Tensor, counts: Sequence[int], **vision: Any) -> Tensor:
-        """One call: `[B, V]`, logits of the last column.
-
-        Args:
-            ids: `[B, T]`, right-aligned.
-            pos: `[axes, B, T]`, likewise.
-            counts: how many of them each row has.
-            **vision: what the vision tower reads.
-        """
-        rows, width = ids.shape
-        mask = None
-        if rows > 1:
-            new = torch.tensor(counts)
-            before = torch.tensor([row.tokens for row in self.rows]) - new  # rows know already what they are to read
-            real = torch.arange(width) >= width - new[:, None]
-            mask = torch.cat((torch.arange(self.cache.ledger.columns) < before[:, None], real), 1).to(self._device)
-        out = self.model(
-            input_ids=ids.to(self._device),
-            attention_mask=mask,
-            position_ids=(pos if self._axes == 3 else pos[0]).to(self._device),
-            **{CACHE: self.cache},
-            use_cache=True,
-            logits_to_keep=1,
-            **vision,
-        )
-        logits: Tensor = out.logits[:, -1]
-        return logits
-
-    def _moved(self, name: str, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return x.to(self._device, self._like.dtype if x.is_floating_point() else x.dtype)
+        return self.reader.read(self.rows, ids, places, encoded)
 
     # answering ----------------------------------------------------------------------------------------------------
 
     def _say(self, logits: Tensor, asked: Sequence[bool], budget: Budget, began: float) -> list[Answer | None]:
         """Token after token, until every row has ended its turn or spent its budget."""
         answers = [Answer() if is_asked else None for is_asked in asked]
-        running = [answer is not None for answer in answers]
-        while any(running):
-            picked = self._sampler.next(logits, self._said)
-            late = budget.seconds is not None and time.perf_counter() - began >= budget.seconds
+        running, device = list(asked), self.reader.device
+        ahead = len(self.rows) == 1 and device.type in AHEAD
+        draws = self._sampler.begin(self._said, len(self.rows), budget.tokens, device)
+        pos = torch.tensor([row.next for row in self.rows], device=device)
+        for count in range(1, budget.tokens + 1):
+            tokens = draws.next(logits)
+            words, spent = Fetched(tokens), count == budget.tokens or budget.is_over(began)
+            if ahead and not spent:
+                logits = self.reader.step(self.rows, tokens, pos, running)
+            picked = words.get()
+            spent = spent or (not ahead and budget.is_over(began))
             for i, (row, answer, token) in enumerate(zip(self.rows, answers, picked, strict=True)):
-                if answer is None or not running[i]:
-                    continue
-                if token in self._stops:
-                    answer.stopped, row.pending, running[i] = "end", list(self.chat.closing), False
-                    continue
-                answer.ids.append(token)
-                row.pending = [token]
-                if late or len(answer.ids) >= budget.tokens:
-                    answer.stopped = "tokens" if len(answer.ids) >= budget.tokens else "time"
-                    row.pending, running[i] = [token, *self.chat.closing], False
-            if any(running):
-                logits = self._step(picked, running)
+                if answer is not None and running[i]:
+                    running[i] = self._hear(row, answer, token, "tokens" if count == budget.tokens else "time", spent)
+            if not any(running):
+                if ahead and not spent:
+                    self.cache.crop(-1)  # the step after the end of the turn
+                break
+            if not ahead:
+                logits = self.reader.step(self.rows, tokens, pos, running)
+            pos = pos + 1
         for row, is_asked in zip(self.rows, asked, strict=True):
             if is_asked:
                 row.spans[-1].reserved = len(row.spans[-1].ids) + len(row.pending)
         return answers
 
-    def _step(self, picked: Sequence[int], running: Sequence[bool]) -> Tensor:
-        """One more token of each row that is not done."""
-        pos = torch.tensor([row.next for row in self.rows]).view(1, -1, 1).expand(self._axes, -1, 1)
-        for row, goes_on in zip(self.rows, running, strict=True):
-            if goes_on:
-                row.spans[-1].ids += row.pending
-                row.spans[-1].extent += 1
-                row.next, row.pending = row.next + 1, []
-        return self._forward(torch.tensor(picked)[:, None], pos, [int(goes_on) for goes_on in running])
+    def _hear(self, row: Row, answer: Answer, token: int, why: Literal["tokens", "time"], spent: bool) -> bool:
+        """Take a token into an answer: True if it goes on, and the model reads it next."""
+        if token in self._stops:
+            answer.stopped, row.pending = "end", list(self.chat.closing)
+            return False
+        answer.ids.append(token)
+        if spent:
+            answer.stopped, row.pending = why, [token, *self.chat.closing]
+            return False
+        row.spans[-1].ids.append(token)
+        row.spans[-1].extent, row.next, row.pending = row.spans[-1].extent + 1, row.next + 1, []
+        return True
 
     def _said(self) -> list[list[int]]:
         """What a repetition penalty remembers: kept words of each stream."""
-        kept = [[held.ids for held in row.spans if held.kind == "text"] + [row.pending] for row in self.rows]
+        kept = [[held.ids for held in row.spans if held.kind == "text"] for row in self.rows]
         return [[token for ids in row for token in ids] for row in kept]
 
 
-def _left(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-    """`[B, width]`, int64: rows right-aligned, with zeros before."""
-    return torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+def _runs(rows: Sequence[Sequence[Run]], width: int) -> Tensor:
+    """`[B, width]`, int64: runs of each row as `Row.drop` gives them, and the last number again where there are fewer.
+
+    Args:
+        rows: runs of each.
+        width: of the longest row.
+    """
+    made = [torch.cat([first + step * torch.arange(count) for first, count, step in runs]) for runs in rows]
+    return torch.stack([torch.cat((x, x[-1:].expand(width - len(x)))) for x in made])

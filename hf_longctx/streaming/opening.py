@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Generator, Iterable
+import time
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from .pictures import Counts, Opened, Picture, Reading
 from .video import open_camera, open_video
 
 _LIVE = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "rtp", "tcp", "mms")
+_PAUSE_S = 1.0  # between two attempts to open what broke off
 _ENDING = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -46,9 +51,42 @@ def open_source(source: Any, how: Reading, counts: Counts) -> Opened:
         return _folder(path, how) if path.is_dir() else open_video(str(path), name, False, how, counts)
     _whole("a camera or a stream", how)
     if scheme is None:
-        return open_camera(name, how, counts)
+        return _lasting(partial(open_camera, name, how, counts), how, counts)
     options = {"rtsp_transport": "tcp"} if scheme in ("rtsp", "rtsps") else {}
-    return open_video(name, re.sub(r"//[^/@]*@", "//", name), scheme in _LIVE, how, counts, {"options": options})
+    shown, live = re.sub(r"//[^/@]*@", "//", name), scheme in _LIVE
+    return _lasting(partial(open_video, name, shown, live, how, counts, {"options": options}), how, counts)
+
+
+def _lasting(again: Callable[[], Opened], how: Reading, counts: Counts) -> Opened:
+    """A source that, if it is live, is opened again when it breaks off or ends."""
+    opened = again()
+    if not opened.live or not how.reconnect:
+        return opened
+    return replace(opened, pictures=_opened_again(opened, again, how.reconnect, counts))
+
+
+def _opened_again(
+    first: Opened, again: Callable[[], Opened], seconds: float, counts: Counts
+) -> Generator[Picture, None, None]:
+    """Pictures of a live source, which is tried so long after each time that it broke off."""
+    now: Opened | None = first
+    lost: Exception | None = None
+    until = math.inf
+    while True:
+        try:
+            if now is None:
+                now = again()
+                counts.reconnects += 1
+            with closing(now.pictures) as pictures:
+                for picture in pictures:
+                    until = math.inf
+                    yield picture
+        except (OSError, ValueError) as error:  # a device that is gone, a server that does not answer, or with nonsense
+            lost = error
+        now, until = None, min(until, time.monotonic() + seconds)
+        if time.monotonic() >= until:
+            raise lost or ConnectionError(f"frames: expected {first.name} to go on; got its end. Check the source.")
+        time.sleep(min(_PAUSE_S, seconds))
 
 
 def _whole(what: str, how: Reading) -> None:

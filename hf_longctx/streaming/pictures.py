@@ -50,6 +50,7 @@ class Reading:
         timeout: seconds that a camera or a network stream may be silent.
         start: seconds into a video file to begin at.
         stop: seconds into it to end at; None is its end.
+        reconnect: seconds that a live source which broke off is tried again.
     """
 
     rate: float
@@ -57,6 +58,7 @@ class Reading:
     timeout: float
     start: float = 0.0
     stop: float | None = None
+    reconnect: float = 0.0
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Counts:
         dropped: frames forgotten because nobody took them in time (`when_full="drop"`).
         damaged: packets that could not be decoded.
         resets: times that the source's clock went back; the stream's own goes on.
+        reconnects: times that a live source broke off and was opened again.
     """
 
     read: int = 0
@@ -78,3 +81,4 @@ class Counts:
     dropped: int = 0
     damaged: int = 0
     resets: int = 0
+    reconnects: int = 0

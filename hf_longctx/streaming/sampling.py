@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -41,26 +42,79 @@ class Sampler:
             if settings.top_p is not None and settings.top_p < 1.0:
                 made.append(TopPLogitsWarper(float(settings.top_p)))
         self._steps = LogitsProcessorList(made)
+        self._remembers = any(isinstance(step, RepetitionPenaltyLogitsProcessor) for step in made)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def next(self, logits: Tensor, said: Callable[[], Sequence[Sequence[int]]]) -> list[int]:
-        """The next token of each row.
+    def begin(self, said: Callable[[], Sequence[Sequence[int]]], rows: int, tokens: int, device: torch.device) -> Draws:
+        """What picks the tokens of one answer of each row; all that comes from the host goes to the device here.
 
         Args:
-            logits: `[B, V]`.
             said: gives the tokens of each row that a repetition penalty remembers.
+            rows: how many there are.
+            tokens: most of an answer.
+            device: of the logits.
         """
-        logits = logits.clone()
-        logits[:, self._banned] = float("-inf")
-        if self._steps:
+        memory = None
+        if self._remembers:
+            memory = [torch.tensor([list(before)], dtype=torch.int64, device=device) for before in said()]
+        banned = torch.tensor(self._banned, dtype=torch.int64, device=device)
+        heights = None
+        if self._draws:
+            heights = torch.rand(tokens, rows, 1, dtype=torch.float64, generator=self.generator).to(device)
+        return Draws(self._steps, banned, memory, heights)
+
+
+@dataclass
+class Draws:
+    """The tokens of one answer of each row, one after the other; nothing waits for the device.
+
+    Args:
+        steps: what is done to logits.
+        banned: `[N]`, int64, tokens that are never picked.
+        memory: of each row `[1, N]`, int64, tokens that a repetition penalty remembers; None: there is none.
+        heights: `[tokens, B, 1]`, float64 in [0, 1), where to look in the distributions; None: the likeliest tokens.
+        count: tokens so far.
+    """
+
+    steps: LogitsProcessorList
+    banned: Tensor
+    memory: list[Tensor] | None
+    heights: Tensor | None
+    count: int = 0
+
+    def next(self, logits: Tensor) -> Tensor:
+        """The next token of each row: `[B]`, int64, from logits `[B, V]`."""
+        logits = logits.index_fill(1, self.banned, float("-inf"))
+        if self.steps:
             rows = []
-            for row, before in zip(logits.float(), said(), strict=True):
-                ids: Any = torch.tensor([list(before)], dtype=torch.int64, device=logits.device)
-                rows.append(self._steps(ids, cast(Any, row[None]))[0])
+            for number, row in enumerate(logits.float()):
+                ids: Any = self.banned[None, :0] if self.memory is None else self.memory[number]
+                rows.append(self.steps(ids, cast(Any, row[None]))[0])
             logits = torch.stack(rows)
-        if not self._draws:
-            picked: list[int] = logits.argmax(-1).tolist()
-            return picked
-        shares = logits.float().softmax(-1).cpu()
-        drawn: list[int] = torch.multinomial(shares, 1, generator=self.generator)[:, 0].tolist()
-        return drawn
+        if self.heights is None:
+            picked = logits.argmax(-1)
+        else:
+            below = logits.float().softmax(-1).double().cumsum(-1)
+            picked = torch.searchsorted(below, self.heights[self.count] * below[:, -1:], right=True)[:, 0]
+        self.count += 1
+        if self.memory is not None:
+            self.memory = [torch.cat((x, one.view(1, 1)), 1) for x, one in zip(self.memory, picked, strict=True)]
+        return picked
+
+
+class Fetched:
+    """Integers of a device on their way to the host: what is launched meanwhile need not be done when they are read."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._host = x.to("cpu", non_blocking=True)
+        self._there = None
+        if x.is_cuda:
+            self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._there.record(torch.cuda.current_stream(x.device))
+
+    def get(self) -> list[int]:
+        """The integers; waits for them alone."""
+        if self._there is not None:
+            self._there.synchronize()
+        out: list[int] = self._host.tolist()
+        return out

@@ -135,6 +135,7 @@ class Session:
                 self._sampler,
                 self.settings.streams,
                 self._stops,
+                self._recorded,
             )
             if self.saved is None:
                 self._engine.open(self._opening)
@@ -234,6 +235,10 @@ class Session:
         state = state_of(self.model)
         assert state is not None
         return state.fresh_cache()
+
+    def _recorded(self) -> bool:
+        state = state_of(self.model)
+        return state is not None and state.recorder.on
 
     def _go_on(self, notes: dict[str, Any]) -> None:
         """Be what `state` told of."""

@@ -115,6 +115,7 @@ def frames(
     max_pixels: int | None = None,
     start_s: float = 0.0,
     stop_s: float | None = None,
+    reconnect_s: float = 0.0,
 ) -> FrameSource:
     """Frames of a file, folder, camera, network stream or iterator, `fps` a second.
 
@@ -133,6 +134,8 @@ def frames(
         max_pixels: larger pictures are scaled down to this; None leaves them.
         start_s: seconds into a video file; times count from there.
         stop_s: seconds into it to stop at.
+        reconnect_s: seconds that a camera or a live URL which broke off, or ended, is tried again; the clock of the
+            stream stands still meanwhile. 0: it is over.
 
     Returns:
         An iterator, already reading. The first picture of anything but an iterable has been read.
@@ -156,10 +159,17 @@ def frames(
         raise ValueError(f"when_full: expected wait or drop; got '{when_full}'.")
     if not 0 <= start_s < (math.inf if stop_s is None else stop_s):
         raise ValueError(f"start_s, stop_s: expected 0 <= start_s < stop_s; got {start_s:g} and {stop_s}.")
+    if not 0 <= reconnect_s < math.inf:
+        raise ValueError(f"reconnect_s: expected 0 or more seconds; got {reconnect_s:g}.")
     tally = Counts()
-    opened = open_source(source, Reading(rates["rate"], max_pixels, stall_s or _STALL_S, start_s, stop_s), tally)
+    how = Reading(rates["rate"], max_pixels, stall_s or _STALL_S, start_s, stop_s, reconnect_s)
+    opened = open_source(source, how, tally)
+    if reconnect_s and not opened.live:
+        opened.pictures.close()
+        raise ValueError(f"frames: expected reconnect_s with a live source; got {opened.name}. Leave it out.")
     drop = opened.live if when_full is None else when_full == "drop"
-    made = FrameSource(opened, tally, fps, drop, queue, stall_s or (_STALL_S if opened.live else _SLOW_S))
+    patience = (stall_s or (_STALL_S if opened.live else _SLOW_S)) * (2 if reconnect_s else 1) + reconnect_s
+    made = FrameSource(opened, tally, fps, drop, queue, patience)
     if isinstance(source, (str, os.PathLike)):
         made.begin()
     return made

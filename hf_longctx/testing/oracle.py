@@ -201,6 +201,8 @@ def _scene(
     """Tokens of one row as a group of heads has them, its keys and values read back from where they are stored."""
     policy = group.policy
     if policy.kv is not None:
+        if policy.kv.recent:
+            raise ValueError("oracle: expected keys and values read in one format; got recent ones. Use recent=0.")
         at = stored_positions(k.shape[1], plan.sink, plan.lap)
         k, v = keys_read_back(k, policy.kv.bits, at, turn), read_back(v, policy.kv.bits)
     return Scene(q, k, v, row.places[policy], row.spans, policy.positions.distance, turn, logits)

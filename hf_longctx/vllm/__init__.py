@@ -1,11 +1,11 @@
-"""A plugin for vLLM: pages chosen for each decode step, and QoQ checkpoints. vLLM calls `register` in each process."""
+"""A plugin for vLLM: decode steps that read few blocks, and QoQ checkpoints. vLLM calls `register` in each process."""
 
 from __future__ import annotations
 
 import logging
 import os
 
-from .settings import VARIABLE, PageChoice
+from .settings import asked
 
 TESTED = ("0.32",)
 """Releases of vLLM that the plugin was run with: beside others it steps aside."""
@@ -15,10 +15,10 @@ _log = logging.getLogger("vllm.hf_longctx")
 
 
 def register() -> None:
-    """Tell vLLM of what is here; may be called again. Attention stays vLLM's own unless `VARIABLE` is set.
+    """Tell vLLM of what is here; may be called again. Attention stays vLLM's own unless `settings.asked`.
 
     Raises:
-        ValueError: the variable does not hold knobs of `PageChoice`.
+        ValueError: the variable does not hold knobs, or both are set.
     """
     import vllm
 
@@ -31,12 +31,11 @@ def register() -> None:
     from .qoq import QoQ
 
     register_quantization_config("qoq")(QoQ)
-    said = os.environ.get(VARIABLE)
-    if said is None:
+    choice = asked(os.environ)
+    if choice is None:
         return
-    PageChoice.read(said)
     if not current_platform.is_cpu():
-        _log.warning("%s: pages are chosen on the CPU platform only; attention stays vLLM's own.", VARIABLE)
+        _log.warning("%s: pages are chosen on the CPU platform only; attention stays vLLM's own.", choice.variable)
         return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 

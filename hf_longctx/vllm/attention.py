@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from ..errors import UnsupportedError
 from .bounds import BlockBounds, Ledger, Writing
 from .order import find_order
-from .rows import DecodeRows, decode_rows, heads_apart, rows_that_choose
-from .settings import VARIABLE, PageChoice
+from .rows import DecodeRows, decode_rows, lengths_apart, rows_that_choose, tables_apart
+from .settings import PageChoice, Roles, asked
 
 _log = init_logger("vllm.hf_longctx")
 
@@ -34,10 +36,11 @@ _log = init_logger("vllm.hf_longctx")
 class PageMetadata(CPUAttentionMetadata):  # type: ignore[misc]  # vLLM's classes are not known where it is not installed
     """What vLLM's kernels need for all rows, and of those that choose: their blocks and how many tokens they read."""
 
+    roles: tuple[Roles, ...] = ()
     writing: Writing | None = None
     unknown: tuple[Tensor, Tensor] | None = None
     rows: DecodeRows | None = None
-    reading: CPUAttentionMetadata | None = None
+    reading: Callable[[Roles], CPUAttentionMetadata] | None = None
     others: tuple[Tensor, CPUAttentionMetadata] | None = None
 
 
@@ -46,16 +49,27 @@ class PageBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self.choice = PageChoice.read(os.environ[VARIABLE])
-        self.selector = self.choice.selector(self.block_size)
-        _log.info_once("%s: %s, blocks of %d", VARIABLE, self.choice, self.block_size)
+        self.choice = _asked()
+        self.selector, self.ends = self.choice.selector(self.block_size), self.choice.ends(self.block_size)
+        self.roles = self._roles()
+        _log.info_once("%s: %s, blocks of %d", self.choice.variable, self.choice, self.block_size)
         self.ledger = Ledger(self.choice.summary(self.block_size))
+
+    def _roles(self) -> tuple[Roles, ...]:
+        """Of each layer's heads; errors as `HeadChoice.roles`, and for several processes that share heads."""
+        model, ranks = self.vllm_config.model_config, self.vllm_config.parallel_config.tensor_parallel_size
+        if self.ends is not None and ranks > 1:
+            raise UnsupportedError(
+                f"{self.choice.variable}: expected heads that are whole on a device; got tensor parallelism over "
+                f"{ranks}. Serve with --tensor-parallel-size 1."
+            )
+        return self.choice.roles(model.hf_text_config, model.model, self.num_kv_heads)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> PageMetadata:
         """For each step of the engine."""
         common = common_attn_metadata
         made = super().build(common_prefix_len, common, fast_build)
-        out = PageMetadata(**{field.name: getattr(made, field.name) for field in fields(made)})
+        out = PageMetadata(**{field.name: getattr(made, field.name) for field in fields(made)}, roles=self.roles)
         if made.encoder_cache is not None:
             return out
         out.writing = self.ledger.write(made.slot_mapping)
@@ -63,20 +77,19 @@ class PageBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
             return out
         count = common.num_reqs
         starts, lengths = made.query_start_loc[: count + 1], made.seq_lens[:count]
-        chosen = rows_that_choose(self.selector, starts, lengths, common.is_prefilling[:count])
+        chosen = rows_that_choose(self.selector, self.ends, starts, lengths, common.is_prefilling[:count])
         if len(chosen) == 0:
             return out
         out.rows = decode_rows(self.selector, chosen, starts, lengths, made.block_table)
         out.unknown = self.ledger.unknown(out.rows.table, out.rows.lengths)
-        out.reading = self._reading(out.rows)
+        out.reading = cache(partial(self._reading, out.rows))
         if len(chosen) < count:
             out.others = self._others(chosen, common)
         return out
 
-    def _reading(self, rows: DecodeRows) -> CPUAttentionMetadata:
-        """For the kernel: a row for each choice."""
-        apart = self.num_kv_heads if self.choice.share == "kv_head" else 1
-        lengths = rows.read.repeat_interleave(apart)
+    def _reading(self, rows: DecodeRows, roles: Roles) -> CPUAttentionMetadata:
+        """For the kernel: a row for each KV head of these; without any, one for all heads."""
+        lengths, apart = lengths_apart(rows, roles or (True,), self.ends), len(roles) or 1
         starts = torch.arange(len(lengths) + 1, dtype=torch.int32)
         plan = kernels.cpu_attn_get_scheduler_metadata(
             num_reqs=len(lengths),
@@ -116,8 +129,9 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self.choice = PageChoice.read(os.environ[VARIABLE])
+        self.choice = _asked()
         self.bounds: BlockBounds | None = None
+        self.layers = int(get_current_vllm_config().model_config.hf_text_config.num_hidden_layers)
         self._read_all(self._reason())
 
     def _reason(self) -> str | None:
@@ -137,12 +151,13 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         """Whether this layer is one that ever chooses."""
         if self.reason is None and not kv_cache.is_contiguous():
             self._read_all("blocks that lie apart")
-        return self.reason is None and bool(extract_layer_index(layer.layer_name) >= self.choice.dense_layers)
+        layers = range(self.choice.dense_layers, self.layers)  # beyond: those of a model that drafts tokens
+        return self.reason is None and extract_layer_index(layer.layer_name) in layers
 
     def _read_all(self, reason: str | None) -> None:
         self.reason = reason
         if reason is not None:
-            _log.warning_once("%s: layers with %s read everything.", VARIABLE, reason)
+            _log.warning_once("%s: layers with %s read everything.", self.choice.variable, reason)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -152,7 +167,9 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         known = get_forward_context().attn_metadata
         found = (known[0] if isinstance(known, list) else known or {}).get(layer.layer_name)
         if self.chooses(layer, kv_cache) and isinstance(found, PageMetadata) and found.writing is not None:
-            self._bounds_of(kv_cache).write(key, found.writing)
+            roles = _of(layer, found)
+            if any(roles):
+                self._bounds_of(kv_cache, roles).write(key[:, torch.tensor(roles)], found.writing)
 
     def forward(
         self,
@@ -183,19 +200,19 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
 
     def _read(self, layer: Any, q: Tensor, kv_cache: Tensor, metadata: PageMetadata) -> Tensor:
         """Attention of the rows that choose, `[R, Hq, D]`."""
-        bounds, rows, reading = self._bounds_of(kv_cache), metadata.rows, metadata.reading
-        assert rows is not None and reading is not None and metadata.unknown is not None
-        blocks, tokens = metadata.unknown
-        if len(blocks):
-            bounds.bound(blocks, self._keys(layer, kv_cache, blocks), tokens)
-        ids = rows.choose(q, bounds.rows(rows.table))
+        assert metadata.rows is not None and metadata.reading is not None
         count, heads, block, _ = kv_cache.shape
-        if self.choice.share == "kv_head":
-            cache = kv_cache.view(count * heads, 1, 2 * block, -1)
-            table, q = heads_apart(ids, heads), q.reshape(-1, self.num_queries_per_kv, self.head_size)
+        roles = _of(layer, metadata)
+        chosen = self._choose(layer, q, kv_cache, metadata) if any(roles) else None
+        if self.choice.share == "kv_head" or not all(roles):
+            cached, reading = kv_cache.view(count * heads, 1, 2 * block, -1), metadata.reading(roles)
+            table = tables_apart(metadata.rows, roles, self.choice.ends(block), chosen)
+            q = q.reshape(-1, self.num_queries_per_kv, self.head_size)
         else:
-            cache, table, q = kv_cache.view(count, heads, 2 * block, -1), ids[:, 0].int(), q.contiguous()
-        keys, values = cache.chunk(2, dim=2)
+            assert chosen is not None
+            cached, reading = kv_cache.view(count, heads, 2 * block, -1), metadata.reading(())
+            table, q = chosen[:, 0].int(), q.contiguous()
+        keys, values = cached.chunk(2, dim=2)
         out = torch.empty_like(q)
         kernels.cpu_attention_with_kv_cache(
             query=q,
@@ -215,11 +232,23 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         )
         return out
 
-    def _bounds_of(self, kv_cache: Tensor) -> BlockBounds:
+    def _choose(self, layer: Any, q: Tensor, kv_cache: Tensor, metadata: PageMetadata) -> Tensor:
+        """Physical blocks that the heads that retrieve read of each row, `[R, Hs, K]`."""
+        assert metadata.rows is not None and metadata.unknown is not None
+        roles = _of(layer, metadata)
+        own = torch.tensor(roles)
+        bounds, (blocks, tokens) = self._bounds_of(kv_cache, roles), metadata.unknown
+        if len(blocks):
+            bounds.bound(blocks, self._keys(layer, kv_cache, blocks)[:, own], tokens)
+        mine = q.view(len(q), len(roles), -1, self.head_size)[:, own].flatten(1, 2)
+        return metadata.rows.choose(mine, bounds.rows(metadata.rows.table))
+
+    def _bounds_of(self, kv_cache: Tensor, roles: Roles) -> BlockBounds:
         """The bounds beside a cache, which is another one once the engine has measured the memory."""
-        blocks, heads, block, _ = kv_cache.shape
+        blocks, _, block, _ = kv_cache.shape
         if self.bounds is None or len(self.bounds.values) != blocks:
-            self.bounds = BlockBounds(blocks, heads, self.head_size, kv_cache.dtype, self.choice.summary(block))
+            summary = self.choice.summary(block)
+            self.bounds = BlockBounds(blocks, sum(roles), self.head_size, kv_cache.dtype, summary)
         return self.bounds
 
     def _keys(self, layer: Any, kv_cache: Tensor, blocks: Tensor) -> Tensor:
@@ -227,6 +256,17 @@ class PageImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         _, heads, block, _ = kv_cache.shape
         stored = kv_cache[blocks].view(len(blocks), heads, 2, -1)[:, :, 0]
         return stored[:, :, _order(block, self.head_size, kv_cache.dtype, layer.isa)]
+
+
+def _asked() -> PageChoice:
+    choice = asked(os.environ)
+    assert choice is not None, "registered without being asked"
+    return choice
+
+
+def _of(layer: Any, metadata: PageMetadata) -> Roles:
+    """Roles of a layer's heads."""
+    return metadata.roles[extract_layer_index(layer.layer_name)]
 
 
 @lru_cache(maxsize=8)

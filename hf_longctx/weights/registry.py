@@ -13,7 +13,7 @@ from typing import Any
 _AUTO = "transformers.quantizers.auto"
 """The module that holds transformers' tables of quantizers; `from_pretrained` cannot run before it is imported."""
 
-_METHODS = {
+METHODS = {
     "bitdelta": (".bitdelta.quantizer", "BitDeltaConfig", ".bitdelta.quantizer", "BitDeltaQuantizer"),
     "qoq": (".qoq.config", "QoQConfig", ".qoq.quantizer", "QoQQuantizer"),
 }
@@ -53,7 +53,7 @@ def _register(tables: Any) -> None:
     A quantizer that is imported before the tables has them imported, and is only half there by then: it announces
     itself at its end.
     """
-    for method, (settings, config, home, quantizer) in _METHODS.items():
+    for method, (settings, config, home, quantizer) in METHODS.items():
         found = getattr(import_module(home, __package__), quantizer, None)
         if found is not None and method not in tables.AUTO_QUANTIZER_MAPPING:
             tables.register_quantization_config(method)(getattr(import_module(settings, __package__), config))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from hf_longctx.bench import cost, model, peers, show
 from hf_longctx.bench.live import held, reached
@@ -140,16 +141,43 @@ def test_tensors_are_counted_once_whatever_holds_them() -> None:
 
 def test_peers_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    monkeypatch.delattr(peers.cache_utils, "Fp8QuantizedLayer", raising=False)
     found, absent = peers.choose("all", CPU)
     assert [peer.name for peer in found] == ["unpatched", "hf:static"]
     assert absent == [
         "hf:offloaded is absent: it needs CUDA.",
-        "hf:quantized is absent: it needs optimum.quanto, which is not installed.",
+        "hf:fp8 is absent: it needs a later transformers, with Fp8QuantizedLayer.",
+        "hf:hqq is absent: it needs hqq, which is not installed.",
+        "hf:quanto is absent: it needs optimum.quanto, which is not installed.",
         "kvpress:snapkv is absent: it needs kvpress, which is not installed.",
     ]
     assert peers.choose("none", CPU) == ([], [])
     with pytest.raises(ValueError, match=r"--peers: expected all, none or some of unpatched, .*; got 'vllm'"):
         peers.choose("unpatched,vllm", CPU)
+
+
+def test_a_peer_made_for_another_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_installed", lambda name: True)
+    asked = ["torch<3", "transformers<5.3,>=4.56.0", 'transformers<5 ; extra == "old"']
+    monkeypatch.setattr(peers, "requires", lambda name: asked)
+    assert peers.choose("kvpress:snapkv", CPU) == (
+        [],
+        [f"kvpress:snapkv is absent: it needs transformers<5.3,>=4.56.0, not {transformers.__version__}."],
+    )
+    asked[1:2] = ["transformers>=4.56.0"]
+    assert peers.choose("kvpress:snapkv", CPU) == ([peers.PEERS["kvpress:snapkv"]], [])
+
+
+@pytest.mark.parametrize("name", ["hf:fp8", "hf:hqq", "hf:quanto"])
+def test_quantized_caches_of_transformers_run(config: Path, tmp_path: Path, name: str) -> None:
+    found, absent = peers.choose(name, CPU)
+    if not found:
+        pytest.skip(absent[0])
+    plain, one = model.run(
+        build(config, "auto", CPU), None, "dense", [*others("unpatched"), *found], [64], SETTINGS, tmp_path
+    )[1:]
+    assert one.error is None
+    assert one.kv_bytes < 0.6 * plain.kv_bytes
 
 
 def test_a_length_without_room_for_a_key_is_refused_before_anything_runs(tiny: tuple[Any, Any], tmp_path: Path) -> None:

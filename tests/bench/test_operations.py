@@ -30,15 +30,34 @@ def test_every_backend_gives_what_is_defined(name: str, number: int, device: str
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_so_do_others(device: str) -> None:
+@pytest.mark.parametrize(
+    "rival",
+    [pytest.param(rival, marks=[pytest.mark.slow] if rival.compiled else []) for rival in rivals.RIVALS],
+    ids=lambda rival: rival.name,
+)
+def test_so_do_others(rival: rivals.Rival, device: str) -> None:
     place = torch.device(device)
-    seen = set()
-    for name, one in OPERATIONS.items():
-        for rival in rivals.rivals_of(one, TINY, place)[0]:
-            maker = op.Maker(rival.name, rival.prepare)
-            assert op.refusal(one, maker, TINY, place) is None, (rival.name, name)
-            seen.add(rival.name)
-    assert "torch sdpa" in seen
+    reason = rival.missing(place)
+    if reason is not None:
+        pytest.skip(reason)
+    for name in rival.takes:
+        assert op.refusal(OPERATIONS[name], op.Maker(rival.name, rival.prepare), TINY, place) is None, name
+
+
+def test_others_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "find_spec", lambda name: None)
+    monkeypatch.setenv("CXX", "no-compiler-of-this-name")
+    found, absent = rivals.rivals_of(OPERATIONS["prefill"], TINY, torch.device("cpu"))
+    assert [rival.name for rival in found] == ["torch sdpa"]
+    assert absent == [
+        "flex attention is absent: it needs a C++ compiler.",
+        "flash-attn is absent: it needs flash_attn, which is not installed.",
+        "flashinfer is absent: it needs flashinfer, which is not installed.",
+    ]
+    assert (
+        "flex attention is absent: it needs triton, which is not installed."
+        in rivals.rivals_of(OPERATIONS["prefill"], TINY, torch.device("cuda"))[1]
+    )
 
 
 def test_each_kind_of_difference_is_told() -> None:

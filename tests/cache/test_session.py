@@ -34,6 +34,7 @@ KEEP, HERE = lc.KeepAll(), lc.Absolute()
 POLICIES = {
     "dense": lc.HeadPolicy(KEEP, HERE),
     "int8": lc.HeadPolicy(KEEP, HERE, kv=Int8KV()),
+    "recent-int4": lc.HeadPolicy(KEEP, HERE, kv=Int4KV(recent=7)),
     "window-int4": lc.HeadPolicy(lc.SinkWindow(2, 9, 14), HERE, kv=Int4KV()),
     "host": lc.HeadPolicy(KEEP, HERE, decode=BOUNDS, placement=HostLRU(2)),
     "host-int8": lc.HeadPolicy(KEEP, HERE, decode=BOUNDS, kv=Int8KV(), placement=HostLRU(2)),

@@ -26,7 +26,7 @@ KNOBS: dict[str, Any] = {"window_s": 4, "text_sink": 120, "text_window": 120, "m
 
 @pytest.fixture(scope="module")
 def vlm() -> tuple[Any, Any]:
-    """Heads of 64 channels, as the compiled kernels take them."""
+    """Heads of 64 channels, as the compiled kernels take them; layers of the tower that attend in windows, and not."""
     processor = Pixels()
     ids = processor.tokenizer.convert_tokens_to_ids
     config = hf.Qwen2_5_VLConfig(
@@ -43,12 +43,13 @@ def vlm() -> tuple[Any, Any]:
             "pad_token_id": 0,
         },
         vision_config={
-            "depth": 1,
+            "depth": 4,
             "hidden_size": 32,
             "num_heads": 2,
             "intermediate_size": 32,
             "out_hidden_size": 256,
-            "fullatt_block_indexes": [0],
+            "fullatt_block_indexes": [1, 3],
+            "window_size": 56,
         },
         image_token_id=ids("<|image_pad|>"),
         video_token_id=ids("<|video_pad|>"),
@@ -60,6 +61,23 @@ def vlm() -> tuple[Any, Any]:
     model = hf.Qwen2_5_VLForConditionalGeneration(config).eval()
     _widen(model, 0)
     return model, processor
+
+
+def seen(model: Any, processor: Any, graphs: bool) -> tuple[list[torch.Tensor], int, int]:
+    """What the text side is given of each round, and how many towers and calls were recorded."""
+    found: list[torch.Tensor] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs["inputs_embeds"].shape[1] > 8:
+            found.append(kwargs["inputs_embeds"].clone())
+
+    with Session(model, processor, **KNOBS) as session:
+        lc.patch(model, session.method, cuda_graph=graphs)
+        hook = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+        for _ in session.run(clip(10, size=(112, 112))):
+            pass
+        hook.remove()
+        return found, len(session.engine.reader.tower.graphs), lc.report(model).graphs
 
 
 def said(model: Any, processor: Any, streams: int, graphs: bool = True) -> tuple[list[tuple[int, str]], lc.Report]:
@@ -91,3 +109,16 @@ def test_in_bfloat16_graphs_change_nothing_and_bytes_stand_still(vlm: tuple[Any,
             held.append((session.stats.bytes_held, torch.cuda.memory_allocated()))
     assert len({held_bytes for held_bytes, _ in held[25:]}) == 1
     assert max(live for _, live in held[25:]) <= min(live for _, live in held[25:]) + 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_towers_give_what_they_give(vlm: tuple[Any, Any], dtype: torch.dtype) -> None:
+    model = copy.deepcopy(vlm[0]).to("cuda", dtype)
+    expected, towers, graphs = seen(model, vlm[1], graphs=False)
+    assert (towers, graphs) == (0, 0)
+    got, towers, graphs = seen(model, vlm[1], graphs=True)
+    assert towers == 1
+    assert graphs >= (2 if dtype == torch.bfloat16 else 1)  # rounds are recorded in 16 bits
+    for ours, theirs in zip(got, expected, strict=True):
+        bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=bound * float(theirs.abs().max()))

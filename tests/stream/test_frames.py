@@ -253,6 +253,8 @@ def test_bad_pictures(item: object) -> None:
         {"start_s": -1},
         {"start_s": 2, "stop_s": 2},
         {"start_s": 1},
+        {"reconnect_s": -1},
+        {"reconnect_s": 5},
     ],
 )
 def test_bad_arguments_touch_nothing(knobs: dict) -> None:

@@ -296,7 +296,7 @@ class Watched:
 
     def __init__(self, session: Session) -> None:
         self.session, self.seen, self.logits = session, [], torch.empty(0)
-        encode, forward = session.engine.chat.encode, session.engine._forward
+        encode, forward = session.engine.chat.encode, session.engine.reader.forward
 
         def encoded(turns: Any) -> Any:
             out = encode(turns)
@@ -309,7 +309,7 @@ class Watched:
             return self.logits
 
         session.engine.chat.encode = encoded
-        session.engine._forward = forwarded
+        session.engine.reader.forward = forwarded
 
     def kept(self, row: int = 0) -> list[int]:
         """Tokens in the cache."""

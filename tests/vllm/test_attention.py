@@ -14,7 +14,7 @@ from hf_longctx.kernels import ops
 from hf_longctx.select.choose import choose, forced
 from hf_longctx.select.scorers import Look
 from hf_longctx.vllm.bounds import Ledger
-from hf_longctx.vllm.settings import PageChoice
+from hf_longctx.vllm.settings import HeadChoice, PageChoice, Roles
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 HEADS, GROUP, DIM, BLOCK, BLOCKS = 2, 3, 64, 32, 40
@@ -24,24 +24,27 @@ LAYER = "model.layers.5.self_attn.attn"
 class Room:
     """One layer of an engine, its cache, and the true keys and values of each request."""
 
-    def __init__(self, choice: PageChoice, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, choice: PageChoice, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, roles: Roles = (True,) * HEADS
+    ) -> None:
         from vllm.platforms import current_platform
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
         from hf_longctx.vllm import attention
 
         current_platform.import_kernels()
-        self.choice, self.dtype, self.metadata = choice, dtype, None
+        self.choice, self.dtype, self.metadata, self.roles = choice, dtype, None, roles
         isa = _get_attn_isa(dtype, BLOCK, DIM)
         self.layer = SimpleNamespace(layer_name=LAYER, isa=isa, _k_scale_float=1.0, _v_scale_float=1.0)
         self.builder = self.made(attention.PageBuilder)
         vars(self.builder).update(
             selector=choice.selector(BLOCK), ledger=Ledger(choice.summary(BLOCK)), isa=isa, block_size=BLOCK
         )
+        vars(self.builder).update(ends=choice.ends(BLOCK), roles=(roles,) * 6)
         vars(self.builder).update(num_kv_heads=HEADS, num_heads=HEADS * GROUP, head_dim=DIM, window_size=-1)
         vars(self.builder).update(kv_cache_dtype="auto", is_cross_attention=False, is_encoder_only_attention=False)
         self.impl = self.made(attention.PageImpl)
-        vars(self.impl).update(reason=None, bounds=None, head_size=DIM, scale=DIM**-0.5, num_kv_heads=HEADS)
+        vars(self.impl).update(layers=6, reason=None, bounds=None, head_size=DIM, scale=DIM**-0.5, num_kv_heads=HEADS)
         vars(self.impl).update(num_queries_per_kv=GROUP, logits_soft_cap=0, sliding_window=-1, alibi_slopes=None)
         vars(self.impl).update(sinks=None, kv_cache_dtype="auto", attn_type="decoder")
         monkeypatch.setattr(
@@ -111,12 +114,26 @@ class Room:
         padded = torch.nn.functional.pad(keys, (0, 0, 0, -length % sub)).unflatten(2, (-1, sub))
         filled = (torch.arange(length + -length % sub) < length).view(1, 1, -1, sub)
         known = self.choice.summary(BLOCK).fold(padded, filled, None)
-        near = forced(selector, q_pos, 1)
-        ids = choose(selector, Look(wide, q_pos, keys, known, 1, 1.0, selector.share, None, near[0]), near)
-        assert ids.shape[-1] * BLOCK == self.choice.token_budget < length
-        chosen = ops.Selection(ids, BLOCK, 1)
-        see = ops.Visibility(q_pos=q_pos)
-        return ops.attend_pages(wide, keys, values, logits, see, None, chosen)[0].transpose(0, 1)
+        near, retrieve = forced(selector, q_pos, 1), torch.tensor(self.roles)
+        mine = retrieve.repeat_interleave(GROUP)
+        look = Look(wide[:, mine], q_pos, keys[:, retrieve], known[:, retrieve], 1, 1.0, selector.share, None, near[0])
+        out = torch.empty_like(wide)
+        if retrieve.any():
+            ids = choose(selector, look, near)
+            assert ids.shape[-1] == min(self.choice.token_budget // BLOCK, -(-length // BLOCK))
+            out[:, mine] = self.attend(wide[:, mine], keys[:, retrieve], values[:, retrieve], q_pos, ids)
+        ends = self.choice.ends(BLOCK)
+        if ends is not None and not retrieve.all():
+            count = -(-length // BLOCK)
+            ids = [block for block in range(count) if block < ends.first or block >= count - ends.last]
+            said = torch.tensor(ids, dtype=torch.int32).expand(1, int((~retrieve).sum()), 1, -1)
+            out[:, ~mine] = self.attend(wide[:, ~mine], keys[:, ~retrieve], values[:, ~retrieve], q_pos, said)
+        return out[0].transpose(0, 1)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, ids: Tensor) -> Tensor:
+        """Over chosen blocks, by the reference."""
+        see, chosen = ops.Visibility(q_pos=q_pos), ops.Selection(ids.contiguous(), BLOCK, 1)
+        return ops.attend_pages(q, keys.contiguous(), values.contiguous(), ops.Logits(DIM**-0.5), see, None, chosen)[0]
 
 
 @pytest.mark.parametrize("share", ["kv_head", "all"])
@@ -146,6 +163,34 @@ def test_each_row_reads_what_it_should(dtype: torch.dtype, share: Any, monkeypat
     room.impl.bounds.values.fill_(float("nan"))
     check([1, 1, 1], [False, False, False], [True, True, True])  # all bounds come from the cache
     check([1, 1, 1], [False, False, False], [True, True, True])
+
+
+@pytest.mark.parametrize("share", ["kv_head", "all"])
+@pytest.mark.parametrize("roles", [(True, False), (False, True), (False, False), (True, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streaming_heads_read_both_ends_and_the_others_choose(
+    dtype: torch.dtype, roles: Roles, share: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(10)
+    room = Room(HeadChoice(128, share=share, sinks=30, window=33), dtype, monkeypatch, roles)
+    assert room.builder.ends.blocks == 3
+    near = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 2e-2}
+
+    def check(counts: list[int], prompt: list[bool], chooses: list[bool]) -> None:
+        q, out = room.step(counts, prompt)
+        parts = zip(q.split(counts), out.split(counts), chooses, strict=True)
+        for row, (asked, got, yes) in enumerate(parts):
+            torch.testing.assert_close(got.float(), room.expected(row, asked, yes), **near)
+
+    check([250, 100, 40], [True] * 3, [False] * 3)
+    for _ in range(3):
+        check([1, 1, 1], [False] * 3, [True, True, False])  # beyond the budget; beyond both ends alone; within them
+    check([1, 1, 50], [False, False, True], [True, True, False])
+    check([1, 1, 1], [False] * 3, [True, True, False])
+    check([1, 1, 1], [False] * 3, [True, True, False])
+    check([1, 1, 30], [False, False, True], [True, True, False])
+    check([1, 1, 1], [False] * 3, [True] * 3)
+    assert (room.impl.bounds is None) is not any(roles)
 
 
 def test_first_layers_and_refused_ones_read_everything(monkeypatch: pytest.MonkeyPatch) -> None:

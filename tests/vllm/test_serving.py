@@ -1,4 +1,4 @@
-"""A server that chooses pages, asked over HTTP."""
+"""Servers that choose pages, or heads and pages, asked over HTTP."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ pytestmark = [
 ]
 
 
-def test_a_server_answers_as_without_the_plugin_and_finds_what_it_would_find(tmp_path: Path) -> None:
+def test_servers_answer_as_without_the_plugin_and_find_what_they_would_find(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     subprocess.run([sys.executable, "benchmarks/vllm_serve.py", "--small", "--out", str(out)], check=True, cwd=ROOT)
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 6
+    assert len(rows) == 12
     assert [row["case"] for row in rows if not row.get("met", True)] == []

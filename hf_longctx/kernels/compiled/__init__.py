@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import torch
 
-from . import antidiagonal, attend, delta, host, library, linear, norm, prefill, project, rotary, select, step, store
+from . import (
+    antidiagonal,
+    attend,
+    delta,
+    host,
+    library,
+    linear,
+    norm,
+    prefill,
+    project,
+    recent,
+    rotary,
+    select,
+    step,
+    store,
+    streamed,
+)
 
 OPS = {
     **antidiagonal.OPS,
     **attend.OPS,
+    **recent.OPS,
     **prefill.OPS,
     **select.OPS,
     **store.OPS,
@@ -16,6 +33,7 @@ OPS = {
     **norm.OPS,
     **project.OPS,
     **delta.OPS,
+    **streamed.OPS,
     **linear.OPS,
     **rotary.OPS,
     **step.OPS,

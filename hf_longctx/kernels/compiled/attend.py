@@ -105,14 +105,14 @@ def attend_pages(
     out = empty_out(q, v.shape[3])
     block, held = arguments(out, q, k, v, logits, see, turns, selection)
     if q.is_cuda:
-        held += _split(block, q.device)
+        held += split(block, q.device)
     library.run("attend", block, q.device)
     del held  # until here the tensors that the block points to had to live
     return out
 
 
-def _split(block: HflAttend, device: torch.device) -> list[Tensor]:
-    """Cut the columns into parts for a device; returns what must live as long as the block."""
+def split(block: HflAttend, device: torch.device) -> list[Tensor]:
+    """Cut the columns into parts for a device; returns what must live as long as the argument block."""
     with torch.cuda.device(device):
         splits = ctypes.c_int32()
         scratch_bytes = library.library().hfl_attend_scratch(ctypes.byref(block), ctypes.byref(splits))

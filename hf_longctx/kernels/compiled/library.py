@@ -7,13 +7,14 @@ import os
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..types import Packed
 
-ABI = 6
+ABI = 7
 FEW = 8
 """Queries, or fresh tokens, of a row that an operation takes."""
 
@@ -62,6 +63,13 @@ class HflAttend(ctypes.Structure):
     )
 
 
+class HflBeside(ctypes.Structure):
+    """`hfl_beside`."""
+
+    __slots__ = ()
+    _fields_ = (("sums", ctypes.c_void_p), ("reads", ctypes.c_int32), ("before", ctypes.c_int32))
+
+
 class HflPrefill(ctypes.Structure):
     """`hfl_prefill`."""
 
@@ -85,6 +93,8 @@ class HflPrefill(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("ids", "pages")),
         *((name, ctypes.c_int64) for name in ("ids_b", "ids_h", "ids_n")),
         *((name, ctypes.c_int32) for name in ("select_heads", "chosen", "block", "q_block")),
+        ("places", ctypes.c_void_p),
+        ("all_heads", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("counter", "stream")),
     )
 
@@ -117,7 +127,21 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 _OPS = {
     **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
     **dict.fromkeys(
-        ("antidiagonal", "pick_mass", "prefill", "bring", "copy", "norm", "turn", "merged", "layer", "project"),
+        (
+            "attend_beside",
+            "antidiagonal",
+            "pick_mass",
+            "prefill",
+            "bring",
+            "copy",
+            "norm",
+            "turn",
+            "gated",
+            "merged",
+            "layer",
+            "project",
+            "streamed",
+        ),
         ("cuda",),
     ),
 }
@@ -186,7 +210,7 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def call(name: str, block: ctypes.Structure, *more: int) -> None:
+def call(name: str, block: ctypes.Structure, *more: Any) -> None:
     """Run an operation.
 
     Raises:

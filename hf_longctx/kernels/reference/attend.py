@@ -96,7 +96,7 @@ def _oldest(see: Visibility, q_pos: Tensor, stored: int, starts: range) -> list[
         firsts = [stored - q_pos.shape[1] + start for start in starts]
     else:  # columns are positions, and each row ends where it likes
         present = q_pos.masked_fill(q_pos < 0, stored)
-        firsts = torch.stack([part.amin() for part in present.split(starts.step, 1)]).tolist()
+        firsts = torch.stack([part.amin() for part in torch.split(present, starts.step, 1)]).tolist()
     return [first - see.window + 1 for first in firsts]
 
 

@@ -90,7 +90,7 @@ def weigh(
         distance = _distance(q_pos, keys.pos, see.sink, turns).to(x)
         x = x + logits.slopes.to(x).view(groups) * distance[:, :, None]
     x = x.masked_fill_(_hidden(see, q_pos, keys.pos)[:, :, None], float("-inf"))
-    return _softmax(x, None if logits.sink_logits is None else logits.sink_logits.to(x).view(groups))
+    return softmax(x, None if logits.sink_logits is None else logits.sink_logits.to(x).view(groups))
 
 
 def average(weights: Tensor, total: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,7 +169,7 @@ def _distance(q_pos: Tensor, k_pos: Tensor, sink: int, turns: Turns | None) -> T
     return torch.where((k_pos < sink)[..., None, :], k_pos[..., None, :] - turns.sink_pos[:, None, :, None], near)
 
 
-def _softmax(x: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def softmax(x: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weights over the last axis before division, and what to divide by; a sink logit has a share and no value."""
     top = x.detach().amax(-1, keepdim=True)
     if sinks is not None:

@@ -37,6 +37,12 @@ def state_of(model: Any) -> Deltas:
     return state
 
 
+def device_bytes(model: Any) -> int:
+    """Bytes that the tenants of a model take on its device, 0 without any."""
+    state: Deltas | None = vars(model).get(_KEY)
+    return 0 if state is None else state.device_bytes
+
+
 def install(model: Any, deltas: Mapping[str, Delta], slots: int) -> Deltas:
     """Hang tenants on a model; if one does not fit, the model is as it was.
 

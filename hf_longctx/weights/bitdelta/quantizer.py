@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,19 @@ class BitDeltaQuantizer(HfQuantizer):
         delta = state_of(model).tenants[TENANT]
         tensors = delta.tensors()
         return tensors, metadata(tensors, delta.base.checksums)
+
+    def take_shapes(self, model: Any, source: Path) -> None:
+        """Hang the delta of a folder on its base as shapes alone: both are on `meta`, nothing is compared.
+
+        Raises:
+            FileNotFoundError: no folder of a delta, or its base is not there.
+            ValueError: the delta is damaged, or does not fit the model.
+            UnsupportedError: the base is quantized, or something differs that cannot differ between rows.
+        """
+        folder = source if source.is_dir() else source.parent
+        self._process_model_before_weight_loading(model, checkpoint_files=[str(folder / "config.json")])
+        base = replace(self._delta.base, checksums={})
+        install(model, {TENANT: replace(self._delta, base=base)}, 1)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files: list[str] = kwargs["checkpoint_files"]

@@ -28,6 +28,8 @@ class QoQConfig(QuantizationConfigMixin):
             embedding.
         kv_bits: bits of keys and values, 4, 8 or None for the model's own: what `patch` does if its `kv` is left out.
         layout: version of the stored order; None is the current one.
+        format: `omniserve`: the folder is a published QServe model, whose bits and groups its file tells (`wbits` and
+            `group_size` are left out). None: as all else.
 
     Raises:
         ValueError: a number that is not among these.
@@ -40,6 +42,7 @@ class QoQConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         kv_bits: int | None = None,
         layout: int | None = None,
+        format: str | None = None,
         **other: Any,
     ) -> None:
         self.quant_method = "qoq"  # type: ignore[assignment]
@@ -53,6 +56,9 @@ class QoQConfig(QuantizationConfigMixin):
         _check(f"group_size {_listed(sizes)} with {wbits} bits", group_size in sizes, group_size, "Choose one of them")
         _check("kv_bits 4, 8 or None", kv_bits in (4, 8, None), kv_bits, "Choose one of them")
         _check(f"layout {LAYOUT}", layout == LAYOUT, layout, "Quantize the model again with this version")
+        _check("format 'omniserve' or None", format in ("omniserve", None), format, "Leave it out")
+        if format is not None:
+            self.format = format  # until the folder is read: what is saved is of our own
         self.wbits = wbits
         self.group_size = group_size
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)

@@ -25,7 +25,8 @@ from .linear import parts_of
 FILE = "pytorch_model.bin"
 _GROUP = 128
 _LAYERS = ("qweight", "s1_scales", "s1_szeros", "s2_scales", "s2_zeros", "dequant_scale")
-_SKIPPED = ("rotary_emb.inv_freq", "kv_scale_quant_orig")
+SKIPPED = ("rotary_emb.inv_freq", "kv_scale_quant_orig")
+"""Ends of names that nothing here reads: what follows from the configuration, and scales of a cache of theirs."""
 
 
 def open_file(path: Path) -> dict[str, Tensor]:
@@ -53,61 +54,75 @@ def config_of(tensors: dict[str, Tensor]) -> QoQConfig | None:
     return QoQConfig(8) if "dequant_scale" in kinds else None
 
 
-def converted(tensors: dict[str, Tensor], config: QoQConfig) -> dict[str, Tensor]:
-    """The same weights by the names and in the order of `QoQLinear`; all else as it is.
-
-    Raises:
-        ValueError: a layer that lacks a tensor, has one of another shape or dtype, or one that another kind of file
-            has; or a norm that is not ones, whose factors should have gone into the weights. It is named.
-    """
-    out: dict[str, Tensor] = {}
+def sorted_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The parts of each quantized layer by its name, and all else that is read."""
     layers: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
     for name, x in tensors.items():
         prefix, _, last = name.rpartition(".")
         if last in _LAYERS or (last == "weight" and x.dtype == torch.int8):
             layers.setdefault(prefix, {})[last] = x
-        elif not name.endswith(_SKIPPED):
-            if "norm" in prefix.rpartition(".")[2] and last == "weight" and not bool(x.eq(1).all()):
-                worst = float(x.float().sub(1).abs().max())
-                raise _refused(name, "ones, as norms are part of the weights", f"{worst:.3g} away from it")
-            out[name] = x
-    for prefix, parts in layers.items():
-        codes = _bytes(prefix, parts) if config.wbits == 8 else _nibbles(prefix, parts, config)
-        try:
-            packed = parts_of(pack(codes))
-        except ValueError as error:
-            raise ValueError(f"{prefix}: {error}") from error
-        out.update({f"{prefix}.{name}": x for name, x in packed.items()})
-    return out
+        elif not name.endswith(SKIPPED):
+            rest[name] = x
+    return layers, rest
 
 
-def _bytes(prefix: str, parts: dict[str, Tensor]) -> Codes:
-    weight = _take(prefix, parts, "weight", torch.int8, None)
-    scale = _take(prefix, parts, "dequant_scale", None, (len(weight),))
-    _nothing_else(prefix, parts, ("weight", "dequant_scale"))
-    return Codes(weight.contiguous(), scale.float())
+def parts_in(config: QoQConfig) -> tuple[str, ...]:
+    """What a quantized layer has in a file of such bits and groups; the first is its weight."""
+    if config.kind == "w8":
+        return "weight", "dequant_scale"
+    return ("qweight", "s1_scales", *(("s1_szeros",) if config.kind == "channel" else ("s2_scales", "s2_zeros")))
 
 
-def _nibbles(prefix: str, parts: dict[str, Tensor], config: QoQConfig) -> Codes:
-    packed = _take(prefix, parts, "qweight", torch.int8, None)
-    rows, columns = packed.shape[0], 2 * packed.shape[1]
-    if rows % 32 or columns % 32:
-        raise _refused(f"{prefix}.qweight", "rows and columns in multiples of 32", f"{rows} and {columns}")
-    values, scale = unpack_nibbles(packed), _take(prefix, parts, "s1_scales", None, (rows,)).float()
-    if config.group_size != _GROUP:
-        shift = _take(prefix, parts, "s1_szeros", None, (rows,)).float()
-        _nothing_else(prefix, parts, ("qweight", "s1_scales", "s1_szeros"))
-        return Codes(values, scale, shift)
-    shape = (columns // _GROUP, rows)
-    steps, zeros = (
-        unpermute(_take(prefix, parts, name, torch.int8, shape)).T.contiguous() for name in ("s2_scales", "s2_zeros")
-    )
-    _nothing_else(prefix, parts, ("qweight", "s1_scales", "s2_scales", "s2_zeros"))
+def check_layer(name: str, parts: dict[str, Tensor], config: QoQConfig, rows: int, columns: int) -> None:
+    """Refuse a layer that is not one of `rows` outputs and `columns` inputs.
+
+    Raises:
+        ValueError: a tensor that is not there, of another shape or dtype, or one that another kind of file has.
+    """
+    unit = 1 if config.kind == "w8" else 32
+    if rows % unit or columns % unit:
+        raise _refused(f"{name}.qweight", "rows and columns in multiples of 32", f"{rows} and {columns}")
+    groups = (columns // _GROUP, rows)
+    shapes = {"weight": (rows, columns), "qweight": (rows, columns // 2), "s2_scales": groups, "s2_zeros": groups}
+    for part in parts_in(config):
+        x, full, shape = parts.get(part), f"{name}.{part}", shapes.get(part, (rows,))
+        dtype = torch.int8 if part in shapes else None
+        if x is None:
+            raise _refused(full, "a tensor", "none")
+        if x.shape != shape or not (x.dtype == dtype if dtype else x.is_floating_point()):
+            raise _refused(full, f"{dtype or 'floating point'} {list(shape)}", f"{x.dtype} {list(x.shape)}")
+    other = sorted(set(parts) - set(parts_in(config)))
+    if other:
+        raise _refused(f"{name}.{other[0]}", "nothing of that name beside the others", "it")
+
+
+def check_norm(name: str, x: Tensor) -> None:
+    """Refuse a norm that is not ones: its factors should have gone into the weights (ValueError)."""
+    if "norm" in name.rpartition(".")[0].rpartition(".")[2] and name.endswith("weight") and not bool(x.eq(1).all()):
+        worst = float(x.float().sub(1).abs().max())
+        raise _refused(name, "ones, as norms are part of the weights", f"{worst:.3g} away from it")
+
+
+def repacked(parts: dict[str, Tensor], config: QoQConfig) -> dict[str, Tensor]:
+    """The tensors of a `QoQLinear`, of a layer that was checked."""
+    if config.kind == "w8":
+        codes = Codes(parts["weight"].contiguous(), parts["dequant_scale"].float())
+    else:
+        codes = _nibbles(parts, config)
+    return parts_of(pack(codes))
+
+
+def _nibbles(parts: dict[str, Tensor], config: QoQConfig) -> Codes:
+    values, scale = unpack_nibbles(parts["qweight"]), parts["s1_scales"].float()
+    if config.kind == "channel":
+        return Codes(values, scale, parts["s1_szeros"].float())
+    steps, zeros = (unpermute(parts[name]).T.contiguous() for name in ("s2_scales", "s2_zeros"))
     # A zero that went round 256 comes back by counting codes from the lowest there is.
-    groups = values.view(rows, -1, _GROUP)
+    groups = values.view(len(values), -1, _GROUP)
     low = groups.amin(2) * (zeros > 0)
     zeros = zeros + low.to(torch.int8) * steps
-    return Codes((groups - low[..., None]).view(rows, columns), scale, None, steps, zeros)
+    return Codes((groups - low[..., None]).view(values.shape), scale, None, steps, zeros)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
@@ -121,27 +136,6 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 def unpermute(stored: Tensor) -> Tensor:
     """Group scales or zeros `[G, N]` in the natural order of rows."""
     return stored.view(len(stored), -1, 8, 4).transpose(2, 3).reshape(stored.shape)
-
-
-def _take(
-    prefix: str, parts: dict[str, Tensor], name: str, dtype: torch.dtype | None, shape: tuple[int, ...] | None
-) -> Tensor:
-    x, full = parts.get(name), f"{prefix}.{name}"
-    if x is None:
-        raise _refused(full, "a tensor", "none")
-    fits = (x.ndim == 2 if shape is None else x.shape == shape) and (
-        x.dtype == dtype if dtype else x.is_floating_point()
-    )
-    if not fits:
-        wanted = f"{dtype or 'floating point'} {'[N, ..]' if shape is None else list(shape)}"
-        raise _refused(full, wanted, f"{x.dtype} {list(x.shape)}")
-    return x
-
-
-def _nothing_else(prefix: str, parts: dict[str, Tensor], known: tuple[str, ...]) -> None:
-    other = sorted(set(parts) - set(known))
-    if other:
-        raise _refused(f"{prefix}.{other[0]}", "nothing of that name beside the others", "it")
 
 
 def _refused(name: str, expected: str, got: str) -> ValueError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,7 @@ class QoQQuantizer(HfQuantizer):
     """Replaces the linear layers of a decoder by `QoQLinear`, as its weights come in."""
 
     quantization_config: QoQConfig
+    _published = False
     serialized_names = {"weight": list(_PARTS)}  # noqa: RUF012 - transformers' own form
 
     @property
@@ -42,6 +45,10 @@ class QoQQuantizer(HfQuantizer):
         """Saved as any model."""
         return True
 
+    def take_shapes(self, model: PreTrainedModel, source: Path) -> None:
+        """Have a model on `meta` be of the shapes that a checkpoint gives it; errors as `chosen_linears`."""
+        self._process_model_before_weight_loading(model)
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """True for the weight of a linear layer that is rounded as it is loaded."""
         name, _, kind = param_name.rpartition(".")
@@ -53,18 +60,55 @@ class QoQQuantizer(HfQuantizer):
 
         return RoundWeight(self.quantization_config)
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def validate_environment(self, *args: Any, weights_only: bool = True, **kwargs: Any) -> None:
+        """Refuse to run what a published pickle might hold (ValueError)."""
+        if hasattr(self.quantization_config, "format") and not weights_only:
+            raise ValueError(
+                "QoQConfig(format='omniserve'): expected weights_only=True, so that nothing in the file is run; got "
+                "False. Leave it out."
+            )
+
+    def get_weight_conversions(self) -> Any:
+        """What puts the layers of a published file in the order of ours."""
+        from . import published
+
+        return published.conversions(self.quantization_config, self._chosen) if self._published else []
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Parts of a published layer come as they are stored; transformers 5.17 has them so by itself."""
+        from . import published
+
+        if published.is_ours(converter):
+            return None
+        found: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return found
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         from .linear import QoQLinear
 
-        config = self.quantization_config
+        config, tensors = self.quantization_config, {}
+        if hasattr(config, "format"):
+            from . import omniserve, published
+
+            self.quantization_config = config = copy(config)  # the caller's may serve again
+            path = published.find(checkpoint_files)
+            tensors = omniserve.open_file(path)
+            published.settle(config, tensors, path)
+            self.pre_quantized = self._published = True
         self._chosen = chosen_linears(model, config)
         self._split = Split.take(model, self._chosen)
+        sizes = {}
         if self.pre_quantized:
             for name in self._chosen:
                 old: Any = model.get_submodule(name)
-                bias = old.bias is not None
+                bias = old.bias is not None or f"{name}.bias" in tensors
+                sizes[name] = (old.out_features, old.in_features)
                 made = QoQLinear(old.in_features, old.out_features, bias, config, "meta", old.weight.dtype)
                 model.set_submodule(name, made)
+        if self._published:
+            published.check(model, tensors, config, sizes)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from .linear import QoQLinear
@@ -79,6 +123,11 @@ class QoQQuantizer(HfQuantizer):
                 f"QoQ checkpoint: expected a tensor for each part of each weight; got none for {shown}. {_ADVICE}"
             )
         self._split.apply(model)
+        if self._published:
+            from . import published
+
+            published.forget(model)
+            model.config.quantization_config = self.quantization_config
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:

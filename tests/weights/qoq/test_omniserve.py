@@ -16,6 +16,7 @@ from hf_longctx.quantize import omniserve as room
 from hf_longctx.quantize.saving import save_model
 from hf_longctx.testing.models import tiny_llama
 from hf_longctx.weights.qoq import omniserve
+from hf_longctx.weights.qoq.config import QoQConfig
 from hf_longctx.weights.qoq.linear import QoQLinear
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -111,6 +112,7 @@ def published(
     if change is not None:
         change(state)
     folder.mkdir(exist_ok=True)
+    model.config.dtype = torch.float16
     model.config.save_pretrained(folder)
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00004.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -137,6 +139,67 @@ def test_a_published_folder_becomes_one_that_loads(kind: str, bits: int, group: 
             model.model.layers[1].self_attn.q_proj.bias.half(), stored["model.layers.1.self_attn.q_proj.bias"]
         )
     assert model(IDS).logits.isfinite().all()
+
+
+def loaded(folder: Path, **more: Any) -> Any:
+    return hf.AutoModelForCausalLM.from_pretrained(folder, quantization_config=QoQConfig(format="omniserve"), **more)
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize(("kind", "bits", "group"), [("channel", 4, -1), ("group", 4, 128), ("w8", 8, -1)])
+def test_a_published_folder_loads_as_it_is(kind: str, bits: int, group: int, index: bool, tmp_path: Path) -> None:
+    dense = published(kind, tmp_path / "in")
+    if not index:
+        (tmp_path / "in" / "model.safetensors.index.json").unlink()
+    before = sorted(path.name for path in (tmp_path / "in").iterdir())
+    model, told = loaded(tmp_path / "in", dtype=torch.float32, device_map={"": "cpu"}, output_loading_info=True)
+    assert not any(told[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == before
+    config = model.config.quantization_config
+    assert (config.wbits, config.group_size) == (bits, group)
+    for name, expected in dense.items():
+        assert torch.equal(model.get_submodule(name).dequantized(), expected)
+    stored = torch.load(tmp_path / "in" / omniserve.FILE, weights_only=True)
+    assert torch.equal(model.model.embed_tokens.weight, stored["model.embed_tokens.weight"].float())
+    model.save_pretrained(tmp_path / "out")
+    assert "format" not in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_config_serves_twice(tmp_path: Path) -> None:
+    published("group", tmp_path)
+    config = QoQConfig(format="omniserve")
+    first, second = (hf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config) for _ in range(2))
+    assert torch.equal(first(IDS).logits, second(IDS).logits)
+    assert config.format == "omniserve"
+
+
+def test_what_is_no_published_folder_is_refused(tmp_path: Path) -> None:
+    tiny_llama(**SIZES).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected pytorch_model\.bin in the model's folder; got none"):
+        loaded(tmp_path)
+    torch.save({"lm_head.weight": torch.ones(2)}, tmp_path / omniserve.FILE)
+    with pytest.raises(ValueError, match=r"expected quantized layers in pytorch_model\.bin; got none"):
+        loaded(tmp_path)
+    with pytest.raises(ValueError, match="expected weights_only=True"):
+        loaded(tmp_path, weights_only=False)
+    with pytest.raises(ValueError, match="expected format 'omniserve' or None; got 'awq'"):
+        QoQConfig(format="awq")
+
+
+def test_without_a_word_a_published_folder_is_not_made_up(tmp_path: Path) -> None:
+    published("channel", tmp_path)
+    with pytest.raises(OSError, match="model-00001-of-00004"):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_head_beside_a_tied_embedding_is_refused(tmp_path: Path) -> None:
+    published("channel", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match=r"another shape or value: lm_head\.weight"):
+        loaded(tmp_path)
 
 
 def test_a_zero_beyond_a_byte_comes_round(tmp_path: Path) -> None:
@@ -166,13 +229,13 @@ NAME = "model.layers.1.mlp.down_proj"
         (lambda s: s.update({f"{NAME}.s1_scales": torch.ones(3).half()}), f"in {NAME}.s1_scales; got .*float16 .3."),
         (lambda s: s.update({f"{NAME}.s1_szeros": torch.ones(128).half()}), f"nothing of that name .* in {NAME}.s1_sz"),
         (lambda s: s["model.layers.1.input_layernorm.weight"].fill_(1.5), "ones.*layers.1.input_layernorm.*0.5 away"),
-        (lambda s: [s.pop(n) for n in list(s) if n.startswith(f"{NAME}.")], f"missing: {NAME}.weight, "),
+        (lambda s: [s.pop(n) for n in list(s) if n.startswith(f"{NAME}.")], f"missing: {NAME}.qweight"),
         (
             lambda s: s.pop("lm_head.weight") is s.pop("model.embed_tokens.weight"),
             "missing: .*model.embed_tokens.weight",
         ),
         (lambda s: s.update({"model.more": torch.ones(2)}), "too many: model.more"),
-        (lambda s: s.update({"lm_head.weight": torch.ones(3, 128)}), "another shape: lm_head.weight"),
+        (lambda s: s.update({"lm_head.weight": torch.ones(3, 128)}), "another shape or value: lm_head.weight"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_by_name(change: Any, said: str, tmp_path: Path) -> None:
