@@ -158,7 +158,11 @@ SCORED = [
 @pytest.mark.parametrize(
     ("case", "device"),
     [(case, "cpu") for case in SCORED]
-    + [pytest.param(case, "cuda", marks=pytest.mark.cuda) for case in (*SCORED, *selects.SCORED) if case.sizes[2] * case.sizes[3] < 60],
+    + [
+        pytest.param(case, "cuda", marks=pytest.mark.cuda)
+        for case in (*SCORED, *selects.SCORED)
+        if case.sizes[2] * case.sizes[3] < 60  # as many as it takes
+    ],
     ids=str,
 )
 def test_score_pages(case: selects.Scored, device: str) -> None:

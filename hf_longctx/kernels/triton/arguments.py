@@ -137,13 +137,25 @@ def arguments_of(
     return (*tensors, places_of(see, q.device), lists_of(selection), *heads, *numbers), flags
 
 
-def tile_of(q: Tensor, channels: int, bits: int) -> tuple[int, int, int, int]:
-    """Queries and keys of a tile of `attend_blocks`, warps, and tiles of keys on their way."""
+def tile_of(q: Tensor, channels: int, simple: bool, listed: bool) -> tuple[int, int, dict[str, int]]:
+    """Queries and keys of a tile of `attend_blocks`, and how it is compiled.
+
+    Args:
+        q: queries.
+        channels: of keys or values, the larger number.
+        simple: keys are not packed, and logits are products.
+        listed: over chosen blocks. Then so few registers are used on sm_90 that two programs have room: one multiplies
+            while the other waits for its softmax.
+    """
     if q.dtype == torch.float32:
-        return (64, 32, 4, 2) if channels <= 128 else (32, 16, 4, 2)
-    if shared_of(q.device) < LARGE:
-        return (128, 64, 4, 2) if channels <= 128 else (64, 32, 4, 2)
-    return (128, 64 if channels > 128 or bits else 128, 8, 2)
+        rows, keys, warps = (64, 32, 4) if channels <= 128 else (32, 16, 4)
+    elif shared_of(q.device) < LARGE:
+        rows, keys, warps = (128, 64, 4) if channels <= 128 else (64, 32, 4)
+    else:
+        rows, keys, warps = 128, 128 if simple and channels <= 128 else 64, 8
+        if simple and listed and 64 < channels <= 128:
+            return rows, 64, {"num_warps": warps, "STAGES": 2, "maxnreg": 128}
+    return rows, keys, {"num_warps": warps, "STAGES": 2}
 
 
 @cache
@@ -151,7 +163,8 @@ def shared_of(device: torch.device) -> int:
     """Bytes of shared memory of a program, at most."""
     if device.type != "cuda":
         return 0
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def tiles_of(x: Tensor | Packed, keys: int) -> tuple[Any, tuple[int, int, int]] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..reference.weigh import empty_out
 from ..types import Logits, Packed, Selection, Turns, Visibility
-from .arguments import LEAST, arguments_of, bits_of, on, reject_tensors, reject_turns, tile_of, tiles_of
+from .arguments import LEAST, arguments_of, on, reject_tensors, reject_turns, tile_of, tiles_of
 from .tiles import (
     COLUMNS,
     LISTS,
@@ -245,7 +245,8 @@ def run(
     q = q if q.stride(3) == 1 else q.contiguous()
     out = empty_out(q, v.shape[3])
     tokens, stored, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    rows, keys, warps, stages = tile_of(q, max(q.shape[3], v.shape[3]), bits_of(k))
+    simple = isinstance(k, Tensor) and logits.plain
+    rows, keys, compiled = tile_of(q, max(q.shape[3], v.shape[3]), simple, selection is not None)
     rows = min(rows, max(LEAST, triton.next_power_of_2(tokens)))
     cut, each = False, 1
     if selection is not None:
@@ -261,5 +262,5 @@ def run(
     more = {"BM": rows, "BN": keys, "PAGED": paged, "CUT": cut, "TILED": tiled, "EACH": each}
     with on(q.device):
         grid = (triton.cdiv(tokens, rows) * group, k.shape[1], q.shape[0])
-        _kernel[grid](*arguments, *tiles, STAGES=stages, num_warps=warps, **flags, **more)
+        _kernel[grid](*arguments, *tiles, **flags, **more, **compiled)
     return out

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..reference.rotate import rotate
 from ..reference.weigh import empty_out, positions
 from ..types import Logits, Packed, Selection, Turns, Visibility
-from .arguments import LEAST, arguments_of, on, reject_tensors, width_of
+from .arguments import LEAST, arguments_of, bits_of, on, reject_tensors, width_of
 from .tiles import (
     LISTS,
     LOG2_E,
@@ -219,7 +219,7 @@ def run(
     heads = 1 if selection is not None and selection.ids.shape[1] == q_heads else group
     rows = max(LEAST, triton.next_power_of_2(heads) if own else min(MOST, triton.next_power_of_2(heads * tokens)))
     units = q_heads // heads * (tokens if own else triton.cdiv(heads * tokens, rows))
-    keys, warps, stages = tile_of(q, max(dim, v.shape[3]))
+    keys, warps, stages = tile_of(q, max(dim, v.shape[3]), bits_of(k))
     columns = k.shape[2]
     if selection is not None:
         columns = selection.ids.shape[3] * selection.block
@@ -272,10 +272,10 @@ def turn(q: Tensor, see: Visibility, turns: Turns | None, stored: int) -> tuple[
     return before, sinks, turns.lap, turns.offset
 
 
-def tile_of(q: Tensor, channels: int) -> tuple[int, int, int]:
+def tile_of(q: Tensor, channels: int, bits: int) -> tuple[int, int, int]:
     """Keys of a tile, warps, and tiles on their way."""
     keys = 64 if channels <= 128 else 32
-    return (keys // 2 if q.dtype == torch.float32 else keys), 4, 3
+    return (keys // 2 if q.dtype == torch.float32 else keys), 4, 2 if bits else 3
 
 
 def splits_of(device: torch.device, programs: int, tiles: int) -> int:
