@@ -149,11 +149,13 @@ def tile_of(q: Tensor, channels: int, simple: bool, listed: bool) -> tuple[int, 
     """
     if q.dtype == torch.float32:
         rows, keys, warps = (64, 32, 4) if channels <= 128 else (32, 16, 4)
-    elif shared_of(q.device) < LARGE:
-        rows, keys, warps = (128, 64, 4) if channels <= 128 else (64, 32, 4)
+    elif channels > 128:
+        rows, keys, warps = 64, 32, 4
+    elif not simple or shared_of(q.device) < LARGE:
+        rows, keys, warps = 128, 64, 4
     else:
-        rows, keys, warps = 128, 128 if simple and channels <= 128 else 64, 8
-        if simple and listed and 64 < channels <= 128:
+        rows, keys, warps = 128, 128, 8
+        if listed and channels > 64:
             return rows, 64, {"num_warps": warps, "STAGES": 2, "maxnreg": 128}
     return rows, keys, {"num_warps": warps, "STAGES": 2}
 
