@@ -14,7 +14,7 @@ from ..models import decoder_of, inspect_model
 from ..streaming.chat import Chat, Turn
 from ..streaming.events import Event
 from ..streaming.frames import Frame
-from ..streaming.layout import Held, Row
+from ..streaming.layout import Held, Row, Run
 from ..streaming.rounds import rounds
 from ..streaming.session import Session
 from ..streaming.settings import QUERY, TIME
@@ -70,12 +70,12 @@ class _Native(_Session):
 class _Unmoved(Row):
     """A row in which nothing moves up when spans go."""
 
-    def drop(self, stays: Sequence[bool]) -> tuple[list[int], list[int]]:
+    def drop(self, stays: Sequence[bool]) -> tuple[list[Run], list[Run]]:
         """Slots of the tokens that stay, and no moves."""
         before = self.next
         slots, _ = super().drop(stays)
         self.next = before
-        return slots, [0] * len(slots)
+        return slots, [(0, count, 0) for _, count, _ in slots]
 
 
 class Recompute:

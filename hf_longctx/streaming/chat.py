@@ -54,13 +54,11 @@ class Encoded:
         ids: of each row.
         kinds: of each row, 0 for text, 1 for an image, 2 for video; None where positions have one number.
         vision: what the vision tower reads, of all rows together.
-        seen: the same on the device, but for what the model has no use for.
     """
 
     ids: list[list[int]]
     kinds: list[list[int]] | None
     vision: Mapping[str, Any] = field(default_factory=dict)
-    seen: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Chat:

@@ -16,7 +16,7 @@ from ..cache.retention import ModalityWindow
 from ..models import VisionFacts
 from ..turning import AtRead
 from .chat import Chat, Encoded, Turn
-from .layout import Held, Row
+from .layout import Held, Row, Run
 from .reading import Reader
 from .sampling import Fetched, Sampler
 
@@ -122,7 +122,6 @@ class Engine:
             new.append([] if turn is None else both)
         stays = [row.stays(self.window, more) for row, more in zip(self.rows, new, strict=True)]
         with self._whole():
-            encoded = self.reader.begin(encoded)
             self._let_go(stays)
             logits = self._read(encoded, new)
             return self._say(logits, [turn is not None for turn in turns], budget, began)
@@ -154,11 +153,8 @@ class Engine:
         if all(map(all, stays)):
             return
         kept = [row.drop(marks) for row, marks in zip(self.rows, stays, strict=True)]
-        counts = [len(slots) for slots, _ in kept]
-        index, shift = (
-            torch.tensor([x + x[-1:] * (max(counts) - len(x)) for x in part], device=self.reader.device)
-            for part in zip(*kept, strict=True)
-        )
+        counts = [row.tokens for row in self.rows]
+        index, shift = (_runs(part, max(counts)).to(self.reader.device) for part in zip(*kept, strict=True))
         alike = len(set(counts)) == 1
         lengths = None if alike else torch.tensor(counts, device=self.reader.device)
         self.cache.keep(index, lengths, shift, lambda pos: self._rotary.real(self.reader.like, pos))
@@ -229,3 +225,14 @@ class Engine:
         """What a repetition penalty remembers: kept words of each stream."""
         kept = [[held.ids for held in row.spans if held.kind == "text"] for row in self.rows]
         return [[token for ids in row for token in ids] for row in kept]
+
+
+def _runs(rows: Sequence[Sequence[Run]], width: int) -> Tensor:
+    """`[B, width]`, int64: runs of each row as `Row.drop` gives them, and the last number again where there are fewer.
+
+    Args:
+        rows: runs of each.
+        width: of the longest row.
+    """
+    made = [torch.cat([first + step * torch.arange(count) for first, count, step in runs]) for runs in rows]
+    return torch.stack([torch.cat((x, x[-1:].expand(width - len(x)))) for x in made])

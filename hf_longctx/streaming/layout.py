@@ -9,6 +9,9 @@ from typing import Any, Literal
 from ..cache.retention import ModalityWindow
 from ..cache.spans import Span
 
+Run = tuple[int, int, int]
+"""Numbers that are not listed: the first, how many there are, and by how much each is more than the one before."""
+
 
 @dataclass
 class Held:
@@ -104,19 +107,19 @@ class Row:
             at += len(part)
         self.next, self.pending = ends[-1], []
 
-    def drop(self, stays: Sequence[bool]) -> tuple[list[int], list[int]]:
+    def drop(self, stays: Sequence[bool]) -> tuple[list[Run], list[Run]]:
         """Let spans go.
 
         Returns:
-            Slots of the tokens that stay, and by how much each moves up.
+            Slots of the tokens that stay, and by how much each moves up, as runs.
         """
-        slots: list[int] = []
-        shifts: list[int] = []
+        slots: list[Run] = []
+        shifts: list[Run] = []
         slot = shift = 0
         for held, keep in zip(self.spans, stays, strict=True):
             if keep:
-                slots += range(slot, slot + len(held.ids))
-                shifts += [shift] * len(held.ids)
+                slots.append((slot, len(held.ids), 1))
+                shifts.append((shift, len(held.ids), 0))
             else:
                 shift += held.extent
             slot += len(held.ids)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,12 +56,6 @@ class Reader:
         made = {i: rows[i].next + pos[:, at, width - len(ids[i]) :] for at, i in enumerate(some)}
         return [made.get(i, pos[:, 0, :0]) for i in range(len(ids))]
 
-    def begin(self, encoded: Encoded) -> Encoded:
-        """The same with its pictures on the device, which begins to look at them."""
-        vision = {name: self._moved(x) for name, x in encoded.vision.items() if name != "second_per_grid_ts"}
-        self.tower.begin(vision)
-        return replace(encoded, seen=vision)
-
     def read(self, rows: Sequence[Row], ids: Sequence[list[int]], places: Sequence[Tensor], encoded: Encoded) -> Tensor:
         """Read tokens and pictures: `[B, V]`, logits of the last token of each row.
 
@@ -70,14 +63,15 @@ class Reader:
             rows: which know already what is read.
             ids: tokens of each row.
             places: as the function of that name gives them.
-            encoded: as `begin` gave it.
+            encoded: with what the vision tower reads.
         """
         width = max(map(len, ids))
         pos = torch.zeros(self.axes, len(ids), width, dtype=torch.int64)
         for number, place in enumerate(places):
             pos[:, number, width - place.shape[1] :] = place
+        vision = {name: self._moved(x) for name, x in encoded.vision.items() if name != "second_per_grid_ts"}
         with self.tower.recorded():
-            return self.forward(rows, _left(ids, width), pos, [len(row) for row in ids], **encoded.seen)
+            return self.forward(rows, _left(ids, width), pos, [len(row) for row in ids], **vision)
 
     def step(self, rows: Sequence[Row], tokens: Tensor, pos: Tensor, running: Sequence[bool]) -> Tensor:
         """Read one token of each row that is not done: `[B, V]`.

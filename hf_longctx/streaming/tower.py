@@ -3,15 +3,14 @@
 Nothing is known of a tower but that its layers are called one after the other, each with what the one before gave. The
 first pictures of a size run as they are while the calls are noted; for the second the whole chain is recorded, and from
 then on the call of the first layer is a replay, and those of the others look up what it made. A call that is not as it
-was noted is computed as ever, and the recording is thrown away.
+was noted is computed as ever, and so are all that follow.
 
 Recorded layers attend to all windows of a picture at once, where a model cuts them apart and calls one by one.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,45 +89,16 @@ class Tower:
         self._sources: list[Tensor] = []
         self._replays, self._bytes = False, 0
         self._lengths: dict[int, tuple[Tensor, list[int]]] = {}
-        self._seen: tuple[Tensor, Tensor, Any] | None = None
-        hooks = self._tower._forward_pre_hooks, self._tower._forward_hooks
-        self._own_hooks, self._by_grid = hooks, "grid_thw" in inspect.signature(type(self._tower).forward).parameters
 
     @property
     def graphs(self) -> list[Graph]:
         """What is recorded now."""
         return [take.graph for take in self._takes if take.graph is not None]
 
-    def begin(self, vision: Mapping[str, Any]) -> None:
-        """Look at pictures that the model is about to be given: the device is at them while the host does other things.
-
-        Args:
-            vision: as the model takes it, on its device.
-        """
-        pixels, grid = vision.get("pixel_values_videos"), vision.get("video_grid_thw")
-        if not self._ready() or not self._by_grid or pixels is None or grid is None:
-            return
-        if pixels.device.type in RECORDERS and pixels.dtype == self._tower.dtype and not foreign_hooks(self._own_hooks):
-            with self.recorded():
-                self._seen = pixels, grid, self._tower(pixels, grid_thw=grid)
-
-    def _ready(self) -> bool:
-        return self._able and self._on() and not torch.is_grad_enabled() and not self._tower.training
-
-    def _look(self, *args: Any, **kwargs: Any) -> Any:
-        """In place of the tower's forward: what it has seen already, or its own."""
-        seen, self._seen = self._seen, None
-        plain = not kwargs.keys() - {"grid_thw", "return_dict", "use_cache"} and kwargs.get("return_dict", True)
-        same = seen is not None and len(args) == 1 and args[0] is seen[0] and kwargs.get("grid_thw") is seen[1]
-        if seen is not None and same and plain:
-            return seen[2]
-        self._by_grid = self._by_grid and seen is None  # a family that calls it otherwise
-        return type(self._tower).forward(self._tower, *args, **kwargs)
-
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Inside the block the tower's layers are replayed where they can be."""
-        if not self._ready():
+        if not self._able or not self._on() or torch.is_grad_enabled() or self._tower.training:
             yield
             return
         weights = tuple(next(layer.parameters()).data_ptr() for layer in self._layers)
@@ -137,11 +107,9 @@ class Tower:
             self._weights = weights
         for number, layer in enumerate(self._layers):
             layer.__dict__["forward"] = partial(self._call, number)
-        self._tower.__dict__["forward"] = self._look
         try:
             yield
         finally:
-            del self._tower.__dict__["forward"]
             for layer in self._layers:
                 del layer.__dict__["forward"]
             self._now, self._sources = None, []
@@ -168,7 +136,7 @@ class Tower:
             _, key = self._noted(args, kwargs, take.outs[number - 1] if number else None)
             if key == take.notes[number][1]:
                 return take.outs[number]
-            self._takes, self._now = [], None
+            self._able, self._now = False, None  # what was recorded stays until the block ends: its results are in use
             return self._stock(number, *args, **kwargs)
         return self._note(take, number, args, kwargs)
 
@@ -211,6 +179,8 @@ class Tower:
         """Record a chain that was noted; leaves it without a graph where that cannot be."""
         take.inputs = [x.clone() for x in self._sources]
         device, run = take.inputs[0].device, partial(self._run, take)
+        if not self.graphs:
+            self._pool.clear()  # torch takes no memory again that no graph holds
         recorder = RECORDERS[device.type]
         try:
             recorder.first(run, device)  # what kernels set up when they first run must not be recorded
