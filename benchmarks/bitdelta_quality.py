@@ -9,6 +9,7 @@ import argparse
 import math
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def bytes_row(case: str, sizes: lc.deltas.Sizes) -> dict[str, Any]:
     }
 
 
-def measure(chosen: argparse.Namespace, root: Path) -> tuple[list[dict[str, Any]], torch.device]:
-    """Fine-tune, compress, distil; each model on the held-out pieces."""
+def measure(chosen: argparse.Namespace, root: Path) -> Iterator[tuple[dict[str, Any], torch.device]]:
+    """Fine-tune, compress, distil; each model on the held-out pieces. A row as soon as it is known, and where."""
     base_folder = str(assets.fetch() if chosen.model is None else chosen.model)
     model, tokenizer = assets.load(base_folder, "float32", chosen.device)
     place, began = model.device, time.monotonic()
@@ -115,12 +116,14 @@ def measure(chosen: argparse.Namespace, root: Path) -> tuple[list[dict[str, Any]
     )
     lessons_text = root / "taught.txt"  # the scales, too, are taught nothing that is held out
     lessons_text.write_text(tokenizer.decode(taught.flatten()), encoding="utf-8")
-    rows = [row("base", base, base, tuned), row("fine-tune", tuned, base, tuned)]
+    yield row("base", base, base, tuned), place
+    yield row("fine-tune", tuned, base, tuned), place
     for name, settings in list(VARIANTS.items())[: chosen.variants]:
         folder = root / name.replace(",", "").replace(" ", "-")
         sizes = lc.deltas.compress(base_folder, root / "tuned", folder, **settings)
         value = nll(load(folder, place), held, chosen.rows)
-        rows += [row(f"delta-initial, {name}", value, base, tuned), bytes_row(f"delta, {name}", sizes)]
+        yield row(f"delta-initial, {name}", value, base, tuned), place
+        yield bytes_row(f"delta, {name}", sizes), place
         if chosen.distil == "all" or (chosen.distil == "one" and name == "1 bit"):
             lessons = lc.deltas.Lessons(chosen.lessons)
             began = time.monotonic()
@@ -128,9 +131,7 @@ def measure(chosen: argparse.Namespace, root: Path) -> tuple[list[dict[str, Any]
             seconds = {"seconds": round(time.monotonic() - began, 1), "loss": [losses[0], losses[-1]]}
             value = nll(load(folder, place), held, chosen.rows)
             must = 0.9 if name == "1 bit" else None
-            rows.append(row(f"delta-distilled, {name}", value, base, tuned, must, **seconds))
-        print(f"{name}: {rows[-1]}", flush=True)
-    return rows, place
+            yield row(f"delta-distilled, {name}", value, base, tuned, must, **seconds), place
 
 
 def load(folder: Path, place: torch.device) -> Any:
@@ -155,11 +156,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
     chosen.text = chosen.text or book.fetch(on_step=print)
-    with tempfile.TemporaryDirectory() as folder:
-        rows, place = measure(chosen, Path(folder))
     settings = {name: x for name, x in vars(chosen).items() if name not in ("out", "text", "model")}
     settings |= {"model": assets.display_name(chosen.model), **text.about(chosen.text, text.read(chosen.text))}
-    results.save_json(chosen.out, {"meta": results.meta(place, {**settings, "block": BLOCK}), "rows": rows})
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for found, place in measure(chosen, Path(folder)):
+            rows.append(found)
+            print({name: found[name] for name in ("case", "value", "ratio", "met")}, flush=True)
+            results.save_json(chosen.out, {"meta": results.meta(place, {**settings, "block": BLOCK}), "rows": rows})
 
 
 if __name__ == "__main__":
