@@ -193,7 +193,7 @@ def main() -> None:
         for line in details(layer) if chosen.details else ():
             print(line, flush=True)
     if "generate" in chosen.what:
-        write(tenant_rows())
+        write(tenant_rows(bandwidth))
 
 
 if __name__ == "__main__":

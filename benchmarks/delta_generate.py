@@ -72,8 +72,26 @@ def load_seconds(size: int) -> float:
     return min(times) * size / COPIED
 
 
-def tenant_rows() -> Iterator[dict[str, Any]]:
-    """A row where tenants have embeddings of their own, and one where they have the base's."""
+def floor(model: Any, delta: Delta, bandwidth: float) -> float:
+    """Tokens per second if a step took no longer than to read what it must: weights, signs and heads of all tenants.
+
+    Args:
+        model: the base, whose table of embeddings is looked up in and not read.
+        delta: of each tenant.
+        bandwidth: bytes per second.
+    """
+    weights = sum(x.nbytes for x in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    signs = sum(matrix.bits.nbytes for matrix in delta.matrices.values())
+    heads = sum(x.nbytes for name, x in delta.dense.items() if name.startswith("lm_head"))
+    return TENANTS / ((weights + TENANTS * (signs + heads)) / bandwidth)
+
+
+def tenant_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
+    """A row where tenants have embeddings of their own, and one where they have the base's.
+
+    Args:
+        bandwidth: bytes per second that a copy reads and writes.
+    """
     model = model_8b()
     lc.patch(model, "dense")
     weights = sum(x.nbytes for x in model.parameters())
@@ -95,7 +113,7 @@ def tenant_rows() -> Iterator[dict[str, Any]]:
             "baseline": f"fine-tunes of 16 bits loaded in turn from pinned memory, {NEW} tokens each",
             "baseline_value": round(swapping, 1),
             "ratio": round(together / swapping, 2),
-            "floor_value": None,
+            "floor_value": round(floor(model, delta, bandwidth), 1),
             "must": ">= 10x, weights within the base's + 16 x (bits + embeddings)",
             "met": together >= 10 * swapping and held <= weights + TENANTS * size * 1.01,
             "shapes": {"rows": TENANTS, "tenants": TENANTS, "prompt": PROMPT},

@@ -18,6 +18,7 @@ import torch
 from decode import meta, parse
 from prefill_generate import generate_rows
 from prefill_layers import layer_rows
+from prefill_lengths import length_rows
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -163,7 +164,7 @@ def attention_rows(fa3: bool) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Measure, and write it down line by line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="+", choices=["attention", "layers", "generate"])
+    parser.add_argument("what", nargs="+", choices=["attention", "layers", "generate", "lengths"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128 * K], help="of prompts to generate() from")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parse(parser)
@@ -172,6 +173,7 @@ def main() -> None:
         "attention": lambda: attention_rows(fa3),
         "layers": lambda: layer_rows(time_of, partial(dense_of_others, fa3=fa3)),
         "generate": lambda: generate_rows(chosen.tokens),
+        "lengths": length_rows,
     }
     written: dict[str, Any] = {"meta": meta(), "rows": []}
     for what in chosen.what:

@@ -2,6 +2,7 @@
 #include "beside.h"
 #include "linear.h"
 #include "project.h"
+#include "streamed.h"
 
 extern "C" int32_t hfl_abi(void) { return HFL_ABI; }
 
@@ -33,11 +34,13 @@ extern "C" const char* hfl_bring_cuda(const hfl_bring*) { return kNone; }
 extern "C" const char* hfl_copy_cuda(const hfl_copy*) { return kNone; }
 extern "C" const char* hfl_norm_cuda(const hfl_norm*) { return kNone; }
 extern "C" const char* hfl_turn_cuda(const hfl_turn*) { return kNone; }
+extern "C" const char* hfl_gated_cuda(const hfl_gated*) { return kNone; }
 extern "C" const char* hfl_prefill_cuda(const hfl_prefill*) { return kNone; }
 extern "C" const char* hfl_layer_cuda(const hfl_layer*) { return kNone; }
 extern "C" const char* hfl_delta_cuda(const hfl_delta*) { return kNone; }
 extern "C" const char* hfl_merged_cuda(const hfl_merged*) { return kNone; }
 extern "C" const char* hfl_project_cuda(const hfl_project*) { return kNone; }
+extern "C" const char* hfl_streamed_cuda(const hfl_streamed*) { return kNone; }
 extern "C" int64_t hfl_linear_scratch(const hfl_linear*) { return 0; }
 extern "C" const char* hfl_quantize_cuda(const hfl_quantize*) { return kNone; }
 extern "C" const char* hfl_linear_cuda(const hfl_linear*) { return kNone; }

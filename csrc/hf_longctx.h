@@ -13,7 +13,7 @@
 
 #include "delta.h"
 
-#define HFL_ABI 6
+#define HFL_ABI 7
 
 #pragma GCC visibility push(default)  // all else is hidden
 #ifdef __cplusplus
@@ -221,6 +221,16 @@ typedef struct {
   void* stream;
 } hfl_turn;
 
+// ops.gated; on CUDA alone. Tensors begin at multiples of 16 bytes.
+typedef struct {
+  int64_t count;  // numbers of each tensor, a multiple of 8
+  int32_t dtype;  // float16 or bfloat16
+  const void* gate;
+  const void* up;
+  void* out;
+  void* stream;
+} hfl_gated;
+
 // ops.attend_blocks: many queries a row, in one format for keys and values. *_cuda only.
 typedef struct {
   int32_t batch, q_heads, kv_heads, tokens, stored, dim, dtype;
@@ -248,6 +258,8 @@ typedef struct {
   const int32_t* pages;  // the same strides: where the blocks lie, in blocks; NULL: at their ids
   int64_t ids_b, ids_h, ids_n;
   int32_t select_heads, chosen, block, q_block;  // Hs: 1, Hkv or Hq; K; multiples of 64 and of 128 tokens
+  const int32_t* places;  // [Hq], which head of q and of out each query head is, of so many; NULL: they are in order
+  int32_t all_heads;
   int32_t* counter;  // 0 before and after every call
   void* stream;
 } hfl_prefill;
@@ -280,6 +292,7 @@ const char* hfl_bring_cuda(const hfl_bring* a);
 const char* hfl_copy_cuda(const hfl_copy* a);
 const char* hfl_norm_cuda(const hfl_norm* a);
 const char* hfl_turn_cuda(const hfl_turn* a);
+const char* hfl_gated_cuda(const hfl_gated* a);
 const char* hfl_prefill_cuda(const hfl_prefill* a);
 const char* hfl_layer_cuda(const hfl_layer* a);
 const char* hfl_delta_cuda(const hfl_delta* a);

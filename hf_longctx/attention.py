@@ -15,8 +15,9 @@ from transformers.masking_utils import causal_mask_function
 from .cache.positions import lap_position
 from .context import NAME, Forward, current
 from .errors import UnsupportedError
-from .group import attend_group
+from .group import Among, attend_group
 from .kernels import ops
+from .kernels.wide import picked, widened
 from .layer import attend_layer
 from .models import WANTS_MASK, spans_all
 
@@ -114,14 +115,23 @@ def _attend(forward: Forward, layer: int, query: Tensor, key: Tensor, value: Ten
         return at_once
     if len(plan.groups) == 1:
         out = attend_group(forward, layer, plan.groups[0], stores[0], query, key, value, logits)
+        assert out is not None
         return out.transpose(1, 2).contiguous()
     order = _order(tuple(group.kv_heads for group in plan.groups), query.shape[1] // key.shape[1], query.device)
-    q, k, v = order.split(query), order.split(key), order.split(value)
-    parts = [
-        attend_group(forward, layer, group, stores[i], q[i], k[i], v[i], logits.heads(order.q[i])).transpose(1, 2)
-        for i, group in enumerate(plan.groups)
-    ]
-    return torch.cat(parts, 2).index_select(2, order.back)
+    k, v = order.split(key), order.split(value)
+    whole = query.new_empty(query.shape[0], *query.shape[2:0:-1], value.shape[-1])
+    parts: dict[int, Tensor] = {}
+    for i, group in enumerate(plan.groups):
+        among, own = Among(order.places[i], whole.transpose(1, 2)), logits.heads(order.q[i])
+        part = attend_group(forward, layer, group, stores[i], query, k[i], v[i], own, among)
+        if part is not None:
+            parts[i] = part.transpose(1, 2)
+    if len(parts) == len(plan.groups):
+        return picked(torch.cat(list(parts.values()), 2), 2, order.back)
+    for i, part in parts.items():
+        into, some = widened(whole, part)
+        into.index_copy_(2, order.q[i], some)
+    return whole
 
 
 def text_positions(forward: Forward) -> Tensor:
@@ -138,18 +148,20 @@ class _Order:
 
     Args:
         q: query heads of each group.
+        places: the same, int32.
         sides: by the number of heads: all of them in this order, and how many each group has.
         back: `[Hq]`, where each query head stands when groups stand side by side.
     """
 
     q: tuple[Tensor, ...]
+    places: tuple[Tensor, ...]
     sides: Mapping[int, tuple[Tensor, list[int]]]
     back: Tensor
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys or values `[B, H, T, D]` group by group, all from one copy."""
         heads, sizes = self.sides[x.shape[1]]
-        return x.index_select(1, heads).split_with_sizes(sizes, 1)
+        return picked(x, 1, heads).split_with_sizes(sizes, 1)
 
 
 @lru_cache(maxsize=4096)
@@ -157,7 +169,7 @@ def _order(groups: tuple[tuple[int, ...], ...], per_kv: int, device: torch.devic
     kv = [torch.tensor(heads, device=device) for heads in groups]
     q = [(heads[:, None] * per_kv + torch.arange(per_kv, device=device)).flatten() for heads in kv]
     sides = {sum(map(len, side)): (torch.cat(side), list(map(len, side))) for side in (kv, q)}
-    return _Order(tuple(q), sides, torch.cat(q).argsort())
+    return _Order(tuple(q), tuple(heads.int() for heads in q), sides, torch.cat(q).argsort())
 
 
 _HARMLESS = frozenset(

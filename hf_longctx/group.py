@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .cache.kept import Kept
 from .cache.pieces import Blocks, pieces
-from .cache.positions import sink_position
 from .cache.recent import RecentStore, attend_both
 from .cache.rows import View
 from .cache.step import FEW, Step
@@ -18,10 +17,12 @@ from .cache.stores import device_store
 from .context import Forward, Read
 from .gradient import Stored
 from .kernels import ops
-from .limits import reads_all_to, straight_to
-from .plan import HeadGroup, HeadPolicy, Retention, Selector
-from .select.choose import choose, forced, forced_ahead, most_far, visible_to
+from .kernels.wide import picked
+from .limits import reads_all_to
+from .plan import HeadGroup, HeadPolicy, Selector
+from .select.choose import all_from, choose, forced, forced_ahead, most_far, visible_to
 from .select.scorers import Look
+from .sight import above, floor_of, turns_of
 from .turning import turn_keys, turn_queries
 
 QUERIES = 16384
@@ -39,6 +40,19 @@ class Call:
     logits: ops.Logits
 
 
+@dataclass(frozen=True)
+class Among:
+    """Where a group's query heads are among all of a layer.
+
+    Args:
+        heads: `[Hq']`, int32.
+        out: `[B, Hq, T, Dv]`, of the layer.
+    """
+
+    heads: Tensor
+    out: Tensor
+
+
 def attend_group(
     forward: Forward,
     layer: int,
@@ -48,9 +62,15 @@ def attend_group(
     k: Tensor,
     v: Tensor,
     logits: ops.Logits,
-) -> Tensor:
-    """Append, attend, evict for one group of heads: `[B, Hq', T, D]`."""
+    among: Among | None = None,
+) -> Tensor | None:
+    """Append, attend, evict for one group of heads: `[B, Hq', T, D]`.
+
+    With `among`, q has all heads of the layer, and None says that what comes of the group's is in its place.
+    """
     step = forward.step.on(q.device)
+    if among is not None and not _leaves(forward, group.policy, step):
+        q, among = picked(q, 1, among.heads), None
     if step.order is not None:
         q, k, v = (ops.take_tokens(x, step.order) for x in (q, k, v))
     policy = group.policy
@@ -64,15 +84,26 @@ def attend_group(
     call = Call(forward, layer, group, store, logits)
     cut_off = step.columns > 0 or in_turn  # some of what is read carries no gradient
     if selector is None or (not in_turn and reads_all(selector, step)):
-        out = _read_all(call, step, q, k, v)
+        out = _read_all(call, step, q, k, v, among)
     elif in_turn:
         out = _read_in_turn(call, selector, step, q, k, v)
     else:
         out = _read_chosen(call, selector, step, q, k, v)
         cut_off = cut_off or policy.kv is not None
+    if out is None:
+        return None
     if cut_off and torch.is_grad_enabled():
         out = Stored.apply(out, q, k, v)  # type: ignore[no-untyped-call]
     return out if step.restore is None else ops.take_tokens(out, step.restore)
+
+
+def _leaves(forward: Forward, policy: HeadPolicy, step: Step) -> bool:
+    """True if queries of the call may stay among those of other heads: nothing reorders, turns or watches them."""
+    if step.order is not None or forward.tap is not None or policy.positions.at_read or torch.is_grad_enabled():
+        return False
+    selector = None if step.decodes else selector_for(policy.prefill, step)
+    reads = selector is None or (reads_all(selector, step) and not goes_in_turn(policy, selector, step))
+    return reads and step.tokens > FEW and not (policy.kv is not None and policy.kv.recent)
 
 
 def selector_for(selector: Selector | None, step: Step) -> Selector | None:
@@ -95,8 +126,8 @@ def reads_all(selector: Selector, step: Step) -> bool:
     return step.end <= reads_all_to(selector)
 
 
-def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over all that is stored and visible."""
+def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor, among: Among | None) -> Tensor | None:
+    """Attention over all that is stored and visible; `among` as in `attend_group`."""
     store, retention = call.store, call.group.policy.retention
     if isinstance(store, RecentStore) and call.forward.tap is None:  # a tap is told of keys in one format
         return attend_both(store, q, k, v, call.logits, step)
@@ -107,10 +138,13 @@ def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     q_pos = step.pos if step.ragged or view.k_pos is not None else None
     window = retention.reach(not step.decodes)
     see = ops.Visibility(retention.sink, window, q_pos, view.k_pos)
-    floor = _floor(call.forward, retention, store, q.device)
+    floor = floor_of(call.forward, retention, store, q.device)
     if floor is not None:
-        see = _above(see, floor, view, step)
-    turns = _turns(call, step, floor)
+        see = above(see, floor, view, step)
+    turns = turns_of(call.forward, call.layer, call.group.policy, step, floor)
+    if among is not None:
+        ops.attend_heads(q, view.k, view.v, call.logits, see, turns, None, among.heads, among.out)
+        return None
     few = step.tokens == 1 and step.columns > 0
     out = (ops.attend_pages if few else ops.attend_blocks)(q, view.k, view.v, call.logits, see, turns)
     tap = call.forward.tap
@@ -122,7 +156,7 @@ def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor
 
 def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Every block of queries chooses for itself, and nothing that it reads depends on the others."""
-    store, turns = call.store, _turns(call, step, None)
+    store, turns = call.store, turns_of(call.forward, call.layer, call.group.policy, step, None)
     keys: Tensor | ops.Packed = k
     values: Tensor | ops.Packed = v
     if store is not None:
@@ -150,7 +184,7 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
 
 def _read_in_turn(call: Call, selector: Selector, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Block of queries after block of queries: what one reads decides what the next may choose."""
-    store, turns = call.store, _turns(call, step, None)
+    store, turns = call.store, turns_of(call.forward, call.layer, call.group.policy, step, None)
     size = 1 if step.decodes else selector.scorer.q_block
     out: Tensor | None = None
     distance, summary = call.group.policy.positions.distance, selector.scorer.summary
@@ -244,6 +278,8 @@ def forced_near(
 
     def make() -> tuple[tuple[Tensor, Tensor], Tensor]:
         near = forced(selector, pos, size)
+        if selector.scorer.summary is None and step.tail is not None:
+            near = all_from(selector, near, step.tail)
         return near, visible_to(near[1], rows)
 
     near, visible = step.once(("near", selector, size, rows, first), make)
@@ -260,41 +296,3 @@ def note(call: Call, selector: Selector, pos: Tensor, read: ops.Selection, last:
             forward.cache.ledger.count("prefill", read.ids, None, visible)
     if forward.watch is not None:
         forward.watch(call.layer, call.group, selector, pos, read)
-
-
-# what is visible, and at which angle --------------------------------------------------------------------------------
-
-
-def _floor(forward: Forward, retention: Retention, store: Any, device: torch.device) -> Tensor | None:
-    """`[B or 1, 1]`, oldest position outside the sinks neither evicted by hand nor lost; None: all there."""
-    evicted = None if forward.cache is None else forward.cache.floors.get(retention)
-    lost = None if store is None else store.floor
-    both = [floor.to(device) for floor in (evicted, lost) if floor is not None]
-    return torch.maximum(both[0], both[-1]) if both else None
-
-
-def _above(see: ops.Visibility, floor: Tensor, view: View, step: Step) -> ops.Visibility:
-    """The same without the tokens that were evicted by hand."""
-    k_pos = torch.arange(view.k.shape[2], device=floor.device)[None] if view.k_pos is None else view.k_pos
-    k_pos = torch.where((k_pos < see.sink) | (k_pos >= floor), k_pos, -1)
-    return ops.Visibility(see.sink, see.window, step.pos, k_pos)
-
-
-def _turns(call: Call, step: Step, floor: Tensor | None) -> ops.Turns | None:
-    """How this group's queries are turned; None while every key stands where the text has it."""
-    forward, policy = call.forward, call.group.policy
-    plan, retention, lap = forward.plan, policy.retention, forward.plan.lap
-    if lap is None:
-        return None
-    rotary, clamp = forward.rotary[call.layer], policy.positions.distance
-    straight = step.end <= straight_to(plan, policy, not step.decodes)
-    if clamp is not None:
-        return None if straight else ops.Turns(step.pos, lap, plan.sink, rotary.inv_freq, rotary.interleaved, clamp)
-    reach = retention.reach(not step.decodes)
-    if reach is None or (straight and floor is None):
-        return None
-    moved = None if floor is None else floor.to(step.device)
-    sinks = forward.once(
-        ("sink_position", retention, step.device), lambda: sink_position(step.pos, retention.sink, reach, moved)
-    )
-    return ops.Turns(sinks, lap, plan.sink, rotary.inv_freq, rotary.interleaved)

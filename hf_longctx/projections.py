@@ -2,7 +2,8 @@
 
 Linear layers of an attention that get the same tensor (queries, keys, values) are one launch, and so are both halves of
 a gated MLP. Sums run in another order than in torch's product, so a result may differ in its last bit. Hooks on layers
-run as ever; a layer that is not a plain `nn.Linear` is left alone, and so is an MLP that has such a layer.
+run as ever; a layer that is not a plain `nn.Linear` is left alone, and so is an MLP that has such a layer. What an MLP
+computes between its layers is one launch for more rows, too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .kernels.compiled.project import MOST_ROWS
-from .kernels.layers import project, project_gated
+from .kernels.layers import gated, project, project_gated
 from .shortcut import DTYPES, ShortCut, is_gated
 
 _TOGETHER = ("q_proj", "k_proj", "v_proj")
@@ -64,7 +65,7 @@ class Product(ShortCut):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One launch for all of them, or the layer's own."""
-        if len(args) != 1 or kwargs or not self.due() or not _few(args[0], *self.made.layers):
+        if len(args) != 1 or kwargs or not self.due(few=True) or not _few(args[0], *self.made.layers):
             return self.stock(*args, **kwargs)
         return self.made.take(self.number, args[0])
 
@@ -74,11 +75,15 @@ class Gated(ShortCut):
     """In place of the `forward` of an MLP that is `down(silu(gate(x)) * up(x))`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Two launches, or the MLP's own."""
+        """Two launches for few rows; for many, the layers and one launch between them; or the MLP's own."""
         parts: list[Any] = [getattr(self.module, name, None) for name in _GATED]
-        if len(args) != 1 or kwargs or not self.due() or not all(_plain(x) for x in parts) or not _few(args[0], *parts):
+        if len(args) != 1 or kwargs or not self.due() or not all(isinstance(x, nn.Module) for x in parts):
             return self.stock(*args, **kwargs)
         x, (gate, up, down) = args[0], parts
+        if not self.due(few=True):
+            return down(gated(gate(x), up(x)))
+        if not all(_plain(layer) for layer in parts) or not _few(x, *parts):
+            return self.stock(*args, **kwargs)
         inner = project_gated(x.reshape(-1, x.shape[-1]), gate.weight, up.weight)
         return _product(down, inner).view(*x.shape[:-1], -1)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .cache.cache import LongContextCache
-from .cache.step import FEW
+from .cache.step import FEW, TAIL
 from .limits import reads_all_to
 from .models import CACHE
 
@@ -23,16 +23,14 @@ PIECE = 16384
 """Tokens that one call reads of a prompt: what a layer computes for them is held, and must not grow with the prompt. Of
 several rows as many together, but a quarter of each at least: shorter pieces take longer."""
 
-TAIL = 32
-"""Last tokens of a prompt that choose for themselves: a question, and what a chat template puts after it."""
-
 
 @dataclass(eq=False)
 class Prefill:
     """In place of the model's `_prefill`: a long prompt is read in pieces, unless the caller has set how.
 
     Each of the last tokens chooses what it reads, as those after it do: they ask the question, and among the hundreds
-    of queries that share a choice they would hardly count.
+    of queries that share a choice they would hardly count. Where queries are scored against all keys, they are not read
+    apart: their blocks of queries read everything.
     Paper: InfLLM (arXiv:2402.04617). Differs: its code reads the very last token apart.
     """
 
@@ -43,12 +41,12 @@ class Prefill:
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Read the pieces in their order."""
-        ends = self._ends(input_ids, generation_config, model_kwargs)
-        if not ends:
-            return self._read(ends, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if not self._divides(input_ids, generation_config, model_kwargs):
+            return self._read([], input_ids, generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs[CACHE]
         cache.expected = input_ids.shape[1]
         try:
+            ends = self._ends(input_ids, generation_config, model_kwargs)
             return self._read(ends, input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             cache.expected = 0
@@ -80,17 +78,15 @@ class Prefill:
 
     def _ends(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> list[int]:
         """Where the calls before the last one end."""
-        if not self._divides(input_ids, generation_config, model_kwargs):
-            return []
         (rows, length), known = input_ids.shape, model_kwargs[CACHE].ledger.columns
         tail = max(known, length - TAIL) if self._shares(length, known) else length
         each = PIECE // min(rows, 4) if generation_config.prefill_chunk_size is None else length
         return [end for end in (*range(known + each, tail, each), *range(tail, length, FEW)) if end > known]
 
     def _shares(self, length: int, known: int) -> bool:
-        """True if the last tokens would share a choice."""
+        """True if the last tokens would share a choice that is made by summaries of keys."""
         policies = (group.policy for layer in self.state.plan.layers for group in layer.groups)
-        selectors = {p.prefill for p in policies if p.prefill is not None}
+        selectors = {p.prefill for p in policies if p.prefill is not None and p.prefill.scorer.summary is not None}
         return length - known > FEW + 1 and any(length > reads_all_to(selector) for selector in selectors)
 
     def _divides(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:

@@ -105,9 +105,9 @@ class Report:
 
     def _short(self) -> str:
         """A line on short cuts, where there are some."""
-        counts = {"norms": self.norms, "rotations": self.rotations, "linear layers": self.linears}
+        counts = {"norms": self.norms, "rotations": self.rotations, "linear layers in decode steps": self.linears}
         cuts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        return cuts and f"\none launch each in decode steps: {cuts}"
+        return cuts and f"\none launch each: {cuts}"
 
     def _offloaded(self) -> str:
         """A line on blocks in host memory, if the plan places any there."""

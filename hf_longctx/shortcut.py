@@ -1,4 +1,4 @@
-"""What a short cut is: it stands in place of a module's `forward`, and is taken in calls of few tokens alone."""
+"""What a short cut is: it stands in place of a module's `forward`, in calls that want no gradients."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from .cache.step import FEW
 from .context import current
 
 DEVICES = {"cuda"}
-"""Types of devices on which there are short cuts: there a launch takes longer than what it computes."""
-
-ROUND = 1024
-"""Tokens of a round of a stream, at most, that take short cuts which are good for any number of rows: there are rounds
-all the time, and a call of so few is bound by launches still."""
+"""Types of devices on which there are short cuts: there a step's launches take longer than what they compute, and a
+prompt's small operations read and write far more than they must."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,16 +34,12 @@ class ShortCut:
         own = inspect.signature(type(self.module).forward)
         return own.replace(parameters=list(own.parameters.values())[1:])
 
-    def due(self, any_rows: bool = False) -> bool:
-        """True inside a call of few tokens that nothing trains, compiles or records for gradients.
-
-        Args:
-            any_rows: what is asked for is as good for more rows: then a round of a stream is few tokens, too.
-        """
+    def due(self, few: bool = False) -> bool:
+        """True inside a call, of few tokens if `few`, that nothing trains, compiles or records for gradients."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.module.training:
             return False
         forward = current()
-        if forward is None or forward.step.tokens > (ROUND if any_rows and forward.plan.at_read else FEW):
+        if forward is None or (few and forward.step.tokens > FEW):
             return False
         device = forward.step.device.type
         return device in DEVICES and not torch.is_autocast_enabled(device)

@@ -1,9 +1,9 @@
-"""Short cuts of a decode step: one launch in place of the many small ones of a norm, a rotation, a linear layer.
+"""Short cuts: one launch in place of the many small ones of a norm, a rotation, a gate, or of a step's linear layer.
 
 Nothing is known of a model here. What its norms and rotations do is seen on random numbers: where they give, bit for
-bit, what an operation of ours is defined to give, calls of few tokens go there. All others, and those that want
-gradients or are compiled, run the model's own code. Only attributes of instances are set, so nothing stays behind.
-Linear layers are in `projections.py`.
+bit, what an operation of ours is defined to give, calls go there. Those that want gradients or are compiled run the
+model's own code. Only attributes of instances are set, so nothing stays behind. Linear layers and MLPs are in
+`projections.py`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Norm(ShortCut):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One launch, or the norm's own."""
-        if kwargs or not self.due(any_rows=True):
+        if kwargs or not self.due():
             return self.stock(*args, **kwargs)
         weight: Any = self.module.weight
         return ops.rms_norm(args[0], weight, self.eps, self.offset, self.early)
@@ -187,7 +187,7 @@ class Rotation(ShortCut):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The attention's forward."""
-        return self._run(self.module, *args, **kwargs) if self.due(any_rows=True) else self.stock(*args, **kwargs)
+        return self._run(self.module, *args, **kwargs) if self.due() else self.stock(*args, **kwargs)
 
 
 def _rotation(module: nn.Module, known: dict[Any, Any]) -> Rotation | None:

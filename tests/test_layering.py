@@ -36,7 +36,8 @@ ROOMS = {
     },
     "gradient": {"errors"},
     "turning": {"cache", "context", "errors", "kernels"},
-    "group": {"plan", "cache", "kernels", "select", "context", "gradient", "limits", "turning"},
+    "sight": {"plan", "cache", "kernels", "context", "limits"},
+    "group": {"plan", "cache", "kernels", "select", "context", "gradient", "limits", "sight", "turning"},
     "layer": {"plan", "cache", "kernels", "select", "context", "group"},
     "attention": {"errors", "plan", "cache", "kernels", "models", "context", "group", "layer"},
     "recording": {"cache", "limits", "plan"},
@@ -120,7 +121,7 @@ def foreign(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("room", "packages"),
-    [("plan", set()), ("kernels", {"torch"}), ("cache", {"torch", "transformers"}), ("methods", set())],
+    [("plan", set()), ("kernels", {"torch", "triton"}), ("cache", {"torch", "transformers"}), ("methods", set())],
 )
 def test_other_packages_stay_where_they_belong(room: str, packages: set[str]) -> None:
     for path in sorted((ROOT / room).rglob("*.py")) or [ROOT / room]:

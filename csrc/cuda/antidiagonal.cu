@@ -2,9 +2,11 @@
 //
 // Paper: XAttention (arXiv:2503.16428) section 2.1. One product of tiles (see antidiagonal_tile.cuh), of which only the
 //   log-sum-exp of each tile of queries over each block of keys is written, for some blocks of queries at a time; a
-//   second kernel turns these into shares and adds up those of a block. On sm_90 tiles are put side by side before.
+//   second kernel turns these into shares and adds up those of a block. On sm_90 tiles are put side by side before,
+//   but for those of 16 bits of which every block is whole, and what nobody sees of the product is left out.
 // Shapes: q [B, Hq, N * block, D], k [B, Hkv, S, D] 16-bit, scores [B, Hq, N, M] float32; D a multiple of 8 up to 256.
-// Grids and blocks: places (N, B or 1) x 128, the product as its kernel says, shares (blocks of the part, Hq, B) x 256.
+// Grids and blocks: places (N, B or 1) x 128, order 1 x 1024, the product as its kernel says, shares (blocks of the
+//   part, Hq, B) x 256.
 // Scratch: 4 bytes a query and a tile, and up to 256 MiB of sums (one strip of 128 tiles of queries at least); on sm_90
 //   a copy of the keys, and of those queries.
 // Bound by: tensor cores; 1 / (2 stride) of the products of causal attention.
@@ -17,65 +19,155 @@ namespace hfl {
 namespace antidiagonal {
 namespace {
 
-constexpr int SHARE_THREADS = 256, PLACE_THREADS = 128, MOST_TILES = 64;
+constexpr int SHARE_THREADS = 256, PLACE_THREADS = 128, ORDER_THREADS = 1024, MOST_TILES = 64;
+constexpr int FEW_TILES = SHARE_THREADS / 32;
 constexpr int64_t MOST_SUMS = int64_t{256} << 20;  // bytes
 
-// Where the queries stand, from their positions; `last` and `reach` begin as -1.
+// Where the queries of a block stand, from their positions; `apart`, `last` and `reach` begin as -1.
 __global__ void __launch_bounds__(PLACE_THREADS) places_kernel(const Call call) {
+  __shared__ int32_t tiles[MOST_TILES + 1];  // and the last query
   const int thread = static_cast<int>(threadIdx.x), block = call.a.block, n = static_cast<int>(blockIdx.x);
   const int64_t b = blockIdx.y, line = b * call.a.blocks + n;
   const int64_t* positions = call.a.q_pos + b * call.a.q_pos_b + static_cast<int64_t>(n) * block;
   int32_t* source = call.source + line * block;
-  int32_t* tile = call.tile + line * call.tiles;
   for (int i = thread; i < block; i += PLACE_THREADS) source[i] = -1;
-  for (int i = thread; i < call.tiles; i += PLACE_THREADS) tile[i] = -1;
+  for (int i = thread; i <= MOST_TILES; i += PLACE_THREADS) tiles[i] = -1;
   __syncthreads();
   int last = -1;
+  bool apart = false;
   for (int i = thread; i < block; i += PLACE_THREADS) {
     const int position = static_cast<int>(max(min(positions[i], int64_t{INT32_MAX}), int64_t{-1}));
+    const int within = max(position, 0) % block;
+    apart = apart || position < 0 || within != i;
     if (position < 0) continue;
-    source[position % block] = n * block + i;
-    const int own = position % block / call.a.stride;
-    atomicMax(tile + own, position / call.a.stride);
-    atomicMax(call.reach + b * strips_of(call) + (n * call.tiles + own) / ROWS, position / call.a.stride);
+    source[within] = n * block + i;
+    atomicMax(tiles + within / call.a.stride, position / call.a.stride);
     last = max(last, position);
   }
   last = __reduce_max_sync(0xffffffffu, last);
-  if (thread % 32 == 0 && last >= 0) atomicMax(call.last + b, last);
+  if (thread % 32 == 0 && last >= 0) atomicMax(tiles + MOST_TILES, last);
+  if (__syncthreads_or(apart) && thread == 0) atomicMax(call.apart, 1);
+  for (int i = thread; i < call.tiles; i += PLACE_THREADS) call.tile[line * call.tiles + i] = tiles[i];
+  if (thread > 0 || tiles[MOST_TILES] < 0) return;
+  last = tiles[MOST_TILES];
+  atomicMax(call.reach + b * strips_of(call) + n * call.tiles / ROWS, last / call.a.stride);  // a block is in one strip
+  atomicMax(call.last + b, last);
 }
+
+// The pairs of works of which one sees a key, in their order: `seen`, and before them how many there are.
+__global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Call call) {
+  __shared__ int32_t counts[ORDER_THREADS / 32];
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, pairs = call.works / PAIR;
+  int before = 0;
+  for (int first = 0; first < pairs; first += ORDER_THREADS) {
+    const int pair = first + thread;
+    bool sees = false;
+    for (int i = 0; i < PAIR && pair < pairs; ++i) {
+      const Work work(call, PAIR * pair + i, COLUMNS);
+      sees = sees || work.seen(call, work.reach(call)) > 0;
+    }
+    const uint32_t those = __ballot_sync(0xffffffffu, sees);
+    if (lane == 0) counts[warp] = __popc(those);
+    __syncthreads();
+    const int others = counts[lane], own = lane < warp ? others : 0;
+    const int place = before + __reduce_add_sync(0xffffffffu, own) + __popc(those & ((1u << lane) - 1u));
+    if (sees) call.seen[1 + place] = pair;
+    before += __reduce_add_sync(0xffffffffu, others);
+    __syncthreads();
+  }
+  if (thread == 0) call.seen[0] = before;
+}
+static_assert(ORDER_THREADS == 32 * 32, "a warp adds up what the warps count");
+
+// A block of queries: which of its tiles have any, and how many blocks of keys one of them sees.
+struct Shares {
+  const int32_t* tile;
+  const float* sums;
+  float* to;
+  int tiles, seen;
+
+  __device__ explicit Shares(const Call& call) : tiles(call.tiles) {
+    const int64_t head = static_cast<int64_t>(blockIdx.z) * call.a.q_heads + blockIdx.y;
+    const int64_t n = call.first / tiles + static_cast<int64_t>(blockIdx.x);
+    const int64_t own = call.a.q_pos_b ? blockIdx.z : 0;
+    tile = call.tile + (own * call.a.blocks + n) * tiles;
+    sums = call.sums + (head * call.rows + static_cast<int64_t>(blockIdx.x) * tiles) * call.key_blocks;
+    to = call.a.scores + (head * call.a.blocks + n) * call.key_blocks;
+    int reach = -1;
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < tiles; i += 32) reach = max(reach, tile[i]);
+    reach = __reduce_max_sync(0xffffffffu, reach);
+    seen = reach < 0 ? 0 : call.key_blocks;
+    if (call.a.causal && reach >= 0) seen = min(reach / tiles + 1, call.key_blocks);
+  }
+};
 
 // The sums of a block's tiles to its scores.
 __global__ void __launch_bounds__(SHARE_THREADS) shares_kernel(const Call call) {
   __shared__ float whole[MOST_TILES];
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, tiles = call.tiles;
-  const int64_t head = static_cast<int64_t>(blockIdx.z) * call.a.q_heads + blockIdx.y;
-  const int64_t n = call.first / tiles + static_cast<int64_t>(blockIdx.x);
-  const int64_t own = call.a.q_pos_b ? blockIdx.z : 0;
-  const int32_t* tile = call.tile + (own * call.a.blocks + n) * tiles;
-  const float* sums = call.sums + (head * call.rows + static_cast<int64_t>(blockIdx.x) * tiles) * call.key_blocks;
-  int reach = -1;
-  for (int i = 0; i < tiles; ++i) reach = max(reach, tile[i]);
-  int seen = reach < 0 ? 0 : call.key_blocks;  // blocks that some tile sees
-  if (call.a.causal && reach >= 0) seen = min(reach / tiles + 1, call.key_blocks);
-  for (int row = warp; row < tiles; row += SHARE_THREADS / 32) {
-    const float* line = sums + static_cast<int64_t>(row) * call.key_blocks;
-    if (tile[row] < 0) continue;
+  const Shares of(call);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  for (int row = warp; row < of.tiles; row += SHARE_THREADS / 32) {
+    const float* line = of.sums + static_cast<int64_t>(row) * call.key_blocks;
+    if (of.tile[row] < 0) continue;
     float most = -INFINITY, sum = 0.0f;
-    for (int m = lane; m < seen; m += 32) most = fmaxf(most, line[m]);
+    for (int m = lane; m < of.seen; m += 32) most = fmaxf(most, line[m]);
     most = most_of<16>(most);
     const float base = most == -INFINITY ? 0.0f : most;
-    for (int m = lane; m < seen; m += 32) sum += power_of_two(line[m] - base);
+    for (int m = lane; m < of.seen; m += 32) sum += power_of_two(line[m] - base);
     sum = sum_of<16>(sum);
     if (lane == 0) whole[row] = base + __log2f(sum);
   }
   __syncthreads();
-  float* to = call.a.scores + (head * call.a.blocks + n) * call.key_blocks;
   for (int m = thread; m < call.key_blocks; m += SHARE_THREADS) {
     float score = 0.0f;
-    for (int row = 0; m < seen && row < tiles; ++row) {
-      if (tile[row] >= 0) score += power_of_two(sums[static_cast<int64_t>(row) * call.key_blocks + m] - whole[row]);
+    for (int row = 0; m < of.seen && row < of.tiles; ++row) {
+      const float* line = of.sums + static_cast<int64_t>(row) * call.key_blocks;
+      if (of.tile[row] >= 0) score += power_of_two(line[m] - whole[row]);
     }
-    to[m] = score;
+    of.to[m] = score;
+  }
+}
+
+// The same where a block has as many tiles as there are warps, and no more than 32 * EACH blocks of keys: a warp holds
+// a tile's sums in registers, and its shares meet the others' in shared memory.
+template <int EACH>
+__global__ void __launch_bounds__(SHARE_THREADS) shares_of_few_kernel(const Call call) {
+  __shared__ float shares[FEW_TILES][32 * EACH];
+  const Shares of(call);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const float* line = of.sums + static_cast<int64_t>(warp) * call.key_blocks;
+  const bool there = of.tile[warp] >= 0;
+  float x[EACH], most = -INFINITY, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) x[i] = there && i * 32 + lane < of.seen ? line[i * 32 + lane] : -INFINITY;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) most = fmaxf(most, x[i]);
+  most = most_of<16>(most);
+  const float base = most == -INFINITY ? 0.0f : most;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) sum += x[i] = power_of_two(x[i] - base);
+  sum = sum_of<16>(sum);
+  const float share = there ? __fdiv_rn(1.0f, sum) : 0.0f;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) shares[warp][i * 32 + lane] = x[i] * share;
+  __syncthreads();
+  for (int m = thread; m < call.key_blocks; m += SHARE_THREADS) {
+    float score = 0.0f;
+#pragma unroll
+    for (int row = 0; row < FEW_TILES; ++row) score += shares[row][m];
+    of.to[m] = m < of.seen ? score : 0.0f;
+  }
+}
+
+void add_up(const Call& call, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(call.rows / call.tiles), static_cast<unsigned>(call.a.q_heads),
+                  static_cast<unsigned>(call.a.batch));
+  if (call.tiles != FEW_TILES || call.key_blocks > 1024) {
+    shares_kernel<<<grid, SHARE_THREADS, 0, stream>>>(call);
+  } else if (call.key_blocks <= 256) {
+    shares_of_few_kernel<8><<<grid, SHARE_THREADS, 0, stream>>>(call);
+  } else {
+    shares_of_few_kernel<32><<<grid, SHARE_THREADS, 0, stream>>>(call);
   }
 }
 
@@ -116,6 +208,18 @@ bool packs(const hfl_antidiagonal& a) {
 
 int64_t line_of(int64_t elements) { return (elements + 31) / 32 * 32; }
 
+// Divides the part's product among works of some width; an error if there are too many to count.
+cudaError_t cut(Call& call, int columns) {
+  const int group = call.a.q_heads / call.a.kv_heads;
+  call.strips = (call.rows - 1) / ROWS + 1;
+  call.together = std::min(TOGETHER, (group * call.strips + 1) / PAIR * PAIR);
+  call.widths = (call.columns - 1) / columns + 1;
+  const int64_t rounds = (static_cast<int64_t>(group) * call.strips - 1) / call.together + 1;
+  const int64_t works = rounds * call.together * call.widths * call.a.batch * call.a.kv_heads;
+  call.works = works < INT32_MAX / 2 ? static_cast<int32_t>(works) : 0;
+  return call.works ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
 // The call with its scratch laid out, in units of 4 bytes, for the current device; returns bytes of scratch.
 int64_t lay_out(const hfl_antidiagonal& a, Call& call) {
   call.a = a;
@@ -133,10 +237,13 @@ int64_t lay_out(const hfl_antidiagonal& a, Call& call) {
     used += line_of(words);
     return static_cast<int32_t*>(a.scratch) + from;
   };
+  call.lies = !a.rounded && a.dim % DEEP == 0 && a.stored % a.stride == 0;
+  call.apart = take(1);
   call.last = take(alike);
   call.reach = take(alike * strips_of(call));
   call.source = take(alike * a.blocks * a.block);
   call.tile = take(alike * all);
+  call.seen = nullptr;
   const int64_t lines = rows * a.batch * a.q_heads, columns = int64_t{call.padded} * a.batch * a.kv_heads;
   call.sums = reinterpret_cast<float*>(take(lines * call.key_blocks));
   call.queries = call.keys = nullptr;
@@ -146,20 +253,10 @@ int64_t lay_out(const hfl_antidiagonal& a, Call& call) {
     call.key_sizes = reinterpret_cast<float*>(take(a.rounded ? columns : 0));
     call.queries = reinterpret_cast<char*>(take(lines * words));
     call.keys = reinterpret_cast<char*>(take(columns * words));
+    static_cast<void>(cut(call, COLUMNS));  // `multiply` says so where they are too many
+    call.seen = take(call.works / PAIR + 1);
   }
   return 4 * used;
-}
-
-// Divides the part's product among works of some width; an error if there are too many to count.
-cudaError_t cut(Call& call, int columns) {
-  const int group = call.a.q_heads / call.a.kv_heads;
-  call.strips = (call.rows - 1) / ROWS + 1;
-  call.together = std::min(TOGETHER, (group * call.strips + 1) / PAIR * PAIR);
-  call.widths = (call.columns - 1) / columns + 1;
-  const int64_t rounds = (static_cast<int64_t>(group) * call.strips - 1) / call.together + 1;
-  const int64_t works = rounds * call.together * call.widths * call.a.batch * call.a.kv_heads;
-  call.works = static_cast<int32_t>(works);
-  return works < INT32_MAX / 2 ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
 // The product of a part, of T in the precision of F.
@@ -168,7 +265,10 @@ cudaError_t multiply(Call& call, cudaStream_t stream) {
   using W = Warps<T>;
   cudaError_t error = cut(call, call.queries ? COLUMNS : W::COLUMNS);
   if (error != cudaSuccess) return error;
-  if (call.queries) return launch_wgmma<T, F>(call, stream);
+  if (call.queries) {
+    order_kernel<<<1, ORDER_THREADS, 0, stream>>>(call);
+    return launch_wgmma<T, F>(call, stream);
+  }
   const size_t bytes = W::bytes(call.a.stride);
   error = cudaFuncSetAttribute(mma_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
@@ -180,8 +280,10 @@ template <typename T, typename F>
 cudaError_t run(Call& call, cudaStream_t stream) {
   const hfl_antidiagonal& a = call.a;
   const int alike = a.q_pos_b ? a.batch : 1, all = a.blocks * call.tiles, most = call.rows;
-  const size_t cleared = static_cast<size_t>(reinterpret_cast<char*>(call.source) - reinterpret_cast<char*>(call.last));
-  cudaError_t error = cudaMemsetAsync(call.last, 0xff, cleared, stream);  // and `reach`
+  Maps maps;
+  call.lies = call.lies && call.queries && map_lying<F>(maps, call);
+  const size_t cleared = static_cast<size_t>(reinterpret_cast<char*>(call.source) - static_cast<char*>(a.scratch));
+  cudaError_t error = cudaMemsetAsync(a.scratch, 0xff, cleared, stream);  // `apart`, `last` and `reach`
   if (error != cudaSuccess) return error;
   places_kernel<<<dim3(a.blocks, alike), PLACE_THREADS, 0, stream>>>(call);
   if (call.queries) error = pack<T, F, false>(call, stream);
@@ -189,7 +291,7 @@ cudaError_t run(Call& call, cudaStream_t stream) {
     call.rows = std::min(most, all - call.first);
     error = multiply<T, F>(call, stream);
     if (error != cudaSuccess) return error;
-    shares_kernel<<<dim3(call.rows / call.tiles, a.q_heads, a.batch), SHARE_THREADS, 0, stream>>>(call);
+    add_up(call, stream);
     error = cudaGetLastError();
   }
   return error;

@@ -2,7 +2,9 @@
 //
 // A row has the stride * D channels of a tile, keys in their order and queries last first; zeros stand for queries that
 // are not in the call and for keys after the last query. Rounded to 8 bits, a row is divided by its largest channel
-// over the largest of such numbers, which is kept beside it.
+// over the largest of such numbers, which is kept beside it; what a channel loses is added to that of the token 256 / D
+// further on, which the same lane has, so that little of the sum over a tile's tokens is lost.
+// Where the rows of 16 bits can be read as they lie, nothing is done.
 // Grid: (tiles / 4, heads, B). Block: 128 threads, a warp has a tile. Bound by: bytes.
 #pragma once
 #include "antidiagonal_tile.cuh"
@@ -28,19 +30,20 @@ __device__ __forceinline__ float2 two_of(uint32_t x) {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Four numbers rounded to 8 bits each.
+// Two numbers rounded to 8 bits each, in the low half, and what these are worth.
 template <typename F>
-__device__ __forceinline__ uint32_t four_eights(float2 low, float2 high) {
+__device__ __forceinline__ uint32_t two_eights(float low, float high, float2& worth) {
   if constexpr (std::is_same<F, Eight>::value) {
-    uint16_t x, y;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(x) : "f"(low.y), "f"(low.x));
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(high.y), "f"(high.x));
-    return x | static_cast<uint32_t>(y) << 16;
-  } else {
-    uint32_t x;
-    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(x) : "r"(__float2int_rn(high.y)), "r"(__float2int_rn(high.x)));
-    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %0;" : "+r"(x) : "r"(__float2int_rn(low.y)), "r"(__float2int_rn(low.x)));
+    uint16_t x;
+    uint32_t halves;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(x) : "f"(high), "f"(low));
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(x));
+    worth = unpack_f16(halves);
     return x;
+  } else {
+    const int first = max(min(__float2int_rn(low), 127), -127), second = max(min(__float2int_rn(high), 127), -127);
+    worth = make_float2(static_cast<float>(first), static_cast<float>(second));
+    return (static_cast<uint32_t>(first) & 0xffu) | (static_cast<uint32_t>(second) & 0xffu) << 8;
   }
 }
 
@@ -101,10 +104,21 @@ __device__ __forceinline__ float largest(const uint4 (&held)[HELD]) {
   return most;
 }
 
+// Eight channels, times a factor and with what others lost, as 8 bits; `lost`, if `carries`: what these lose.
 template <typename T, typename F>
-__device__ __forceinline__ uint32_t four_eights(uint32_t low, uint32_t high, float factor) {
-  const float2 x = two_of<T>(low), y = two_of<T>(high);
-  return four_eights<F>(make_float2(x.x * factor, x.y * factor), make_float2(y.x * factor, y.y * factor));
+__device__ __forceinline__ uint2 eight_eights(const uint4& x, float factor, float (&lost)[8], bool carries) {
+  const uint32_t from[4] = {x.x, x.y, x.z, x.w};
+  uint32_t halves[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 two = two_of<T>(from[i]);
+    const float low = __fadd_rn(__fmul_rn(two.x, factor), lost[2 * i]);
+    const float high = __fadd_rn(__fmul_rn(two.y, factor), lost[2 * i + 1]);
+    float2 worth;
+    halves[i] = two_eights<F>(low, high, worth);
+    if (carries) lost[2 * i] = __fsub_rn(low, worth.x), lost[2 * i + 1] = __fsub_rn(high, worth.y);
+  }
+  return make_uint2(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16);
 }
 
 #endif
@@ -112,6 +126,7 @@ __device__ __forceinline__ uint32_t four_eights(uint32_t low, uint32_t high, flo
 template <typename T, typename F, bool QUERIES>
 __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const Call call) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if (call.lies && *call.apart < 0) return;
   const int count = QUERIES ? call.rows : call.columns, tile = static_cast<int>(blockIdx.x * 4 + threadIdx.x / 32);
   const Tile<T, QUERIES> from(call, min(tile, count - 1), static_cast<int>(blockIdx.y), blockIdx.z);
   if (tile >= count || (!QUERIES && from.key > from.last)) return;  // nobody sees keys after the last
@@ -119,8 +134,9 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const Call call) {
   const int64_t row = head * (QUERIES ? call.rows : call.padded) + tile;
   char* to = (QUERIES ? call.queries : call.keys) + row * from.chunks() * (IS_EIGHT<F> ? 8 : 16);
   const int groups = (from.chunks() - 1) / (32 * HELD) + 1;
+  const bool carries = IS_EIGHT<F> && 256 % call.a.dim == 0;  // a lane has the same channels of all its tokens
   uint4 held[HELD];
-  float factor = 1.0f;
+  float factor = 1.0f, lost[8] = {};
   if (IS_EIGHT<F>) {
     constexpr float MOST = std::is_same<F, Eight>::value ? 448.0f : 127.0f;
     float most = 1e-20f;
@@ -138,7 +154,7 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const Call call) {
       if (at >= from.chunks()) continue;
       const uint4 x = held[i];
       if constexpr (IS_EIGHT<F>) {
-        const uint2 eight = make_uint2(four_eights<T, F>(x.x, x.y, factor), four_eights<T, F>(x.z, x.w, factor));
+        const uint2 eight = eight_eights<T, F>(x, factor, lost, carries);
         *reinterpret_cast<uint2*>(to + static_cast<int64_t>(at) * 8) = eight;
       } else {
         *reinterpret_cast<uint4*>(to + static_cast<int64_t>(at) * 16) = x;

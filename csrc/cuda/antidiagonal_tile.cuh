@@ -23,6 +23,8 @@ constexpr int MOST_STRIDE = 32, TOGETHER = 16;         // strips that walk along
 struct Call {
   hfl_antidiagonal a;
   int32_t tiles, columns, key_blocks;  // tiles of a block, of the keys; M
+  bool lies;                           // factors may be read where they lie
+  int32_t* apart;                      // -1: they are, since every block has all of its queries, in their order
   int32_t* last;                       // [B or 1], position of the last query
   int32_t* source;                     // [B or 1, N * block], which query stands at a place of its block, -1: none
   int32_t* tile;                       // [B or 1, N * tiles], which tile of the text each is, -1: it has no query
@@ -36,6 +38,7 @@ struct Call {
   int32_t first, rows;                 // tiles of queries of this part: from where on, how many
   int32_t strips, together, widths;    // of the part; `widths` parts of the keys for each strip
   int32_t works;
+  int32_t* seen;  // [works / 2 + 1], how many pairs of works see a key, and these
 };
 
 // Strips of all queries of a row.

@@ -1,5 +1,5 @@
 // ops.score_antidiagonal on sm_90: tiles of 128 x 256 logits with wgmma, in one kernel that stays, of factors that
-// antidiagonal_pack.cuh has put side by side.
+// antidiagonal_pack.cuh has put side by side, or that are read where they lie.
 //
 // Grid: as many blocks as multiprocessors, in clusters of two, which take one pair of tiles after the other: two strips
 //   of queries and the same keys, of which each block copies half to both. Block: 384 threads; one copies stages ahead,
@@ -19,8 +19,10 @@ namespace antidiagonal {
 
 constexpr int PAIR = 2, COLUMNS = 256;
 
+// Boxes of LINE bytes of ROWS tiles; axes: channels, tokens of a tile, tiles, heads, rows. What is put side by side is
+// one token, as long as its tile.
 struct Maps {
-  CUtensorMap queries, keys;  // boxes of LINE bytes of ROWS tiles
+  CUtensorMap queries, keys;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -87,12 +89,20 @@ __device__ __forceinline__ void arrive_at(uint64_t& bar, uint32_t rank) {
                "r"(rank)
                : "memory");
 }
-// As copy_box, to the same place in both blocks of a pair, and counted by the barriers of both.
-__device__ __forceinline__ void copy_box_to_both(uint32_t to, const CUtensorMap* map, uint64_t& bar, int channel,
-                                                 int row, int head, int batch) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-               "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to), "l"(map), "r"(shared_address(&bar)), "r"(channel),
-               "r"(row), "r"(head), "r"(batch), "h"(static_cast<uint16_t>(3))
+// A box to shared memory; counted by the barrier.
+__device__ __forceinline__ void copy_tiles(uint32_t to, const CUtensorMap* map, uint64_t& bar, int channel, int token,
+                                           int tile, int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+               "%6, %7}], [%2];" ::"r"(to), "l"(map), "r"(shared_address(&bar)), "r"(channel), "r"(token), "r"(tile),
+               "r"(head), "r"(batch)
+               : "memory");
+}
+// The same, to the same place in both blocks of a pair, and counted by the barriers of both.
+__device__ __forceinline__ void copy_tiles_to_both(uint32_t to, const CUtensorMap* map, uint64_t& bar, int channel,
+                                                   int token, int tile, int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+               "[%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to), "l"(map), "r"(shared_address(&bar)), "r"(channel),
+               "r"(token), "r"(tile), "r"(head), "r"(batch), "h"(static_cast<uint16_t>(3))
                : "memory");
 }
 #endif
@@ -109,36 +119,44 @@ struct Groups {
     uint64_t full[STAGES], empty[STAGES];
   };
   const Call& call;
-  const Maps& maps;
+  const Maps &packed, &lying;
   Barriers& barriers;
   uint32_t stages, rank;
 
   __device__ int steps() const { return (call.a.stride * call.a.dim * SIZE - 1) / LINE + 1; }
 
-  // Calls `f` with all works of this block of which it or the other of the pair sees a key.
+  // Calls `f` with all works of this block: of which it or the other of the pair sees a key.
   template <typename Each>
   __device__ __forceinline__ void for_works(Each f) const {
-    const int own = static_cast<int>(rank);
-    for (int index = static_cast<int>(blockIdx.x) - own; index < call.works; index += static_cast<int>(gridDim.x)) {
-      const Work work(call, index + own, COLUMNS), other(call, index + 1 - own, COLUMNS);
-      if (max(work.seen(call, work.reach(call)), other.seen(call, other.reach(call))) > 0) f(work);
+    const int pairs = static_cast<int>(gridDim.x) / PAIR, count = call.seen[0];
+    int at = static_cast<int>(blockIdx.x) / PAIR, next = at < count ? call.seen[1 + at] : 0;
+    for (; at < count; at += pairs) {
+      const int pair = next;
+      if (at + pairs < count) next = call.seen[1 + at + pairs];
+      f(Work(call, PAIR * pair + static_cast<int>(rank), COLUMNS));
     }
   }
 
   // One thread.
   __device__ void feed() const {
     const int group = call.a.q_heads / call.a.kv_heads, count = steps();
+    const bool lies = call.lies && *call.apart < 0;
+    const Maps& maps = lies ? lying : packed;
+    const int tokens = lies ? call.a.stride : 1, each = lies ? call.a.dim : call.a.stride * call.a.dim;
+    const int first = lies ? call.first : 0;
     uint32_t filled = 0;
     for_works([&](const Work& work) {
-      const int keys = work.column + static_cast<int>(rank) * ROWS;
-      for (int step = 0; step < count; ++step, ++filled) {
+      const int queries = first + work.strip * ROWS, keys = work.column + static_cast<int>(rank) * ROWS;
+      for (int step = 0, channel = 0, token = 0; step < count; ++step, ++filled) {
         const uint32_t stage = filled % STAGES, to = stages + stage * STAGE;
         uint64_t& full = barriers.full[stage];
         barrier_wait(barriers.empty[stage], (filled / STAGES & 1) ^ 1);
         barrier_expect(full, STAGE);
-        copy_box(to, &maps.queries, full, step * (LINE / SIZE), work.strip * ROWS, work.head, work.b);
-        copy_box_to_both(to + QUERIES + rank * HALF, &maps.keys, full, step * (LINE / SIZE), keys, work.head / group,
-                         work.b);
+        copy_tiles(to, &maps.queries, full, channel, tokens - 1 - token, queries, work.head, work.b);
+        copy_tiles_to_both(to + QUERIES + rank * HALF, &maps.keys, full, channel, token, keys, work.head / group,
+                           work.b);
+        channel += LINE / SIZE;
+        if (lies && channel == each) channel = 0, ++token;
       }
     });
   }
@@ -178,7 +196,8 @@ struct Groups {
 
 template <typename F>
 __global__ void __launch_bounds__(Groups<F>::THREADS, 1)
-    wgmma_kernel(const __grid_constant__ Call call, const __grid_constant__ Maps maps) {
+    wgmma_kernel(const __grid_constant__ Call call, const __grid_constant__ Maps packed,
+                 const __grid_constant__ Maps lying) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using G = Groups<F>;
   extern __shared__ char room[];
@@ -192,7 +211,7 @@ __global__ void __launch_bounds__(Groups<F>::THREADS, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   meet_cluster();
-  const G groups{call, maps, barriers, (shared_address(room) + 1023) / 1024 * 1024, rank_in_cluster()};
+  const G groups{call, packed, lying, barriers, (shared_address(room) + 1023) / 1024 * 1024, rank_in_cluster()};
   if (thread < G::FEEDERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     if (thread == 0) groups.feed();
@@ -215,26 +234,49 @@ bool has_wgmma() {
   return false;
 }
 
+// A map of a tensor whose axes lie so many bytes apart, channels aside.
 template <typename F>
-bool map_tiles(Maps& maps, const Call& call) {
+bool map_axes(CUtensorMap& map, const void* data, const cuuint64_t (&sizes)[5], const cuuint64_t (&apart)[4]) {
   constexpr CUtensorMapDataType type = IS_EIGHT<F>                      ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                        : std::is_same<F, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const cuuint32_t box[5] = {LINE / Groups<F>::SIZE, 1, ROWS, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
+  return tensor_map_maker()(&map, type, 5, const_cast<void*>(data), sizes, apart, box, steps,
+                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// What is put side by side.
+template <typename F>
+bool map_packed(Maps& maps, const Call& call) {
   const hfl_antidiagonal& a = call.a;
   const auto map = [&](CUtensorMap& to, const char* data, int64_t tiles, int64_t heads) {
-    const int64_t channels = int64_t{a.stride} * a.dim;
-    return map_rows(to, type, Groups<F>::SIZE, data, {channels, tiles, heads, a.batch},
-                    {channels, channels * tiles, channels * tiles * heads}, ROWS);
+    const cuuint64_t channels = cuuint64_t(a.stride) * a.dim, line = channels * Groups<F>::SIZE;
+    return map_axes<F>(to, data, {channels, 1, cuuint64_t(tiles), cuuint64_t(heads), cuuint64_t(a.batch)},
+                       {line, line, line * cuuint64_t(tiles), line * cuuint64_t(tiles * heads)});
   };
   return map(maps.queries, call.queries, call.rows, a.q_heads) && map(maps.keys, call.keys, call.padded, a.kv_heads);
+}
+
+// Queries and keys where they lie.
+template <typename F>
+bool map_lying(Maps& maps, const Call& call) {
+  const hfl_antidiagonal& a = call.a;
+  const auto map = [&](CUtensorMap& to, const void* data, int64_t tiles, int64_t heads, int64_t b, int64_t h, int64_t t) {
+    const cuuint64_t size = Groups<F>::SIZE, dim = cuuint64_t(a.dim), stride = cuuint64_t(a.stride);
+    return map_axes<F>(to, data, {dim, stride, cuuint64_t(tiles), cuuint64_t(heads), cuuint64_t(a.batch)},
+                       {cuuint64_t(t) * size, cuuint64_t(t) * size * stride, cuuint64_t(h) * size, cuuint64_t(b) * size});
+  };
+  return map(maps.queries, a.q, int64_t{a.blocks} * call.tiles, a.q_heads, a.q_b, a.q_h, a.q_t) &&
+         map(maps.keys, a.k, call.columns, a.kv_heads, a.k_b, a.k_h, a.k_t);
 }
 
 // The product of a part, of T in the precision of F.
 template <typename T, typename F>
 cudaError_t launch_wgmma(const Call& call, cudaStream_t stream) {
   using G = Groups<F>;
-  Maps maps;
-  if (!map_tiles<F>(maps, call)) return cudaErrorInvalidValue;
+  Maps packed, lying = {};
+  if (!map_packed<F>(packed, call) || (call.lies && !map_lying<F>(lying, call))) return cudaErrorInvalidValue;
   cudaError_t error = pack<T, F, true>(call, stream);
   int device = 0, processors = 0;
   if (error == cudaSuccess) {
@@ -251,7 +293,7 @@ cudaError_t launch_wgmma(const Call& call, cudaStream_t stream) {
   config.blockDim = dim3(G::THREADS);
   config.dynamicSmemBytes = G::BYTES, config.stream = stream;
   config.attrs = &together, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, wgmma_kernel<F>, call, maps);
+  return cudaLaunchKernelEx(&config, wgmma_kernel<F>, call, packed, lying);
 }
 
 }  // namespace antidiagonal

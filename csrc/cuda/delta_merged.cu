@@ -24,11 +24,13 @@ constexpr int COPY_THREADS = 128;
 
 __global__ void __launch_bounds__(ROW_THREADS) sort_kernel(const hfl_delta a, const MergedRows to) {
   extern __shared__ int kinds[];
+  wait_for_previous(a.slots);
   sort_rows(a, to, MergedStages::ROWS, kinds, kinds + a.slots + 2);
 }
 
 // A row in its place, 32 inputs by each thread.
 __global__ void __launch_bounds__(COPY_THREADS) order_kernel(const hfl_delta a, const MergedRows to) {
+  wait_for_previous(a.rows);
   const int64_t row = to.order[blockIdx.x];
   const uint4* from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(a.x) + row * a.x_r);
   uint4* at = reinterpret_cast<uint4*>(to.x + static_cast<int64_t>(blockIdx.x) * a.inputs);
@@ -65,10 +67,16 @@ const char* check(const hfl_merged& a) {
   return d.x_r % 8 || a.weight_r % 8 ? "linear_with_delta: expected rows that begin at multiples of 16 bytes" : nullptr;
 }
 
+template <bool PLAIN>
+const void* kernel_for(int dtype) {
+  return dtype == HFL_BF16 ? reinterpret_cast<const void*>(&merged_wgmma_kernel<true, PLAIN>)
+                           : reinterpret_cast<const void*>(&merged_wgmma_kernel<false, PLAIN>);
+}
+
 const char* run(const hfl_merged& a) {
   using S = MergedStages;
-  const void* kernel = a.delta.dtype == HFL_BF16 ? reinterpret_cast<const void*>(&merged_wgmma_kernel<true>)
-                                                 : reinterpret_cast<const void*>(&merged_wgmma_kernel<false>);
+  const void* kernel = a.delta.planes > 1 || a.delta.groups > 1 ? kernel_for<false>(a.delta.dtype)
+                                                                : kernel_for<true>(a.delta.dtype);
   MergedTask task = {a, MergedRows(a.delta), (a.delta.outputs - 1) / S::OUTPUTS + 1};
   CUtensorMap map;
   cudaFuncAttributes found;
@@ -85,14 +93,19 @@ const char* run(const hfl_merged& a) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const cudaStream_t stream = static_cast<cudaStream_t>(a.delta.stream);
   const size_t kinds = static_cast<size_t>(a.delta.slots + 2) * 2 * sizeof(int);
-  sort_kernel<<<1, ROW_THREADS, kinds, stream>>>(a.delta, task.rows);
-  order_kernel<<<static_cast<unsigned>(rows), COPY_THREADS, 0, stream>>>(a.delta, task.rows);
+  void* of_rows[] = {&task.a.delta, &task.rows};
+  error = launch(reinterpret_cast<const void*>(&sort_kernel), dim3(1), ROW_THREADS, kinds, a.delta.stream, of_rows);
+  if (error == cudaSuccess) {
+    error = launch(reinterpret_cast<const void*>(&order_kernel), dim3(static_cast<unsigned>(rows)), COPY_THREADS, 0,
+                   a.delta.stream, of_rows);
+  }
   void* arguments[] = {&task, &map};
   const int64_t blocks = std::min<int64_t>(processors, rows * task.tiles);
-  error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(S::THREADS), arguments,
-                           static_cast<size_t>(S::BYTES), stream);
+  if (error == cudaSuccess) {
+    error = launch(kernel, dim3(static_cast<unsigned>(blocks)), S::THREADS, static_cast<size_t>(S::BYTES),
+                   a.delta.stream, arguments);
+  }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

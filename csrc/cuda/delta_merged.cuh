@@ -79,8 +79,9 @@ struct MergedBoard {
   uint64_t full[MergedStages::STAGES], empty[MergedStages::STAGES];
 };
 
-// A group of four warps, which has 64 outputs of an item: a thread those of two rows of weights, 8 apart.
-template <bool BF16>
+// A group of four warps, which has 64 outputs of an item: a thread those of two rows of weights, 8 apart. PLAIN: rows
+// have one slot, and that has one scale for all inputs.
+template <bool BF16, bool PLAIN>
 struct MergedGroup {
   using S = MergedStages;
   const MergedTask& p;
@@ -161,7 +162,7 @@ struct MergedGroup {
 
   // Weights of 64 inputs and their deltas, as the product takes them.
   __device__ __forceinline__ void merge(uint32_t (&a)[16], const Raw4& raw, int tile) {
-    if (p.a.delta.groups > 1) {
+    if (!PLAIN && p.a.delta.groups > 1) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) scale[i] = scale_of(slots[1], row_of(i), tile * S::INPUTS);
     }
@@ -172,7 +173,7 @@ struct MergedGroup {
         const uint4 pairs = raw.weights[half][i];
         float2 two[4] = {as_floats(pairs.x), as_floats(pairs.y), as_floats(pairs.z), as_floats(pairs.w)};
         add(two, half ? raw.words[i].y : raw.words[i].x, scale[i]);
-        if (p.a.delta.planes > 1) add_planes(two, i, tile * S::INPUTS + half * WORD);
+        if (!PLAIN && p.a.delta.planes > 1) add_planes(two, i, tile * S::INPUTS + half * WORD);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           a[(half * 2 + j / 2) * 4 + j % 2 * 2 + i] =
@@ -225,22 +226,24 @@ struct MergedGroup {
   __device__ __forceinline__ void multiply() {
     const int tiles = p.a.delta.inputs / S::INPUTS;
     uint32_t even[16], odd[16];
-    Raw4 raw;
-    read(raw, 0);
-    merge(even, raw, 0);
-    if (tiles > 1) read(raw, 1);
+    constexpr int AHEAD = PLAIN ? 2 : 1;  // tiles; for more there are no registers
+    Raw4 raws[AHEAD], &first_raw = raws[0], &last_raw = raws[AHEAD - 1];
+    read(first_raw, 0);
+    if (PLAIN && tiles > 1) read(last_raw, 1);
+    merge(even, first_raw, 0);
+    if (tiles > AHEAD) read(first_raw, AHEAD);
 #pragma unroll 1
     for (int tile = 0;; tile += 2) {
       issue(even, tile);
       if (tile) finish<1>(odd, filled - 2);
       if (tile + 1 == tiles) break;
-      merge(odd, raw, tile + 1);
-      if (tile + 2 < tiles) read(raw, tile + 2);
+      merge(odd, last_raw, tile + 1);
+      if (tile + 1 + AHEAD < tiles) read(last_raw, tile + 1 + AHEAD);
       issue(odd, tile + 1);
       finish<1>(even, filled - 2);
       if (tile + 2 == tiles) break;
-      merge(even, raw, tile + 2);
-      if (tile + 3 < tiles) read(raw, tile + 3);
+      merge(even, first_raw, tile + 2);
+      if (tile + 2 + AHEAD < tiles) read(first_raw, tile + 2 + AHEAD);
     }
     finish<0>(even, filled - 1);
     in_flight(x);
@@ -274,7 +277,7 @@ struct MergedGroup {
 
 #endif
 
-template <bool BF16>
+template <bool BF16, bool PLAIN>
 __global__ __launch_bounds__(MergedStages::THREADS,
                              1) void merged_wgmma_kernel(const __grid_constant__ MergedTask p,
                                                          const __grid_constant__ CUtensorMap map) {
@@ -288,6 +291,7 @@ __global__ __launch_bounds__(MergedStages::THREADS,
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  wait_for_previous(static_cast<int>(threadIdx.x));
   const int pieces = *p.rows.pieces, items = pieces * p.tiles;
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -304,7 +308,7 @@ __global__ __launch_bounds__(MergedStages::THREADS,
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    MergedGroup<BF16>(p, board, base).run(items, pieces);
+    MergedGroup<BF16, PLAIN>(p, board, base).run(items, pieces);
   }
 #endif
 }

@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(THREADS, EACH > 32 ? 1 : 2) pick_few_kernel(co
 #pragma unroll
       for (int n = 0; n < EACH; ++n) {
         uint32_t mine = ranks[n];
-        asm volatile("" : "+r"(mine));  // else all are held as float64, too
+        if (EACH > 8) asm volatile("" : "+r"(mine));  // else all are held as float64, too
         sum += mine > rank ? static_cast<double>(score_of(mine)) : 0.0;
       }
       return held + sum_of_warp(sum);

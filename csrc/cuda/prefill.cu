@@ -75,6 +75,7 @@ const char* check(const hfl_prefill& a) {
       !aligned(a.out, {a.out_b, a.out_h, a.out_t})) {
     return "attend_blocks: expected rows that begin at multiples of 16 bytes";
   }
+  if (a.places && a.all_heads < a.q_heads) return "attend_blocks: expected heads among those that there are";
   if (!(a.scale > 0.0f)) return "attend_blocks: expected a scale above zero";
   if (a.sink < 0) return "attend_blocks: expected no negative sink";
   if (a.k.bits != a.v.bits || (a.k.bits != 0 && a.k.bits != 4 && a.k.bits != 8)) {
@@ -123,7 +124,7 @@ bool wgmma_takes(const hfl_prefill& a, Kernel& kernel, PrefillMaps& maps) {
   kernel = a.dim == 128 ? wgmma_kernel_of<128>(a.dtype == HFL_BF16) : wgmma_kernel_of<64>(a.dtype == HFL_BF16);
   cudaFuncAttributes found;
   if (cudaFuncGetAttributes(&found, kernel.function) != cudaSuccess || !found.sharedSizeBytes) return false;
-  return map_heads(maps.q, a, a.q, a.q_heads, a.tokens, a.q_b, a.q_h, a.q_t) &&
+  return map_heads(maps.q, a, a.q, a.places ? a.all_heads : a.q_heads, a.tokens, a.q_b, a.q_h, a.q_t) &&
          map_heads(maps.k, a, a.k.data, a.kv_heads, a.stored, a.k.b, a.k.h, a.k.t) &&
          map_heads(maps.v, a, a.v.data, a.kv_heads, a.stored, a.v.b, a.v.h, a.v.t);
 }

@@ -24,6 +24,8 @@ struct QueryTile {
     kv_head = index % p.a.kv_heads, batch = index / p.a.kv_heads;
     head += kv_head * p.group;
   }
+  // Of the head in q and out.
+  __device__ __forceinline__ int place(const hfl_prefill& a) const { return a.places ? a.places[head] : head; }
 };
 
 // KEYS keys that lie and stand side by side.

@@ -129,7 +129,7 @@ struct AnyWarp : PrefillWarp<D, BF16, D == 256 ? 2 : 1> {
   __device__ void bring_queries() {
     const hfl_prefill& a = p.a;
     const QueryTile queries(p, R::ROWS);
-    const uint16_t* rows = static_cast<const uint16_t*>(a.q) + queries.batch * a.q_b + queries.head * a.q_h;
+    const uint16_t* rows = static_cast<const uint16_t*>(a.q) + queries.batch * a.q_b + queries.place(a) * a.q_h;
     settle<R::ROWS>(R::QUERIES, notes.query_turn, [&](int row, int chunk) {
       const int t = queries.first + row;
       if (t >= a.tokens) return Eight{};

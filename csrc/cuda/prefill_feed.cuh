@@ -72,7 +72,7 @@ struct PrefillFeeder {
     for (int n = 0;; ++n) {
       auto& work = board.works[n % 2];
       barrier_wait(work.slot.empty, n / 2 % 2 ^ 1);
-      if (thread == 0) work.index = next;
+      if (thread == 0) work.index = next < all ? in_turn(next) : all;
       meet(1, S::FEEDERS);
       const bool more = work.index < all;
       const QueryTile queries(p, S::ROWS, work.index);
@@ -90,6 +90,14 @@ struct PrefillFeeder {
   }
 
  private:
+  // Which tile of queries, in the order of QueryTile, is the one of that number: the last ones of all heads come before
+  // the others, since they may have to read everything, and then somebody would be done long after all.
+  __device__ int in_turn(int number) const {
+    const int heads = p.a.batch * p.a.q_heads, of_pair = p.tiles * p.group;  // tiles of a KV head
+    if (number < heads) return number / p.group * of_pair + number % p.group;
+    const int left = of_pair - p.group, other = number - heads;
+    return other / left * of_pair + p.group + other % left;
+  }
   // The next work that nobody has; who asks last sets the counter back.
   __device__ int take(int all) {
     const int taken = atomicAdd(p.a.counter, 1);
@@ -136,7 +144,7 @@ struct PrefillFeeder {
     KeyHalf half = look(keys, 0);
     Slot& slot = board.queries[filled % 2];
     barrier_wait(slot.empty, filled / 2 % 2 ^ 1);
-    copy(base + filled % 2 * S::TILE, maps.q, slot.full, queries.first + 64 * thread, queries.head, queries.batch);
+    copy(base + filled % 2 * S::TILE, maps.q, slot.full, queries.first + 64 * thread, queries.place(p.a), queries.batch);
     put_keys(queries, half, tile);
     for (int last = tile + (keys.count + 1) / 2 - 1, i = 1; tile <= last; ++i) {
       const int row = half.column;

@@ -222,7 +222,7 @@ struct PrefillWarp {
       }
     }
     __syncwarp();
-    uint16_t* to = static_cast<uint16_t*>(p.a.out) + queries.batch * p.a.out_b + queries.head * p.a.out_h;
+    uint16_t* to = static_cast<uint16_t*>(p.a.out) + queries.batch * p.a.out_b + queries.place(p.a) * p.a.out_h;
 #pragma unroll
     for (int i = 0; i < R::OWN * R::CHUNKS / 32; ++i) {
       const int index = lane + i * 32, r = row + index / R::CHUNKS, chunk = index % R::CHUNKS;
@@ -260,7 +260,7 @@ __global__ __launch_bounds__(PrefillRoom<D>::THREADS, 2) void prefill_mma_kernel
   PrefillWarp<D, BF16> warp(p, keys, shared);
   if (keys.count) {
     KeyTile tile = keys.tile(0);
-    const uint16_t* q = static_cast<const uint16_t*>(a.q) + queries.batch * a.q_b + queries.head * a.q_h;
+    const uint16_t* q = static_cast<const uint16_t*>(a.q) + queries.batch * a.q_b + queries.place(a) * a.q_h;
     R::template copy<R::ROWS>(base + R::QUERIES, q + queries.first * a.q_t, a.q_t, a.tokens - queries.first);
     R::template copy<R::KEYS>(base + R::KEYS_AT, keys.k + tile.column * a.k.t, a.k.t, tile.limit);
     copy_commit();

@@ -1,7 +1,7 @@
 // Prefill attention for sm_90a: wgmma, and tiles that tensor maps copy. prefill.cu says what it computes.
 //
-// Grid: as many blocks as multiprocessors, which take one tile of 128 queries after the other, in the order of
-//   QueryTile; of 384 threads. A group of four warps prepares the next tile and copies 128 keys and values at a time
+// Grid: as many blocks as multiprocessors, which take one tile of 128 queries after the other, the last of all heads
+//   and then the others in the order of QueryTile; of 384 threads. A group of four warps prepares the next tile and copies 128 keys and values at a time
 //   ahead. Two groups have 64 queries each: they multiply the next keys while they weigh the ones before, and take
 //   turns, so that one weighs while the other multiplies.
 // Shared memory: 97 KiB (D = 64) or 193, and what the groups tell each other.
@@ -223,7 +223,7 @@ struct PrefillGroup {
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const int t = queries.first + row + 8 * h;
       const float share = share_of(p.a, queries.head, top[h], sum, keys.position[row + 8 * h]);
-      uint16_t* to = static_cast<uint16_t*>(p.a.out) + queries.batch * p.a.out_b + queries.head * p.a.out_h +
+      uint16_t* to = static_cast<uint16_t*>(p.a.out) + queries.batch * p.a.out_b + queries.place(p.a) * p.a.out_h +
                      t * p.a.out_t + thread % 4 * 8;
 #pragma unroll
       for (int n = 0; n < D / 8; n += 4) {

@@ -11,6 +11,7 @@
 #include "../linear.h"
 #include "eight.cuh"
 #include "linear.cuh"
+#include "silu.cuh"
 
 namespace hfl {
 namespace {
@@ -45,20 +46,6 @@ __device__ __forceinline__ T of_block(T x, Both both, T nothing) {
 #pragma unroll
   for (int step = WARP / 2; step; step /= 2) x = both(x, __shfl_xor_sync(0xffffffffu, x, step));
   return x;
-}
-
-__device__ __forceinline__ float rounded(float x, int dtype) {
-  return dtype == HFL_BF16 ? __bfloat162float(__float2bfloat16_rn(x)) : __half2float(__float2half_rn(x));
-}
-
-// As torch computes it, rounded to 16 bits. The fast way is off by less than 2^-18 of the result: it does wherever that
-// cannot turn the rounding, which is looked for in the bits that are rounded away.
-__device__ __forceinline__ float silu(float x, int dtype) {
-  const float fast = __fdividef(x, 1.0f + __expf(-x));
-  const uint32_t half = dtype == HFL_BF16 ? 1u << 15 : 1u << 12, off = 1u << 6;
-  const uint32_t rest = __float_as_uint(fast) & (2 * half - 1);
-  const bool sure = fabsf(x) < 16.0f && fabsf(fast) > 0x1p-12f && rest - (half - off) >= 2 * off;
-  return rounded(sure ? fast : __fdiv_rn(x, __fadd_rn(1.0f, expf(-x))), dtype);
 }
 
 template <int PIECES>
@@ -115,7 +102,7 @@ struct Row {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const float unit = __fmul_rn(y.x[i], factor);
-        y.x[i] = __fmul_rn(a.early ? rounded(unit, a.dtype) : unit, __fadd_rn(scale.x[i], a.offset));
+        y.x[i] = __fmul_rn(a.early ? rounded_16(unit, a.dtype) : unit, __fadd_rn(scale.x[i], a.offset));
       }
       keep(p, y);
       if (a.normed) *reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.normed) + row * a.columns + channel(p)) = x[p];

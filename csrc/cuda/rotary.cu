@@ -7,6 +7,7 @@
 //
 // Every rounding is that of the definition: of each product and of the sum, to the dtype of cos and sin, then to q's.
 #include "../hf_longctx.h"
+#include "divide.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
 
@@ -46,14 +47,21 @@ __device__ __forceinline__ float turned(float x, float cos, float y, float sin) 
   return rounded<Angle>(__fadd_rn(first, second));
 }
 
+struct Task {
+  hfl_turn a;
+  Divisor pieces, heads, tokens;  // of a head; of queries and keys
+  int work;
+};
+
 template <class T, class Angle>
-__global__ void __launch_bounds__(THREADS) turn_kernel(const hfl_turn a) {
-  const int pieces = a.dim / 8, heads = a.q_heads + a.kv_heads;
-  wait_for_previous(pieces);
-  const int64_t place = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (place >= static_cast<int64_t>(a.batch) * a.tokens * heads * pieces) return;
-  const int piece = static_cast<int>(place) % pieces, row = static_cast<int>(place) / pieces;
-  const int head = row % heads, t = row / heads % a.tokens, b = row / heads / a.tokens;
+__global__ void __launch_bounds__(THREADS) turn_kernel(const Task p) {
+  const hfl_turn& a = p.a;
+  const int place = static_cast<int>(blockIdx.x) * THREADS + static_cast<int>(threadIdx.x);
+  const int row = p.pieces.divide(place), piece = place - row * p.pieces.by;
+  const int token = p.heads.divide(row), head = row - token * p.heads.by;
+  const int b = p.tokens.divide(token), t = token - b * p.tokens.by;
+  wait_for_previous(piece);
+  if (place >= p.work) return;
   const bool query = head < a.q_heads;
   const int h = query ? head : head - a.q_heads, count = query ? a.q_heads : a.kv_heads;
   const int64_t at = query ? b * a.q_b + h * a.q_h + t * a.q_t : b * a.k_b + h * a.k_h + t * a.k_t;
@@ -79,7 +87,7 @@ __global__ void __launch_bounds__(THREADS) turn_kernel(const hfl_turn a) {
   *reinterpret_cast<Four<T>*>(to + j) = y;
 }
 
-using Kernel = void (*)(hfl_turn);
+using Kernel = void (*)(Task);
 
 template <class T>
 Kernel kernel_of(const hfl_turn& a) {
@@ -126,9 +134,9 @@ extern "C" const char* hfl_turn_cuda(const hfl_turn* a) {
   const hfl::Kernel kernel = a->dtype == HFL_F32   ? hfl::turn_kernel<float, float>
                              : a->dtype == HFL_F16 ? hfl::kernel_of<__half>(*a)
                                                    : hfl::kernel_of<__nv_bfloat16>(*a);
-  const int64_t work = static_cast<int64_t>(a->batch) * a->tokens * (a->q_heads + a->kv_heads) * (a->dim / 8);
-  const unsigned blocks = static_cast<unsigned>((work + hfl::THREADS - 1) / hfl::THREADS);
-  hfl_turn task = *a;
+  const int heads = a->q_heads + a->kv_heads, pieces = a->dim / 8, work = a->batch * a->tokens * heads * pieces;
+  const unsigned blocks = static_cast<unsigned>((work - 1) / hfl::THREADS + 1);
+  hfl::Task task = {*a, hfl::Divisor(pieces), hfl::Divisor(heads), hfl::Divisor(a->tokens), work};
   void* arguments[] = {&task};
   const void* code = reinterpret_cast<const void*>(kernel);
   const cudaError_t error = hfl::launch(code, dim3(blocks), hfl::THREADS, 0, a->stream, arguments);

@@ -13,6 +13,9 @@ from torch import Tensor
 FEW = 8
 """A call of at most so many tokens on a cache that is not empty is a decode call: each token chooses for itself."""
 
+TAIL = 32
+"""Last tokens of a prompt that choose for themselves: a question, and what a chat template puts after it."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -132,6 +135,12 @@ class Step:
     def decodes(self) -> bool:
         """True for a call of a few tokens that follow others."""
         return self.columns > 0 and self.tokens <= FEW
+
+    @property
+    def tail(self) -> Tensor | None:
+        """`[B or 1]`, int64, place of the first of a prompt's last tokens; None: the call is not known to have any."""
+        left = self.expected - self.end
+        return None if self.decodes or not 0 <= left < TAIL else self.lengths_after + (left - TAIL)
 
     @cached_property
     def lengths_after(self) -> Tensor:

@@ -5,6 +5,7 @@ Paper: arXiv 2402.10193, section 3: `W_finetuned ~ W_base + scale * sign(W_finet
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from .reference.delta import gradients
 WORD = 32
 """Signs in a word."""
 
-MANY = 256
-"""Rows from which on it may pay to merge weights and deltas on their way into a product."""
+FEW, MANY = 16, 256
+"""Rows up to which, and from which on, it may pay to do a layer's product and that of its deltas in one."""
 
 
 def delta_linear(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slot_of_row: Tensor) -> Tensor:
@@ -58,8 +59,9 @@ def linear_with_delta(
 ) -> Tensor:
     """`delta_linear` of a layer with that weight: `x weight^T + bias + sum over slots of x (scale * sign)^T`.
 
-    Where there are many rows, a backend may do with one product in place of two: then `weight + delta` is rounded to
-    the dtype of the weight, as if it had been merged.
+    A backend may do both products of few rows in one, without rounding between them. Where there are many rows, it may
+    do with one product in place of two: then `weight + delta` is rounded to the dtype of the weight, as if it had been
+    merged.
 
     Args:
         x: `[R, K]`.
@@ -76,15 +78,49 @@ def linear_with_delta(
         ValueError: as `delta_linear`.
         TypeError: likewise.
     """
-    trains = (x, weight, scales) if bias is None else (x, weight, scales, bias)
-    if len(x) >= MANY and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trains)):
-        _check(x, x.new_empty(1, 1).expand(len(x), len(weight)), bits, scales, slot_of_row)
-        slots = slot_of_row[:, None] if slot_of_row.ndim == 1 else slot_of_row
-        arguments = (x, weight, bias, bits, scales, slots)
-        if dispatch.chosen("linear_with_delta", *arguments) == "compiled":
-            out: Tensor = dispatch.call("linear_with_delta", *arguments)
-            return out
+    made = joined(x, (weight,), (bias,), (bits,), (scales,), slot_of_row)
+    if made is not None:
+        return made[0]
     return delta_linear(x, linear(x, weight, bias), bits, scales, slot_of_row)
+
+
+def joined(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    bits: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    slot_of_row: Tensor,
+) -> tuple[Tensor, ...] | None:
+    """`linear_with_delta` of layers that get the same rows, if a backend does it in one; None: none does.
+
+    Args:
+        x: `[R, K]`.
+        weights: `[N, K]` of each layer; a row's result is the same to the last bit whatever the other layers are.
+        biases: `[N]` of each, or None.
+        bits: of each, as in `delta_linear`.
+        scales: likewise.
+        slot_of_row: of all.
+
+    Raises:
+        ValueError: as `delta_linear`.
+        TypeError: likewise.
+    """
+    trains = (x, *weights, *scales, *(bias for bias in biases if bias is not None))
+    if FEW < len(x) < (MANY if len(weights) == 1 else len(x) + 1) or not len(x):
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trains):
+        return None
+    for weight, own_bits, own_scales in zip(weights, bits, scales, strict=True):
+        _check(x, x.new_empty(1, 1).expand(len(x), len(weight)), own_bits, own_scales, slot_of_row)
+    slots = slot_of_row[:, None] if slot_of_row.ndim == 1 else slot_of_row
+    if len(x) <= FEW:
+        layers = (x, weights, biases, bits, scales, slots)
+        few = dispatch.chosen("linears_with_delta", *layers) == "compiled"
+        return dispatch.call("linears_with_delta", *layers) if few else None
+    layer = (x, weights[0], biases[0], bits[0], scales[0], slots)
+    many = dispatch.chosen("linear_with_delta", *layer) == "compiled"
+    return (dispatch.call("linear_with_delta", *layer),) if many else None
 
 
 class _DeltaLinear(torch.autograd.Function):

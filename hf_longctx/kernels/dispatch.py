@@ -12,11 +12,12 @@ from typing import Any
 
 from ..errors import UnsupportedError
 
-ORDER = ("compiled", "flex", "torch", "reference")
+ORDER = ("compiled", "triton", "flex", "torch", "reference")
 """Backends, fastest first. `reference` defines every operation and always exists."""
 
 OPS = (
     "attend_blocks",
+    "attend_heads",
     "attend_pages",
     "attend_mass",
     "attend_recent",
@@ -27,6 +28,7 @@ OPS = (
     "rotate",
     "rotate_heads",
     "rms_norm",
+    "gated",
     "project",
     "project_gated",
     "append",
@@ -37,6 +39,7 @@ OPS = (
     "decode_kv",
     "delta_linear",
     "linear_with_delta",
+    "linears_with_delta",
     "quantize_tokens",
     "quantize_norm",
     "quantize_gated",
@@ -44,7 +47,7 @@ OPS = (
     "w4a8_linears",
 )
 
-_MODULES = {"compiled": "compiled", "flex": "flex", "torch": "fused", "reference": "reference"}
+_MODULES = {"compiled": "compiled", "triton": "triton", "flex": "flex", "torch": "fused", "reference": "reference"}
 _WANTED: ContextVar[str | None] = ContextVar("hf_longctx_backend", default=None)
 _LAST: dict[str, str] = {}
 
@@ -146,9 +149,9 @@ def last_used() -> dict[str, str]:
 
 def table() -> list[Row]:
     """Every operation on every backend, and why not where there is a no."""
-    from .compiled import missing
+    from . import compiled, triton
 
-    rows, without = [], {"compiled": missing()}
+    rows, without = [], {"compiled": compiled.missing(), "triton": triton.missing()}
     for op in OPS:
         for backend in ORDER:
             has = op in _table()[backend]

@@ -49,6 +49,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) 
     return out
 
 
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, each of the two rounded to the dtype of `gate`.
+
+    Args:
+        gate: any shape.
+        up: of the same shape and dtype.
+
+    Returns:
+        The shape and dtype of `gate`.
+    """
+    out: Tensor = dispatch.call("gated", gate, up)
+    return out
+
+
 def project(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Products of rows with several weights: `x @ weight.T + bias` of each; sums may run in any order.
 

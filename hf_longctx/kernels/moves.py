@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import dispatch
@@ -65,3 +66,16 @@ def copy_blocks(
         out: True: to host memory.
     """
     dispatch.call("copy_blocks", k, v, host, first, last, most, places, out)
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """`out[b, :, t] = x[b, :, index[b, t]]`: tokens of each row, in another order.
+
+    Args:
+        x: `[B, H, T, D]`.
+        index: `[B, N]`, int64.
+
+    Returns:
+        `[B, H, N, D]`.
+    """
+    return torch.gather(x, 2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

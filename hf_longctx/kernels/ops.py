@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import dispatch
-from .layers import rms_norm, rotate_heads
-from .moves import bring_blocks, copy_blocks
+from .heads import attend_heads
+from .layers import gated, rms_norm, rotate_heads
+from .moves import bring_blocks, copy_blocks, take_tokens
 from .recent import attend_recent
 from .step import Choice, GroupStep, attend_layer
 from .types import HostBlocks, Logits, Packed, Places, Selection, Turns, Visibility
@@ -25,6 +25,7 @@ __all__ = [
     "append",
     "append_pages",
     "attend_blocks",
+    "attend_heads",
     "attend_layer",
     "attend_mass",
     "attend_pages",
@@ -33,6 +34,7 @@ __all__ = [
     "copy_blocks",
     "decode_kv",
     "encode_kv",
+    "gated",
     "pick_blocks",
     "rms_norm",
     "rotate",
@@ -165,6 +167,7 @@ def score_antidiagonal(
         scale: factor of the products.
         causal: no tile of keys after the tile of queries is seen.
         rounded: tiles are divided by their largest channel over 448 and rounded to e4m3 (`fp8`), or over 127 (`int8`).
+            What a channel loses is added to the same of the token 256 / D further on in the tile, if that is whole.
 
     Returns:
         `[B, Hq, N, M]`, float32 (float64 if q is), M = ceil(S / block). Logits are held for a few blocks of queries.
@@ -284,16 +287,3 @@ def append_pages(
             knows; None: only `pos` knows.
     """
     dispatch.call("append_pages", k_store, v_store, k, v, pos, sink, ring, bounds, sub, first)
-
-
-def take_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """`out[b, :, t] = x[b, :, index[b, t]]`: tokens of each row, in another order.
-
-    Args:
-        x: `[B, H, T, D]`.
-        index: `[B, N]`, int64.
-
-    Returns:
-        `[B, H, N, D]`.
-    """
-    return torch.gather(x, 2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -21,8 +21,8 @@ class XAttention:
     """A prompt reads the blocks that hold a share `tau` of the estimated attention; decode steps are dense.
 
     Paper: XAttention (arXiv:2503.16428) §2. The first block and the diagonal are always read. Differs: tokens before
-    `dense_below` read all, where to choose takes longer than to read; a prompt up to there is read as by the unpatched
-    model, bit for bit. Dense at tau = 1.
+    `dense_below` read all, where to choose takes longer than to read; a prompt up to there is read as by `dense`, bit
+    for bit. Dense at tau = 1.
 
     Args:
         stride: tokens of a tile whose antidiagonal is summed; 4 to 16.

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -114,36 +115,37 @@ class Plan:
                 if problem is not None:
                     raise ValueError(f"Plan '{self.method}', layer {i}, {_span('KV head', group.kv_heads)}: {problem}")
 
+    @cached_property
     def _policies(self) -> list[HeadPolicy]:
         return [group.policy for layer in self.layers for group in layer.groups]
 
-    @property
+    @cached_property
     def bounded(self) -> bool:
         """True if positions stay small however long the text: some head counts them in the cache, or clamps them."""
-        return any(p.positions.in_cache or p.positions.distance is not None for p in self._policies())
+        return any(p.positions.in_cache or p.positions.distance is not None for p in self._policies)
 
-    @property
+    @cached_property
     def at_read(self) -> bool:
         """True if keys are stored un-rotated."""
-        return any(policy.positions.at_read for policy in self._policies())
+        return any(policy.positions.at_read for policy in self._policies)
 
-    @property
+    @cached_property
     def looks(self) -> bool:
         """True if some head's result depends on how keys are rotated, and not on distances alone."""
-        return any(p.prefill or p.decode or p.kv for p in self._policies())
+        return any(p.prefill or p.decode or p.kv for p in self._policies)
 
-    @property
+    @cached_property
     def sink(self) -> int:
         """The most sinks of any head."""
-        return max(policy.retention.sink for policy in self._policies())
+        return max(policy.retention.sink for policy in self._policies)
 
-    @property
+    @cached_property
     def lap(self) -> int | None:
         """Period of the positions that keys are rotated at when positions stay small (`cache/positions.py`)."""
         if not self.bounded:
             return None
-        near = [(p.positions.distance or 0) + 1 for p in self._policies()]
-        return max(near + [max(p.retention.window or 1, p.retention.reach(True) or 1) for p in self._policies()])
+        near = [(p.positions.distance or 0) + 1 for p in self._policies]
+        return max(near + [max(p.retention.window or 1, p.retention.reach(True) or 1) for p in self._policies])
 
     def describe(self) -> str:
         """A short text: one line per run of equal layers and head group."""

@@ -49,6 +49,18 @@ def _first_forced(selector: Selector, first: Tensor, last: Tensor) -> Tensor:
     return low if last is first and whole == 0 else torch.where(last < whole, 0, low)
 
 
+def all_from(selector: Selector, near: tuple[Tensor, Tensor], first: Tensor) -> tuple[Tensor, Tensor]:
+    """What is forced where blocks of queries with one at or after a position read everything; as `forced`.
+
+    Args:
+        selector: whose blocks of queries are as long as those of keys.
+        near: `forced` of the queries.
+        first: `[B or 1]`, int64, the position.
+    """
+    low, last = near
+    return torch.where(last >= first.clamp(min=0)[:, None] // selector.block, 0, low), last
+
+
 def forced_ahead(selector: Selector, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """What is forced for one query a row, and for all that go by its choice after it: nothing is left to add then.
 

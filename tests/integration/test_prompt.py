@@ -10,6 +10,8 @@ import torch
 import hf_longctx as lc
 from hf_longctx import prompt
 from hf_longctx.cache.rows import Rows
+from hf_longctx.kernels.ops import Selection
+from hf_longctx.patch import state_of
 
 from ..methods.cases import gates
 from .cases import BY_NAME
@@ -117,3 +119,33 @@ def test_a_short_prompt_is_one_call_and_unpatch_leaves_nothing() -> None:
         assert calls == wanted
     lc.unpatch(model)
     assert "_prefill" not in vars(model)
+
+
+@pytest.mark.parametrize("piece", [prompt.PIECE, 48])
+@pytest.mark.parametrize("padded", [False, True])
+def test_blocks_with_the_last_tokens_read_everything(padded: bool, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where keys themselves are scored; of each row, and no other block does."""
+    monkeypatch.setattr(prompt, "PIECE", piece)
+    model, ids = BY_NAME["llama"].make(), BY_NAME["llama"].prompt(100, rows=2)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :21] = 0
+    lc.patch(model, "xattention", stride=4, tau=0.05, block=8, dense_below=0)
+    state, whole = state_of(model), set()
+    assert state is not None
+
+    def watch(layer: int, group: lc.HeadGroup, selector: lc.Selector, q_pos: torch.Tensor, found: Selection) -> None:
+        last = q_pos.view(len(q_pos), -1, 8).amax(-1).expand(2, -1)
+        for row, head, n in (found.ids >= 0).any(-1).nonzero().tolist():
+            end = int(last[row, n])
+            whole.add((row, end, bool((found.ids[row, head, n] >= 0).sum() == end // 8 + 1)))
+
+    state.watch = watch
+    model.generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    for row, length in enumerate(mask.sum(1).tolist()):
+        first = (length - 32) // 8 * 8
+        late = {every for own, end, every in whole if own == row and end >= first}
+        early = {every for own, end, every in whole if own == row and 24 < end < first}
+        assert late == {True}
+        assert False in early
+        assert (row, first - 1, True) not in whole or (row, first - 1, False) in whole

@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import hf_longctx as lc
-from hf_longctx import shortcut, shortcuts
+from hf_longctx import projections, shortcut, shortcuts
 from hf_longctx.kernels import ops
 
 from ..kernels.built import need
@@ -30,7 +30,7 @@ from .test_generate import NEW, batch, generate, single
 from .tiny import Case
 
 LLAMA = BY_NAME["llama"]
-STEPS = NEW - 1
+STEPS = NEW  # calls of the decoder: the prompt, and all new tokens but the last
 LEFT_ALONE = ("falcon", "mpt", "cohere", "glm", "gpt2", "opt")
 """Families that rotate in another way (cohere and glm in pairs of neighbours), in code of ours, or not at all."""
 
@@ -134,13 +134,16 @@ def test_recorded_steps(case: Case) -> None:
 
 @here
 @pytest.mark.parametrize("tokens", [1, 8, 9])
-def test_calls_of_many_tokens_run_the_models_own_code(tokens: int) -> None:
-    model = lc.patch(LLAMA.make(), "dense")
+def test_calls_of_any_number_of_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates alone are left to the product with their layers where there are few."""
+    model, gates = lc.patch(LLAMA.make(), "dense").to(torch.bfloat16), []
     with torch.no_grad():
         cache = model(LLAMA.prompt(20)).past_key_values
+        monkeypatch.setattr(projections, "gated", lambda *args: gates.append(args) or ops.gated(*args))
         with counted() as calls:
             model(LLAMA.prompt(tokens), past_key_values=cache)
-    assert sum(calls.values()) == (0 if tokens == 9 else 7)
+    assert calls == Counter(rms_norm=5, rotate_heads=2)
+    assert len(gates) == (2 if tokens == 9 else 0)
 
 
 @here
@@ -397,7 +400,7 @@ def test_there_are_none_on_a_cpu() -> None:
 @here
 def test_the_report_counts_them() -> None:
     report = lc.report(lc.patch(LLAMA.make(), "dense"))
-    assert str(report).endswith("one launch each in decode steps: 5 norms, 2 rotations, 14 linear layers")
+    assert str(report).endswith("one launch each: 5 norms, 2 rotations, 14 linear layers in decode steps")
 
 
 # on a GPU ---------------------------------------------------------------------------------------------------------

@@ -147,6 +147,33 @@ def test_a_long_text_is_what_the_definition_says_at_its_last_queries() -> None:
     assert float((got[:, :, -8:] - exact).abs().max()) <= 3 * torch.finfo(BF16).eps * float(exact.abs().max())
 
 
+HEADS = [
+    *(Case((2, 2, 2, 200, 333, d), sink=4, window=99) for d in (64, 96, 128, 256)),
+    *(Case((1, 2, 2, 300, 900, d), F16, lists=(128, 128, "some"), share="q_head") for d in (64, 128)),
+    Case((1, 2, 2, 300, 900, 128), sink_logits=True, bits=8),
+    Case((1, 1, 2, 300, 700, 128), lap=120, clamp=100),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("case", HEADS, ids=str)
+def test_some_heads_of_a_layer(case: Case, device: str) -> None:
+    """Those of the call are picked out of all queries and put among all results; the others stay as they are."""
+    if device == "cuda":
+        need(device)
+    q, *arguments = made(case, device)
+    rows, heads, tokens, dim = q.shape
+    own = torch.tensor([2 * heads - 1 - 2 * i for i in range(heads)], device=device, dtype=torch.int32)
+    every = torch.full((rows, tokens, 2 * heads, dim), torch.nan, dtype=q.dtype, device=device).transpose(1, 2)
+    every[:, own.long()] = q
+    out = torch.full_like(every, 7.0)
+    assert ops.attend_heads(every, *arguments, own, out) is None
+    assert dispatch.last_used()["attend_heads"] == ("compiled" if device == "cuda" else "reference")
+    assert torch.equal(out[:, own.long()], ops.attend_blocks(q, *arguments))
+    others = [head for head in range(2 * heads) if head not in own.tolist()]
+    assert bool((out[:, others] == 7.0).all())
+
+
 @pytest.mark.cuda
 def test_it_is_what_runs_and_plain_causal_attention_is_not() -> None:
     need("cuda")

@@ -65,14 +65,14 @@ def test_other_threads_have_their_own_wish() -> None:
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
-        pytest.raises(ValueError, match="expected one of compiled, flex, torch, reference; got 'fast'"),
+        pytest.raises(ValueError, match="expected one of compiled, triton, flex, torch, reference; got 'fast'"),
         lc.use_backend("fast"),
     ):
         pass
     assert dispatch.wanted() is None
     monkeypatch.setenv("HF_LONGCTX_BACKEND", "fast")
     with pytest.raises(
-        ValueError, match="HF_LONGCTX_BACKEND: expected one of compiled, flex, torch, reference; got 'fast'"
+        ValueError, match="HF_LONGCTX_BACKEND: expected one of compiled, triton, flex, torch, reference; got 'fast'"
     ):
         ops.attend_blocks(*PLAIN)
 

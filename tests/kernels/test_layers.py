@@ -143,6 +143,32 @@ def test_norms_of_what_is_no_number(device: str) -> None:
     assert got[[0, 3]].isfinite().all()
 
 
+# gates ------------------------------------------------------------------------------------------------------------
+
+
+@devices
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("shape", [(8,), (3, 40), (1, 70, 2048), (2, 3, 14336)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_gates(dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
+    """To the bit what torch gives there, large and small numbers and such that are none included."""
+    gate, up = ((4 * random(*shape, seed=i)).to(dtype).to(device) for i in range(2))
+    odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e4, -1e4, -3e-6], dtype=dtype)
+    gate.view(-1)[:8] = odd.to(device)
+    got = ran("gated", device, gate, up)
+    expected = torch.nn.functional.silu(gate) * up
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_gates_that_the_library_leaves_to_others() -> None:
+    half = torch.zeros(4, 8, dtype=torch.bfloat16)
+    for gate, up in ((half, half), (half.float(), half.float()), (half[:, :4], half[:, 4:]), (half, half.half())):
+        assert norm.reject_gated(gate, up) is not None
+    need("cpu")
+    assert "CUDA" in str(norm.reject_gated(half, half))
+
+
 # rotations --------------------------------------------------------------------------------------------------------
 
 

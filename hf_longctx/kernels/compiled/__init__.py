@@ -19,6 +19,7 @@ from . import (
     select,
     step,
     store,
+    streamed,
 )
 
 OPS = {
@@ -32,6 +33,7 @@ OPS = {
     **norm.OPS,
     **project.OPS,
     **delta.OPS,
+    **streamed.OPS,
     **linear.OPS,
     **rotary.OPS,
     **step.OPS,

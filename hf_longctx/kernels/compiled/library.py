@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..types import Packed
 
-ABI = 6
+ABI = 7
 FEW = 8
 """Queries, or fresh tokens, of a row that an operation takes."""
 
@@ -93,6 +93,8 @@ class HflPrefill(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("ids", "pages")),
         *((name, ctypes.c_int64) for name in ("ids_b", "ids_h", "ids_n")),
         *((name, ctypes.c_int32) for name in ("select_heads", "chosen", "block", "q_block")),
+        ("places", ctypes.c_void_p),
+        ("all_heads", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("counter", "stream")),
     )
 
@@ -134,13 +136,14 @@ _OPS = {
             "copy",
             "norm",
             "turn",
+            "gated",
             "merged",
             "layer",
             "project",
+            "streamed",
         ),
         ("cuda",),
     ),
-    "attend_beside": ("cuda",),
 }
 
 

@@ -1,4 +1,4 @@
-"""`ops.rms_norm` in the compiled library."""
+"""`ops.rms_norm` and `ops.gated` in the compiled library."""
 
 from __future__ import annotations
 
@@ -23,6 +23,17 @@ class HflNorm(ctypes.Structure):
         ("x", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("x_o", "x_m", "x_i")),
         *((name, ctypes.c_void_p) for name in ("weight", "out", "stream")),
+    )
+
+
+class HflGated(ctypes.Structure):
+    """`hfl_gated`."""
+
+    __slots__ = ()
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("gate", "up", "out", "stream")),
     )
 
 
@@ -59,4 +70,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) 
     return out
 
 
-OPS = {"rms_norm": Implementation(rms_norm, reject)}
+def reject_gated(gate: Tensor, up: Tensor) -> str | None:
+    """Why the library does not take these arguments, or None."""
+    reason = library.reason_on_cuda(gate)
+    if reason is not None:
+        return reason
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return "computes no gradients"
+    if up.device != gate.device or up.shape != gate.shape:
+        return "needs both tensors on one device and of one shape"
+    if up.dtype != gate.dtype or gate.dtype not in (torch.float16, torch.bfloat16):
+        return "needs both tensors in one dtype, float16 or bfloat16"
+    if not gate.numel() or gate.numel() % 8:
+        return "takes a multiple of 8 numbers"
+    if not all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (gate, up)):
+        return "needs numbers that lie side by side, from a multiple of 16 bytes on"
+    return None
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`ops.gated`."""
+    out = torch.empty_like(gate)
+    block = HflGated(gate.numel(), library.DTYPES[gate.dtype], gate.data_ptr(), up.data_ptr(), out.data_ptr())
+    library.run("gated", block, gate.device)
+    return out
+
+
+OPS = {"rms_norm": Implementation(rms_norm, reject), "gated": Implementation(gated, reject_gated)}

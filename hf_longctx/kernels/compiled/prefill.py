@@ -106,7 +106,59 @@ def attend_blocks(
     """`ops.attend_blocks`."""
     q = library.laid_out(q)
     out = empty_out(q, v.shape[3])
-    block = HflPrefill(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+    _attend(q, k, v, logits, see, turns, selection, None, out)
+    return out
+
+
+def reject_heads(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None,
+    heads: Tensor,
+    out: Tensor,
+) -> str | None:
+    """Why the library does not take these arguments, or None."""
+    if heads.device != q.device or out.device != q.device or out.dtype != q.dtype:
+        return "needs queries, heads and results on one device, and results in the dtype of the queries"
+    if out.stride(-1) != 1 or (out.is_cuda and not library.aligned(out)):
+        return "needs rows that begin at multiples of 16 bytes"
+    return reject(q, k, v, logits, see, turns, selection)
+
+
+def attend_heads(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None,
+    heads: Tensor,
+    out: Tensor,
+) -> None:
+    """`ops.attend_heads`."""
+    _attend(library.laid_out(q), k, v, logits, see, turns, selection, heads, out)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None,
+    heads: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Into `out`; of all heads, or of `heads` of them."""
+    count = q.shape[1] if heads is None else len(heads)
+    block = HflPrefill(q.shape[0], count, k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+    block.places, block.all_heads = pointer(heads), q.shape[1]
     block.dtype, block.k, block.v = library.DTYPES[q.dtype], library.rows(k), library.rows(v)
     block.q, (block.q_b, block.q_h, block.q_t) = q.data_ptr(), q.stride()[:3]
     block.out, (block.out_b, block.out_h, block.out_t) = out.data_ptr(), out.stride()[:3]
@@ -123,7 +175,6 @@ def attend_blocks(
     turned = _turn(block, q, see, turns, selection)
     library.run("prefill", block, q.device)
     del floats, places, lists, turned  # until here the tensors that the block points to had to live
-    return out
 
 
 def _place(block: HflPrefill, name: str, pos: Tensor | None, q: Tensor) -> Tensor | None:
@@ -163,4 +214,7 @@ def _select(block: HflPrefill, selection: Selection | None) -> tuple[Tensor | No
     return ids, pages
 
 
-OPS = {"attend_blocks": Implementation(attend_blocks, reject)}
+OPS = {
+    "attend_blocks": Implementation(attend_blocks, reject),
+    "attend_heads": Implementation(attend_heads, reject_heads),
+}

@@ -5,13 +5,14 @@ from __future__ import annotations
 from ..dispatch import Implementation
 from .append import append, append_pages
 from .attend import attend_blocks, attend_pages
-from .delta import delta_linear, linear_with_delta
+from .delta import delta_linear, linear_with_delta, linears_with_delta
+from .heads import attend_heads
 from .host import bring_blocks, copy_blocks
 from .kv import decode_kv, encode_kv
 from .linear import quantize_gated, quantize_norm, quantize_tokens, w4a8_linear, w4a8_linears
 from .norm import rms_norm
 from .pick import pick_blocks
-from .project import project, project_gated
+from .project import gated, project, project_gated
 from .recent import attend_recent
 from .rotate import rotate, rotate_heads
 from .score import score_antidiagonal, score_pages
@@ -20,6 +21,7 @@ from .step import attend_layer
 
 OPS = {
     "attend_blocks": Implementation(attend_blocks),
+    "attend_heads": Implementation(attend_heads),
     "attend_pages": Implementation(attend_pages),
     "attend_mass": Implementation(attend_mass),
     "attend_recent": Implementation(attend_recent),
@@ -30,6 +32,7 @@ OPS = {
     "rotate": Implementation(rotate),
     "rotate_heads": Implementation(rotate_heads),
     "rms_norm": Implementation(rms_norm),
+    "gated": Implementation(gated),
     "project": Implementation(project),
     "project_gated": Implementation(project_gated),
     "append": Implementation(append),
@@ -40,6 +43,7 @@ OPS = {
     "decode_kv": Implementation(decode_kv),
     "delta_linear": Implementation(delta_linear),
     "linear_with_delta": Implementation(linear_with_delta),
+    "linears_with_delta": Implementation(linears_with_delta),
     "quantize_tokens": Implementation(quantize_tokens),
     "quantize_norm": Implementation(quantize_norm),
     "quantize_gated": Implementation(quantize_gated),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..types import Packed
+from ..wide import widened
 from .kv import encode_kv, read
 
 
@@ -15,7 +16,8 @@ def append(store: Tensor, fresh: Tensor, slots: Tensor | int, written: Tensor | 
     """The definition of `ops.append`."""
     fresh = fresh.detach().to(store.dtype)
     if isinstance(slots, int):
-        store[:, :, slots : slots + fresh.shape[2]] = fresh
+        into, fresh = widened(store[:, :, slots : slots + fresh.shape[2]], fresh)
+        into.copy_(fresh)
         return
     index = _index(fresh, slots)
     if written is not None:

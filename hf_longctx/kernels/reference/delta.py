@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,19 @@ def linear_with_delta(
     wide = scales.dtype
     base = torch.cat([tile @ weight.to(wide).t() for tile in _tiles(x.to(wide))])[: len(x)]
     return delta_linear(x, base if bias is None else base + bias.to(wide), bits, scales, slots).to(x.dtype)
+
+
+def linears_with_delta(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    bits: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    slots: Tensor,
+) -> tuple[Tensor, ...]:
+    """The definition of `delta.joined`; slots: `[R, P]`."""
+    layers = zip(weights, biases, bits, scales, strict=True)
+    return tuple(linear_with_delta(x, *layer, slots) for layer in layers)
 
 
 def gradients(

@@ -1,4 +1,4 @@
-"""Products with weights."""
+"""Products with weights, and what a gate does between them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """The definition of `ops.gated`."""
+    return silu(gate) * up
+
+
 def project(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The definition of `layers.project`."""
     return tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
@@ -15,4 +20,4 @@ def project(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
 
 def project_gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """The definition of `layers.project_gated`."""
-    return silu(linear(x, gate)) * linear(x, up)
+    return gated(linear(x, gate), linear(x, up))

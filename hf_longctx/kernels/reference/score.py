@@ -53,10 +53,10 @@ def score_antidiagonal(
         if end < 1:
             continue
         queries, row_tile = _query_tiles(q[:, :, first * block : part.stop * block], places[:, part], stride, work)
-        grouped = _rounded(queries, rounded).reshape(rows, kv_heads, -1, queries.shape[-1]) * (scale / stride)
+        grouped = _rounded(queries, rounded, stride).reshape(rows, kv_heads, -1, queries.shape[-1]) * (scale / stride)
         x = torch.empty(*grouped.shape[:3], end, dtype=work, device=q.device)
         for cols, keys in _key_tiles(k, last, stride, end, work):
-            x[..., cols] = grouped @ _rounded(keys, rounded).transpose(2, 3)
+            x[..., cols] = grouped @ _rounded(keys, rounded, stride).transpose(2, 3)
         shares = _shares(x.view(rows, heads, -1, tiles, end), row_tile, causal)
         shares = torch.unflatten(pad(shares, (0, -end % tiles)), -1, (-1, tiles)).sum(-1)
         out[:, :, part, : shares.shape[-1]] = shares
@@ -105,16 +105,25 @@ def _key_tiles(
         yield cols, torch.unflatten(keys, 2, (-1, stride)).flatten(3)
 
 
-def _rounded(x: Tensor, to: str) -> Tensor:
+def _rounded(x: Tensor, to: str, stride: int) -> Tensor:
     """Tiles `[..., stride * D]` as 8 bits hold them, each divided by a part of its largest channel; to: as in `ops`."""
     if not to:
         return x
     most = 448.0 if to == "fp8" else 127.0
-    x32 = x.float()  # whatever x is
-    largest = x32.abs().amax(-1, keepdim=True).clamp(min=1e-20)
+    x32 = torch.unflatten(x.float(), -1, (stride, -1))  # whatever x is
+    largest = x32.abs().amax((-2, -1), keepdim=True).clamp(min=1e-20)
     eight = x32 * (torch.full_like(largest, most) / largest)  # a number over a tensor would be rounded twice
-    eight = eight.to(torch.float8_e4m3fn) if to == "fp8" else eight.round()
-    return eight.to(x.dtype) * (largest / most)
+    lost: list[Tensor] = []
+    apart = 256 // x32.shape[-1] if 256 % x32.shape[-1] == 0 else stride
+    for i in range(stride):
+        wanted = eight[..., i, :]
+        if i >= apart:
+            wanted = wanted + lost[i - apart]
+        near = wanted.clamp(-most, most)
+        near = near.to(torch.float8_e4m3fn).float() if to == "fp8" else near.round()
+        lost.append(wanted - near)
+        eight[..., i, :] = near
+    return (eight.to(x.dtype) * (largest / most)).flatten(-2)
 
 
 def _shares(x: Tensor, tile: Tensor, causal: bool) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.delta import MANY, delta_linear, linear_with_delta
+from ...kernels.delta import delta_linear
 from .bits import Matrix
+from .family import Family
 from .hooks import Hook, Where
 from .route import Route
 from .split import local_weight, whole_weight
@@ -33,6 +34,7 @@ class Signs(Hook):
     def __init__(self, module: nn.Module, where: Where) -> None:
         super().__init__(module, where)
         self.joined = False
+        self.family = Family([self])
         self.part = where.part(module)
         before = vars(module).get("forward")
         if type(module) is nn.Linear and (before is None or hasattr(before, "stock")):
@@ -121,23 +123,21 @@ class Signs(Hook):
 
 @dataclass(eq=False)
 class _Joined:
-    """In place of a layer's `forward`: of many rows, the product with the weights and that with the signs are one."""
+    """In place of a layer's `forward`: where it pays, the product with the weights and that with the signs are one."""
 
     hook: Signs
     before: Any  # a short cut that was there
 
     def __call__(self, input: Tensor) -> Tensor:
-        """The layer's output; where the call has tenants and many rows, with their signs."""
+        """The layer's output; where the call has tenants and a backend can, with their signs."""
         hook, module = self.hook, self.hook.module
         route = hook.where.route()
-        if route is None or hook.bits is None or input.shape[:-1].numel() < MANY:
-            return self.before(input) if self.before else nn.Linear.forward(module, input)  # type: ignore[arg-type]
-        flat, own = input.reshape(-1, input.shape[-1]), module._parameters
-        weight, bias = own["weight"], own.get("bias")
-        assert weight is not None
-        made = linear_with_delta(flat, weight, bias, *hook.arguments(route, flat))
-        hook.joined = True
-        return made.reshape(*input.shape[:-1], len(weight))
+        if route is not None and hook.bits is not None and hook.part is None:
+            made = hook.family.take(hook, input, route)
+            if made is not None:
+                hook.joined = True
+                return made
+        return self.before(input) if self.before else nn.Linear.forward(module, input)  # type: ignore[arg-type]
 
 
 def finest(held: Tensor | None, matrix: Matrix) -> torch.Size:

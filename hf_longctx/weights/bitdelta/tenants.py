@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from .checkpoint import end_names
+from .family import families
 from .fit import Known, check
 from .format import Delta
 from .hooks import Hook
 from .message import say
 from .places import Place, places_of
 from .route import BASE, Route
+from .signs import Signs
 from .split import Part, check_split, part_of
 from .tables import Head, Norm, Table
 
@@ -238,6 +240,7 @@ class Deltas:
             return
         if hook is None:
             hook = self.hooks[key] = place.kind(self.model.get_submodule(key), self)
+            families(self.hooks, key, Signs)
         hook.make(parts)
         self._changed()
 

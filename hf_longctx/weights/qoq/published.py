@@ -114,9 +114,11 @@ def conversions(config: QoQConfig, chosen: list[str]) -> list[WeightConverter]:
     return [WeightConverter(list(names), ".weight", [Repack(config, names)])]
 
 
+def is_ours(converter: Any) -> bool:
+    """Whether a conversion of the loader is one of these."""
+    return any(isinstance(op, Repack) for op in getattr(converter, "operations", ()))
+
+
 def forget(model: Any) -> None:
     """Have the model saved as it is now, not as the file was."""
-    known = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [
-        x for x in known if not any(isinstance(op, Repack) for op in getattr(x, "operations", ()))
-    ]
+    model._weight_conversions = [x for x in getattr(model, "_weight_conversions", None) or [] if not is_ours(x)]

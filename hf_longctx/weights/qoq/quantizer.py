@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,9 @@ class QoQQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Parts of a published layer come as they are stored; transformers 5.17 has them so by itself."""
-        if self._published and getattr(converter, "operations", None):
+        from . import published
+
+        if published.is_ours(converter):
             return None
         found: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return found
@@ -89,6 +92,7 @@ class QoQQuantizer(HfQuantizer):
         if hasattr(config, "format"):
             from . import omniserve, published
 
+            self.quantization_config = config = copy(config)  # the caller's may serve again
             path = published.find(checkpoint_files)
             tensors = omniserve.open_file(path)
             published.settle(config, tensors, path)

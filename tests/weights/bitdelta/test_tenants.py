@@ -10,7 +10,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 import hf_longctx as lc
+from hf_longctx.kernels import reference
 from hf_longctx.kernels.delta import MANY
+from hf_longctx.weights.bitdelta import family
 
 TOLERANCE = 5e-6
 """Of logits, float32: sums run in another order than in the merged model."""
@@ -75,6 +77,22 @@ def test_many_rows_are_as_few(model: Any, llama_pairs: dict[str, Any]) -> None:
         alone = {key: x[row : row + 1] for key, x in inputs.items()}
         wanted, real = dense(llama_pairs, name)(**alone).logits[0], inputs["attention_mask"][row].bool()
         torch.testing.assert_close(logits[row, real, : wanted.shape[-1]], wanted[real], atol=2 * TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_layers_that_get_the_same_rows_are_one_call(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, names, layers = batch(3, length=4), ["law", "__base__", "poems"], []
+    wanted = model(**inputs, adapter_names=names).logits
+
+    def joined(x: torch.Tensor, weights: Any, *others: Any) -> tuple[torch.Tensor, ...]:
+        layers.append(len(weights))
+        made: tuple[torch.Tensor, ...] = reference.OPS["linears_with_delta"].run(x, weights, *others)
+        return made
+
+    monkeypatch.setattr(family, "joined", joined)
+    torch.testing.assert_close(model(**inputs, adapter_names=names).logits, wanted, atol=TOLERANCE, rtol=0)
+    of_layer = [3, 1, 2, 1]  # queries, keys and values; their output; both halves of the gate; down
+    assert layers == of_layer * model.config.num_hidden_layers
 
 
 @torch.no_grad()

@@ -167,6 +167,14 @@ def test_a_published_folder_loads_as_it_is(kind: str, bits: int, group: int, ind
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+def test_a_config_serves_twice(tmp_path: Path) -> None:
+    published("group", tmp_path)
+    config = QoQConfig(format="omniserve")
+    first, second = (hf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config) for _ in range(2))
+    assert torch.equal(first(IDS).logits, second(IDS).logits)
+    assert config.format == "omniserve"
+
+
 def test_what_is_no_published_folder_is_refused(tmp_path: Path) -> None:
     tiny_llama(**SIZES).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"expected pytorch_model\.bin in the model's folder; got none"):

@@ -1,0 +1,105 @@
+// ops.linear_with_delta of up to 16 rows on sm_90: one kernel reads weights and bits, once and as they lie.
+//
+// Paper: BitDelta, arXiv 2402.10193. Shapes: x [R, K], weight [N, K], bits [S, N, K / 32], out [R, N]; K a multiple of
+// 128; up to three layers of the same x.
+// Grid: clusters of 8 blocks. A block has an eighth of up to 8192 inputs, which leaves most of the L1 to what is on its
+//   way, then of the next ones; a cluster has a run of outputs, of which each of the 16 warps of a block takes 16 after
+//   the other.
+// Of its inputs of a row a block makes whole numbers of 24 bits, as delta_rows.cuh does, and of each 32 of them the
+//   words of each place. So bits of a delta meet bits of x, and a tensor core counts where both are set, 16 outputs x
+//   256 inputs x 8 places at a time: nothing is unpacked. Then sum(+-x) = 2 sum(x where 1) - sum(x).
+// A warp has 128 inputs of the weights, and 512 of the bits of a quarter of the rows, in registers at a time. Its sums
+//   go to the block of the cluster that adds up those of all eight, in order.
+// Weights are not written by kernels, so the first of them are on their way before the kernel before this one is done.
+// A row's sums do not depend on the others: all are added in the same order. Bound by: bytes of weights and bits.
+#include "delta_streamed.cuh"
+
+namespace hfl {
+namespace {
+
+const char* check(const hfl_streamed& a) {
+  if (a.dtype != HFL_F16 && a.dtype != HFL_BF16) return "linear_with_delta: expected float16 or bfloat16";
+  if (a.rows < 1 || a.rows > HFL_STREAMED_ROWS) return "linear_with_delta: expected 1 to 16 rows";
+  if (a.parts < 1 || a.parts > HFL_STREAMED_PARTS) return "linear_with_delta: expected 1 to 3 layers";
+  if (a.inputs < QUARTER || a.inputs % QUARTER) return "linear_with_delta: expected a multiple of 128 inputs";
+  if (a.slots < 1) return "linear_with_delta: expected at least 1 slot";
+  if (a.x_r % 8 || reinterpret_cast<uintptr_t>(a.x) % 16)
+    return "linear_with_delta: expected rows that begin at multiples of 16 bytes";
+  for (int p = 0; p < a.parts; ++p) {
+    if (a.outputs[p] < 1) return "linear_with_delta: expected outputs";
+    if (int64_t{a.outputs[p]} * a.inputs / WORD > INT32_MAX) return "linear_with_delta: expected a smaller layer";
+    if (a.weight_r[p] > INT32_MAX / 8) return "linear_with_delta: expected fewer inputs";
+    if (a.weight_r[p] % 8 || reinterpret_cast<uintptr_t>(a.weight[p]) % 16 ||
+        reinterpret_cast<uintptr_t>(a.bits[p]) % 16) {
+      return "linear_with_delta: expected weights and bits that begin at multiples of 16 bytes";
+    }
+  }
+  return nullptr;
+}
+
+template <bool BF16>
+const void* kernel_for(int rows) {
+  if (rows > 8) return reinterpret_cast<const void*>(&streamed_kernel<4, BF16>);
+  return rows > 4 ? reinterpret_cast<const void*>(&streamed_kernel<2, BF16>)
+                  : reinterpret_cast<const void*>(&streamed_kernel<1, BF16>);
+}
+
+// How many clusters the current device runs at a time; a block has most of a multiprocessor's registers.
+cudaError_t clusters(const void* kernel, int& count) {
+  static std::atomic<int> known[MOST_DEVICES];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  std::atomic<int>& here = known[std::min(device, MOST_DEVICES - 1)];
+  count = device < MOST_DEVICES ? here.load(std::memory_order_relaxed) : 0;
+  if (count) return cudaSuccess;
+  cudaLaunchAttribute size;
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim.x = RANKS, size.val.clusterDim.y = 1, size.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(RANKS), config.blockDim = dim3(STREAM_THREADS), config.attrs = &size, config.numAttrs = 1;
+  error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+  int processors = 0;
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  count = std::min(count, processors / RANKS);
+  if (error == cudaSuccess && count < 1) error = cudaErrorLaunchOutOfResources;
+  if (error == cudaSuccess) here.store(count, std::memory_order_relaxed);
+  return error;
+}
+
+const char* run(const hfl_streamed& a) {
+  const void* kernel = a.dtype == HFL_BF16 ? kernel_for<true>(a.rows) : kernel_for<false>(a.rows);
+  cudaFuncAttributes found;
+  cudaError_t error = cudaFuncGetAttributes(&found, kernel);
+  if (error != cudaSuccess || !found.sharedSizeBytes)
+    return "linear_with_delta: expected a device of sm_90, and code for it";
+  StreamTask task(a);
+  int device = 0, bytes = 0, groups = 0;
+  error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = clusters(kernel, groups);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  bytes -= static_cast<int>(found.sharedSizeBytes) + task.known_bytes();
+  const int most = std::min(MOST_OWNED, bytes / (task.owned_bytes() + task.kept_bytes()));
+  if (bytes < 0 || most < 1) return "linear_with_delta: expected a device with 228 KiB of shared memory";
+  void* arguments[] = {&task};
+  for (int left = task.tiles; left && error == cudaSuccess; left -= task.tiles, task.first += task.tiles) {
+    task.tiles = std::min(left, most * RANKS * groups);
+    const int used = std::min(groups, task.tiles), each = (task.tiles + used - 1) / used;
+    task.owned = (each + RANKS - 1) / RANKS;
+    const int needed = task.owned * (task.owned_bytes() + task.kept_bytes()) + task.known_bytes();
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, needed);
+    if (error != cudaSuccess) break;
+    error = launch(kernel, dim3(static_cast<unsigned>(used * RANKS)), STREAM_THREADS, static_cast<size_t>(needed),
+                   a.stream, arguments, true, RANKS);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace hfl
+
+extern "C" const char* hfl_streamed_cuda(const hfl_streamed* a) {
+  const char* message = hfl::check(*a);
+  return message ? message : hfl::run(*a);
+}

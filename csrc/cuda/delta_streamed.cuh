@@ -1,0 +1,340 @@
+// The products of ops.linear_with_delta for few rows: weights and bits straight into registers, for sm_90a.
+// delta_streamed.cu says who does what. In code for other architectures the kernel is empty, which shows as one without
+// static shared memory.
+#pragma once
+#include "delta_streamed_rows.cuh"
+#include "wgmma.cuh"
+
+namespace hfl {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// c[16, 8] += how many bits of a[16, 256] and b[256, 8] are both set
+__device__ __forceinline__ void count_both(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                           uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// 16 bytes, or zeros; then nothing is read. The first are read once, the others perhaps by several rows.
+__device__ __forceinline__ uint4 weights_if(const void* from, bool there) {
+  uint4 x;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+      : "l"(from), "r"(static_cast<int>(there)));
+  return x;
+}
+__device__ __forceinline__ uint4 bits_if(const void* from, bool there) {
+  uint4 x;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@p ld.global.nc.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+      : "l"(from), "r"(static_cast<int>(there)));
+  return x;
+}
+__device__ __forceinline__ uint4 load_shared(uint32_t at) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
+  return x;
+}
+
+// The same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ uint32_t over_there(uint32_t at, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+  return there;
+}
+// Four floats to there, counted by a barrier there.
+__device__ __forceinline__ void send(uint32_t to, uint32_t bar, const float4& x) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   to),
+               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(bar)
+               : "memory");
+}
+// As barrier_wait, for what other blocks of the cluster have sent.
+__device__ __forceinline__ void wait_for_cluster(uint64_t& bar, int parity) {
+  asm volatile("{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+               "@!done bra wait;\n}" ::"r"(shared_address(&bar)), "r"(parity)
+               : "memory");
+}
+
+// Where a lane's first weights and bits of a tile lie, of two outputs 8 apart.
+struct StreamPlace {
+  const uint16_t* weights;
+  const int32_t* bits;
+  int weights_on, bits_on;  // from the first output to the second
+  int apart, part;          // words from slot to slot
+};
+
+// EACH: rows whose bits come with a quarter of a step: all of them with four.
+template <int EACH, bool BF16>
+struct Streamer {
+  static constexpr int NT = EACH > 2 ? 2 : 1;
+  struct Batch {
+    uint4 weights[4][2], bits[EACH][2];
+  };
+  const StreamTask& p;
+  const StreamBoard& board;
+  int lane, begin, mine;          // quarters: the first, and how many are this rank's
+  uint32_t x_at, planes_at, some;  // some: bit r: row r has bits
+  float* deltas;  // this lane's, 32 apart, as `base`
+  float base[NT][4];
+
+  __device__ __forceinline__ int part_of(int tile) const { return (tile >= p.ends[0]) + (tile >= p.ends[1]); }
+  __device__ __forceinline__ int output_of(int tile, int part) const {
+    return (tile - (part == 0 ? 0 : part == 1 ? p.ends[0] : p.ends[1])) * TILE;
+  }
+
+  __device__ __forceinline__ StreamPlace place_of(int tile) const {
+    StreamPlace at;
+    at.part = part_of(tile);
+    const int first = output_of(tile, at.part), outputs = one_of(p.a.outputs, at.part), words = p.a.inputs / WORD;
+    const uint16_t* weight = static_cast<const uint16_t*>(one_of(p.a.weight, at.part));
+    const int output = min(first + lane / 4, outputs - 1), on = min(8, outputs - 1 - output);
+    const int64_t stride = one_of(p.a.weight_r, at.part);
+    at.weights = weight + output * stride + begin * QUARTER + lane % 4 * 8;
+    at.weights_on = on * static_cast<int>(stride);
+    at.bits = one_of(p.a.bits, at.part) + static_cast<int64_t>(output) * words + (begin + lane % 4) * 4;
+    at.bits_on = on * words, at.apart = outputs * words;
+    return at;
+  }
+
+  __device__ __forceinline__ void load_weights(Batch& to, const StreamPlace& at, int quarter) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        to.weights[i][h] = weights_if(at.weights + h * at.weights_on + quarter * QUARTER + i * 32, quarter < mine);
+      }
+  }
+  __device__ __forceinline__ void load_bits(Batch& to, const StreamPlace& at, int quarter) const {
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) {
+      const int row = quarter % 4 * EACH + e, step = quarter / 4;
+      const bool there = (some >> row & 1) && step * 4 + lane % 4 < mine;
+      const int64_t from = static_cast<int64_t>(board.slots[row]) * at.apart + step * (STEP / WORD);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) to.bits[e][h] = bits_if(at.bits + from + h * at.bits_on, there);
+    }
+  }
+  __device__ __forceinline__ void load(Batch& to, const StreamPlace& at, int quarter) const {
+    load_weights(to, at, quarter);
+    load_bits(to, at, quarter);
+  }
+
+  // Products of 128 inputs with the weights. Lane 4 g + t has inputs 32 i + 8 t to + 7 of output g, and of row g.
+  __device__ __forceinline__ void multiply(const Batch& own, int quarter) {
+    if (quarter >= mine) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint4 w = own.weights[i][0], v = own.weights[i][1];
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const uint4 x = load_shared(x_at + static_cast<uint32_t>(n * 8 * p.x_bytes() + quarter * QUARTER * 2 + i * 64));
+        if (BF16) {
+          mma_bf16(base[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
+          mma_bf16(base[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
+        } else {
+          mma_f16(base[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
+          mma_f16(base[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
+        }
+      }
+    }
+  }
+
+  // Sums of a row's whole numbers where its bits are set, over 512 inputs: a lane's share, of outputs g and g + 8.
+  __device__ __forceinline__ void count(float (&sum)[2], const uint4 (&bits)[2], int row, int step,
+                                        float factor) const {
+    int both[PLACES / 8][4] = {};
+    const uint32_t from = planes_at + static_cast<uint32_t>((row * p.steps + step) * STEP_BYTES);
+#pragma unroll
+    for (int n = 0; n < PLACES / 8; ++n) {
+      const uint4 x = load_shared(from + static_cast<uint32_t>(n * 512));
+      count_both(both[n], bits[0].x, bits[1].x, bits[0].y, bits[1].y, x.x, x.y);
+      count_both(both[n], bits[0].z, bits[1].z, bits[0].w, bits[1].w, x.z, x.w);
+    }
+    const int last = lane % 4 == 3 ? -2 : 2;  // the highest place is worth less than nothing
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int low = both[0][2 * h] + 2 * both[0][2 * h + 1], middle = both[1][2 * h] + 2 * both[1][2 * h + 1],
+                high = both[2][2 * h] + last * both[2][2 * h + 1];
+      sum[h] = static_cast<float>(low + (middle << 8) + (high << 16)) * factor;
+    }
+  }
+
+  // A row's share, or nothing where it has no bits.
+  __device__ __forceinline__ void count_row(float (&sum)[2], const uint4 (&bits)[2], int row, int step,
+                                            int part) const {
+    sum[0] = sum[1] = 0.0f;
+    if (!(some >> row & 1)) return;
+    count(sum, bits, row, step, board.factors[part][row] * static_cast<float>(1 << lane % 4 * 2));
+  }
+  // Two rows' shares, added up over four lanes in two steps: the first lanes get those of the first row.
+  __device__ __forceinline__ static float add_far(float low, float high, bool upper) {
+    return (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, 2);
+  }
+  __device__ __forceinline__ static float add_near(float even, float odd, bool is_odd) {
+    return (is_odd ? odd : even) + __shfl_xor_sync(0xffffffffu, is_odd ? even : odd, 1);
+  }
+
+  // Products of a quarter's bits, of the rows from `first` on. Lane t of four gets the sum of row t of four.
+  __device__ __forceinline__ void add_deltas(const Batch& own, int first, int step, int part) {
+    if (!(some >> first & ((1u << EACH) - 1))) return;
+    const bool upper = lane & 2, odd = lane & 1, later = first & 2, one_later = first & 1;
+    float low[2], high[2] = {}, even[2], sums[2];
+    count_row(low, own.bits[0], first, step, part);
+    if constexpr (EACH == 4) count_row(high, own.bits[2], first + 2, step, part);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      even[h] = EACH < 4 && later ? add_far(0.0f, low[h], upper) : add_far(low[h], high[h], upper);
+    }
+    if constexpr (EACH > 1) {
+      count_row(low, own.bits[1], first + 1, step, part);
+      if constexpr (EACH == 4) count_row(high, own.bits[3], first + 3, step, part);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float of_odd = EACH < 4 && later ? add_far(0.0f, low[h], upper) : add_far(low[h], high[h], upper);
+        sums[h] = add_near(even[h], of_odd, odd);
+      }
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sums[h] = one_later ? add_near(0.0f, even[h], odd) : add_near(even[h], 0.0f, odd);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) deltas[(first / 8 * 4 + first / 4 % 2 + 2 * h) * 32] += sums[h];
+  }
+
+  // All of a tile in a phase, whose first weights are in `own`; kept: this lane's sums of the phases before, or NULL.
+  __device__ __forceinline__ void run(Batch& own, const StreamPlace& at, const float4* kept) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const float4 before = kept ? kept[n * 32] : float4{};
+      base[n][0] = before.x, base[n][1] = before.y, base[n][2] = before.z, base[n][3] = before.w;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) deltas[(n * 4 + j) * 32] = 0.0f;
+    }
+    const int quarters = (mine + 3) / 4 * 4;
+#pragma unroll 1
+    for (int quarter = 0; quarter < quarters; ++quarter) {
+      if (quarter) load_weights(own, at, quarter);
+      load_bits(own, at, quarter);
+      multiply(own, quarter);
+      add_deltas(own, quarter % 4 * EACH, quarter / 4, at.part);
+    }
+  }
+
+  // Sums of this rank and phase.
+  __device__ __forceinline__ float4 sums_of(int n, int part) const {
+    float out[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      out[j] = base[n][j] + (deltas[(n * 4 + j) * 32] - board.minus[part][n * 8 + j % 2 * 4 + lane % 4]);
+    }
+    return make_float4(out[0], out[1], out[2], out[3]);
+  }
+
+  // A tile's results, from what the ranks have sent to `from`.
+  __device__ __forceinline__ void finish(int tile, uint32_t from) const {
+    const int part = part_of(tile), first = output_of(tile, part), outputs = one_of(p.a.outputs, part);
+    const uint16_t* bias = static_cast<const uint16_t*>(one_of(p.a.bias, part));
+    uint16_t* out = static_cast<uint16_t*>(one_of(p.a.out, part));
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      float sum[4] = {};
+#pragma unroll
+      for (int rank = 0; rank < RANKS; ++rank) {
+        const uint4 x = load_shared(from + static_cast<uint32_t>((rank * NT + n) * 512 + lane * 16));
+        sum[0] += __uint_as_float(x.x), sum[1] += __uint_as_float(x.y);
+        sum[2] += __uint_as_float(x.z), sum[3] += __uint_as_float(x.w);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int row = n * 8 + j % 2 * 4 + lane % 4, output = first + j / 2 * 8 + lane / 4;
+        if (row >= p.a.rows || output >= outputs) continue;
+        const float all = bias ? sum[j] + to_float(bias[output], p.a.dtype) : sum[j];
+        out[static_cast<int64_t>(row) * outputs + output] = from_float(all, p.a.dtype);
+      }
+    }
+  }
+};
+
+#endif
+
+template <int EACH, bool BF16>
+__global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __grid_constant__ StreamTask p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(128) unsigned char stream_shared[];
+  __shared__ StreamBoard board;
+  const int rank = static_cast<int>(blockIdx.x) % RANKS, group = static_cast<int>(blockIdx.x) / RANKS,
+            groups = static_cast<int>(gridDim.x) / RANKS, lane = lane_of_thread();
+  const int warp = __shfl_sync(0xffffffffu, warp_of_thread(), 0);
+  const auto border = [&](int i) { return p.first + static_cast<int>(static_cast<int64_t>(p.tiles) * i / groups); };
+  const int first = border(group), tiles = border(group + 1) - first, owned = (tiles - rank + RANKS - 1) / RANKS;
+  const uint32_t slots = shared_address(stream_shared), kept = static_cast<uint32_t>(p.owned * p.owned_bytes()),
+                 deltas = kept + static_cast<uint32_t>(p.owned * p.kept_bytes()),
+                 x_at = slots + deltas + static_cast<uint32_t>(p.deltas_bytes()),
+                 planes_at = x_at + static_cast<uint32_t>(p.columns() * p.x_bytes());
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < owned; ++i) barrier_init(board.sent[i], 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int i = 0; i < owned; ++i) barrier_expect(board.sent[i], p.owned_bytes());
+  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  using S = Streamer<EACH, BF16>;
+  const int g = lane / 4, t = lane % 4;
+  S own = {p, board, lane, 0, 0, x_at + static_cast<uint32_t>((g / 2 + g % 2 * 4) * p.x_bytes() + t * 16),
+           planes_at + static_cast<uint32_t>(lane * 16), 0,
+           reinterpret_cast<float*>(stream_shared + deltas) + warp * S::NT * 4 * 32 + lane, {}};
+  typename S::Batch batch = {};
+#pragma unroll 1
+  for (int phase = 0; phase < p.phases; ++phase) {
+    own.begin = min((phase * RANKS + rank) * p.each, p.quarters), own.mine = min(p.each, p.quarters - own.begin);
+    if (warp < tiles) own.load_weights(batch, own.place_of(first + warp), 0);
+    if (phase) {
+      __syncthreads();  // nobody reads what was known in the phase before
+    } else {
+      wait_for_previous(warp);
+    }
+    know_rows(p, board, own.begin, own.mine, stream_shared + (x_at - slots), stream_shared + (planes_at - slots));
+    if (!phase) {
+      for (int row = 0; row < STREAM_ROWS; ++row) own.some |= (board.slots[row] >= 0 ? 1u : 0u) << row;
+      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    }
+#pragma unroll 1
+    for (int tile = warp; tile < tiles; tile += STREAM_WARPS) {
+      const StreamPlace place = own.place_of(first + tile);
+      if (tile > warp) own.load_weights(batch, place, 0);
+      float4* before = reinterpret_cast<float4*>(stream_shared + kept) + tile * S::NT * 32 + lane;
+      own.run(batch, place, phase ? before : nullptr);
+      const int owner = tile % RANKS, slot = tile / RANKS;
+      const uint32_t to = slots + static_cast<uint32_t>(slot * p.owned_bytes() + (rank * S::NT * 32 + lane) * 16);
+#pragma unroll
+      for (int n = 0; n < S::NT; ++n) {
+        const float4 sums = own.sums_of(n, place.part);
+        if (phase + 1 < p.phases) {
+          before[n * 32] = sums;
+        } else {
+          send(over_there(to + static_cast<uint32_t>(n * 512), owner),
+               over_there(shared_address(&board.sent[slot]), owner), sums);
+        }
+      }
+    }
+  }
+#pragma unroll 1
+  for (int slot = warp; slot < owned; slot += STREAM_WARPS) {
+    wait_for_cluster(board.sent[slot], 0);
+    own.finish(first + slot * RANKS + rank, slots + static_cast<uint32_t>(slot * p.owned_bytes()));
+  }
+#endif
+}
+
+}  // namespace hfl

@@ -1,0 +1,174 @@
+"""What attention kernels do with a tile: read keys or values, make logits of products, average values by them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import arguments
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+COLUMNS, PLACES, LISTS = (tl.constexpr(x) for x in (arguments.COLUMNS, arguments.PLACES, arguments.LISTS))
+NEVER = tl.constexpr(2**30)
+"""Further than any position."""
+
+
+@triton.jit
+def head_of(rows, batch, head):
+    """The rows of one KV head: addresses of what `read` reads, and how far its rows are apart."""
+    first = batch.to(tl.int64) * rows[3] + head * rows[4]
+    few = batch.to(tl.int64) * rows[6] + head * rows[7]
+    return rows[0] + first, rows[1] + few, rows[2] + few, rows[5], rows[8]
+
+
+@triton.jit
+def queries(q, rows, valid, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """Rows `[M, WIDTH]` at these offsets as keys of BITS are read: all channels, or even and odd ones; their sums."""
+    EACH: tl.constexpr = 2 if BITS == 4 else 1
+    channels = tl.arange(0, WIDTH) * EACH
+    at, inside = q + rows[:, None] + channels[None, :], valid[:, None] & (channels < DIM)[None, :]
+    some = tl.load(at, mask=inside, other=0.0)
+    others, sums = some, tl.sum(some.to(tl.float32), 1)
+    if BITS == 4:
+        others = tl.load(at + 1, mask=inside, other=0.0)
+        sums += tl.sum(others.to(tl.float32), 1)
+    return some, others, sums
+
+
+@triton.jit
+def _byte(payload):
+    """As float32: in the last bits of 2^23 it is a number at once, which conversion is several times slower at."""
+    return (payload.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _half(number, like):
+    """A number of 4 bits and 128 (bfloat16) or 16 (float16): in the last bits of those, or in the first ones."""
+    if like.dtype == tl.bfloat16:
+        return (number.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
+    else:
+        return ((number.to(tl.uint16) << 6) | 0x4C00).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def read(
+    head, first, offsets, there, like, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, CUT: tl.constexpr,
+    RAW: tl.constexpr,
+):  # fmt: skip
+    """Rows `first + offsets` of a KV head in the dtype of `like`; those that are not there are finite, or zero.
+
+    `[N, WIDTH]`, and the same again; of 4 bits the even and the odd channels; beyond DIM channels is anything finite.
+    Then scale and zero, `[N]`; RAW: value = (number - zero) * scale, else the numbers are values. CUT: some rows may be
+    missing.
+    """
+    channels = tl.arange(0, WIDTH)
+    at = head[0] + first * head[3] + (offsets * head[3])[:, None] + channels[None, :]
+    STORED: tl.constexpr = DIM // 2 if BITS == 4 else DIM
+    if STORED != WIDTH:
+        payload = tl.load(at, mask=there[:, None] & (channels < STORED)[None, :], other=0)
+    elif CUT:
+        payload = tl.load(at, mask=there[:, None], other=0)
+    else:
+        payload = tl.load(at)
+    some, others, scale, zero = payload, payload, 1.0, 0.0
+    if BITS > 0:
+        few = first * head[4] + offsets * head[4]
+        scale = tl.load(head[1] + few, mask=there, other=0.0).to(tl.float32)
+        zero = tl.load(head[2] + few, mask=there, other=0.0).to(tl.float32)
+        if RAW and BITS == 8:
+            some = _byte(payload).to(like.dtype)
+            others = some
+        elif RAW:
+            some, others = _half(payload & 15, like), _half(payload >> 4, like)
+            zero += 128.0 if like.dtype == tl.bfloat16 else 16.0
+        else:
+            some = ((_byte(payload & 15 if BITS == 4 else payload) - zero[:, None]) * scale[:, None]).to(like.dtype)
+            others = some
+            if BITS == 4:
+                others = ((_byte(payload >> 4) - zero[:, None]) * scale[:, None]).to(like.dtype)
+    return some, others, scale, zero
+
+
+@triton.jit
+def products(asked, keys, BITS: tl.constexpr, RAW: tl.constexpr):
+    """Of queries and keys, each as `queries` and `read` give them."""
+    x = tl.dot(asked[0], tl.trans(keys[0]), input_precision="ieee")
+    if BITS == 4:
+        x = tl.dot(asked[1], tl.trans(keys[1]), x, input_precision="ieee")
+    if RAW:
+        x = (x - asked[2][:, None] * keys[3][None, :]) * keys[2][None, :]
+    return x
+
+
+@triton.jit
+def tanh(x):
+    """To float32's precision: near zero, where the quotient would lose it, by its series."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    square = x * x
+    near = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    return tl.where(tl.abs(x) < 0.15, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def logits_of(x, distance, scale, softcap, slope, CAPPED: tl.constexpr, SLOPED: tl.constexpr):
+    """Logits over ln 2, of products and of key position minus query position."""
+    x = softcap * tanh(x * (scale / softcap)) * LOG2_E if CAPPED else x * (scale * LOG2_E)
+    if SLOPED:
+        x += slope * LOG2_E * distance.to(tl.float32)
+    return x
+
+
+@triton.jit
+def nothing(ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """The state before the first tile: sums of values, of odd channels apart where they are of 4 bits, and so on."""
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    return (
+        sums,
+        (sums if BITS == 4 else 0.0),
+        tl.full((ROWS,), float("-inf"), tl.float32),
+        tl.zeros((ROWS,), tl.float32),
+    )
+
+
+@triton.jit
+def average(state, x, factor, values, BITS: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr):
+    """Go on with values of a tile, whose logits over ln 2 are `x * factor`, -inf where nothing is seen.
+
+    A state is sums of values, the largest logit (-inf before the first), and the sum of weights. WHOLE: all is seen.
+    """
+    sums, others, top, total = state
+    largest = tl.maximum(top, tl.max(x, 1) * factor)
+    finite = largest
+    if not WHOLE:
+        finite = tl.where(largest == float("-inf"), 0.0, largest)
+    weights = tl.exp2(x * factor - finite[:, None])
+    before = tl.exp2(top - finite)
+    total = total * before + tl.sum(weights, 1)
+    sums = sums * before[:, None]
+    if BITS == 4:
+        others = others * before[:, None]
+    if RAW:
+        weights = (weights * values[2][None, :]).to(values[0].dtype)
+        less = tl.sum(weights.to(tl.float32) * values[3][None, :], 1)[
+            :, None
+        ]  # of what is multiplied, as it is rounded
+        sums -= less
+        if BITS == 4:
+            others -= less
+    weights = weights.to(values[0].dtype)
+    sums = tl.dot(weights, values[0], sums, input_precision="ieee")
+    if BITS == 4:
+        others = tl.dot(weights, values[1], others, input_precision="ieee")
+    return sums, others, largest, total
+
+
+@triton.jit
+def put(out, rows, valid, sums, others, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """Write results at these offsets, in which channels are all, or even and odd ones."""
+    EACH: tl.constexpr = 2 if BITS == 4 else 1
+    channels = tl.arange(0, WIDTH) * EACH
+    at, inside = out + rows[:, None] + channels[None, :], valid[:, None] & (channels < DIM)[None, :]
+    tl.store(at, sums.to(out.dtype.element_ty), mask=inside)
+    if BITS == 4:
+        tl.store(at + 1, others.to(out.dtype.element_ty), mask=inside)
