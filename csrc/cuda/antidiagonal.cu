@@ -2,9 +2,11 @@
 //
 // Paper: XAttention (arXiv:2503.16428) section 2.1. One product of tiles (see antidiagonal_tile.cuh), of which only the
 //   log-sum-exp of each tile of queries over each block of keys is written, for some blocks of queries at a time; a
-//   second kernel turns these into shares and adds up those of a block. On sm_90 tiles are put side by side before.
+//   second kernel turns these into shares and adds up those of a block. On sm_90 tiles are put side by side before,
+//   but for those of 16 bits of which every block is whole, and what nobody sees of the product is left out.
 // Shapes: q [B, Hq, N * block, D], k [B, Hkv, S, D] 16-bit, scores [B, Hq, N, M] float32; D a multiple of 8 up to 256.
-// Grids and blocks: places (N, B or 1) x 128, the product as its kernel says, shares (blocks of the part, Hq, B) x 256.
+// Grids and blocks: places (N, B or 1) x 128, order 1 x 1024, the product as its kernel says, shares (blocks of the
+//   part, Hq, B) x 256.
 // Scratch: 4 bytes a query and a tile, and up to 256 MiB of sums (one strip of 128 tiles of queries at least); on sm_90
 //   a copy of the keys, and of those queries.
 // Bound by: tensor cores; 1 / (2 stride) of the products of causal attention.

@@ -1,7 +1,7 @@
 // Prefill attention for sm_90a: wgmma, and tiles that tensor maps copy. prefill.cu says what it computes.
 //
-// Grid: as many blocks as multiprocessors, which take one tile of 128 queries after the other, in the order of
-//   QueryTile; of 384 threads. A group of four warps prepares the next tile and copies 128 keys and values at a time
+// Grid: as many blocks as multiprocessors, which take one tile of 128 queries after the other, the last of all heads
+//   and then the others in the order of QueryTile; of 384 threads. A group of four warps prepares the next tile and copies 128 keys and values at a time
 //   ahead. Two groups have 64 queries each: they multiply the next keys while they weigh the ones before, and take
 //   turns, so that one weighs while the other multiplies.
 // Shared memory: 97 KiB (D = 64) or 193, and what the groups tell each other.

@@ -3,7 +3,7 @@
 Nothing is known of a tower but that its layers are called one after the other, each with what the one before gave. The
 first pictures of a size run as they are while the calls are noted; for the second the whole chain is recorded, and from
 then on the call of the first layer is a replay, and those of the others look up what it made. A call that is not as it
-was noted is computed as ever, and the recording is thrown away.
+was noted is computed as ever, and so are all that follow.
 
 Recorded layers attend to all windows of a picture at once, where a model cuts them apart and calls one by one.
 """
@@ -136,7 +136,7 @@ class Tower:
             _, key = self._noted(args, kwargs, take.outs[number - 1] if number else None)
             if key == take.notes[number][1]:
                 return take.outs[number]
-            self._takes, self._now = [], None
+            self._able, self._now = False, None  # what was recorded stays until the block ends: its results are in use
             return self._stock(number, *args, **kwargs)
         return self._note(take, number, args, kwargs)
 
@@ -179,6 +179,8 @@ class Tower:
         """Record a chain that was noted; leaves it without a graph where that cannot be."""
         take.inputs = [x.clone() for x in self._sources]
         device, run = take.inputs[0].device, partial(self._run, take)
+        if not self.graphs:
+            self._pool.clear()  # torch takes no memory again that no graph holds
         recorder = RECORDERS[device.type]
         try:
             recorder.first(run, device)  # what kernels set up when they first run must not be recorded

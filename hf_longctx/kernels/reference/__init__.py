@@ -12,8 +12,8 @@ from .kv import decode_kv, encode_kv
 from .linear import quantize_gated, quantize_norm, quantize_tokens, w4a8_linear, w4a8_linears
 from .norm import rms_norm
 from .pick import pick_blocks
-from .delta import delta_linear, linear_with_delta, linears_with_delta
-from .heads import attend_heads
+from .project import gated, project, project_gated
+from .recent import attend_recent
 from .rotate import rotate, rotate_heads
 from .score import score_antidiagonal, score_pages
 from .selected import attend_mass
