@@ -153,7 +153,8 @@ def shared_of(device: torch.device) -> int:
     """Bytes of shared memory of a program, at most."""
     if device.type != "cuda":
         return 0
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    found: Any = torch.cuda.get_device_properties(device)  # torch's own stubs do not know all that it has
+    return int(found.shared_memory_per_block_optin)
 
 
 def tiles_of(x: Tensor | Packed, keys: int) -> tuple[Any, tuple[int, int, int]] | None:
