@@ -17,7 +17,8 @@ def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
 def picked(x: Tensor, axis: int, index: Tensor) -> Tensor:
     """`x.index_select(axis, index)`; not along the last axis."""
     (wide,) = widened(x)
-    return wide.index_select(axis, index).view(x.dtype)
+    out = wide.index_select(axis, index)
+    return out if wide is x else out.view(x.dtype)  # a view in a dtype has no gradient, not even in its own
 
 
 def _in_pieces(x: Tensor) -> bool:
