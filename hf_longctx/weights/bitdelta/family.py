@@ -25,11 +25,13 @@ class Family:
     Attributes:
         members: in the order in which they are called.
         given: the tensor that the first one got.
+        route: tenants of its rows.
         waiting: outputs that were not fetched yet.
     """
 
     members: list[Signs]
     given: Tensor | None = None
+    route: Route | None = None
     waiting: dict[Signs, Tensor] = field(default_factory=dict)
 
     def take(self, hook: Signs, input: Tensor, route: Route) -> Tensor | None:
@@ -40,12 +42,12 @@ class Family:
             input: `[..., K]`.
             route: tenants of the rows.
         """
-        if self.given is input and hook in self.waiting:
+        if self.given is input and self.route is route and hook in self.waiting:
             out = self.waiting.pop(hook)
             if not self.waiting:
                 self.given = None
             return out
-        self.given, self.waiting = None, {}
+        self.given, self.route, self.waiting = None, route, {}
         first = hook is self.members[0] and input.shape[:-1].numel() <= FEW
         members = [x for x in self.members if x.bits is not None and x.part is None] if first else [hook]
         made = _joined(members, input, route)
