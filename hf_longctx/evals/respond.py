@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,7 +78,7 @@ def greedy(model: Any, ids: torch.Tensor, most: int, least: int, clock: Clock, *
         pad_token_id=(eos[0] if isinstance(eos, list) else eos) or 0,
         streamer=clock,
         return_dict_in_generate=True,
-        **extra,
+        **deepcopy(extra),  # transformers 5.17 takes keys out of a `cache_config`, and a second call would miss them
     )
 
 
