@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..types import Packed
 from .attend import values_of
-from .weigh import LOGITS_PER_BLOCK, average, empty_out, join, positions, products, softmax
+from .weigh import LOGITS_PER_BLOCK, average, empty_out, join, positions, products, weigh_products
 
 if TYPE_CHECKING:
     from ..types import Logits, Visibility
@@ -90,15 +90,9 @@ def attend_recent(
     """The definition of `ops.attend_recent`."""
 
     def read(part: Part) -> Tensor:
-        groups = (1, part.k.shape[1], -1, 1, 1)
         x = products(q[:, :, part.rows], part.k, logits.scale)
-        if logits.softcap is not None:
-            x = logits.softcap * torch.tanh(x / logits.softcap)
-        if logits.slopes is not None:
-            x = x - logits.slopes.to(x).view(groups) * part.distance[:, None, None].to(x)
-        x = x.masked_fill(~part.seen[:, None, None], float("-inf"))
-        sinks = None if logits.sink_logits is None else logits.sink_logits.to(x).view(groups)
-        return average(*softmax(x, sinks), part.v, q.dtype)
+        distance = None if logits.slopes is None else -part.distance[:, None, None]
+        return average(*weigh_products(x, logits, distance, ~part.seen[:, None, None]), part.v, q.dtype)
 
     found = parts(q, k, v, near_k, near_v, see, near_pos, recent)
     return join(((part.rows, read(part)) for part in found), empty_out(q, v.shape[3]))

@@ -82,14 +82,26 @@ def weigh(
         see: sinks and window.
         turns: as for the keys.
     """
-    groups = (1, keys.near.shape[1], -1, 1, 1)
     x = _products(q, q_pos, keys, logits, see, turns)
+    distance = None if logits.slopes is None else _distance(q_pos, keys.pos, see.sink, turns)[:, :, None]
+    return weigh_products(x, logits, distance, _hidden(see, q_pos, keys.pos)[:, :, None])
+
+
+def weigh_products(x: Tensor, logits: Logits, distance: Tensor | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """`weigh`, from the products on.
+
+    Args:
+        x: `[B, H, G, T, S]`, scaled products; used up.
+        logits: from products to logits.
+        distance: from the query to the key, not above 0, of a shape that fits; None where there are no slopes.
+        hidden: bool, likewise; true where a query does not see a key.
+    """
+    groups = (1, x.shape[1], -1, 1, 1)
     if logits.softcap is not None:
         x = logits.softcap * torch.tanh(x / logits.softcap)
-    if logits.slopes is not None:
-        distance = _distance(q_pos, keys.pos, see.sink, turns).to(x)
-        x = x + logits.slopes.to(x).view(groups) * distance[:, :, None]
-    x = x.masked_fill_(_hidden(see, q_pos, keys.pos)[:, :, None], float("-inf"))
+    if logits.slopes is not None and distance is not None:
+        x = x + logits.slopes.to(x).view(groups) * distance.to(x)
+    x = x.masked_fill_(hidden, float("-inf"))
     return softmax(x, None if logits.sink_logits is None else logits.sink_logits.to(x).view(groups))
 
 
