@@ -10,6 +10,8 @@
 // More on sm_90a: linear_spread.cuh up to 64 tokens, and where there are few tiles.
 // Else on sm_90a: linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens on an H200.
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <initializer_list>
 
 #include "linear_few.cuh"
@@ -57,9 +59,9 @@ Kernel many() {
   using R = ManyRoom<F, T>;
   return {reinterpret_cast<const void*>(&linear_many_kernel<R>), T, R::THREADS, R::BYTES, Kind::MANY, TILE_ROWS};
 }
-template <Form F, int T>
+template <Form F, int T, int BLOCKS>
 Kernel spread() {
-  using R = ManyRoom<F, T, true>;
+  using R = ManyRoom<F, T, BLOCKS>;
   return {reinterpret_cast<const void*>(&linear_spread_kernel<R>), T, R::THREADS, R::BYTES, Kind::SPREAD, TILE_ROWS};
 }
 
@@ -76,7 +78,11 @@ Kernel few(const hfl_linear& a, int shared_bytes) {
 }
 template <Form F>
 Kernel many(const ManyPlan& plan) {
-  if (plan.shares) return plan.tokens == 32 ? spread<F, 32>() : plan.tokens == 64 ? spread<F, 64>() : spread<F, 128>();
+  if (plan.shares) {
+    if (getenv("HFL_ONE") && plan.tokens < 256) return plan.tokens <= 64 ? spread<F, 64, 1>() : spread<F, 128, 1>();
+    if (plan.tokens <= 64) return plan.tokens == 32 ? spread<F, 32, 2>() : spread<F, 64, 2>();
+    return plan.tokens == 128 ? spread<F, 128, 2>() : spread<F, 256, 1>();
+  }
   if (plan.tokens == 64) return many<F, 64>();
   return plan.tokens == 128 ? many<F, 128>() : many<F, 256>();
 }
@@ -95,6 +101,14 @@ struct Device {
 };
 
 ManyPlan plan_of(const hfl_linear& a, int processors) {
+  if (const char* said = getenv("HFL_PLAN")) {  // EXPERIMENT
+    int t = 0, s = 0;
+    if (sscanf(said, "%d,%d", &t, &s) == 2 && t) {
+      if (s > 0) return {t, 0, s};
+      const int tiles = (a.rows + 127) / 128 * ((a.tokens + t - 1) / t);
+      return {t, s < 0 ? tiles % processors : 0, 0};
+    }
+  }
   return plan_many(a.tokens, (a.rows + TILE_ROWS - 1) / TILE_ROWS, (a.columns + 127) / 128, processors);
 }
 

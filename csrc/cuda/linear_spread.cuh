@@ -23,6 +23,10 @@ __device__ __forceinline__ int rank_in_cluster() {
 __device__ __forceinline__ void meet_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The same, but for what was written.
+__device__ __forceinline__ void leave_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
 // Four sums in the shared memory of a block of the cluster.
 __device__ __forceinline__ int4 load_of(uint32_t at, int rank) {
   uint32_t there;
@@ -35,52 +39,136 @@ __device__ __forceinline__ int4 load_of(uint32_t at, int rank) {
   return x;
 }
 
+__device__ __forceinline__ int4 load_sums(uint32_t at) {
+  const uint4 x = load_shared(at);
+  return make_int4(static_cast<int>(x.x), static_cast<int>(x.y), static_cast<int>(x.z), static_cast<int>(x.w));
+}
+
+template <class R>
+struct SpreadBoard : ManyBoard<R> {
+  OfRow rows[TILE_ROWS];
+};
+
+// What the first thread of a warp copies of each stage, where no others do: codes or levels of a panel, or tokens.
+template <class R>
+struct SpreadPart {
+  const LinearTask& p;
+  const CUtensorMap& map;
+  ManyBoard<R>& board;
+  const uint8_t* from = nullptr;
+  uint32_t to;
+  int bytes = 0, column, token;
+  ManyRing<R> ring;  // the next stage to fill again
+
+  __device__ SpreadPart(const LinearTask& p_, const CUtensorMap& map_, ManyBoard<R>& board_, uint32_t base,
+                        const ManyWork& work)
+      : p(p_), map(map_), board(board_), to(base) {
+    const int warp = static_cast<int>(threadIdx.x) / 32, half = warp / 4, what = warp % 4;
+    column = work.first * 128, token = p.tokens_from + work.token_tile * R::T;
+    if (threadIdx.x % 32) return;
+    const int64_t panel = min(2 * work.row_tile + half, p.panels - 1);  // of two alike, the second is not used
+    const int64_t run = panel * p.steps + work.first;
+    if (what == 0) bytes = R::CODES, from = p.a.codes + run * R::CODES, to += R::TOKENS + half * R::CODES;
+    if (what == 1 && R::LEVELS) {
+      bytes = p.groups * 2 * PANEL, from = p.a.groups + run * bytes, to += R::TOKENS + 2 * R::CODES + half * R::LEVELS;
+    }
+    if (what == 2 && half == 0) bytes = R::TOKENS;
+  }
+  __device__ __forceinline__ void put(int stage) {
+    barrier_expect(board.full[stage], bytes);
+    if (from) {
+      copy_bytes(to + stage * R::STAGE, from, bytes, board.full[stage]);
+      from += bytes;
+    } else {
+      copy_tokens(to + stage * R::STAGE, &map, board.full[stage], column, token);
+      column += 128;
+    }
+  }
+  // As many as there are stages.
+  __device__ __forceinline__ void begin(int count, bool of_tokens) {
+    if (!bytes || of_tokens == (from != nullptr)) return;
+    for (int i = 0; i < min(count, R::STAGES); ++i) put(i);
+  }
+  // The stage of the step before the last one, which the other group may be at.
+  __device__ __forceinline__ void refill(int step, int count) {
+    if (!bytes || step < 2 || step - 2 + R::STAGES >= count) return;
+    barrier_wait(board.empty[ring.stage], ring.turn);
+    put(ring.stage), ring.next();
+  }
+};
+
 template <class R>
 struct SpreadGroup : ManyGroup<R> {
   static constexpr int LINE = TILE_ROWS + 4;  // of a token, so that banks differ
   static_assert(R::T * LINE * 4 <= R::STAGES * R::STAGE, "sums of a tile lie where its operands were");
   using ManyGroup<R>::p, ManyGroup<R>::base, ManyGroup<R>::group, ManyGroup<R>::warp, ManyGroup<R>::lane;
-  using ManyGroup<R>::ManyGroup, ManyGroup<R>::acc;
+  using ManyGroup<R>::acc;
+  SpreadBoard<R>& shown;
 
-  __device__ __forceinline__ void multiply(const ManyWork& work, ManyFeeder<R>& feeder) {
-    ManyGroup<R>::multiply(work.last - work.first, [&](int i) {
-      if (threadIdx.x == 0) feeder.refill(work, i - 2);  // the other group may be a step behind
-      __syncwarp();
-    });
-  }
+  __device__ SpreadGroup(const LinearTask& p_, SpreadBoard<R>& board_, uint32_t base_)
+      : ManyGroup<R>(p_, board_, base_), shown(board_) {}
 
-  __device__ __forceinline__ void share(const ManyWork& work, int rank) {
-    meet(1, R::WORKERS);  // both groups are done with the operands
+  template <class After>
+  __device__ __forceinline__ void run(const ManyWork& work, int rank, After&& after) {
+    const int first_row = work.row_tile * TILE_ROWS, first_token = work.token_tile * R::T;
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < TILE_ROWS) shown.rows[thread] = row_of(p, first_row + thread);
+    wait_for_last();
+    for (int m = R::WORKERS - 1 - thread; m < R::T; m += R::WORKERS) shown.tokens[0][m] = token_of(p, first_token + m);
+    this->multiply(work.last - work.first, after);
+    meet(1, R::WORKERS);  // both groups are done with the operands, and what was shown is there
     const int n = group * 64 + warp * 16 + lane / 4;
 #pragma unroll
     for (int i = 0; i < R::T / 2; ++i) {
       const int m = i / 4 * 8 + lane % 4 * 2 + i % 2;
       store_word(base + (m * LINE + n + i % 4 / 2 * 8) * 4, acc[i]);
     }
+    if (p.shares == 1) {
+      meet(1, R::WORKERS);
+      add_up<1>(first_row, first_token, rank);
+      return;
+    }
     meet_cluster();
-    add_up(work, rank);
-    meet_cluster();  // nobody's memory goes before all have read it
+    if (p.shares == 2) {
+      add_up<2>(first_row, first_token, rank);
+    } else if (p.shares == 4) {
+      add_up<4>(first_row, first_token, rank);
+    } else {
+      add_up<8>(first_row, first_token, rank);
+    }
+    leave_cluster();  // nobody's memory goes before all have read it
   }
 
  private:
   // A thread has four rows, and every eighth token of the block's part.
-  __device__ __forceinline__ void add_up(const ManyWork& work, int rank) const {
-    constexpr int MOST = 8, APART = R::WORKERS / (TILE_ROWS / 4);
-    const int first_token = work.token_tile * R::T, n = static_cast<int>(threadIdx.x) % 32 * 4;
-    const int row = work.row_tile * TILE_ROWS + n, last = min(R::T * (rank + 1) / p.shares, p.tokens - first_token);
-    const OfRow rows[4] = {row_of(p, row), row_of(p, row + 1), row_of(p, row + 2), row_of(p, row + 3)};
-    for (int m = R::T * rank / p.shares + static_cast<int>(threadIdx.x) / 32; m < last; m += APART) {
-      const OfToken token = token_of(p, first_token + m);
-      int4 part[MOST], sum = make_int4(0, 0, 0, 0);
+  template <int SHARES>
+  __device__ __forceinline__ void add_up(int first_row, int first_token, int rank) const {
+    constexpr int APART = R::WORKERS / (TILE_ROWS / 4), MOST = R::T / SHARES / APART;
+    constexpr int ROOM = R::BLOCKS == 2 ? 8 : 16;  // registers for so many times four sums
+    constexpr int AT_ONCE = MOST < 1 ? 1 : MOST * SHARES <= ROOM ? MOST : ROOM / SHARES;
+    const int n = static_cast<int>(threadIdx.x) % 32 * 4, last = min(R::T * (rank + 1) / SHARES, p.tokens - first_token);
+    const OfRow rows[4] = {shown.rows[n], shown.rows[n + 1], shown.rows[n + 2], shown.rows[n + 3]};
+    for (int m = R::T * rank / SHARES + static_cast<int>(threadIdx.x) / 32; m < last; m += AT_ONCE * APART) {
+      int4 part[AT_ONCE][SHARES];
 #pragma unroll
-      for (int i = 0; i < MOST; ++i) part[i] = i < p.shares ? load_of(base + (m * LINE + n) * 4, i) : sum;
+      for (int j = 0; j < AT_ONCE; ++j) {
+        const uint32_t at = base + (min(m + j * APART, last - 1) * LINE + n) * 4;
 #pragma unroll
-      for (int i = 0; i < MOST; ++i) {
-        sum.x += part[i].x, sum.y += part[i].y, sum.z += part[i].z, sum.w += part[i].w;
+        for (int i = 0; i < SHARES; ++i) part[j][i] = SHARES == 1 ? load_sums(at) : load_of(at, i);
       }
-      const uint32_t pairs[4] = {pack_results(p, result(sum.x, token, rows[0]), result(sum.y, token, rows[1])),
-                                 pack_results(p, result(sum.z, token, rows[2]), result(sum.w, token, rows[3]))};
-      store_four(p, first_token + m, row, pairs);
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        if (m + j * APART >= last) break;
+        int4 sum = part[j][0];
+#pragma unroll
+        for (int i = 1; i < SHARES; ++i) {
+          sum.x += part[j][i].x, sum.y += part[j][i].y, sum.z += part[j][i].z, sum.w += part[j][i].w;
+        }
+        const OfToken token = shown.tokens[0][m + j * APART];
+        const uint32_t pairs[4] = {pack_results(p, result(sum.x, token, rows[0]), result(sum.y, token, rows[1])),
+                                   pack_results(p, result(sum.z, token, rows[2]), result(sum.w, token, rows[3]))};
+        store_four(p, first_token + m + j * APART, first_row + n, pairs);
+      }
     }
   }
 };
@@ -88,27 +176,34 @@ struct SpreadGroup : ManyGroup<R> {
 #endif
 
 template <class R>
-__global__ void __launch_bounds__(R::THREADS, 2) linear_spread_kernel(const __grid_constant__ LinearTask p,
-                                                                      const __grid_constant__ CUtensorMap map) {
+__global__ void __launch_bounds__(R::THREADS, R::BLOCKS) linear_spread_kernel(const __grid_constant__ LinearTask p,
+                                                                              const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ ManyBoard<R> board;
+  __shared__ SpreadBoard<R> board;
   const uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;  // the same in all blocks
   let_next_begin();
-  if (threadIdx.x == 0) board.init(), fetch_map(&map);
-  __syncthreads();
   const int tile = static_cast<int>(blockIdx.x) / p.shares, rank = rank_in_cluster();
   const ManyWork work(p, tile, p.steps * rank / p.shares, p.steps * (rank + 1) / p.shares, -1);
-  ManyFeeder<R> feeder{p, map, board, base};
-  if (threadIdx.x == 0) feeder.begin(work);
-  __syncwarp();
-  wait_for_last();
-  SpreadGroup<R> group(p, board, base);
-  if (p.shares == 1) {
-    group.compute(work, [&] { group.multiply(work, feeder); });
+  const int count = work.last - work.first;
+  if (threadIdx.x == 0) board.init(), fetch_map(&map);
+  __syncthreads();
+  if constexpr (R::BLOCKS == 2) {
+    SpreadPart<R> part(p, map, board, base, work);
+    part.begin(count, false);
+    wait_for_last();
+    part.begin(count, true);
+    __syncwarp();
+    SpreadGroup<R>(p, board, base).run(work, rank, [&](int i) {
+      part.refill(i, count);
+      __syncwarp();
+    });
+  } else if (threadIdx.x < R::WORKERS) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    SpreadGroup<R>(p, board, base).run(work, rank, [](int) {});
   } else {
-    group.multiply(work, feeder);
-    group.share(work, rank);
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == R::WORKERS) ManyFeeder<R>(p, map, board, base).run_one(work);
   }
 #endif
 }
