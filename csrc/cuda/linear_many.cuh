@@ -166,6 +166,7 @@ struct ManyFeeder {
 template <class R>
 struct ManyGroup {
   static constexpr Form F = R::F;
+  static constexpr bool S = F == Form::CHANNEL;
   static constexpr int T = R::T;
   const LinearTask& p;
   ManyBoard<R>& board;
@@ -214,7 +215,7 @@ struct ManyGroup {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           two[2 * i + h] =
-              transpose(pack_results(p, result(x[2 * h], low, rows[h]), result(x[2 * h + 1], high, rows[h])));
+              transpose(pack_results(p, result<S>(x[2 * h], low, rows[h]), result<S>(x[2 * h + 1], high, rows[h])));
         }
       }
       const uint4 eight = together(two, lane);

@@ -102,7 +102,7 @@ struct SpreadGroup : ManyGroup<R> {
   static constexpr int LINE = TILE_ROWS + 4;  // of a token, so that banks differ
   static_assert(R::T * LINE * 4 <= R::STAGES * R::STAGE, "sums of a tile lie where its operands were");
   using ManyGroup<R>::p, ManyGroup<R>::base, ManyGroup<R>::group, ManyGroup<R>::warp, ManyGroup<R>::lane;
-  using ManyGroup<R>::acc;
+  using ManyGroup<R>::acc, ManyGroup<R>::S;
   SpreadBoard<R>& shown;
 
   __device__ SpreadGroup(const LinearTask& p_, SpreadBoard<R>& board_, uint32_t base_)
@@ -165,8 +165,8 @@ struct SpreadGroup : ManyGroup<R> {
           sum.x += part[j][i].x, sum.y += part[j][i].y, sum.z += part[j][i].z, sum.w += part[j][i].w;
         }
         const OfToken token = shown.tokens[0][m + j * APART];
-        const uint32_t pairs[4] = {pack_results(p, result(sum.x, token, rows[0]), result(sum.y, token, rows[1])),
-                                   pack_results(p, result(sum.z, token, rows[2]), result(sum.w, token, rows[3]))};
+        const uint32_t pairs[4] = {pack_results(p, result<S>(sum.x, token, rows[0]), result<S>(sum.y, token, rows[1])),
+                                   pack_results(p, result<S>(sum.z, token, rows[2]), result<S>(sum.w, token, rows[3]))};
         store_four(p, first_token + m + j * APART, first_row + n, pairs);
       }
     }
