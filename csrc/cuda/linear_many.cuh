@@ -19,7 +19,8 @@ template <Form F_, int T_, int SPREAD = 0>
 struct ManyRoom {
   static constexpr Form F = F_;
   static constexpr int T = T_, BLOCKS = SPREAD == 2 ? 2 : 1;
-  static constexpr int WORKERS = 256, FEEDERS = BLOCKS == 2 ? 0 : 128, THREADS = WORKERS + FEEDERS;
+  static constexpr bool MOVE = !SPREAD || T == 256;  // registers, from those that copy to those that multiply
+  static constexpr int WORKERS = 256, FEEDERS = BLOCKS == 2 ? 0 : MOVE ? 128 : 64, THREADS = WORKERS + FEEDERS;
   static constexpr int LISTS = SPREAD ? 1 : 2;  // of tokens
   static constexpr int TOKENS = T * 128, CHUNKS = F == Form::BYTES ? 2 : 1;
   static constexpr int CODES = CHUNKS * CHUNK_BYTES;  // of a panel
@@ -32,6 +33,11 @@ struct ManyRoom {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// The same in all threads of a warp, which the compiler cannot know of threadIdx.
+__device__ __forceinline__ int warp_of_block() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+}
 
 // A run of steps of one tile.
 struct ManyWork {
@@ -85,7 +91,8 @@ struct ManyRing {
   }
 };
 
-// A thread that copies codes, which need not wait for what comes before this kernel, or tokens, or both.
+// A warp that copies codes, which need not wait for what comes before this kernel, or tokens, or both. All of it goes
+// through the steps, so that addresses are in registers of the warp, which copies take; one thread copies.
 template <class R>
 struct ManyFeeder {
   const LinearTask& p;
@@ -142,23 +149,27 @@ struct ManyFeeder {
     }
   }
   __device__ __forceinline__ void put_tokens(int stage) {
-    barrier_expect(board.full[stage], R::TOKENS);
-    copy_tokens(base + stage * R::STAGE, &map, board.full[stage], column, token);
+    if (elected()) {
+      barrier_expect(board.full[stage], R::TOKENS);
+      copy_tokens(base + stage * R::STAGE, &map, board.full[stage], column, token);
+    }
     column += 128;
   }
   __device__ __forceinline__ void put_codes(int stage) {
     const int of_levels = R::LEVELS ? level_bytes() : 0;
-    barrier_expect(board.full[stage], 2 * R::CODES + 2 * of_levels);
     const uint32_t to = base + stage * R::STAGE + R::TOKENS;
+    if (elected()) {
+      barrier_expect(board.full[stage], 2 * R::CODES + 2 * of_levels);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      copy_bytes(to + half * R::CODES, codes[half], R::CODES, board.full[stage]);
-      codes[half] += R::CODES;
-      if constexpr (R::LEVELS) {
-        copy_bytes(to + 2 * R::CODES + half * R::LEVELS, levels[half], of_levels, board.full[stage]);
-        levels[half] += of_levels;
+      for (int half = 0; half < 2; ++half) {
+        copy_bytes(to + half * R::CODES, codes[half], R::CODES, board.full[stage]);
+        if constexpr (R::LEVELS) {
+          copy_bytes(to + 2 * R::CODES + half * R::LEVELS, levels[half], of_levels, board.full[stage]);
+        }
       }
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) codes[half] += R::CODES, levels[half] += of_levels;
   }
 };
 
@@ -179,7 +190,7 @@ struct ManyGroup {
   __device__ ManyGroup(const LinearTask& p_, ManyBoard<R>& board_, uint32_t base_)
       : p(p_), board(board_), base(base_), warp(static_cast<int>(threadIdx.x) / 32 % 4),
         lane(static_cast<int>(threadIdx.x) % 32), before(0) {
-    group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+    group = warp_of_block() / 4;
   }
 
   __device__ void run() {
@@ -355,13 +366,13 @@ __global__ void __launch_bounds__(R::THREADS, 1) linear_many_kernel(const __grid
   let_next_begin();
   if (threadIdx.x == 0) board.init(), fetch_map(&map);
   __syncthreads();
-  if (threadIdx.x < R::WORKERS) {
+  if (warp_of_block() < R::WORKERS / 32) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     ManyGroup<R>(p, board, base).run();
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    const unsigned feeder = threadIdx.x - R::WORKERS;
-    if (feeder % 32 == 0 && feeder < 64) ManyFeeder<R>(p, map, board, base).run(feeder == 32);
+    const int warp = warp_of_block() - R::WORKERS / 32;
+    if (warp < 2) ManyFeeder<R>(p, map, board, base).run(warp == 1);
   }
 #endif
 }

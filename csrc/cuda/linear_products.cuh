@@ -66,6 +66,13 @@ __device__ __forceinline__ void product_u8(int (&x)[128], const uint32_t* a, uin
 #undef HFL_64_NAMES
 #undef HFL_NEXT_64_NAMES
 
+// True in one thread of a warp, all of which ask.
+__device__ __forceinline__ bool elected() {
+  uint32_t x;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(x));
+  return x != 0;
+}
+
 // The map itself, which the first copy would wait for.
 __device__ __forceinline__ void fetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

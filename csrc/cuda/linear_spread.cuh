@@ -198,12 +198,12 @@ __global__ void __launch_bounds__(R::THREADS, R::BLOCKS) linear_spread_kernel(co
       part.refill(i, count);
       __syncwarp();
     });
-  } else if (threadIdx.x < R::WORKERS) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  } else if (warp_of_block() < R::WORKERS / 32) {
+    if constexpr (R::MOVE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     SpreadGroup<R>(p, board, base).run(work, rank, [](int) {});
   } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == R::WORKERS) ManyFeeder<R>(p, map, board, base).run_one(work);
+    if constexpr (R::MOVE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (warp_of_block() == R::WORKERS / 32) ManyFeeder<R>(p, map, board, base).run_one(work);
   }
 #endif
 }
