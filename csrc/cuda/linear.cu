@@ -59,9 +59,9 @@ Kernel many() {
   using R = ManyRoom<F, T>;
   return {reinterpret_cast<const void*>(&linear_many_kernel<R>), T, R::THREADS, R::BYTES, Kind::MANY, TILE_ROWS};
 }
-template <Form F, int T, int BLOCKS>
+template <Form F, int T>
 Kernel spread() {
-  using R = ManyRoom<F, T, BLOCKS>;
+  using R = ManyRoom<F, T, true>;
   return {reinterpret_cast<const void*>(&linear_spread_kernel<R>), T, R::THREADS, R::BYTES, Kind::SPREAD, TILE_ROWS};
 }
 
@@ -79,9 +79,8 @@ Kernel few(const hfl_linear& a, int shared_bytes) {
 template <Form F>
 Kernel many(const ManyPlan& plan) {
   if (plan.shares) {
-    if (getenv("HFL_ONE") && plan.tokens < 256) return plan.tokens <= 64 ? spread<F, 64, 1>() : spread<F, 128, 1>();
-    if (plan.tokens <= 64) return plan.tokens == 32 ? spread<F, 32, 2>() : spread<F, 64, 2>();
-    return plan.tokens == 128 ? spread<F, 128, 2>() : spread<F, 256, 1>();
+    if (plan.tokens <= 64) return plan.tokens == 32 ? spread<F, 32>() : spread<F, 64>();
+    return plan.tokens == 128 ? spread<F, 128>() : spread<F, 256>();
   }
   if (plan.tokens == 64) return many<F, 64>();
   return plan.tokens == 128 ? many<F, 128>() : many<F, 256>();

@@ -14,21 +14,21 @@
 
 namespace hfl {
 
-// SPREAD: a tile for every cluster (linear_spread.cuh), of blocks of which so many are on a multiprocessor.
-template <Form F_, int T_, int SPREAD = 0>
+// SPREAD: a tile for every cluster (linear_spread.cuh).
+template <Form F_, int T_, bool SPREAD = false>
 struct ManyRoom {
   static constexpr Form F = F_;
-  static constexpr int T = T_, BLOCKS = SPREAD == 2 ? 2 : 1;
+  static constexpr int T = T_;
   static constexpr bool MOVE = !SPREAD || T == 256;  // registers, from those that copy to those that multiply
-  static constexpr int WORKERS = 256, FEEDERS = BLOCKS == 2 ? 0 : MOVE ? 128 : 64, THREADS = WORKERS + FEEDERS;
+  static constexpr int WORKERS = 256, FEEDERS = MOVE ? 128 : 64, THREADS = WORKERS + FEEDERS;
+  static constexpr bool EARLY = T < 256 && F != Form::BYTES;  // there are registers for what is stored of the next columns
   static constexpr int LISTS = SPREAD ? 1 : 2;  // of tokens
   static constexpr int TOKENS = T * 128, CHUNKS = F == Form::BYTES ? 2 : 1;
   static constexpr int CODES = CHUNKS * CHUNK_BYTES;  // of a panel
   static constexpr int LEVELS = F == Form::GROUP || F == Form::FINE ? 512 : 0;
-  static constexpr int COPIES = FEEDERS ? 2 : LEVELS ? 5 : 3;  // that fill a stage
   static constexpr int STAGE = TOKENS + 2 * CODES + 2 * LEVELS;  // a multiple of 1024
-  static constexpr bool AHEAD = BLOCKS == 1 || T < 128;  // there are registers for operands of two stages
-  static constexpr int ROOM = 220 / BLOCKS * 1024, STAGES = ROOM / STAGE < 8 * 2 / BLOCKS ? ROOM / STAGE : 8 * 2 / BLOCKS;
+  static constexpr int ROOM = 220 * 1024, STAGES = ROOM / STAGE < 16 ? ROOM / STAGE : 16;
+  static_assert(STAGES > 2, "one is read, one multiplied, one filled");
   static constexpr int BYTES = STAGES * STAGE + 1024;  // so that it can begin at a multiple of 1024
 };
 
@@ -77,7 +77,7 @@ struct ManyBoard {
   uint32_t said;
   OfToken tokens[R::LISTS][R::T];  // of the tile that each group is at
   __device__ void init() {
-    for (int s = 0; s < R::STAGES; ++s) barrier_init(full[s], R::COPIES), barrier_init(empty[s], 8);
+    for (int s = 0; s < R::STAGES; ++s) barrier_init(full[s], 2), barrier_init(empty[s], 8);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 };
@@ -110,6 +110,7 @@ struct ManyFeeder {
     if (of_tokens) wait_for_last();
     each_work(p, [&](const ManyWork& work) {
       seek(work);
+#pragma unroll 1
       for (int step = work.first; step < work.last; ++step, ring.next()) {
         barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
         if (of_tokens) {
@@ -185,6 +186,8 @@ struct ManyGroup {
   int group, warp, lane;
   ManyRing<R> ring;
   int before;  // the stage whose products are under way
+  uint4 stored[2 * R::CHUNKS];
+  uint32_t levels[4];
   int acc[T / 2];
 
   __device__ ManyGroup(const LinearTask& p_, ManyBoard<R>& board_, uint32_t base_)
@@ -199,15 +202,16 @@ struct ManyGroup {
     finish();
   }
 
-  // `after`: what a step is followed by.
-  template <class After>
-  __device__ __forceinline__ void multiply(int count, After&& after) {
-    step(true);
+  __device__ __forceinline__ void multiply(int count) {
+    if (R::EARLY) fetch();
+    step(true, count > 1);
     int i = 1;
 #pragma unroll 1
-    for (; i + 2 <= count; i += 2) step(false), after(i), step(false), after(i + 1);
-    if (i < count) step(false);
-    finish_products();
+    for (; i + 2 < count; i += 2) step(false, true), step(false, true);
+    for (; i < count; ++i) step(false, i + 1 < count);
+    wgmma_wait<0>();
+    in_flight(acc);
+    release(before);
   }
 
   // Results of a whole tile, of 16 rows from n on: of four threads each has two rows of four 8x8 parts, and writes all
@@ -249,7 +253,7 @@ struct ManyGroup {
     OfToken tokens[(T + 127) / 128];  // on their way while products are made
 #pragma unroll
     for (int i = 0; i < (T + 127) / 128; ++i) tokens[i] = token_of(p, token + i * 128 + warp * 32 + lane);
-    multiply(work.last - work.first, [](int) {});
+    multiply(work.last - work.first);
     meet(2 + group, 128);  // nobody needs those of the tile before any more
 #pragma unroll
     for (int i = 0; i < (T + 127) / 128; ++i) {
@@ -264,30 +268,37 @@ struct ManyGroup {
     }
   }
 
-  // Operand a of the 128 columns of a stage.
-  __device__ __forceinline__ void codes(uint32_t (&a)[16], int stage) const {
-    const uint32_t part = base + stage * R::STAGE + R::TOKENS;
+  // What is stored of the 128 columns of the next stage, once it is there.
+  __device__ __forceinline__ void fetch() {
+    barrier_wait(board.full[ring.stage], ring.turn);
+    const uint32_t part = base + ring.stage * R::STAGE + R::TOKENS;
     const uint32_t at = part + group * R::CODES + warp * 1024 + lane * 16;
-    const uint32_t levels = part + 2 * R::CODES + group * R::LEVELS + warp * 32 + lane / 4 * 4;
+#pragma unroll
+    for (int s = 0; s < 2 * R::CHUNKS; ++s) stored[s] = load_shared(at + s / 2 * CHUNK_BYTES + s % 2 * 512);
+    const uint32_t of_rows = part + 2 * R::CODES + group * R::LEVELS + warp * 32 + lane / 4 * 4;
+    if constexpr (F == Form::GROUP) levels[0] = load_word(of_rows);
+    if constexpr (F == Form::FINE) {
+#pragma unroll
+      for (int s = 0; s < 4; ++s) levels[s] = load_word(of_rows + s * p.groups / 4 * 2 * PANEL);
+    }
+  }
+
+  // Operand a of them.
+  __device__ __forceinline__ void codes(uint32_t (&a)[16]) const {
+    const uint4 &x = stored[0], &y = stored[1];
     if constexpr (F == Form::BYTES) {
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        const uint4 x = load_shared(at + s / 2 * CHUNK_BYTES + s % 2 * 512);
-        a[4 * s] = x.x, a[4 * s + 1] = x.y, a[4 * s + 2] = x.z, a[4 * s + 3] = x.w;
+        a[4 * s] = stored[s].x, a[4 * s + 1] = stored[s].y, a[4 * s + 2] = stored[s].z, a[4 * s + 3] = stored[s].w;
       }
-      return;
-    }
-    const uint4 x = load_shared(at), y = load_shared(at + 512);
-    if constexpr (F == Form::CHANNEL) {
+    } else if constexpr (F == Form::CHANNEL) {
       expand(a, x.x, x.y), expand(a + 4, x.z, x.w), expand(a + 8, y.x, y.y), expand(a + 12, y.z, y.w);
     } else if constexpr (F == Form::GROUP) {
-      const Levels by(load_word(levels));
+      const Levels by(levels[0]);
       expand(a, x.x, x.y, by), expand(a + 4, x.z, x.w, by), expand(a + 8, y.x, y.y, by), expand(a + 12, y.z, y.w, by);
-    } else if constexpr (F == Form::FINE) {
-      expand(a, x.x, x.y, Levels(load_word(levels)));
-      expand(a + 4, x.z, x.w, Levels(load_word(levels + p.groups / 4 * 2 * PANEL)));
-      expand(a + 8, y.x, y.y, Levels(load_word(levels + p.groups / 2 * 2 * PANEL)));
-      expand(a + 12, y.z, y.w, Levels(load_word(levels + 3 * p.groups / 4 * 2 * PANEL)));
+    } else {
+      expand(a, x.x, x.y, Levels(levels[0])), expand(a + 4, x.z, x.w, Levels(levels[1]));
+      expand(a + 8, y.x, y.y, Levels(levels[2])), expand(a + 12, y.z, y.w, Levels(levels[3]));
     }
   }
 
@@ -296,29 +307,23 @@ struct ManyGroup {
     if (lane == 0) barrier_arrive(board.empty[stage]);
   }
 
-  // 128 columns more; those before are done after it.
-  __device__ __forceinline__ void step(bool first) {
+  // 128 columns more; those before are done after it, and the next ones fetched, if there are `more`.
+  __device__ __forceinline__ void step(bool first, bool more) {
     uint32_t a[16];
-    barrier_wait(board.full[ring.stage], ring.turn);
-    if (!R::AHEAD && !first) finish_products();
-    codes(a, ring.stage);
+    if (!R::EARLY) fetch();
+    codes(a);
+    if (R::EARLY) in_flight(a);  // all of it is there before the first product
     const uint64_t b = matrix(base + ring.stage * R::STAGE);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < 4; ++s) product_u8(acc, a + 4 * s, b + 2 * s, s || !first);
     wgmma_commit();
-    if (R::AHEAD) {
-      wgmma_wait<1>();
-      if (!first) release(before);
-    }
-    before = ring.stage;
+    const int now = ring.stage;
     ring.next();
-  }
-
-  __device__ __forceinline__ void finish_products() {
-    wgmma_wait<0>();
-    in_flight(acc);
-    release(before);
+    if (R::EARLY && more) fetch();
+    wgmma_wait<1>();
+    if (!first) release(before);
+    before = now;
   }
 
   // Add the sums to the tile's.
@@ -367,10 +372,10 @@ __global__ void __launch_bounds__(R::THREADS, 1) linear_many_kernel(const __grid
   if (threadIdx.x == 0) board.init(), fetch_map(&map);
   __syncthreads();
   if (warp_of_block() < R::WORKERS / 32) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if constexpr (R::MOVE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     ManyGroup<R>(p, board, base).run();
   } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if constexpr (R::MOVE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     const int warp = warp_of_block() - R::WORKERS / 32;
     if (warp < 2) ManyFeeder<R>(p, map, board, base).run(warp == 1);
   }

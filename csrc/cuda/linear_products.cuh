@@ -6,8 +6,8 @@ namespace hfl {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-template <int N>
-__device__ __forceinline__ void in_flight(int (&x)[N]) {
+template <class T, int N>
+__device__ __forceinline__ void in_flight(T (&x)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }

@@ -49,54 +49,6 @@ struct SpreadBoard : ManyBoard<R> {
   OfRow rows[TILE_ROWS];
 };
 
-// What the first thread of a warp copies of each stage, where no others do: codes or levels of a panel, or tokens.
-template <class R>
-struct SpreadPart {
-  const LinearTask& p;
-  const CUtensorMap& map;
-  ManyBoard<R>& board;
-  const uint8_t* from = nullptr;
-  uint32_t to;
-  int bytes = 0, column, token;
-  ManyRing<R> ring;  // the next stage to fill again
-
-  __device__ SpreadPart(const LinearTask& p_, const CUtensorMap& map_, ManyBoard<R>& board_, uint32_t base,
-                        const ManyWork& work)
-      : p(p_), map(map_), board(board_), to(base) {
-    const int warp = static_cast<int>(threadIdx.x) / 32, half = warp / 4, what = warp % 4;
-    column = work.first * 128, token = p.tokens_from + work.token_tile * R::T;
-    if (threadIdx.x % 32) return;
-    const int64_t panel = min(2 * work.row_tile + half, p.panels - 1);  // of two alike, the second is not used
-    const int64_t run = panel * p.steps + work.first;
-    if (what == 0) bytes = R::CODES, from = p.a.codes + run * R::CODES, to += R::TOKENS + half * R::CODES;
-    if (what == 1 && R::LEVELS) {
-      bytes = p.groups * 2 * PANEL, from = p.a.groups + run * bytes, to += R::TOKENS + 2 * R::CODES + half * R::LEVELS;
-    }
-    if (what == 2 && half == 0) bytes = R::TOKENS;
-  }
-  __device__ __forceinline__ void put(int stage) {
-    barrier_expect(board.full[stage], bytes);
-    if (from) {
-      copy_bytes(to + stage * R::STAGE, from, bytes, board.full[stage]);
-      from += bytes;
-    } else {
-      copy_tokens(to + stage * R::STAGE, &map, board.full[stage], column, token);
-      column += 128;
-    }
-  }
-  // As many as there are stages.
-  __device__ __forceinline__ void begin(int count, bool of_tokens) {
-    if (!bytes || of_tokens == (from != nullptr)) return;
-    for (int i = 0; i < min(count, R::STAGES); ++i) put(i);
-  }
-  // The stage of the step before the last one, which the other group may be at.
-  __device__ __forceinline__ void refill(int step, int count) {
-    if (!bytes || step < 2 || step - 2 + R::STAGES >= count) return;
-    barrier_wait(board.empty[ring.stage], ring.turn);
-    put(ring.stage), ring.next();
-  }
-};
-
 template <class R>
 struct SpreadGroup : ManyGroup<R> {
   static constexpr int LINE = TILE_ROWS + 4;  // of a token, so that banks differ
@@ -108,14 +60,13 @@ struct SpreadGroup : ManyGroup<R> {
   __device__ SpreadGroup(const LinearTask& p_, SpreadBoard<R>& board_, uint32_t base_)
       : ManyGroup<R>(p_, board_, base_), shown(board_) {}
 
-  template <class After>
-  __device__ __forceinline__ void run(const ManyWork& work, int rank, After&& after) {
+  __device__ __forceinline__ void run(const ManyWork& work, int rank) {
     const int first_row = work.row_tile * TILE_ROWS, first_token = work.token_tile * R::T;
     const int thread = static_cast<int>(threadIdx.x);
     if (thread < TILE_ROWS) shown.rows[thread] = row_of(p, first_row + thread);
     wait_for_last();
     for (int m = R::WORKERS - 1 - thread; m < R::T; m += R::WORKERS) shown.tokens[0][m] = token_of(p, first_token + m);
-    this->multiply(work.last - work.first, after);
+    this->multiply(work.last - work.first);
     meet(1, R::WORKERS);  // both groups are done with the operands, and what was shown is there
     const int n = group * 64 + warp * 16 + lane / 4;
 #pragma unroll
@@ -131,6 +82,8 @@ struct SpreadGroup : ManyGroup<R> {
     meet_cluster();
     if (p.shares == 2) {
       add_up<2>(first_row, first_token, rank);
+    } else if (p.shares == 3) {
+      add_up<3>(first_row, first_token, rank);
     } else if (p.shares == 4) {
       add_up<4>(first_row, first_token, rank);
     } else {
@@ -144,8 +97,7 @@ struct SpreadGroup : ManyGroup<R> {
   template <int SHARES>
   __device__ __forceinline__ void add_up(int first_row, int first_token, int rank) const {
     constexpr int APART = R::WORKERS / (TILE_ROWS / 4), MOST = R::T / SHARES / APART;
-    constexpr int ROOM = R::BLOCKS == 2 ? 8 : 16;  // registers for so many times four sums
-    constexpr int AT_ONCE = MOST < 1 ? 1 : MOST * SHARES <= ROOM ? MOST : ROOM / SHARES;
+    constexpr int AT_ONCE = MOST < 1 ? 1 : MOST * SHARES <= 16 ? MOST : 16 / SHARES;
     const int n = static_cast<int>(threadIdx.x) % 32 * 4, last = min(R::T * (rank + 1) / SHARES, p.tokens - first_token);
     const OfRow rows[4] = {shown.rows[n], shown.rows[n + 1], shown.rows[n + 2], shown.rows[n + 3]};
     for (int m = R::T * rank / SHARES + static_cast<int>(threadIdx.x) / 32; m < last; m += AT_ONCE * APART) {
@@ -176,8 +128,8 @@ struct SpreadGroup : ManyGroup<R> {
 #endif
 
 template <class R>
-__global__ void __launch_bounds__(R::THREADS, R::BLOCKS) linear_spread_kernel(const __grid_constant__ LinearTask p,
-                                                                              const __grid_constant__ CUtensorMap map) {
+__global__ void __launch_bounds__(R::THREADS, 1) linear_spread_kernel(const __grid_constant__ LinearTask p,
+                                                                      const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ SpreadBoard<R> board;
@@ -185,22 +137,11 @@ __global__ void __launch_bounds__(R::THREADS, R::BLOCKS) linear_spread_kernel(co
   let_next_begin();
   const int tile = static_cast<int>(blockIdx.x) / p.shares, rank = rank_in_cluster();
   const ManyWork work(p, tile, p.steps * rank / p.shares, p.steps * (rank + 1) / p.shares, -1);
-  const int count = work.last - work.first;
   if (threadIdx.x == 0) board.init(), fetch_map(&map);
   __syncthreads();
-  if constexpr (R::BLOCKS == 2) {
-    SpreadPart<R> part(p, map, board, base, work);
-    part.begin(count, false);
-    wait_for_last();
-    part.begin(count, true);
-    __syncwarp();
-    SpreadGroup<R>(p, board, base).run(work, rank, [&](int i) {
-      part.refill(i, count);
-      __syncwarp();
-    });
-  } else if (warp_of_block() < R::WORKERS / 32) {
+  if (warp_of_block() < R::WORKERS / 32) {
     if constexpr (R::MOVE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    SpreadGroup<R>(p, board, base).run(work, rank, [](int) {});
+    SpreadGroup<R>(p, board, base).run(work, rank);
   } else {
     if constexpr (R::MOVE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (warp_of_block() == R::WORKERS / 32) ManyFeeder<R>(p, map, board, base).run_one(work);
