@@ -7,11 +7,9 @@
 //   values, times that, goes off in the end.
 // Up to 16 tokens: linear_rows.cuh. More on other architectures: linear_few.cuh, 64 at a time. Bound by: bytes of the
 //   weight, but for a matrix of Llama-3-8B as much by kernels that wait for each other.
-// More on sm_90a: linear_spread.cuh up to 64 tokens, and where there are few tiles.
-// Else on sm_90a: linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens on an H200.
+// More on sm_90a: linear_spread.cuh where there are no more tiles than multiprocessors, else linear_many.cuh. Bound by:
+//   tensor cores; 1,220 TOP/s with 8192 tokens on an H200; of few tokens as much by kernels that wait for each other.
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <initializer_list>
 
 #include "linear_few.cuh"
@@ -78,12 +76,9 @@ Kernel few(const hfl_linear& a, int shared_bytes) {
 }
 template <Form F>
 Kernel many(const ManyPlan& plan) {
-  if (plan.shares) {
-    if (plan.tokens <= 64) return plan.tokens == 32 ? spread<F, 32>() : spread<F, 64>();
-    return plan.tokens == 128 ? spread<F, 128>() : spread<F, 256>();
-  }
-  if (plan.tokens == 64) return many<F, 64>();
-  return plan.tokens == 128 ? many<F, 128>() : many<F, 256>();
+  if (plan.tokens == 64) return plan.shares ? spread<F, 64>() : many<F, 64>();
+  if (plan.tokens == 128) return plan.shares ? spread<F, 128>() : many<F, 128>();
+  return many<F, 256>();
 }
 
 struct Device {
@@ -100,14 +95,6 @@ struct Device {
 };
 
 ManyPlan plan_of(const hfl_linear& a, int processors) {
-  if (const char* said = getenv("HFL_PLAN")) {  // EXPERIMENT
-    int t = 0, s = 0;
-    if (sscanf(said, "%d,%d", &t, &s) == 2 && t) {
-      if (s > 0) return {t, 0, s};
-      const int tiles = (a.rows + 127) / 128 * ((a.tokens + t - 1) / t);
-      return {t, s < 0 ? tiles % processors : 0, 0};
-    }
-  }
   return plan_many(a.tokens, (a.rows + TILE_ROWS - 1) / TILE_ROWS, (a.columns + 127) / 128, processors);
 }
 

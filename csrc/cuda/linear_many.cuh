@@ -5,8 +5,10 @@
 //   other; before those, its share of tiles that are split along K, whose sums are added in memory, exactly.
 // Two groups of four warps have 64 rows each: they make the operand of the next 128 columns (one mask, and one
 //   multiplication where there are groups, for four codes) while the tensor cores multiply those before. Of a third
-//   group two threads copy: one tokens, by a tensor map, the other codes and scales, as they lie.
-// Shared memory: STAGES times tokens, codes and scales of 128 columns, up to 206 KiB.
+//   group two warps copy: one tokens, by a tensor map, the other codes and scales, as they lie.
+// Shared memory: STAGES times tokens, codes and scales of 128 columns, up to 217 KiB. A stage changes hands by barriers:
+//   one counts bytes that came, one the warps that have read. Of a warp one thread arrives, once all have met and the
+//   products are made, which a checker of races does not follow: it reports that copies overwrite what was read before.
 // In code for other architectures the kernel is empty, which shows as one without static shared memory.
 #pragma once
 #include "linear.cuh"
@@ -19,16 +21,13 @@ template <Form F_, int T_, bool SPREAD = false>
 struct ManyRoom {
   static constexpr Form F = F_;
   static constexpr int T = T_;
-  static constexpr bool MOVE = !SPREAD || T == 256;  // registers, from those that copy to those that multiply
-  static constexpr int WORKERS = 256, FEEDERS = MOVE ? 128 : 64, THREADS = WORKERS + FEEDERS;
-  static constexpr bool EARLY = T < 256 && F != Form::BYTES;  // there are registers for what is stored of the next columns
+  static constexpr int WORKERS = 256, FEEDERS = SPREAD ? 64 : 128, THREADS = WORKERS + FEEDERS;
   static constexpr int LISTS = SPREAD ? 1 : 2;  // of tokens
   static constexpr int TOKENS = T * 128, CHUNKS = F == Form::BYTES ? 2 : 1;
   static constexpr int CODES = CHUNKS * CHUNK_BYTES;  // of a panel
   static constexpr int LEVELS = F == Form::GROUP || F == Form::FINE ? 512 : 0;
   static constexpr int STAGE = TOKENS + 2 * CODES + 2 * LEVELS;  // a multiple of 1024
-  static constexpr int ROOM = 220 * 1024, STAGES = ROOM / STAGE < 16 ? ROOM / STAGE : 16;
-  static_assert(STAGES > 2, "one is read, one multiplied, one filled");
+  static constexpr int STAGES = 220 * 1024 / STAGE;
   static constexpr int BYTES = STAGES * STAGE + 1024;  // so that it can begin at a multiple of 1024
 };
 
@@ -110,7 +109,6 @@ struct ManyFeeder {
     if (of_tokens) wait_for_last();
     each_work(p, [&](const ManyWork& work) {
       seek(work);
-#pragma unroll 1
       for (int step = work.first; step < work.last; ++step, ring.next()) {
         barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
         if (of_tokens) {
@@ -186,8 +184,6 @@ struct ManyGroup {
   int group, warp, lane;
   ManyRing<R> ring;
   int before;  // the stage whose products are under way
-  uint4 stored[2 * R::CHUNKS];
-  uint32_t levels[4];
   int acc[T / 2];
 
   __device__ ManyGroup(const LinearTask& p_, ManyBoard<R>& board_, uint32_t base_)
@@ -203,15 +199,12 @@ struct ManyGroup {
   }
 
   __device__ __forceinline__ void multiply(int count) {
-    if (R::EARLY) fetch();
-    step(true, count > 1);
+    step(true);
     int i = 1;
 #pragma unroll 1
-    for (; i + 2 < count; i += 2) step(false, true), step(false, true);
-    for (; i < count; ++i) step(false, i + 1 < count);
-    wgmma_wait<0>();
-    in_flight(acc);
-    release(before);
+    for (; i + 2 <= count; i += 2) step(false), step(false);
+    if (i < count) step(false);
+    finish_products();
   }
 
   // Results of a whole tile, of 16 rows from n on: of four threads each has two rows of four 8x8 parts, and writes all
@@ -268,37 +261,30 @@ struct ManyGroup {
     }
   }
 
-  // What is stored of the 128 columns of the next stage, once it is there.
-  __device__ __forceinline__ void fetch() {
-    barrier_wait(board.full[ring.stage], ring.turn);
-    const uint32_t part = base + ring.stage * R::STAGE + R::TOKENS;
+  // Operand a of the 128 columns of a stage.
+  __device__ __forceinline__ void codes(uint32_t (&a)[16], int stage) const {
+    const uint32_t part = base + stage * R::STAGE + R::TOKENS;
     const uint32_t at = part + group * R::CODES + warp * 1024 + lane * 16;
-#pragma unroll
-    for (int s = 0; s < 2 * R::CHUNKS; ++s) stored[s] = load_shared(at + s / 2 * CHUNK_BYTES + s % 2 * 512);
-    const uint32_t of_rows = part + 2 * R::CODES + group * R::LEVELS + warp * 32 + lane / 4 * 4;
-    if constexpr (F == Form::GROUP) levels[0] = load_word(of_rows);
-    if constexpr (F == Form::FINE) {
-#pragma unroll
-      for (int s = 0; s < 4; ++s) levels[s] = load_word(of_rows + s * p.groups / 4 * 2 * PANEL);
-    }
-  }
-
-  // Operand a of them.
-  __device__ __forceinline__ void codes(uint32_t (&a)[16]) const {
-    const uint4 &x = stored[0], &y = stored[1];
+    const uint32_t levels = part + 2 * R::CODES + group * R::LEVELS + warp * 32 + lane / 4 * 4;
     if constexpr (F == Form::BYTES) {
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        a[4 * s] = stored[s].x, a[4 * s + 1] = stored[s].y, a[4 * s + 2] = stored[s].z, a[4 * s + 3] = stored[s].w;
+        const uint4 x = load_shared(at + s / 2 * CHUNK_BYTES + s % 2 * 512);
+        a[4 * s] = x.x, a[4 * s + 1] = x.y, a[4 * s + 2] = x.z, a[4 * s + 3] = x.w;
       }
-    } else if constexpr (F == Form::CHANNEL) {
+      return;
+    }
+    const uint4 x = load_shared(at), y = load_shared(at + 512);
+    if constexpr (F == Form::CHANNEL) {
       expand(a, x.x, x.y), expand(a + 4, x.z, x.w), expand(a + 8, y.x, y.y), expand(a + 12, y.z, y.w);
     } else if constexpr (F == Form::GROUP) {
-      const Levels by(levels[0]);
+      const Levels by(load_word(levels));
       expand(a, x.x, x.y, by), expand(a + 4, x.z, x.w, by), expand(a + 8, y.x, y.y, by), expand(a + 12, y.z, y.w, by);
-    } else {
-      expand(a, x.x, x.y, Levels(levels[0])), expand(a + 4, x.z, x.w, Levels(levels[1]));
-      expand(a + 8, y.x, y.y, Levels(levels[2])), expand(a + 12, y.z, y.w, Levels(levels[3]));
+    } else if constexpr (F == Form::FINE) {
+      expand(a, x.x, x.y, Levels(load_word(levels)));
+      expand(a + 4, x.z, x.w, Levels(load_word(levels + p.groups / 4 * 2 * PANEL)));
+      expand(a + 8, y.x, y.y, Levels(load_word(levels + p.groups / 2 * 2 * PANEL)));
+      expand(a + 12, y.z, y.w, Levels(load_word(levels + 3 * p.groups / 4 * 2 * PANEL)));
     }
   }
 
@@ -307,23 +293,26 @@ struct ManyGroup {
     if (lane == 0) barrier_arrive(board.empty[stage]);
   }
 
-  // 128 columns more; those before are done after it, and the next ones fetched, if there are `more`.
-  __device__ __forceinline__ void step(bool first, bool more) {
+  // 128 columns more; those before are done after it.
+  __device__ __forceinline__ void step(bool first) {
     uint32_t a[16];
-    if (!R::EARLY) fetch();
-    codes(a);
-    if (R::EARLY) in_flight(a);  // all of it is there before the first product
+    barrier_wait(board.full[ring.stage], ring.turn);
+    codes(a, ring.stage);
     const uint64_t b = matrix(base + ring.stage * R::STAGE);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < 4; ++s) product_u8(acc, a + 4 * s, b + 2 * s, s || !first);
     wgmma_commit();
-    const int now = ring.stage;
-    ring.next();
-    if (R::EARLY && more) fetch();
     wgmma_wait<1>();
     if (!first) release(before);
-    before = now;
+    before = ring.stage;
+    ring.next();
+  }
+
+  __device__ __forceinline__ void finish_products() {
+    wgmma_wait<0>();
+    in_flight(acc);
+    release(before);
   }
 
   // Add the sums to the tile's.
@@ -372,10 +361,10 @@ __global__ void __launch_bounds__(R::THREADS, 1) linear_many_kernel(const __grid
   if (threadIdx.x == 0) board.init(), fetch_map(&map);
   __syncthreads();
   if (warp_of_block() < R::WORKERS / 32) {
-    if constexpr (R::MOVE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     ManyGroup<R>(p, board, base).run();
   } else {
-    if constexpr (R::MOVE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     const int warp = warp_of_block() - R::WORKERS / 32;
     if (warp < 2) ManyFeeder<R>(p, map, board, base).run(warp == 1);
   }

@@ -17,34 +17,35 @@ struct ManyCost {
   int tokens;
   double step, results;
 };
-constexpr ManyCost MANY_COSTS[] = {{32, 0.17, 0.8}, {64, 0.2, 1.0}, {128, 0.3, 1.5}, {256, 0.585, 2.5}};
-constexpr double SHARED = 1.8, ADDED_PER_US = 230e3, SPLIT = 3.0;
+constexpr ManyCost MANY_COSTS[] = {{64, 0.24, 1.0}, {128, 0.3, 1.6}, {256, 0.585, 2.5}};
+constexpr double SHARED = 1.8, ADDED_PER_US = 230e3, SPLIT = 5.0;
 
-// Whether clusters of so many blocks are all there at once, one block on a multiprocessor. Those of three and more do
-// not fill the groups of multiprocessors that they come from: of 132 not all take part.
+// Whether clusters of so many blocks, of which one fits on a multiprocessor, are all there at once. The groups of
+// multiprocessors that a cluster lies in are not full of larger ones: of four, 32 took two rounds on 132.
 inline bool at_once(long long tiles, int shares, int processors) {
-  const long long blocks = tiles * shares;
-  return shares <= 2 ? blocks <= processors : shares == 3 ? 8 * blocks <= 7 * processors : 4 * blocks <= 3 * processors;
+  return shares <= 2 ? tiles * shares <= processors : 4 * tiles * shares <= 3 * processors;
 }
 
 // rows: tiles of 128 rows; steps: of 128 columns.
 inline ManyPlan plan_many(int tokens, int rows, int steps, int processors) {
   ManyPlan best = {256, 0, 0};
   double least = 1e30;
+  const auto consider = [&](const ManyPlan& plan, double time) {
+    if (time < least) least = time, best = plan;
+  };
   for (const ManyCost& cost : MANY_COSTS) {
     const long long tiles = static_cast<long long>(rows) * ((tokens + cost.tokens - 1) / cost.tokens);
-    for (int shares : {1, 2, 3, 4, 8}) {
-      if (shares > steps || !at_once(tiles, shares, processors)) continue;
-      const double time = (steps + shares - 1) / shares * cost.step + cost.results + (shares > 1 ? SHARED : 0.0);
-      if (time < least) least = time, best = {cost.tokens, 0, shares};
+    const int most = cost.tokens < 256 ? std::min(8, steps) : 0;
+    for (int shares = 1; shares <= most && at_once(tiles, shares, processors); shares *= 2) {
+      const double added = shares > 1 ? SHARED : 0.0;
+      consider({cost.tokens, 0, shares}, (steps + shares - 1) / shares * cost.step + cost.results + added);
     }
-    if (cost.tokens < 64) continue;
     const long long rounds = tiles / processors, rest = tiles % processors;
-    const double tile = steps * cost.step + cost.results;
+    const double tile = steps * cost.step + cost.results, whole = static_cast<double>(rounds) * tile;
     const double added = static_cast<double>(rest + processors) * 128 * std::min(tokens, cost.tokens) / ADDED_PER_US;
     const double split = static_cast<double>(rest) * steps / processors * cost.step + added + SPLIT;
-    const double time = static_cast<double>(rounds) * tile + (rest == 0 ? 0.0 : std::min(tile, split));
-    if (time < least) least = time, best = {cost.tokens, rest != 0 && split < tile ? static_cast<int>(rest) : 0, 0};
+    consider({cost.tokens, 0, 0}, whole + (rest ? tile : 0.0));
+    if (rest) consider({cost.tokens, static_cast<int>(rest), 0}, whole + split);
   }
   return best;
 }

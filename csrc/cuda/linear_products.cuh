@@ -6,8 +6,8 @@ namespace hfl {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-template <class T, int N>
-__device__ __forceinline__ void in_flight(T (&x)[N]) {
+template <int N>
+__device__ __forceinline__ void in_flight(int (&x)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
@@ -42,14 +42,6 @@ __device__ __forceinline__ void product_u8(int (&x)[32], const uint32_t* a, uint
                "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" HFL_32_NAMES
                "}, {%32, %33, %34, %35}, %36, more;\n}"
                : HFL_32(0)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
-}
-// The same with 32 tokens.
-__device__ __forceinline__ void product_u8(int (&x)[16], const uint32_t* a, uint64_t b, int more) {
-  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %21, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-               "%12, %13, %14, %15}, {%16, %17, %18, %19}, %20, more;\n}"
-               : HFL_8(0), HFL_8(8)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
 }
 // The same with 256 tokens.

@@ -1,12 +1,12 @@
 // w4a8_linear of 17 tokens and more for sm_90a, where whole tiles would leave multiprocessors without work: as
 // linear_many.cuh, but the blocks of a cluster share the columns of one tile.
 //
-// Grid: a cluster of 1 to 8 blocks for each tile of 128 rows and T tokens. Two blocks fit on a multiprocessor, so that
-//   the next kernel's codes come while this one ends, and one makes operands while the other's products are made.
-// Block: two groups of four warps with 64 rows each; the first thread copies, too.
+// Grid: a cluster of 1, 2, 4 or 8 blocks for each tile of 128 rows and T tokens, all of them there at once.
+// Block: two groups of four warps with 64 rows each, and a warp that copies: codes of as many stages as there are, then
+//   their tokens, which the kernel before may still make.
 // Sums are left in each block's shared memory; of a tile, each block adds up its part of the tokens, out of the memory
 //   of all, exactly.
-// Shared memory: STAGES times tokens, codes and scales of 128 columns, up to 111 KiB; in the end, sums.
+// Shared memory: STAGES times tokens, codes and scales of 128 columns, up to 217 KiB; in the end, sums.
 #pragma once
 #include "linear_many.cuh"
 
@@ -39,11 +39,13 @@ __device__ __forceinline__ int4 load_of(uint32_t at, int rank) {
   return x;
 }
 
+// The same of this block.
 __device__ __forceinline__ int4 load_sums(uint32_t at) {
   const uint4 x = load_shared(at);
   return make_int4(static_cast<int>(x.x), static_cast<int>(x.y), static_cast<int>(x.z), static_cast<int>(x.w));
 }
 
+// And what belongs to the rows of the tile.
 template <class R>
 struct SpreadBoard : ManyBoard<R> {
   OfRow rows[TILE_ROWS];
@@ -60,6 +62,7 @@ struct SpreadGroup : ManyGroup<R> {
   __device__ SpreadGroup(const LinearTask& p_, SpreadBoard<R>& board_, uint32_t base_)
       : ManyGroup<R>(p_, board_, base_), shown(board_) {}
 
+  // This block's part of a tile.
   __device__ __forceinline__ void run(const ManyWork& work, int rank) {
     const int first_row = work.row_tile * TILE_ROWS, first_token = work.token_tile * R::T;
     const int thread = static_cast<int>(threadIdx.x);
@@ -82,8 +85,6 @@ struct SpreadGroup : ManyGroup<R> {
     meet_cluster();
     if (p.shares == 2) {
       add_up<2>(first_row, first_token, rank);
-    } else if (p.shares == 3) {
-      add_up<3>(first_row, first_token, rank);
     } else if (p.shares == 4) {
       add_up<4>(first_row, first_token, rank);
     } else {
@@ -93,12 +94,13 @@ struct SpreadGroup : ManyGroup<R> {
   }
 
  private:
-  // A thread has four rows, and every eighth token of the block's part.
+  // A thread has four rows, and every eighth token of the block's part; of several all sums are on their way at once.
   template <int SHARES>
   __device__ __forceinline__ void add_up(int first_row, int first_token, int rank) const {
     constexpr int APART = R::WORKERS / (TILE_ROWS / 4), MOST = R::T / SHARES / APART;
     constexpr int AT_ONCE = MOST < 1 ? 1 : MOST * SHARES <= 16 ? MOST : 16 / SHARES;
-    const int n = static_cast<int>(threadIdx.x) % 32 * 4, last = min(R::T * (rank + 1) / SHARES, p.tokens - first_token);
+    const int n = static_cast<int>(threadIdx.x) % 32 * 4;
+    const int last = min(R::T * (rank + 1) / SHARES, p.tokens - first_token);
     const OfRow rows[4] = {shown.rows[n], shown.rows[n + 1], shown.rows[n + 2], shown.rows[n + 3]};
     for (int m = R::T * rank / SHARES + static_cast<int>(threadIdx.x) / 32; m < last; m += AT_ONCE * APART) {
       int4 part[AT_ONCE][SHARES];
@@ -140,11 +142,9 @@ __global__ void __launch_bounds__(R::THREADS, 1) linear_spread_kernel(const __gr
   if (threadIdx.x == 0) board.init(), fetch_map(&map);
   __syncthreads();
   if (warp_of_block() < R::WORKERS / 32) {
-    if constexpr (R::MOVE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     SpreadGroup<R>(p, board, base).run(work, rank);
-  } else {
-    if constexpr (R::MOVE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (warp_of_block() == R::WORKERS / 32) ManyFeeder<R>(p, map, board, base).run_one(work);
+  } else if (warp_of_block() == R::WORKERS / 32) {
+    ManyFeeder<R>(p, map, board, base).run_one(work);
   }
 #endif
 }

@@ -48,12 +48,6 @@ __device__ __forceinline__ T of_block(T x, Both both, T nothing) {
   return x;
 }
 
-// The integer nearest to x * up, the even one of two, in the lowest byte; of no more than 2^22. Where a float's last bit
-// counts ones, addition rounds to them, at four times the rate of a conversion.
-__device__ __forceinline__ uint32_t nearest(float x, float up) {
-  return __float_as_uint(__fadd_rn(__fmul_rn(x, up), 0x1.8p23f));
-}
-
 template <int PIECES>
 struct Row {
   const hfl_quantize& a;
@@ -133,14 +127,12 @@ struct Row {
     for (int p = 0; p < PIECES; ++p) {
       if (channel(p) >= a.columns) continue;
       const Eight y = eight(p);
-      uint32_t words[2];
+      uint32_t words[2] = {};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float* x = y.x + 4 * i;
-        const uint32_t low = __byte_perm(nearest(x[0], up), nearest(x[1], up), 0x0040);
-        const uint32_t high = __byte_perm(nearest(x[2], up), nearest(x[3], up), 0x0040);
-        words[i] = up == 0.0f ? 0 : __byte_perm(low, high, 0x5410);
-        sum = __dp4a(static_cast<int>(words[i]), 0x01010101, sum);
+      for (int i = 0; i < 8; ++i) {
+        const int value = up == 0.0f ? 0 : max(-127, min(127, __float2int_rn(__fmul_rn(y.x[i], up))));
+        sum += value;
+        words[i / 4] |= (static_cast<uint32_t>(value) & 0xffu) << i % 4 * 8;
       }
       *reinterpret_cast<uint2*>(a.values + row * a.columns + channel(p)) = make_uint2(words[0], words[1]);
     }
