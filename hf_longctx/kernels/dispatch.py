@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import torch
+
 from ..errors import UnsupportedError
 
 ORDER = ("compiled", "triton", "flex", "torch", "reference")
@@ -132,11 +134,20 @@ def chosen(op: str, *args: Any) -> str:
 
 
 def call(op: str, *args: Any) -> Any:
-    """Run `op` on the backend that is `chosen`.
+    """Run `op` on the backend that is `chosen`; inside `torch.compile`, put that into the graph.
 
     Raises:
         UnsupportedError: as `chosen`.
     """
+    if torch.compiler.is_compiling():
+        from . import traced
+
+        return traced.call(op, args)
+    return run(op, *args)
+
+
+def run(op: str, *args: Any) -> Any:
+    """`call`, whoever traces it."""
     backend = chosen(op, *args)
     _LAST[op] = backend
     return _table()[backend][op].run(*args)
