@@ -155,24 +155,33 @@ class Value:
 
 @dataclass(frozen=True)
 class Many:
-    """A sequence of values: a list of each flat argument."""
+    """A sequence of values: a list of each flat argument.
+
+    A list that is changed holds tensors alone, as torch asks for: `[0]` where there is none.
+    """
 
     each: Value
-    as_tuple: bool
 
     @property
     def names(self) -> list[tuple[str, str, bool]]:
         """As `Part.names`, like the other two."""
-        return [(name, f"{kind}[]", changed) for name, kind, changed in self.each.names]
+        own = self.each.names
+        return [(name, "Tensor[]" if changed else f"{kind}[]", changed) for name, kind, changed in own]
 
     def take(self, x: Any) -> list[Any]:
         """Lists."""
-        rows = [self.each.take(one) for one in x]
-        return [[row[i] for row in rows] for i in range(len(self.each.names))]
+        columns, rows = [], [self.each.take(one) for one in x]
+        for i, (_, _, changed) in enumerate(self.each.names):
+            column = [row[i] for row in rows]
+            columns.append([torch.empty(0) if y is None else y for y in column] if changed else column)
+        return columns
 
     def build(self, flat: Iterator[Any]) -> Any:
         """The sequence."""
-        columns = [next(flat) for _ in self.each.names]
+        columns = []
+        for _, _, changed in self.each.names:
+            column = next(flat)
+            columns.append([None if y.ndim == 1 else y for y in column] if changed else column)
         return [self.each.build(iter(row)) for row in zip(*columns, strict=True)]
 
 
@@ -226,7 +235,7 @@ def _part(path: str, hint: Any, changed: frozenset[str]) -> Part:
         as_tuple = get_origin(hint) is tuple
         each = _part(path, options[0], changed)
         if isinstance(each, Value):
-            return Many(each, as_tuple)
+            return Many(each)
         assert isinstance(each, Plain)
         return replace(each, kind=f"{each.kind}[]", as_tuple=as_tuple)
     return Plain(name, _PLAIN[hint][0], touched)

@@ -20,6 +20,7 @@ from . import dispatch, outputs
 from .linear import Tokens
 from .reference import OPS as DEFINITIONS
 from .schemas import Part, parts_of, schema
+from .step import GroupStep
 from .types import HostBlocks, Packed
 
 NAMESPACE = "hf_longctx"
@@ -150,6 +151,8 @@ def flatten(parts: Sequence[Part], args: Sequence[Any]) -> list[Any]:
 def call(name: str, args: tuple[Any, ...]) -> Any:
     """A call that is traced: one node, or, where that cannot be, the call as ever, outside the graph."""
     operation = OPERATIONS[name]
+    if name == "attend_layer":
+        _check_bounds(args[4])
     flat = flatten(operation.parts, args)
     if torch.is_grad_enabled() and any(x.requires_grad for x in _inputs(flat)):
         return outside_for_gradients(name, *args)
@@ -157,6 +160,14 @@ def call(name: str, args: tuple[Any, ...]) -> Any:
         return outside_for_addresses(name, *args)
     out = operation.overload(*flat)
     return _restored(name, args, out)
+
+
+def _check_bounds(groups: Sequence[GroupStep]) -> None:
+    if any(group.choice is not None and group.choice.summary is not group.bounds for group in groups):
+        raise ValueError(
+            "attend_layer: expected a choice by the bounds of its group; got another summary, which a compiler would "
+            "take for one that the call does not change. Pass the bounds themselves."
+        )
 
 
 def _has_table(x: Any) -> bool:
