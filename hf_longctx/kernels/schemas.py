@@ -157,7 +157,7 @@ class Value:
 class Many:
     """A sequence of values: a list of each flat argument.
 
-    A list that is changed holds tensors alone, as torch asks for: `[0]` where there is none.
+    torch changes no list with a None in it, so `[0]` stands for that, and makes numbers of dtypes, so they are named.
     """
 
     each: Value
@@ -165,23 +165,34 @@ class Many:
     @property
     def names(self) -> list[tuple[str, str, bool]]:
         """As `Part.names`, like the other two."""
-        own = self.each.names
-        return [(name, "Tensor[]" if changed else f"{kind}[]", changed) for name, kind, changed in own]
+        kinds = {"Tensor?": "Tensor", "ScalarType?": "str"}
+        return [
+            (name, f"{kinds.get(kind, kind) if changed or kind == 'ScalarType?' else kind}[]", changed)
+            for name, kind, changed in self.each.names
+        ]
 
     def take(self, x: Any) -> list[Any]:
         """Lists."""
         columns, rows = [], [self.each.take(one) for one in x]
-        for i, (_, _, changed) in enumerate(self.each.names):
+        for i, (_, kind, changed) in enumerate(self.each.names):
             column = [row[i] for row in rows]
-            columns.append([torch.empty(0) if y is None else y for y in column] if changed else column)
+            if changed:
+                column = [torch.empty(0) if y is None else y for y in column]
+            elif kind == "ScalarType?":
+                column = ["" if y is None else str(y) for y in column]
+            columns.append(column)
         return columns
 
     def build(self, flat: Iterator[Any]) -> Any:
         """The sequence."""
         columns = []
-        for _, _, changed in self.each.names:
+        for _, kind, changed in self.each.names:
             column = next(flat)
-            columns.append([None if y.ndim == 1 else y for y in column] if changed else column)
+            if changed:
+                column = [None if y.ndim == 1 else y for y in column]
+            elif kind == "ScalarType?":
+                column = [getattr(torch, y.removeprefix("torch.")) if y else None for y in column]
+            columns.append(column)
         return [self.each.build(iter(row)) for row in zip(*columns, strict=True)]
 
 
