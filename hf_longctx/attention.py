@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -139,19 +139,20 @@ def _attend(forward: Forward, layer: int, query: Tensor, key: Tensor, value: Ten
         return out.transpose(1, 2).contiguous()
     order = _order(tuple(group.kv_heads for group in plan.groups), query.shape[1] // key.shape[1], query.device)
     k, v = order.split(key), order.split(value)
-    whole = query.new_empty(query.shape[0], *query.shape[2:0:-1], value.shape[-1])
+    # of all heads, `[B, T, Hq, D]`: made when the first group puts its own in there
+    whole = cache(lambda: query.new_empty(query.shape[0], *query.shape[2:0:-1], value.shape[-1]))
     parts: dict[int, Tensor] = {}
     for i, group in enumerate(plan.groups):
-        among, own = Among(order.places[i], whole.transpose(1, 2)), logits.heads(order.q[i])
+        among, own = Among(order.places[i], lambda: whole().transpose(1, 2)), logits.heads(order.q[i])
         part = attend_group(forward, layer, group, stores[i], query, k[i], v[i], own, among)
         if part is not None:
             parts[i] = part.transpose(1, 2)
     if len(parts) == len(plan.groups):
         return picked(torch.cat(list(parts.values()), 2), 2, order.back)
     for i, part in parts.items():
-        into, some = widened(whole, part)
+        into, some = widened(whole(), part)
         into.index_copy_(2, order.q[i], some)
-    return whole
+    return whole()
 
 
 def text_positions(forward: Forward) -> Tensor:
