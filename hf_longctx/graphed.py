@@ -1,7 +1,7 @@
-"""What attention is in a graph of a compiler (`torch.compile`): one node for each layer, `torch.ops.hf_longctx.attention`.
+"""What attention is in a graph of a compiler (`torch.compile`): for each layer a node `torch.ops.hf_longctx.attention`.
 
-A node knows its layer's number. Everything else, the plan, the cache and where the call's tokens stand, it finds when it
-runs: no graph is made anew when a cache grows, and what is stored and chosen is what calls without a compiler would.
+A node knows its layer's number. All else, the plan, the cache and where the call's tokens stand, it finds when it runs:
+no graph is made anew when a cache grows, and what is stored and chosen is what calls without a compiler would.
 It is registered when this is imported, which the first traced call does.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .attention import HARMLESS, attend
 from .context import current
+from .kernels.between import between_graphs
 from .kernels.traced import Operation, Row
 
 _PASSED = ("s_aux", "slopes", "softcap", "sliding_window")
@@ -58,19 +59,19 @@ def attention(
     """One node; or, where it would lose something, the call as ever between two graphs. Arguments as `attend`."""
     odd = [key for key, x in others.items() if key not in _PASSED and key not in HARMLESS and x is not None]
     if dropout or any(others[key] != _SAID.get(key) for key in odd):
-        return _outside_as_it_is_odd(name, layer, query, key, value, scaling, dropout, others)
+        return _as_it_is_odd(name, layer, query, key, value, scaling, dropout, others)
     sinks, slopes, softcap, window = (others.get(key) for key in _PASSED)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks, slopes)):
-        return _outside_for_gradients(name, layer, query, key, value, scaling, dropout, others)
+        return _for_gradients(name, layer, query, key, value, scaling, dropout, others)
     out: Tensor = OPERATION.overload(query, key, value, sinks, slopes, softcap, window, scaling, layer, name)
     return out
 
 
-@torch.compiler.disable(reason="hf_longctx: attention has no gradient in a graph; it is recorded outside it")
-def _outside_for_gradients(*arguments: Any) -> Tensor:
+@between_graphs("attention has no gradient in a graph; it is recorded outside it")
+def _for_gradients(*arguments: Any) -> Tensor:
     return attend(current(), *arguments)
 
 
-@torch.compiler.disable(reason="hf_longctx: an argument of attention that is looked at outside of graphs")
-def _outside_as_it_is_odd(*arguments: Any) -> Tensor:
+@between_graphs("an argument of attention that is looked at outside of graphs")
+def _as_it_is_odd(*arguments: Any) -> Tensor:
     return attend(current(), *arguments)

@@ -19,6 +19,7 @@ from .cache.step import Step, check_cached
 from .context import NAME, Forward, Rotary, current, enter
 from .errors import UnsupportedError
 from .graph import Recorder
+from .kernels.between import between_graphs
 from .memory import check_room
 from .models import CACHE, ModelFacts
 from .places import find_texts, place
@@ -211,8 +212,9 @@ class AfterForward:
     def __call__(self, decoder: Any, args: tuple[Any, ...], output: Any) -> None:
         """Commit the step."""
         if torch.compiler.is_compiling():
-            return _commit_outside(self, output)
-        return self.commit(output)
+            _commit_outside(self, output)
+        else:
+            self.commit(output)
 
     def commit(self, output: Any) -> None:
         """The same, of the current call."""
@@ -223,14 +225,14 @@ class AfterForward:
             forward.cache.commit(forward.step, looked=not forward.recorded)
 
 
-@torch.compiler.disable(reason="hf_longctx: what a call finds in its cache, and where its tokens go, is no graph")
+@between_graphs("what a call finds in its cache, and where its tokens go, is no graph")
 def _begin_outside(
     hook: BeforeForward, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     return hook.begin(decoder, args, kwargs, True)
 
 
-@torch.compiler.disable(reason="hf_longctx: that a call's tokens are stored is counted between graphs")
+@between_graphs("that a call's tokens are stored is counted between graphs")
 def _commit_outside(hook: AfterForward, output: Any) -> None:
     hook.commit(output)
 

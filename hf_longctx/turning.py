@@ -18,6 +18,7 @@ from .cache.step import Step
 from .context import Forward, current
 from .errors import UnsupportedError
 from .kernels import ops
+from .kernels.between import between_graphs
 
 _CALL = "angles"
 UNTURNED = "unturned"
@@ -58,7 +59,7 @@ class AtRead:
         return cos, sin
 
 
-@torch.compiler.disable(reason="hf_longctx: angles are kept for what reads keys, which no graph does")
+@between_graphs("angles are kept for what reads keys, which no graph does")
 def _outside(module: AtRead, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     return module.kept(x, position_ids)
 

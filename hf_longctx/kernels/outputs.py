@@ -60,7 +60,9 @@ def score_antidiagonal(q: Tensor, k: Tensor | Packed, q_pos: Any, block: int, *o
 def pick_blocks(scores: Tensor, low: Any, high: Any, sink: int, take: int | None, tau: Any, forced: int) -> Tensor:
     """`[B, Hs, N, K]`."""
     blocks = scores.shape[3]
-    most = blocks if take is None else torch.sym_min(blocks, sink + forced + take)
+    most = blocks
+    if take is not None:
+        most = torch.sym_min(blocks, sink + forced + take)  # type: ignore[no-untyped-call]
     return scores.new_empty(*scores.shape[:3], most, dtype=torch.int32)
 
 

@@ -241,7 +241,7 @@ def _part(path: str, hint: Any, changed: frozenset[str]) -> Part:
         own = get_type_hints(hint, localns=_NAMES)
         names = [field.name for field in fields(hint) if (hint, field.name) not in _ELSEWHERE]
         below = tuple((field, _part(f"{path}.{field}", own[field], changed)) for field in names)
-        return Value(name, {Choice: _choice, GroupStep: _group}.get(hint, hint), below, False)
+        return Value(name, _MADE_BY.get(hint, hint), below, False)
     if options:
         as_tuple = get_origin(hint) is tuple
         each = _part(path, options[0], changed)
@@ -259,6 +259,9 @@ def _choice(**known: Any) -> Callable[[Any], Choice]:
 def _group(choice: Callable[[Any], Choice] | None, bounds: Any, **known: Any) -> GroupStep:
     """A group that chooses by the bounds that it keeps."""
     return GroupStep(bounds=bounds, choice=None if choice is None else choice(bounds), **known)
+
+
+_MADE_BY: dict[Any, Callable[..., Any]] = {Choice: _choice, GroupStep: _group}
 
 
 def _maybe(part: Part) -> Part:

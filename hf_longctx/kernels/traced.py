@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, outputs
+from .between import between_graphs
 from .linear import Tokens
 from .reference import OPS as DEFINITIONS
 from .schemas import Part, parts_of, schema
@@ -185,13 +186,13 @@ def _restored(name: str, args: tuple[Any, ...], out: Any) -> Any:
     return tuple(out) if name in ("project", "linears_with_delta") else out
 
 
-@torch.compiler.disable(reason="hf_longctx: operations have no gradient in a graph; they are recorded outside it")
+@between_graphs("operations have no gradient in a graph; they are recorded outside it")
 def outside_for_gradients(name: str, *args: Any) -> Any:
     """The call as ever."""
     return dispatch.run(name, *args)
 
 
-@torch.compiler.disable(reason="hf_longctx: blocks in host memory are read at their own addresses, which no graph sees")
+@between_graphs("blocks in host memory are read at their own addresses, which no graph sees")
 def outside_for_addresses(name: str, *args: Any) -> Any:
     """The call as ever."""
     return dispatch.run(name, *args)

@@ -1,4 +1,4 @@
-"""Operations as a compiler sees them: what `torch.library` is told holds, on every backend; graphs give what calls do."""
+"""Operations as a compiler sees them: what `torch.library` is told holds on all backends; graphs give what calls do."""
 
 from __future__ import annotations
 
