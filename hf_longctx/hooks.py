@@ -147,7 +147,8 @@ class BeforeForward:
     def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Bind the arguments by name, and put ours among them."""
         if torch.compiler.is_compiling():
-            return _begin_outside(self, decoder, args, kwargs)
+            begun: tuple[Any, dict[str, Any]] = _outside(self.begin, decoder, args, kwargs, True)
+            return begun
         return self.begin(decoder, args, kwargs, False)
 
     def begin(
@@ -212,7 +213,7 @@ class AfterForward:
     def __call__(self, decoder: Any, args: tuple[Any, ...], output: Any) -> None:
         """Commit the step."""
         if torch.compiler.is_compiling():
-            _commit_outside(self, output)
+            _outside(self.commit, output)
         else:
             self.commit(output)
 
@@ -225,16 +226,9 @@ class AfterForward:
             forward.cache.commit(forward.step, looked=not forward.recorded)
 
 
-@between_graphs("what a call finds in its cache, and where its tokens go, is no graph")
-def _begin_outside(
-    hook: BeforeForward, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    return hook.begin(decoder, args, kwargs, True)
-
-
-@between_graphs("that a call's tokens are stored is counted between graphs")
-def _commit_outside(hook: AfterForward, output: Any) -> None:
-    hook.commit(output)
+@between_graphs("what a call finds in its cache, and where its tokens go there, is no graph")
+def _outside(run: Any, *arguments: Any) -> Any:
+    return run(*arguments)
 
 
 def _check_looked_at(state: Patch) -> None:

@@ -52,6 +52,8 @@ OPS = (
 _MODULES = {"compiled": "compiled", "triton": "triton", "flex": "flex", "torch": "fused", "reference": "reference"}
 _WANTED: ContextVar[str | None] = ContextVar("hf_longctx_backend", default=None)
 _LAST: dict[str, str] = {}
+_CHECKED = bool(os.environ.get("HF_LONGCTX_DEBUG"))
+"""Whether arguments are looked at, which waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,11 @@ def call(op: str, *args: Any) -> Any:
 
 
 def run(op: str, *args: Any) -> Any:
-    """`call`, whoever traces it."""
+    """`call`, whoever traces it; where HF_LONGCTX_DEBUG is set, after a look at the arguments (`checks.py`)."""
+    if _CHECKED:
+        from . import checks
+
+        checks.check(op, args)
     backend = chosen(op, *args)
     _LAST[op] = backend
     return _table()[backend][op].run(*args)
