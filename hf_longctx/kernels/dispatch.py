@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import torch
+from torch.compiler import is_compiling
 
 from ..errors import UnsupportedError
 
@@ -136,16 +136,20 @@ def chosen(op: str, *args: Any) -> str:
 
 
 def call(op: str, *args: Any) -> Any:
-    """Run `op` on the backend that is `chosen`; inside `torch.compile`, put that into the graph.
+    """Run `op` on the backend that is `chosen`; inside `torch.compile`, put it into the graph.
 
     Raises:
         UnsupportedError: as `chosen`.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         from . import traced
 
         return traced.call(op, args)
-    return run(op, *args)
+    if _CHECKED:
+        return run(op, *args)
+    backend = chosen(op, *args)
+    _LAST[op] = backend
+    return _TABLE[backend][op].run(*args)
 
 
 def run(op: str, *args: Any) -> Any:
@@ -156,7 +160,7 @@ def run(op: str, *args: Any) -> Any:
         checks.check(op, args)
     backend = chosen(op, *args)
     _LAST[op] = backend
-    return _table()[backend][op].run(*args)
+    return _TABLE[backend][op].run(*args)
 
 
 def last_used() -> dict[str, str]:
