@@ -11,6 +11,7 @@ import transformers as hf
 from torch._dynamo.utils import counters
 
 import hf_longctx as lc
+from hf_longctx import shortcut
 from hf_longctx.quantize.run import round_all
 from hf_longctx.testing.models import tiny_llama
 
@@ -109,6 +110,19 @@ def test_families(case: Case) -> None:
     assert between_only()
 
 
+@pytest.mark.slow
+def test_keys_that_are_rotated_when_they_are_read() -> None:
+    case = BY_NAME["qwen3_vl"]
+    model, ids = lc.patch(case.make(), lc.StreamingVLM(text_sink=4, text_window=9)), case.prompt(40)
+    run, past = torch.compile(model, backend="eager"), (None, None)
+    with torch.no_grad():
+        for call in ids.split([30, 1, 9], 1):
+            outs = [one(call, use_cache=True, past_key_values=own) for one, own in zip((model, run), past, strict=True)]
+            assert torch.equal(outs[0].logits, outs[1].logits)
+            past = (outs[0].past_key_values, outs[1].past_key_values)
+    assert reasons() == BETWEEN | {"angles are kept for what reads keys, which no graph does"}
+
+
 def test_it_follows_patch_and_unpatch() -> None:
     model = LLAMA.make()
     run = torch.compile(model, backend="eager")
@@ -202,10 +216,16 @@ def test_generate_compiles_nothing_by_itself() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("row", ROWS, ids=named)
-def test_on_a_gpu(row: Row) -> None:
-    """The same kernels in the same order, so the same tokens."""
-    model = lc.patch(LLAMA.make().cuda().bfloat16(), row.method(LLAMA), cuda_graph=False)
-    inputs = {name: x.cuda() for name, x in batch(LLAMA).items()}
+def test_on_a_gpu(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 64 channels; without short cuts the same kernels in the same order, so the same tokens."""
+    monkeypatch.setattr(shortcut, "DEVICES", set())
+    case = BY_NAME["llama_wide_heads"]
+    config = case.build().config
+    config.head_dim = 64
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(config).eval().cuda().bfloat16()
+    lc.patch(model, row.method(case), cuda_graph=False)
+    inputs = {name: x.cuda() for name, x in batch(case).items()}
     expected = generate(model, inputs).sequences
     model.compile(backend="eager")
     assert torch.equal(generate(model, inputs).sequences, expected)

@@ -52,7 +52,7 @@ def _attention(device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for one in (few, replace(few, bits=8), replace(few, chosen=(3, 8), pages=True), test_compiled_attend.OTHERS[1]):
         if device == "cpu" or one.dtype == BF16:
             yield "attend_pages", test_compiled_attend.made(one, device)
-    q, k, v, *rest = prefills.made(replace(plain, bits=8), device)
+    q, k, v, *rest = prefills.made(replace(plain, bits=8, sink=4, window=9), device)
     heads, out = torch.tensor([3, 0, 5, 1], dtype=torch.int32, device=device), q.new_zeros(2, 8, 40, 64)
     yield "attend_heads", (torch.cat((q, q), 1), k, v, *rest, heads, out)
     read = prefills.made(replace(plain, lists=(8, 8, "some"), pages=True, share="kv_head"), device)
