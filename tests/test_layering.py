@@ -79,7 +79,7 @@ ROOMS = {
     "streaming/watch": {"streaming"},
     "configs": {"evals", "weights"},
     "bench": {
-        *("configs", "errors", "evals", "kernels", "machine", "options", "plan", "prompt", "bench"),
+        *("configs", "errors", "evals", "kernels", "machine", "models", "options", "plan", "prompt", "bench"),
         *("LongContextCache", "patched", "report"),
     },
     "vllm": {"errors", "heads", "kernels", "methods", "plan", "select", "vllm", "weights"},

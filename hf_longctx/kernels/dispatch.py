@@ -49,6 +49,9 @@ OPS = (
     "w4a8_linears",
 )
 
+LACKS = "does not have it"
+"""How the reason ends of a backend that has no such operation, on any machine."""
+
 _MODULES = {"compiled": "compiled", "triton": "triton", "flex": "flex", "torch": "fused", "reference": "reference"}
 _WANTED: ContextVar[str | None] = ContextVar("hf_longctx_backend", default=None)
 _LAST: dict[str, str] = {}
@@ -126,7 +129,7 @@ def chosen(op: str, *args: Any) -> str:
     reasons = []
     for backend in (only,) if only else ORDER:
         implementation = table[backend].get(op)
-        reason = "does not have it" if implementation is None else implementation.reject(*args)
+        reason = LACKS if implementation is None else implementation.reject(*args)
         if implementation is not None and reason is None:
             return backend
         reasons.append(f"{backend}: {reason}.")
@@ -176,6 +179,6 @@ def table() -> list[Row]:
     for op in OPS:
         for backend in ORDER:
             has = op in _table()[backend]
-            reason = without.get(backend) if has else f"the {backend} backend does not have it"
+            reason = without.get(backend) if has else f"the {backend} backend {LACKS}"
             rows.append(Row(op, backend, reason is None, reason or ""))
     return rows
