@@ -92,11 +92,14 @@ def decoded(x: Stored) -> Tensor:
 
 def as_stored(x: Tensor, stored: Stored) -> Tensor:
     """Fresh values as they will be read; gradients pass as if a format did not round."""
-    if isinstance(stored, Tensor):
-        return x
-    out: Tensor = ops.decode_kv(stored)
-    if x.requires_grad:
-        out = _Straight.apply(x, out)  # type: ignore[no-untyped-call]
+    return x if isinstance(stored, Tensor) else straight(x, ops.decode_kv(stored))
+
+
+def straight(x: Tensor, read: Tensor) -> Tensor:
+    """What is read of fresh values; gradients pass as if it were those."""
+    if not x.requires_grad:
+        return read
+    out: Tensor = _Straight.apply(x, read)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -140,6 +143,18 @@ class Rows:
     def encode(self, x: Tensor) -> Stored:
         """Fresh values in the format; whatever is read of them is what this holds."""
         return x if self._bits is None else ops.encode_kv(x.detach(), self._bits)
+
+    def begin(self, x: Tensor, slots: int) -> None:
+        """Make room for `slots` tokens a row like those of `x` `[B, H, T, D]`; whatever lies there is not to be read."""
+        if self.data is not None and slots <= self.slots:
+            return
+        shape = (*x.shape[:2], slots)
+        if self._bits is None:
+            self.data = x.new_empty(*shape, x.shape[3]).detach()
+            return
+        payload = x.new_empty(*shape, x.shape[3] * self._bits // 8, dtype=torch.uint8)
+        scale, zero = (x.new_empty(shape, dtype=torch.float16) for _ in range(2))
+        self.data = ops.Packed(payload, scale, zero, self._bits, x.dtype)
 
     def reserve(self, like: Stored, slots: int) -> None:
         """Make room for `slots` tokens a row, keeping what is there; `like` says what a token is like."""

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy
-from .index import index_of
+from .index import Bounds, index_of
 from .kept import Kept
 from .marks import Marks
 from .place import Place, positions_in, slot_of
-from .rows import PAGE, Rows, Stored, View, as_stored, decoded, loaded, mixed, part, room, saved, token_bytes
+from .rows import PAGE, Rows, Stored, View, as_stored, decoded, loaded, mixed, part, room, saved, straight, token_bytes
 from .step import FEW, Step
 
 ROLLBACK = 128
@@ -112,13 +112,20 @@ class Store:
         if step.columns and (self._ring is None or step.tokens == 1):
             self._take_in(k, v, step, None)
             return self._in_place(step)
-        keys, values = self._keys.encode(k), self._values.encode(v)
         if step.columns == 0:
-            view = View(as_stored(k, keys), as_stored(v, values), step.pos if step.ragged else None)
-        else:
-            view = self._in_order(as_stored(k, keys), as_stored(v, values), step)
-        self._write(keys, values, k, step, None)
+            read = None if self._kv is None else (torch.empty_like(k), torch.empty_like(v))
+            self._fill(k, v, step, None, read=read)
+            keys, values = (k, v) if read is None else (straight(k, read[0]), straight(v, read[1]))
+            return View(keys, values, step.pos if step.ragged else None)
+        keys, values = self._keys.encode(k), self._values.encode(v)
+        view = self._in_order(as_stored(k, keys), as_stored(v, values), step)
+        self._fill(k, v, step, None)
         return view
+
+    def fill(self, k: Tensor, v: Tensor, step: Step, heads: Tensor, read: tuple[Tensor, Tensor] | None) -> None:
+        """Store some heads of a layer's first call; arguments as `ops.fill_pages`."""
+        self._fit(step)
+        self._fill(k, v, step, None, heads, read)
 
     def write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None = None) -> None:
         """Store the call's tokens, for queries that read selected blocks.
@@ -141,7 +148,7 @@ class Store:
     def prepare(self, step: Step) -> None:
         """Let nothing move while one-token calls follow that `step` has room for."""
         self._fit(step)
-        self._reserve(*self.memory, step)
+        self._reserve(step)
         if self.index is not None:
             self.index.prepare(step)
 
@@ -273,28 +280,51 @@ class Store:
     def _take_in(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None) -> None:
         """Write the tokens of a call before anything of it is read: those of a decode call in one operation."""
         if self.k is None or not step.decodes or isinstance(self.index, Marks) or step.tokens > (self._ring or FEW):
-            self._write(self._keys.encode(k), self._values.encode(v), k, step, turns)
+            self._fill(k, v, step, turns)
             return
         bounds, sub = self._make_room(k, step)
         first = None if step.ragged else step.columns
         ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, first)
 
     def _make_room(self, k: Tensor, step: Step) -> tuple[Tensor | None, int]:
-        self._reserve(*self.memory, step)
+        self._reserve(step)
         assert not isinstance(self.index, Marks)
         return (None, 1) if self.index is None else (self.index.reserve(k, step), self.index.sub)
 
-    def _write(self, keys: Stored, values: Stored, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
-        self._reserve(keys, values, step)
-        for rows, fresh in ((self._keys, keys), (self._values, values)):
-            rows.put(fresh, step, self.retention.sink, self._ring)
-        if self.index is not None:
-            self.index.follow(self._keys, k, step, turns)
+    def _fill(
+        self,
+        k: Tensor,
+        v: Tensor,
+        step: Step,
+        turns: ops.Turns | None,
+        heads: Tensor | None = None,
+        read: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Write the tokens of a call, however many, in one operation; arguments as `write` and `ops.fill_pages`."""
+        index, blank = self.index, step.columns == 0
+        if blank:
+            own = [x if heads is None else x[:, : len(heads)] for x in (k, v)]
+            for rows, x in zip((self._keys, self._values), own, strict=True):
+                rows.begin(x, self._room(rows, step))
+            self.passed(step.end)
+        else:
+            self._reserve(step)
+        bounds, sub = None, 1
+        if isinstance(index, Bounds):
+            bounds, sub = (index.begin(own[0], step) if blank else index.reserve(k, step)), index.sub
+        first, (sink, ring) = None if step.ragged else step.columns, (self.retention.sink, self._ring)
+        ops.fill_pages(*self.memory, k, v, step.pos, sink, ring, bounds, sub, first, heads, read, blank)
+        if isinstance(index, Marks):
+            index.follow(self._keys, k, step, turns)
 
-    def _reserve(self, k: Stored, v: Stored, step: Step) -> None:
-        """Make room for a call's tokens, of which one is as those of `k` and `v`."""
-        for rows, like in ((self._keys, k), (self._values, v)):
-            held = step.reserved if self.limit is None else min(step.reserved, self.limit)
-            size = room(rows.slots, held, PAGE)
-            rows.reserve(like, size if self.limit is None else min(size, self.limit))
+    def _room(self, rows: Rows, step: Step) -> int:
+        """Slots that there must be for a call."""
+        held = step.reserved if self.limit is None else min(step.reserved, self.limit)
+        size = room(rows.slots, held, PAGE)
+        return size if self.limit is None else min(size, self.limit)
+
+    def _reserve(self, step: Step) -> None:
+        """Make room for a call's tokens beside those that are there."""
+        for rows in (self._keys, self._values):
+            rows.reserve(rows.filled, self._room(rows, step))
         self.passed(step.end)

@@ -136,6 +136,8 @@ _OPS = {
             "copy",
             "norm",
             "turn",
+            "fill",
+            "decode",
             "gated",
             "merged",
             "layer",

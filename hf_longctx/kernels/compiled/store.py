@@ -50,6 +50,19 @@ def reject(
         return reason
     if k.shape[2] > library.FEW:
         return f"takes at most {library.FEW} tokens a row"
+    return reject_any(k_store, v_store, k, v, pos, ring, bounds)
+
+
+def reject_any(
+    k_store: Tensor | Packed,
+    v_store: Tensor | Packed,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    ring: int | None,
+    bounds: Tensor | None,
+) -> str | None:
+    """The same of any number of tokens, where there is a library."""
     if 0 in (k.numel(), v.numel()):
         return "takes no empty tensors"
     if any(x.device != k.device for x in (k_store, v_store, v, pos)):
