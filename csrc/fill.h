@@ -17,6 +17,8 @@ typedef struct {
   int32_t entries;  // M' of at.bounds
   int32_t even;     // all rows are alike and all tokens are written
   int32_t blank;    // the store holds nothing: what is not written becomes 0, and bounds those of no key
+  int32_t count;    // blocks for groups of heads that lie side by side, of which this is the first; of the others it is 1
+  void* stream;     // of all; at.stream is not used
 } hfl_fill;
 
 // ops.decode_kv.
@@ -27,6 +29,8 @@ typedef struct {
   void* stream;
 } hfl_decode;
 
+const char* hfl_fill_cpu(const hfl_fill* a, int32_t threads);
+const char* hfl_decode_cpu(const hfl_decode* a, int32_t threads);
 const char* hfl_fill_cuda(const hfl_fill* a);
 const char* hfl_decode_cuda(const hfl_decode* a);
 

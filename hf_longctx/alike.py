@@ -19,7 +19,7 @@ from .sight import turns_of
 def attend_alike(
     forward: Forward,
     layer: int,
-    stores: Sequence[tuple[HeadGroup, Store]],
+    stores: Sequence[Any],
     heads: Sequence[Tensor],
     q: Tensor,
     k: Tensor,
@@ -45,9 +45,10 @@ def attend_alike(
         return None
     step = step.on(q.device)
     read = None if stores[0][0].policy.kv is None else (torch.empty_like(k), torch.empty_like(v))
-    for (_, store), own in zip(stores, heads, strict=True):
+    for _, store in stores:
         store.kept.forget()
-        store.fill(k, v, step, own, read)
+    groups = [store.begin(k, v, step, own) for (_, store), own in zip(stores, heads, strict=True)]
+    ops.fill_pages(groups, k, v, step.pos, 0, read, blank=True)
     return ops.attend_blocks(q, *(read or (k, v)), logits, ops.Visibility(), None)
 
 

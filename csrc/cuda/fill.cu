@@ -179,26 +179,39 @@ const char* check_fill(const hfl_fill& f) {
 }  // namespace
 }  // namespace hfl
 
-extern "C" const char* hfl_fill_cuda(const hfl_fill* fill) {
-  const char* message = hfl::check_fill(*fill);
-  if (message) return message;
-  const hfl_append& a = fill->at;
-  hfl::Fill f = {*fill, hfl::RUN, 0, 0};
-  if (a.bounds) f.run = a.sub >= hfl::RUN ? a.sub : hfl::RUN / a.sub * a.sub;
+namespace hfl {
+namespace {
+
+cudaError_t launch_fill(const hfl_fill& fill, void* stream) {
+  const hfl_append& a = fill.at;
+  Fill f = {fill, RUN, 0, 0};
+  if (a.bounds) f.run = a.sub >= RUN ? a.sub : RUN / a.sub * a.sub;
   f.runs = (a.tokens + f.run - 1) / f.run + 1;  // the first may begin before the text does
   unsigned parts = 0;
-  if (fill->blank) {
+  if (fill.blank) {
     const int64_t limit = a.ring > 0 ? a.sink + a.ring : a.capacity;
-    const int64_t least = fill->even ? (a.tokens < limit ? a.tokens : limit) : 0;
+    const int64_t least = fill.even ? (a.tokens < limit ? a.tokens : limit) : 0;
     f.cleared = least < a.capacity ? least : a.capacity;
-    parts = static_cast<unsigned>((a.capacity - f.cleared + hfl::RUN - 1) / hfl::RUN);
+    parts = static_cast<unsigned>((a.capacity - f.cleared + RUN - 1) / RUN);
     if (a.bounds && parts == 0) parts = 1;
   }
   const dim3 grid(static_cast<unsigned>(f.runs) + parts, static_cast<unsigned>(a.batch) * static_cast<unsigned>(a.kv_heads), 2);
   void* arguments[] = {&f};
-  const void* kernel = reinterpret_cast<const void*>(&hfl::fill_kernel);
-  const cudaError_t error = hfl::launch(kernel, grid, hfl::THREADS, 0, a.stream, arguments);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch(reinterpret_cast<const void*>(&fill_kernel), grid, THREADS, 0, stream, arguments);
+}
+
+}  // namespace
+}  // namespace hfl
+
+extern "C" const char* hfl_fill_cuda(const hfl_fill* fills) {
+  for (int i = 0; i < fills->count; ++i) {
+    if (const char* message = hfl::check_fill(fills[i])) return message;
+  }
+  for (int i = 0; i < fills->count; ++i) {
+    const cudaError_t error = hfl::launch_fill(fills[i], fills->stream);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  return nullptr;
 }
 
 extern "C" const char* hfl_decode_cuda(const hfl_decode* a) {

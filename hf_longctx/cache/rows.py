@@ -127,7 +127,8 @@ class Rows:
     @property
     def slots(self) -> int:
         """Tokens of a row that there is room for."""
-        return 0 if self.data is None else self.data.shape[2]
+        data = self.data
+        return 0 if data is None else (data if isinstance(data, Tensor) else data.payload).shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -145,7 +146,7 @@ class Rows:
         return x if self._bits is None else ops.encode_kv(x.detach(), self._bits)
 
     def begin(self, x: Tensor, slots: int) -> None:
-        """Make room for `slots` tokens a row like those of `x` `[B, H, T, D]`; whatever lies there is not to be read."""
+        """Make room for `slots` tokens a row like those of `x` `[B, H, T, D]`; what lies there is not to be read."""
         if self.data is not None and slots <= self.slots:
             return
         shape = (*x.shape[:2], slots)
@@ -231,11 +232,3 @@ class Rows:
         if self.data is not None:
             changed = each(self.data, lambda x: picked(x, pick))
             self.data = self.data if changed.shape == self.data.shape else changed
-
-
-def mixed(store: Rows, fresh: Tensor, first: Tensor, before: Tensor, old: Tensor) -> Tensor:
-    """The tokens at positions `first`, out of the store where they are `old`, else out of the call."""
-    rows = fresh.shape[0]
-    stored = store.take(first.clamp(max=store.slots - 1).expand(rows, -1))
-    own = (first - before).clamp(0, fresh.shape[2] - 1).expand(rows, -1)
-    return torch.where(old[:, None, :, None], stored, ops.take_tokens(fresh, own))

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy
+from .before import Before
 from .index import Bounds, index_of
 from .kept import Kept
 from .marks import Marks
 from .place import Place, positions_in, slot_of
-from .rows import PAGE, Rows, Stored, View, as_stored, decoded, loaded, mixed, part, room, saved, straight, token_bytes
+from .rows import PAGE, Rows, Stored, View, decoded, loaded, part, room, saved, straight, token_bytes
 from .step import FEW, Step
 
 ROLLBACK = 128
@@ -110,25 +111,19 @@ class Store:
         """
         self._fit(step)
         if step.columns and (self._ring is None or step.tokens == 1):
-            self._take_in(k, v, step, None)
+            Store.write(self, k, v, step)
             return self._in_place(step)
-        if step.columns == 0:
-            read = None if self._kv is None else (torch.empty_like(k), torch.empty_like(v))
-            self._fill(k, v, step, None, read=read)
-            keys, values = (k, v) if read is None else (straight(k, read[0]), straight(v, read[1]))
-            return View(keys, values, step.pos if step.ragged else None)
-        keys, values = self._keys.encode(k), self._values.encode(v)
-        view = self._in_order(as_stored(k, keys), as_stored(v, values), step)
-        self._fill(k, v, step, None)
-        return view
-
-    def fill(self, k: Tensor, v: Tensor, step: Step, heads: Tensor, read: tuple[Tensor, Tensor] | None) -> None:
-        """Store some heads of a layer's first call; arguments as `ops.fill_pages`."""
-        self._fit(step)
-        self._fill(k, v, step, None, heads, read)
+        sink, ring, before = self.retention.sink, self._ring, None
+        if step.columns and ring is not None:
+            before = Before.of(self._keys, self._values, step, sink, ring)
+        read = None if self._kv is None else (torch.empty_like(k), torch.empty_like(v))
+        self._fill(k, v, step, None, read)
+        if read is not None:
+            k, v = (straight(x, stored) for x, stored in zip((k, v), read, strict=True))
+        return View(k, v, step.pos if step.ragged else None) if before is None else before.then(k, v, sink)
 
     def write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None = None) -> None:
-        """Store the call's tokens, for queries that read selected blocks.
+        """Store the call's tokens before anything of it is read: those of a decode call in one operation.
 
         Args:
             k: `[B, Hkv, T, D]`, as in `append`.
@@ -137,7 +132,12 @@ class Store:
             turns: how the group's queries are turned to the stored keys.
         """
         self._fit(step)
-        self._take_in(k, v, step, turns)
+        if self.k is None or not step.decodes or isinstance(self.index, Marks) or step.tokens > (self._ring or FEW):
+            self._fill(k, v, step, turns)
+            return
+        bounds, sub = self._make_room(k, step)
+        first = None if step.ragged else step.columns
+        ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, first)
 
     def place(self, k: Tensor, step: Step) -> tuple[Place, View]:
         """Make room for a decode call of one token a row, which others store: say where, and what it sees then."""
@@ -247,24 +247,6 @@ class Store:
 
     # reading --------------------------------------------------------------------------------------------------------
 
-    def _in_order(self, k: Tensor, v: Tensor, step: Step) -> View:
-        """Sinks, then the window's tokens right-aligned, then the call's own: a copy, as writing overwrites some."""
-        assert self._ring is not None
-        sink, before, after = self.retention.sink, step.lengths[:, None], step.lengths_after[:, None]
-        first = torch.arange(min(sink, step.columns + step.tokens), device=step.device)[None]
-        width = min(self._ring, max(0, step.columns - sink))
-        rest = before - width + torch.arange(width, device=step.device)
-        rest = torch.where(rest >= sink, rest, -1)
-        old = first < before  # a row that was all padding so far brings its sinks along with this call
-        index = slot_of(rest.clamp(min=0), sink, self._ring).expand(k.shape[0], -1)
-        keys, values = (
-            torch.cat((mixed(s, x, first, before, old), s.take(index), x), 2)
-            for s, x in ((self._keys, k), (self._values, v))
-        )
-        parts = [torch.where(first < after, first, -1), rest, torch.where(step.pos >= sink, step.pos, -1)]
-        rows = max(part.shape[0] for part in parts)
-        return View(keys, values, torch.cat([part.expand(rows, -1) for part in parts], 1))
-
     def _in_place(self, step: Step) -> View:
         """The filled slots, as they lie."""
         slots = step.width if self.limit is None else min(step.width, self.limit)
@@ -277,50 +259,38 @@ class Store:
 
     # writing --------------------------------------------------------------------------------------------------------
 
-    def _take_in(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None) -> None:
-        """Write the tokens of a call before anything of it is read: those of a decode call in one operation."""
-        if self.k is None or not step.decodes or isinstance(self.index, Marks) or step.tokens > (self._ring or FEW):
-            self._fill(k, v, step, turns)
-            return
-        bounds, sub = self._make_room(k, step)
-        first = None if step.ragged else step.columns
-        ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, first)
-
     def _make_room(self, k: Tensor, step: Step) -> tuple[Tensor | None, int]:
         self._reserve(step)
         assert not isinstance(self.index, Marks)
         return (None, 1) if self.index is None else (self.index.reserve(k, step), self.index.sub)
 
     def _fill(
-        self,
-        k: Tensor,
-        v: Tensor,
-        step: Step,
-        turns: ops.Turns | None,
-        heads: Tensor | None = None,
-        read: tuple[Tensor, Tensor] | None = None,
+        self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None, read: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """Write the tokens of a call, however many, in one operation; arguments as `write` and `ops.fill_pages`."""
-        index, blank = self.index, step.columns == 0
-        if blank:
-            own = [x if heads is None else x[:, : len(heads)] for x in (k, v)]
-            for rows, x in zip((self._keys, self._values), own, strict=True):
+        first = None if step.ragged else step.columns
+        ops.fill_pages([self.begin(k, v, step)], k, v, step.pos, first, read, step.columns == 0)
+        if isinstance(self.index, Marks):
+            self.index.follow(self._keys, k, step, turns)
+
+    def begin(self, k: Tensor, v: Tensor, step: Step, heads: Tensor | None = None) -> ops.GroupFill:
+        """Make room for tokens of a call, and say where they go; heads: as in `ops.GroupFill`."""
+        self._fit(step)
+        if heads is not None:
+            k, v = k[:, : heads.shape[0]], v[:, : heads.shape[0]]
+        if step.columns:
+            self._reserve(step)
+        else:
+            for rows, x in ((self._keys, k), (self._values, v)):
                 rows.begin(x, self._room(rows, step))
             self.passed(step.end)
-        else:
-            self._reserve(step)
         bounds, sub = None, 1
-        if isinstance(index, Bounds):
-            bounds, sub = (index.begin(own[0], step) if blank else index.reserve(k, step)), index.sub
-        first, (sink, ring) = None if step.ragged else step.columns, (self.retention.sink, self._ring)
-        ops.fill_pages(*self.memory, k, v, step.pos, sink, ring, bounds, sub, first, heads, read, blank)
-        if isinstance(index, Marks):
-            index.follow(self._keys, k, step, turns)
+        if isinstance(self.index, Bounds):
+            bounds, sub = (self.index.reserve if step.columns else self.index.begin)(k, step), self.index.sub
+        return ops.GroupFill(*self.memory, self.retention.sink, self._ring, bounds, sub, heads)
 
     def _room(self, rows: Rows, step: Step) -> int:
         """Slots that there must be for a call."""
-        held = step.reserved if self.limit is None else min(step.reserved, self.limit)
-        size = room(rows.slots, held, PAGE)
+        size = room(rows.slots, step.reserved, PAGE)
         return size if self.limit is None else min(size, self.limit)
 
     def _reserve(self, step: Step) -> None:

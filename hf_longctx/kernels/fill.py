@@ -1,6 +1,9 @@
-"""The operation that stores a prompt: its contract."""
+"""The operation that stores a prompt: its contract, and what it takes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -8,38 +11,49 @@ from . import dispatch
 from .types import Packed
 
 
+@dataclass(frozen=True)
+class GroupFill:
+    """Where a group of heads of a layer stores a prompt; all as in `append_pages`.
+
+    Args:
+        k: `[B, Hkv', C, D]`, the group's store.
+        v: `[B, Hkv', C, Dv]`.
+        sink: first tokens, which have slots of their own.
+        ring: slots that go round beyond them; None: every token has a slot of its own.
+        bounds: `[B, Hkv', M', 2, D]`, or None.
+        sub: tokens of a sub-block.
+        heads: `[Hkv']`, int32, which heads of the layer the group has; None: all of them, in their order.
+    """
+
+    k: Tensor | Packed
+    v: Tensor | Packed
+    sink: int
+    ring: int | None
+    bounds: Tensor | None
+    sub: int
+    heads: Tensor | None = None
+
+
 def fill_pages(
-    k_store: Tensor | Packed,
-    v_store: Tensor | Packed,
+    groups: Sequence[GroupFill],
     k: Tensor,
     v: Tensor,
     pos: Tensor,
-    sink: int,
-    ring: int | None,
-    bounds: Tensor | None,
-    sub: int,
-    first: int | None = None,
-    heads: Tensor | None = None,
+    first: int | None,
     read: tuple[Tensor, Tensor] | None = None,
     blank: bool = False,
 ) -> None:
-    """Store many tokens of each row (a prompt), in place, and say what is then read of them: `append_pages` for prompts.
+    """Store many tokens of each row (a prompt) in groups of heads of a layer, in place, and say what is read of them.
 
     Args:
-        k_store: `[B, Hkv', C, D]`.
-        v_store: `[B, Hkv', C, Dv]`.
-        k: `[B, Hkv, T, D]`; cast to the store's dtype, quantized where the store is.
+        groups: no two have a head in common.
+        k: `[B, Hkv, T, D]`; cast to the dtype of a store, quantized where that is.
         v: `[B, Hkv, T, Dv]`, likewise.
         pos: `[B or 1, T]`, int64: of each row first the positions of its tokens, one after the other, then -1 for those
             that are not written. Of two tokens with one slot the later one stays.
-        sink: as in `append_pages`, like `ring`.
-        ring: tokens that go round; None: every token has a slot of its own.
-        bounds: `[B, Hkv', M', 2, D]`, as in `append_pages`, like `sub`.
-        sub: tokens of a sub-block.
-        first: as in `append_pages`.
-        heads: `[Hkv']`, int32, which heads of k and v are stored; None: all of them, in their order.
-        read: tensors like k and v, of which those heads take the values that a store gives for all T tokens.
-        blank: the store holds nothing, whatever its memory says: what is not written becomes 0, and bounds of
-            sub-blocks without a key +inf and -inf. Rows begin at position 0.
+        first: the first position, where all rows are alike and all tokens are written, and the host knows.
+        read: tensors like k and v, of which the groups' heads take the values that their stores give for all T tokens.
+        blank: stores hold nothing, whatever their memory says: what is not written becomes 0, and bounds of sub-blocks
+            without a key +inf and -inf. Rows begin at position 0.
     """
-    dispatch.call("fill_pages", k_store, v_store, k, v, pos, sink, ring, bounds, sub, first, heads, read, blank)
+    dispatch.call("fill_pages", groups, k, v, pos, first, read, blank)

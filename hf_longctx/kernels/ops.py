@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import dispatch
-from .fill import fill_pages
+from .fill import GroupFill, fill_pages
 from .heads import attend_heads
 from .layers import gated, rms_norm, rotate_heads
 from .moves import bring_blocks, copy_blocks, take_tokens
@@ -15,6 +15,7 @@ from .types import HostBlocks, Logits, Packed, Places, Selection, Turns, Visibil
 
 __all__ = [
     "Choice",
+    "GroupFill",
     "GroupStep",
     "HostBlocks",
     "Logits",

@@ -1,7 +1,8 @@
-"""Storing a prompt, and reading packed values back: what is defined, and, bit for bit, the library on a GPU."""
+"""Storing a prompt, and reading packed values back: what is defined; and the library, bit for bit, also on a GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,9 @@ from hf_longctx.kernels.dispatch import use_backend
 from hf_longctx.kernels.types import Packed, parts
 
 from .built import need
-from .test_compiled_store import on
+from .test_compiled_store import DEVICES, on
+
+HEADS = 3
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Case:
         bits: of stored keys, of stored values; 0: as they are.
         sub: tokens of a sub-block; None: no bounds are kept.
         even: `first` is said.
-        heads: which of the three KV heads are stored; None: all.
+        heads: which of the KV heads are stored; None: all.
         reads: what is read is asked for.
         blank: the store holds nothing.
     """
@@ -74,69 +77,72 @@ CASES = [
 ]
 
 
-def made(case: Case) -> tuple[Any, ...]:
-    """Arguments on the CPU; what nobody writes holds what nobody wrote."""
-    generator = torch.Generator().manual_seed(case.tokens)
-    kept = 3 if case.heads is None else len(case.heads)
+def made(case: Case, seed: int = 0) -> tuple[ops.GroupFill, dict[str, Any]]:
+    """A group, and the other arguments, on the CPU; what nobody writes holds what nobody wrote."""
+    generator = torch.Generator().manual_seed(case.tokens + seed)
+    kept = HEADS if case.heads is None else len(case.heads)
     old = [torch.randn(2, kept, case.slots, dim, generator=generator).to(case.dtype) for dim in case.dims]
-    fresh = [3 * torch.randn(2, 3, case.tokens, dim, generator=generator).to(case.dtype) for dim in case.dims]
+    fresh = [3 * torch.randn(2, HEADS, case.tokens, dim, generator=generator).to(case.dtype) for dim in case.dims]
     fresh[0][:, :, 5], fresh[1][:, :, 7] = 0.0, -3.0  # equal values have a scale of their own
     stores = [ops.encode_kv(x, bits) if bits else x for x, bits in zip(old, case.bits, strict=True)]
     own = torch.arange(case.tokens)
-    pos = torch.stack([torch.where(own < count, first + own, -1) for first, count in case.rows])
     bounds, sub = None, case.sub or 1
     if case.sub is not None:
         bounds = torch.full((2, kept, -(-case.slots // sub) + 3, 2, case.dims[0]), 7.0, dtype=case.dtype)
     heads = None if case.heads is None else torch.tensor(case.heads, dtype=torch.int32)
-    read = tuple(torch.full_like(x, 7.0) for x in fresh) if case.reads else None
-    first = case.rows[0][0] if case.even else None
-    return (*stores, *fresh, pos, case.sink, case.ring, bounds, sub, first, heads, read, case.blank)
+    return ops.GroupFill(*stores, case.sink, case.ring, bounds, sub, heads), {
+        "k": fresh[0],
+        "v": fresh[1],
+        "pos": torch.stack([torch.where(own < count, first + own, -1) for first, count in case.rows]),
+        "first": case.rows[0][0] if case.even else None,
+        "read": tuple(torch.full_like(x, 7.0) for x in fresh) if case.reads else None,
+        "blank": case.blank,
+    }
 
 
-def there(device: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies of the arguments on a device."""
-    read = arguments[11]
-    moved = read if read is None else tuple(x.to(device, copy=True) for x in read)
-    return (*on(device, arguments[:11]), moved, arguments[12])
+def there(device: str, group: ops.GroupFill, more: dict[str, Any]) -> tuple[ops.GroupFill, dict[str, Any]]:
+    """Copies on a device."""
+    moved = on(device, tuple(vars(group).values()))
+    arguments = dict(zip(more, on(device, tuple(more.values())), strict=True))
+    if more["read"] is not None:
+        arguments["read"] = on(device, more["read"])
+    return ops.GroupFill(*moved), arguments
 
 
-def written(arguments: tuple[Any, ...]) -> list[Tensor]:
+def written(groups: Sequence[ops.GroupFill], more: dict[str, Any]) -> list[Tensor]:
     """What a call may have changed."""
-    tensors = [x for one in arguments[:2] for x in parts(one)]
-    return [x.cpu() for x in (*tensors, arguments[7], *(arguments[11] or ())) if x is not None]
+    tensors = [x for group in groups for one in (group.k, group.v) for x in parts(one)]
+    return [x.cpu() for x in (*tensors, *(group.bounds for group in groups), *(more["read"] or ())) if x is not None]
 
 
 def values(x: Tensor | Packed) -> Tensor:
-    return x if isinstance(x, Tensor) else ops.decode_kv(x)
+    return (x if isinstance(x, Tensor) else ops.decode_kv(x)).clone()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_definition(case: Case) -> None:
     """Token by token, as the words say it."""
-    arguments = made(case)
-    before = on("cpu", arguments[:2])
-    heads = case.heads or (0, 1, 2)
+    group, more = made(case)
+    heads = list(case.heads or range(HEADS))
     with use_backend("reference"):
-        ops.fill_pages(*arguments)
-        fresh = [
-            x[:, list(heads)] if not bits else ops.decode_kv(ops.encode_kv(x, bits))[:, list(heads)]
-            for x, bits in zip(arguments[2:4], case.bits, strict=True)
-        ]
-        for i, (store, old) in enumerate(zip(arguments[:2], before, strict=True)):
-            expected = torch.zeros_like(values(old)) if case.blank else values(old)
+        before = [values(x) for x in (group.k, group.v)]
+        ops.fill_pages([group], **more)
+        for i, (store, old) in enumerate(zip((group.k, group.v), before, strict=True)):
+            bits, x = case.bits[i], more["v" if i else "k"][:, heads]
+            fresh = ops.decode_kv(ops.encode_kv(x, bits)) if bits else x
+            expected = torch.zeros_like(old) if case.blank else old
             for row in range(2):
                 first, count = case.rows[row % len(case.rows)]
                 for t in range(count):
                     beyond = first + t - case.sink
                     slot = case.sink + beyond % case.ring if case.ring and beyond >= 0 else first + t
-                    expected[row, :, slot] = fresh[i][row, :, t]
+                    expected[row, :, slot] = fresh[row, :, t]
             assert torch.equal(values(store), expected)
             if case.reads:
-                assert torch.equal(arguments[11][i][:, list(heads)], fresh[i])
-                others = [head for head in range(3) if head not in heads]
-                assert bool((arguments[11][i][:, others] == 7).all())
+                assert torch.equal(more["read"][i][:, heads], fresh)
+                assert bool((more["read"][i][:, [head for head in range(HEADS) if head not in heads]] == 7).all())
         if case.sub is not None:
-            check_bounds(case, values(arguments[0]), arguments[7])
+            check_bounds(case, values(group.k), group.bounds)
 
 
 def check_bounds(case: Case, keys: Tensor, bounds: Tensor) -> None:
@@ -154,33 +160,54 @@ def check_bounds(case: Case, keys: Tensor, bounds: Tensor) -> None:
             assert torch.equal(bounds[row, :, entry], expected)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_library_on_a_gpu(case: Case) -> None:
-    need("cuda")
-    arguments = made(case)
-    got, expected = there("cuda", arguments), there("cpu", arguments)
-    assert fill.reject(*got) is None
-    fill.fill_pages(*got)
+def check(cases: Sequence[Case], device: str) -> None:
+    """The library against what is defined, for groups of one call."""
+    need(device)
+    more = made(cases[0])[1]
+    groups = [made(case, seed)[0] for seed, case in enumerate(cases)]
+    both = []
+    for target in (device, "cpu"):
+        mine, arguments = there(target, groups[0], more)
+        both.append(([mine, *(there(target, group, more)[0] for group in groups[1:])], arguments))
+    (got, arguments), (expected, defined) = both
+    assert fill.reject(got, **arguments) is None
+    fill.fill_pages(got, **arguments)
     with use_backend("reference"):
-        ops.fill_pages(*expected)
-    for mine, defined in zip(written(got), written(expected), strict=True):
-        torch.testing.assert_close(mine, defined, atol=0, rtol=0)
+        ops.fill_pages(expected, **defined)
+    for mine, other in zip(written(got, arguments), written(expected, defined), strict=True):
+        torch.testing.assert_close(mine, other, atol=0, rtol=0)
 
 
-@pytest.mark.cuda
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_library(case: Case, device: str) -> None:
+    check([case], device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_groups_of_a_layer(bits: int, even: bool, device: str) -> None:
+    """One that keeps all and has bounds, one whose tokens go round, and one that is as large as its ring."""
+    base = replace(PACKED if even else RAGGED, bits=(bits, bits), dtype=torch.float16)
+    ring = replace(base, sub=None, sink=4, ring=40, slots=44, heads=(1,))
+    check([replace(base, heads=(2,)), ring, replace(ring, ring=124, slots=128, heads=(0,))], device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dim", [8, 64, 96, 128, 256])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_reading_back_on_a_gpu(bits: int, dim: int, dtype: torch.dtype) -> None:
-    need("cuda")
+def test_reading_back(bits: int, dim: int, dtype: torch.dtype, device: str) -> None:
+    need(device)
     made = torch.Generator().manual_seed(dim)
     stored = ops.encode_kv(3 * torch.randn(2, 3, 70, dim, generator=made).to(dtype), bits)
     with use_backend("reference"):
         expected = ops.decode_kv(stored)
-    (there,) = on("cuda", (stored,))
-    assert (fill.reject_decode(there) is None) == (dim * bits % 128 == 0)
-    if dim * bits % 128 == 0:
+    (there,) = on(device, (stored,))
+    fits = device == "cpu" or dim * bits % 128 == 0
+    assert (fill.reject_decode(there) is None) == fits
+    if fits:
         assert torch.equal(fill.decode_kv(there).cpu(), expected)
         part = replace(there, **{n: getattr(there, n)[:, 1:, 5:60] for n in ("payload", "scale", "zero")})
         assert torch.equal(fill.decode_kv(part).cpu(), expected[:, 1:, 5:60])

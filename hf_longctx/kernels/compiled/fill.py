@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..dispatch import Implementation
+from ..fill import GroupFill
 from ..types import Packed
 from . import library, store
 from .library import HflRows, pointer
 
-MOST_CHANNELS = 256
+MOST_PROBLEMS = 65535
 
 
 class HflFill(ctypes.Structure):
@@ -23,7 +25,8 @@ class HflFill(ctypes.Structure):
         ("at", store.HflAppend),
         *((name, ctypes.c_void_p) for name in ("heads", "read_k", "read_v")),
         *((name, ctypes.c_int64) for name in ("rk_b", "rk_h", "rk_t", "rv_b", "rv_h", "rv_t")),
-        *((name, ctypes.c_int32) for name in ("entries", "even", "blank")),
+        *((name, ctypes.c_int32) for name in ("entries", "even", "blank", "count")),
+        ("stream", ctypes.c_void_p),
     )
 
 
@@ -39,73 +42,72 @@ class HflDecode(ctypes.Structure):
 
 
 def reject(
-    k_store: Tensor | Packed,
-    v_store: Tensor | Packed,
+    groups: Sequence[GroupFill],
     k: Tensor,
     v: Tensor,
     pos: Tensor,
-    sink: int,
-    ring: int | None,
-    bounds: Tensor | None,
-    sub: int,
     first: int | None,
-    heads: Tensor | None,
     read: tuple[Tensor, Tensor] | None,
     blank: bool,
 ) -> str | None:
     """Why the library does not take these arguments, or None."""
-    reason = library.reason_on_cuda(k) or store.reject_any(k_store, v_store, k, v, pos, ring, bounds)
+    reason = library.reason(k.device)
     if reason is not None:
         return reason
-    if k.shape[0] * k_store.shape[1] > 65535:
-        return "takes at most 65,535 rows * KV heads"
-    if read is not None and any(x.dtype != k.dtype or x.stride(-1) != 1 or not library.aligned(x) for x in read):
-        return "needs what is read in the dtype of the tokens, in rows that begin at multiples of 16 bytes"
+    for group in groups:
+        reason = store.reject_any(group.k, group.v, k, v, pos, group.ring, group.bounds)
+        if reason is not None:
+            return reason
+        if k.is_cuda and k.shape[0] * group.k.shape[1] > MOST_PROBLEMS:
+            return f"takes at most {MOST_PROBLEMS} rows * KV heads"
+    for x in read or ():
+        if x.dtype != k.dtype or not library.readable(x):
+            return "needs what is read in the dtype of the tokens, in rows that begin at multiples of 16 bytes"
     return None
 
 
 def fill_pages(
-    k_store: Tensor | Packed,
-    v_store: Tensor | Packed,
+    groups: Sequence[GroupFill],
     k: Tensor,
     v: Tensor,
     pos: Tensor,
-    sink: int,
-    ring: int | None,
-    bounds: Tensor | None,
-    sub: int,
     first: int | None,
-    heads: Tensor | None,
     read: tuple[Tensor, Tensor] | None,
     blank: bool,
 ) -> None:
     """`ops.fill_pages`; where tokens stand is read on the device alone."""
-    at, held = store.arguments(k_store, v_store, k, v, pos, sink, ring, bounds, sub)
-    at.kv_heads = k_store.shape[1]
-    block = HflFill(at, pointer(heads))
-    if read is not None:
-        (block.read_k, block.read_v), (mine, other) = map(pointer, read), read
-        block.rk_b, block.rk_h, block.rk_t = mine.stride()[:3]
-        block.rv_b, block.rv_h, block.rv_t = other.stride()[:3]
-    block.entries = 0 if bounds is None else bounds.shape[2]
-    block.even, block.blank = first is not None, blank
-    with torch.cuda.device(k.device):
-        block.at.stream = library.stream(k.device)
-        library.call("hfl_fill_cuda", block)
+    blocks, held = (HflFill * len(groups))(), None
+    for block, group in zip(blocks, groups, strict=True):
+        if held is None:
+            where = (pos, group.sink, group.ring, group.bounds, group.sub)
+            block.at, held = store.arguments(group.k, group.v, k, v, *where)
+            block.even, block.blank, block.count = first is not None, blank, len(groups)
+            if read is not None:
+                (block.read_k, block.read_v), (mine, other) = map(pointer, read), read
+                block.rk_b, block.rk_h, block.rk_t = mine.stride()[:3]
+                block.rv_b, block.rv_h, block.rv_t = other.stride()[:3]
+        else:  # all but the store is the same
+            ctypes.pointer(block)[0] = blocks[0]
+            store.at_store(block.at, group.k, group.v, group.sink, group.ring, group.bounds, group.sub)
+        block.heads, block.at.kv_heads = pointer(group.heads), group.k.shape[1]
+        block.entries = 0 if group.bounds is None else group.bounds.shape[2]
+    library.run("fill", blocks[0], k.device)
     del held
 
 
 def reject_decode(x: Packed) -> str | None:
     """Why the library does not take these values, or None."""
-    reason = library.reason_on_cuda(x.payload)
+    reason = library.reason(x.device)
     if reason is not None:
         return reason
     if x.payload.ndim != 4 or 0 in x.shape:
         return "takes rows, heads, tokens and channels, none of them empty"
     if x.dtype not in library.DTYPES:
         return "gives float32, float16 or bfloat16"
-    if x.shape[3] % 8 or not library.aligned(x.payload) or x.payload.stride(-1) != 1:
-        return "takes a multiple of 8 channels, side by side, in rows that begin at multiples of 16 bytes"
+    if not library.readable(x.payload) or (x.payload.is_cuda and x.shape[3] % 8):
+        return "takes channels side by side, on CUDA a multiple of 8 in rows that begin at multiples of 16 bytes"
+    if x.payload.is_cuda and x.shape[0] * x.shape[1] > MOST_PROBLEMS:
+        return f"takes at most {MOST_PROBLEMS} rows * KV heads"
     if x.scale.stride() != x.zero.stride() or x.scale.stride(-1) != 1:
         return "needs scales and zeros that lie alike, and side by side"
     return None

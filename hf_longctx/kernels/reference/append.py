@@ -91,7 +91,8 @@ def bound_run(keys: Tensor | Packed, bounds: Tensor, first: int, end: int, sub: 
     """Make the bounds anew of the sub-blocks that hold positions `first` to `end - 1`, of all rows."""
     start, whole = first // sub, max(first // sub, end // sub)
     if whole > start:
-        stored = read(keys, (slice(None), slice(None), slice(start * sub, whole * sub))).unflatten(2, (-1, sub))
+        stored = read(keys, (slice(None), slice(None), slice(start * sub, whole * sub)))
+        stored = stored.reshape(*stored.shape[:2], whole - start, sub, stored.shape[3])
         bounds[:, :, start:whole, 0], bounds[:, :, start:whole, 1] = stored.amin(3), stored.amax(3)
     if end > whole * sub:
         stored = read(keys, (slice(None), slice(None), slice(whole * sub, end)))
@@ -103,7 +104,7 @@ def _slots(pos: Tensor, sink: int, ring: int | None) -> Tensor:
 
 
 def _runs(first: int, end: int, sink: int, ring: int | None) -> list[tuple[int, int]]:
-    """Positions `first` to `end - 1` in runs whose slots lie side by side, without those that a later one overwrites."""
+    """Positions `first` to `end - 1` in runs whose slots lie side by side; no slot comes twice."""
     if ring is None:
         return [(first, end)]
     start = max(first, sink, end - ring)
@@ -132,7 +133,7 @@ def _bound(keys: Tensor | Packed, bounds: Tensor, pos: Tensor, last: Tensor, sub
 
 
 def bound_entries(keys: Tensor | Packed, bounds: Tensor, entries: Tensor, last: Tensor, sub: int) -> None:
-    """Make the bounds anew of sub-blocks `entries` `[B or 1, N]`, out of keys up to `last`; of none where that is -1."""
+    """Make the bounds of sub-blocks `entries` `[B or 1, N]` anew, of keys up to `last`; of none where that is -1."""
     rows, heads, dim = keys.shape[0], keys.shape[1], keys.shape[3]
     entries = entries.expand(rows, -1)
     places = entries[..., None] * sub + torch.arange(sub, device=last.device)

@@ -2,55 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ..types import Packed, parts
+from ..types import parts
 from .append import bound_entries, bound_run, encoded, put
 from .kv import decode_kv
+
+if TYPE_CHECKING:
+    from ..fill import GroupFill
 
 
 @torch.no_grad()
 def fill_pages(
-    k_store: Tensor | Packed,
-    v_store: Tensor | Packed,
+    groups: Sequence[GroupFill],
     k: Tensor,
     v: Tensor,
     pos: Tensor,
-    sink: int,
-    ring: int | None,
-    bounds: Tensor | None,
-    sub: int,
     first: int | None,
-    heads: Tensor | None,
     read: tuple[Tensor, Tensor] | None,
     blank: bool,
 ) -> None:
     """The definition of `ops.fill_pages`."""
-    if blank:
-        _clear(k_store, v_store, bounds)
-    if heads is not None:
-        k, v = (x.index_select(1, heads.long()) for x in (k, v))
-    stores, fresh = (k_store, v_store), [encoded(store, x) for store, x in ((k_store, k), (v_store, v))]
-    if read is not None:
-        of = slice(None) if heads is None else heads.long()
-        for into, x in zip(read, fresh, strict=True):
-            into[:, of] = (x if isinstance(x, Tensor) else decode_kv(x)).to(into.dtype)
-    last, begin = pos.max(1, keepdim=True).values, pos[:, :1]
-    if ring is not None and first is None:
-        pos = torch.where((pos < sink) | (pos > last - ring), pos, -1)
-    put(stores, fresh, pos, sink, ring, first)
-    if bounds is None:
-        return
-    if first is not None:
-        bound_run(k_store, bounds, first, first + k.shape[2], sub)
-        return
-    entries = begin.clamp(min=0) // sub + torch.arange(k.shape[2] // sub + 2, device=pos.device)
-    bound_entries(k_store, bounds, torch.minimum(entries, last.clamp(min=0) // sub), last, sub)
+    for group in groups:
+        if blank:
+            _clear(group)
+        heads = None if group.heads is None else group.heads.long()
+        own = (x if heads is None else x.index_select(1, heads) for x in (k, v))
+        fresh = [encoded(store, x) for store, x in zip((group.k, group.v), own, strict=True)]
+        for into, x in () if read is None else zip(read, fresh, strict=True):
+            values = (x if isinstance(x, Tensor) else decode_kv(x)).to(into.dtype)
+            into[:, slice(None) if heads is None else heads] = values
+        at, last = pos, pos.max(1, keepdim=True).values
+        if group.ring is not None and first is None:
+            at = torch.where((pos < group.sink) | (pos > last - group.ring), pos, -1)
+        put((group.k, group.v), fresh, at, group.sink, group.ring, first)
+        if group.bounds is None:
+            continue
+        if first is not None:
+            bound_run(group.k, group.bounds, first, first + k.shape[2], group.sub)
+            continue
+        entries = pos[:, :1].clamp(min=0) // group.sub + torch.arange(k.shape[2] // group.sub + 2, device=pos.device)
+        entries = torch.minimum(entries, last.clamp(min=0) // group.sub)
+        bound_entries(group.k, group.bounds, entries, last, group.sub)
 
 
-def _clear(k_store: Tensor | Packed, v_store: Tensor | Packed, bounds: Tensor | None) -> None:
-    for tensor in (*parts(k_store), *parts(v_store)):
+def _clear(group: GroupFill) -> None:
+    for tensor in (*parts(group.k), *parts(group.v)):
         tensor.zero_()
-    if bounds is not None:
-        bounds[:, :, :, 0], bounds[:, :, :, 1] = float("inf"), float("-inf")
+    if group.bounds is not None:
+        group.bounds[:, :, :, 0], group.bounds[:, :, :, 1] = float("inf"), float("-inf")
