@@ -6,7 +6,8 @@ extern "C" {
 #pragma GCC visibility push(default)
 
 // hfl_append of any number of tokens, of which a row's come first, one position after the other, and then those that are
-// not written (-1); of two tokens with one slot the later one stays. `at.fresh_k` and `at.fresh_v` have all heads of a
+// not written (-1); of two tokens with one slot the later one stays. at.pos NULL: token t of each row stands at t. With
+// at.v.data NULL there are keys alone. `at.fresh_k` and `at.fresh_v` have all heads of a
 // layer, of which `at.kv_heads` are stored.
 typedef struct {
   hfl_append at;

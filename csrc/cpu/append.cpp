@@ -22,10 +22,10 @@ constexpr int64_t ALONE = 1 << 16;  // channels that one thread reads and writes
 
 const char* wrong_format(const hfl_append& a) {
   if (a.dtype < HFL_F32 || a.dtype > HFL_BF16) return "append: expected float32, float16 or bfloat16";
-  if (a.dim < 1 || a.v_dim < 1) return "append: expected dim and v_dim of at least 1";
+  if (a.dim < 1 || (a.v.data && a.v_dim < 1)) return "append: expected dim and v_dim of at least 1";
   if (a.bounds && (a.ring > 0 || a.sub < 1)) return "append: expected a sub of at least 1 and no ring with bounds";
   if (const char* message = wrong_rows(a.k, a.dim)) return message;
-  return wrong_rows(a.v, a.v_dim);
+  return a.v.data ? wrong_rows(a.v, a.v_dim) : nullptr;
 }
 
 const char* wrong(const hfl_append& a) {
@@ -54,7 +54,7 @@ const char* wrong_fill(const hfl_append& a) {
   if (const char* message = wrong_format(a)) return message;
   for (int64_t b = 0; b < a.batch; ++b) {
     for (int64_t t = 0; t < a.tokens; ++t) {
-      const int64_t pos = a.pos[b * a.pos_b + t];
+      const int64_t pos = a.pos ? a.pos[b * a.pos_b + t] : t;
       if (pos < 0) break;
       if (slot_of(a, pos) >= a.capacity) return "fill: expected positions within the store's capacity";
     }
@@ -63,13 +63,13 @@ const char* wrong_fill(const hfl_append& a) {
 }
 
 void fill(const hfl_fill& f, int threads) {
-  const int64_t tasks = 2 * int64_t{f.at.batch} * f.at.kv_heads, own = 3 * plain::padded(std::max(f.at.dim, f.at.v_dim));
+  const int64_t sides = f.at.v.data ? 2 : 1, tasks = sides * f.at.batch * f.at.kv_heads, own = 3 * plain::padded(std::max(f.at.dim, f.at.v_dim));
   const Floats work(threads * own);
   const auto fill_some = HFL_CHOOSE(fill_head);
 #pragma omp parallel for num_threads(threads) if (tasks * f.at.tokens * f.at.dim > ALONE)
   for (int64_t task = 0; task < tasks; ++task) {
-    const int64_t problem = task / 2;
-    fill_some(f, problem / f.at.kv_heads, problem % f.at.kv_heads, task % 2 == 0, work.at(thread() * own));
+    const int64_t problem = task / sides;
+    fill_some(f, problem / f.at.kv_heads, problem % f.at.kv_heads, task % sides == 0, work.at(thread() * own));
   }
 }
 

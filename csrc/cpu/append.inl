@@ -137,17 +137,17 @@ inline void fill_token(const Lines& to, int64_t slot, const void* from, void* re
 inline void fill_head(const hfl_fill& f, int64_t b, int64_t h, bool keys, float* work) {
   const hfl_append& a = f.at;
   const Lines to(keys ? a.k : a.v, b, h, a.dtype, keys ? a.dim : a.v_dim);
-  const int64_t* pos = a.pos + b * a.pos_b;
+  const int64_t* pos = a.pos ? a.pos + b * a.pos_b : nullptr;
   const int64_t head = f.heads ? f.heads[h] : h;
   const int64_t from = keys ? b * a.fk_b + head * a.fk_h : b * a.fv_b + head * a.fv_h;
   const int64_t out = keys ? b * f.rk_b + head * f.rk_h : b * f.rv_b + head * f.rv_h;
   void* read = keys ? f.read_k : f.read_v;
-  int64_t count = 0;
-  while (count < a.tokens && pos[count] >= 0) ++count;
-  const int64_t end = count ? pos[0] + count : 0;
+  int64_t count = pos ? 0 : a.tokens;
+  while (pos && count < a.tokens && pos[count] >= 0) ++count;
+  const int64_t start = pos ? pos[0] : 0, end = count ? start + count : 0;
   for (int64_t t = 0; t < a.tokens; ++t) {
-    const bool stays = t < count && (a.ring <= 0 || pos[t] < a.sink || pos[t] >= end - a.ring);
-    fill_token(to, stays ? slot_of(a, pos[t]) : -1, at(keys ? a.fresh_k : a.fresh_v, from + t * (keys ? a.fk_t : a.fv_t), a.dtype),
+    const bool stays = t < count && (a.ring <= 0 || start + t < a.sink || start + t >= end - a.ring);
+    fill_token(to, stays ? slot_of(a, start + t) : -1, at(keys ? a.fresh_k : a.fresh_v, from + t * (keys ? a.fk_t : a.fv_t), a.dtype),
                read ? at(read, out + t * (keys ? f.rk_t : f.rv_t), a.dtype) : nullptr, work);
   }
   if (f.blank) {
@@ -159,7 +159,7 @@ inline void fill_head(const hfl_fill& f, int64_t b, int64_t h, bool keys, float*
   for (int64_t entry = 0; entry < f.entries; ++entry) {
     const int64_t low = entry * a.sub, high = low + a.sub < end ? low + a.sub : end;
     void* into = at(bounds, entry * 2 * a.dim, a.dtype);
-    if (count && high > pos[0] && low < end) {
+    if (count && high > start && low < end) {
       bound(to, low, high - 1, into, work);
     } else if (f.blank) {
       for (int c = 0; c < 2 * a.dim; ++c) write_any(into, c, c < a.dim ? INFINITY : -INFINITY, a.dtype);

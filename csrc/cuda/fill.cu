@@ -46,6 +46,7 @@ struct Row {
 
 __device__ __forceinline__ Row row_of(const Fill& f, int64_t b) {
   const hfl_append& a = f.fill.at;
+  if (!a.pos) return {0, a.tokens};
   const int64_t* pos = a.pos + b * a.pos_b;
   return {pos[0], f.fill.even ? a.tokens : count_of(pos, a.tokens)};
 }
@@ -171,9 +172,9 @@ const char* check_fill(const hfl_fill& f) {
       !in_pieces(f.read_k, f.rk_b, f.rk_h, f.rk_t, bytes) || !in_pieces(f.read_v, f.rv_b, f.rv_h, f.rv_t, bytes)) {
     return "fill_pages: expected tokens that begin at multiples of 16 bytes";
   }
-  if (!f.read_k != !f.read_v) return "fill_pages: expected room for keys and for values, or for none";
+  if (a.v.data && !f.read_k != !f.read_v) return "fill_pages: expected room for keys and for values, or for none";
   const char* message = wrong_side(a.k, a, a.dim);
-  return message ? message : wrong_side(a.v, a, a.v_dim);
+  return message || !a.v.data ? message : wrong_side(a.v, a, a.v_dim);
 }
 
 }  // namespace
@@ -195,7 +196,8 @@ cudaError_t launch_fill(const hfl_fill& fill, void* stream) {
     parts = static_cast<unsigned>((a.capacity - f.cleared + RUN - 1) / RUN);
     if (a.bounds && parts == 0) parts = 1;
   }
-  const dim3 grid(static_cast<unsigned>(f.runs) + parts, static_cast<unsigned>(a.batch) * static_cast<unsigned>(a.kv_heads), 2);
+  const dim3 grid(static_cast<unsigned>(f.runs) + parts, static_cast<unsigned>(a.batch) * static_cast<unsigned>(a.kv_heads),
+                  a.v.data ? 2 : 1);
   void* arguments[] = {&f};
   return launch(reinterpret_cast<const void*>(&fill_kernel), grid, THREADS, 0, stream, arguments);
 }

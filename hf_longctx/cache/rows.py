@@ -90,17 +90,12 @@ def decoded(x: Stored) -> Tensor:
     return x if isinstance(x, Tensor) else ops.decode_kv(x)
 
 
-def as_stored(x: Tensor, stored: Stored) -> Tensor:
-    """Fresh values as they will be read; gradients pass as if a format did not round."""
-    return x if isinstance(stored, Tensor) else straight(x, ops.decode_kv(stored))
-
-
-def straight(x: Tensor, read: Tensor) -> Tensor:
-    """What is read of fresh values; gradients pass as if it were those."""
-    if not x.requires_grad:
-        return read
-    out: Tensor = _Straight.apply(x, read)  # type: ignore[no-untyped-call]
-    return out
+def straight(fresh: tuple[Tensor, Tensor], read: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """What is read of fresh keys and values, None if just those; gradients pass as if a format did not round."""
+    if read is None:
+        return fresh
+    keys, values = (_Straight.apply(x, y) if x.requires_grad else y for x, y in zip(fresh, read, strict=True))  # type: ignore[no-untyped-call]
+    return keys, values
 
 
 class _Straight(torch.autograd.Function):

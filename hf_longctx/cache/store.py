@@ -118,8 +118,7 @@ class Store:
             before = Before.of(self._keys, self._values, step, sink, ring)
         read = None if self._kv is None else (torch.empty_like(k), torch.empty_like(v))
         self._fill(k, v, step, None, read)
-        if read is not None:
-            k, v = (straight(x, stored) for x, stored in zip((k, v), read, strict=True))
+        k, v = straight((k, v), read)
         return View(k, v, step.pos if step.ragged else None) if before is None else before.then(k, v, sink)
 
     def write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None = None) -> None:

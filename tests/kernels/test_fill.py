@@ -198,16 +198,19 @@ def test_groups_of_a_layer(bits: int, even: bool, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dim", [8, 64, 96, 128, 256])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_reading_back(bits: int, dim: int, dtype: torch.dtype, device: str) -> None:
+def test_packing_and_reading_back(bits: int, dim: int, dtype: torch.dtype, device: str) -> None:
     need(device)
     made = torch.Generator().manual_seed(dim)
-    stored = ops.encode_kv(3 * torch.randn(2, 3, 70, dim, generator=made).to(dtype), bits)
+    fresh = 3 * torch.randn(2, 70, 3, dim, generator=made).to(dtype).transpose(1, 2)
     with use_backend("reference"):
+        stored = ops.encode_kv(fresh, bits)
         expected = ops.decode_kv(stored)
     (there,) = on(device, (stored,))
     fits = device == "cpu" or dim * bits % 128 == 0
-    assert (fill.reject_decode(there) is None) == fits
+    assert (fill.reject_decode(there) is None) == (fill.reject_encode(fresh.to(device), bits) is None) == fits
     if fits:
+        packed = fill.encode_kv(fresh.to(device), bits)
+        assert all(torch.equal(x.cpu(), y) for x, y in zip(packed.tensors, stored.tensors, strict=True))
         assert torch.equal(fill.decode_kv(there).cpu(), expected)
         part = replace(there, **{n: getattr(there, n)[:, 1:, 5:60] for n in ("payload", "scale", "zero")})
         assert torch.equal(fill.decode_kv(part).cpu(), expected[:, 1:, 5:60])

@@ -1,4 +1,4 @@
-"""`ops.fill_pages` and `ops.decode_kv` in the compiled library."""
+"""`ops.fill_pages`, `ops.encode_kv` and `ops.decode_kv` in the compiled library."""
 
 from __future__ import annotations
 
@@ -122,4 +122,37 @@ def decode_kv(x: Packed) -> Tensor:
     return out
 
 
-OPS = {"fill_pages": Implementation(fill_pages, reject), "decode_kv": Implementation(decode_kv, reject_decode)}
+def reject_encode(x: Tensor, bits: int) -> str | None:
+    """Why the library does not take these values, or None."""
+    reason = library.reason(x.device)
+    if reason is not None:
+        return reason
+    if x.ndim != 4 or 0 in x.shape:
+        return "takes rows, heads, tokens and channels, none of them empty"
+    if x.dtype not in library.DTYPES:
+        return "takes float32, float16 or bfloat16"
+    if x.is_cuda and (x.shape[3] * bits % 128 or x.shape[3] > store.MOST_CHANNELS):
+        return f"takes rows of whole 16 bytes, of at most {store.MOST_CHANNELS} channels, on CUDA"
+    if x.is_cuda and x.shape[0] * x.shape[1] > MOST_PROBLEMS:
+        return f"takes at most {MOST_PROBLEMS} rows * KV heads"
+    return "takes an even number of channels" if x.shape[3] % (8 // bits) else None
+
+
+def encode_kv(x: Tensor, bits: int) -> Packed:
+    """`ops.encode_kv`: a store of keys alone, as long as the text."""
+    x = library.laid_out(x.detach())
+    payload = torch.empty(*x.shape[:3], x.shape[3] * bits // 8, dtype=torch.uint8, device=x.device)
+    scale, zero = (torch.empty(x.shape[:3], dtype=torch.float16, device=x.device) for _ in range(2))
+    out = Packed(payload, scale, zero, bits, x.dtype)
+    block = HflFill(store.HflAppend(*x.shape[:3], x.shape[3], 0, library.DTYPES[x.dtype], library.rows(out)))
+    block.at.fresh_k, (block.at.fk_b, block.at.fk_h, block.at.fk_t) = x.data_ptr(), x.stride()[:3]
+    block.at.capacity, block.at.sub, block.even, block.count = x.shape[2], 1, True, 1
+    library.run("fill", block, x.device)
+    return out
+
+
+OPS = {
+    "encode_kv": Implementation(encode_kv, reject_encode),
+    "fill_pages": Implementation(fill_pages, reject),
+    "decode_kv": Implementation(decode_kv, reject_decode),
+}

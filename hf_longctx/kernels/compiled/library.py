@@ -128,24 +128,8 @@ _OPS = {
     **dict.fromkeys(
         ("attend", "score", "pick", "append", "fill", "decode", "delta", "quantize", "linear"), ("cpu", "cuda")
     ),
-    **dict.fromkeys(
-        (
-            "attend_beside",
-            "antidiagonal",
-            "pick_mass",
-            "prefill",
-            "bring",
-            "copy",
-            "norm",
-            "turn",
-            "gated",
-            "merged",
-            "layer",
-            "project",
-            "streamed",
-        ),
-        ("cuda",),
-    ),
+    **dict.fromkeys(("attend_beside", "antidiagonal", "pick_mass", "prefill", "bring", "copy"), ("cuda",)),
+    **dict.fromkeys(("norm", "turn", "gated", "merged", "layer", "project", "streamed"), ("cuda",)),
 }
 
 
@@ -283,8 +267,7 @@ def rows(x: Tensor | Packed) -> HflRows:
 
 def stream(device: torch.device) -> int:
     """The stream on which torch works now, without an object for it, which would take as long as a launch."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    found: int = torch._C._cuda_getCurrentRawStream(index)
+    found: int = torch._C._cuda_getCurrentRawStream(device.index)
     return found
 
 
