@@ -79,7 +79,7 @@ __device__ __forceinline__ void clear(const Fill& f, bool keys, int64_t b, int64
   }
 }
 
-__global__ void __launch_bounds__(THREADS) fill_kernel(const Fill f) {
+__global__ void __launch_bounds__(THREADS, 2) fill_kernel(const Fill f) {
   __shared__ __align__(16) float room[2 * THREADS * 8];
   const hfl_append& a = f.fill.at;
   const int64_t b = blockIdx.y / static_cast<unsigned>(a.kv_heads), h = blockIdx.y % static_cast<unsigned>(a.kv_heads);

@@ -16,7 +16,11 @@ TOKENS = 300
 """Of the prompt: of InfLLM one block of queries."""
 
 FREE = frozenset(
-    ["alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "lift_fresh", "new_empty", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "_unsafe_view", "_reshape_alias"]
+    {
+        *("alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "select", "slice", "split"),
+        *("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "_unsafe_view"),
+        *("_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty"),
+    }
 )
 """Operations that compute nothing."""
 
