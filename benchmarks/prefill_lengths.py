@@ -26,7 +26,7 @@ ROUNDS = 3
 LONG = 16 * K
 """From this length on there is one round, as a run takes long."""
 
-LEAST, MOST = 2, 8
+LEAST, MOST = 1, 8
 """Runs in a round; between them as many as fit into `SECONDS`."""
 
 SECONDS = 0.3

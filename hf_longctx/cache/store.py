@@ -279,8 +279,9 @@ class Store:
         if step.columns:
             self._reserve(step)
         else:
-            for rows, x in ((self._keys, k), (self._values, v)):
-                rows.begin(x, self._room(rows, step))
+            size = self._room(self._keys, step)
+            self._keys.begin(k, size)
+            self._values.begin(v, size)
             self.passed(step.end)
         bounds, sub = None, 1
         if isinstance(self.index, Bounds):
