@@ -5,10 +5,9 @@
 extern "C" {
 #pragma GCC visibility push(default)
 
-// hfl_append of any number of tokens, of which a row's come first, one position after the other, and then those that are
-// not written (-1); of two tokens with one slot the later one stays. at.pos NULL: token t of each row stands at t. With
-// at.v.data NULL there are keys alone. `at.fresh_k` and `at.fresh_v` have all heads of a
-// layer, of which `at.kv_heads` are stored.
+// hfl_append of any number of tokens: of a row first those that are written, one position after the other, then the
+// others (-1); of two tokens with one slot the later one stays. at.pos NULL: token t of each row stands at t. at.v.data
+// NULL: there are keys alone. at.fresh_k and at.fresh_v have all heads of a layer, of which at.kv_heads are stored.
 typedef struct {
   hfl_append at;
   const int32_t* heads;  // [at.kv_heads], which of the layer's each stored head is; NULL: they are in order
@@ -18,7 +17,7 @@ typedef struct {
   int32_t entries;  // M' of at.bounds
   int32_t even;     // all rows are alike and all tokens are written
   int32_t blank;    // the store holds nothing: what is not written becomes 0, and bounds those of no key
-  int32_t count;    // blocks for groups of heads that lie side by side, of which this is the first; of the others it is 1
+  int32_t count;    // of argument blocks side by side, one for each group of heads; read in the first of them
   void* stream;     // of all; at.stream is not used
 } hfl_fill;
 

@@ -1,6 +1,6 @@
 // ops.append_pages on the host: a few tokens of each row into their slots, quantized where the store is, and the bounds
-// of the sub-blocks that they touch made anew from the keys as they are stored; ops.fill_pages, the same for a prompt; and
-// ops.decode_kv.
+// of the sub-blocks that they touch made anew from the keys as they are stored; ops.fill_pages, the same for a prompt;
+// ops.encode_kv and ops.decode_kv.
 //
 // The payloads, scales and bounds are, bit for bit, those of the definition. A task is a row and KV head.
 #include <math.h>
@@ -63,7 +63,8 @@ const char* wrong_fill(const hfl_append& a) {
 }
 
 void fill(const hfl_fill& f, int threads) {
-  const int64_t sides = f.at.v.data ? 2 : 1, tasks = sides * f.at.batch * f.at.kv_heads, own = 3 * plain::padded(std::max(f.at.dim, f.at.v_dim));
+  const int64_t sides = f.at.v.data ? 2 : 1, tasks = sides * f.at.batch * f.at.kv_heads;
+  const int64_t own = 3 * plain::padded(std::max(f.at.dim, f.at.v_dim));
   const Floats work(threads * own);
   const auto fill_some = HFL_CHOOSE(fill_head);
 #pragma omp parallel for num_threads(threads) if (tasks * f.at.tokens * f.at.dim > ALONE)
@@ -110,7 +111,8 @@ extern "C" const char* hfl_fill_cpu(const hfl_fill* a, int32_t threads) {
 
 extern "C" const char* hfl_decode_cpu(const hfl_decode* a, int32_t threads) {
   if (const char* message = hfl::wrong_rows(a->x, a->dim)) return message;
-  if (a->dtype < HFL_F32 || a->dtype > HFL_BF16 || !a->x.bits) return "decode: expected packed rows, and values of a dtype";
+  if (a->dtype < HFL_F32 || a->dtype > HFL_BF16) return "decode: expected float32, float16 or bfloat16";
+  if (!a->x.bits) return "decode: expected packed rows";
   try {
     hfl::decode(*a, std::max(1, threads));
   } catch (const std::bad_alloc&) {

@@ -147,8 +147,9 @@ inline void fill_head(const hfl_fill& f, int64_t b, int64_t h, bool keys, float*
   const int64_t start = pos ? pos[0] : 0, end = count ? start + count : 0;
   for (int64_t t = 0; t < a.tokens; ++t) {
     const bool stays = t < count && (a.ring <= 0 || start + t < a.sink || start + t >= end - a.ring);
-    fill_token(to, stays ? slot_of(a, start + t) : -1, at(keys ? a.fresh_k : a.fresh_v, from + t * (keys ? a.fk_t : a.fv_t), a.dtype),
-               read ? at(read, out + t * (keys ? f.rk_t : f.rv_t), a.dtype) : nullptr, work);
+    const void* x = at(keys ? a.fresh_k : a.fresh_v, from + t * (keys ? a.fk_t : a.fv_t), a.dtype);
+    void* value = read ? at(read, out + t * (keys ? f.rk_t : f.rv_t), a.dtype) : nullptr;
+    fill_token(to, stays ? slot_of(a, start + t) : -1, x, value, work);
   }
   if (f.blank) {
     const int64_t used = a.ring > 0 && end > a.sink + a.ring ? a.sink + a.ring : end;

@@ -84,8 +84,8 @@ __device__ __forceinline__ Encoded encode(const Eight& x, int bits, bool active)
 }
 
 // A warp writes what it has packed of a token.
-__device__ __forceinline__ void write_packed(const hfl_rows& rows, int64_t b, int64_t h, int64_t slot, const Encoded& x,
-                                             int lane, bool active) {
+__device__ __forceinline__ void write_packed(const hfl_rows& rows, int64_t b, int64_t h, int64_t slot,
+                                             const Encoded& x, int lane, bool active) {
   uint8_t* to = static_cast<uint8_t*>(rows.data) + b * rows.b + h * rows.h + slot * rows.t + lane * rows.bits;
   if (active && rows.bits == 8) *reinterpret_cast<uint2*>(to) = x.payload;
   if (active && rows.bits == 4) *reinterpret_cast<uint32_t*>(to) = x.payload.x;
@@ -100,7 +100,8 @@ __device__ __forceinline__ void write_packed(const hfl_rows& rows, int64_t b, in
 __device__ __forceinline__ void write_token(const hfl_rows& rows, int64_t b, int64_t h, int64_t slot, const Raw& raw,
                                             int dtype, int lane, bool active) {
   if (rows.bits) {
-    write_packed(rows, b, h, slot, encode(unpack(raw, dtype), rows.bits, active), lane, active);
+    const Encoded packed = encode(unpack(raw, dtype), rows.bits, active);
+    write_packed(rows, b, h, slot, packed, lane, active);
   } else if (active) {
     const int bytes = dtype == HFL_F32 ? 4 : 2;
     const int64_t to = b * rows.b + h * rows.h + slot * rows.t + lane * 8;
@@ -124,8 +125,8 @@ __device__ __forceinline__ int64_t slot_of(const hfl_append& a, int64_t pos) {
 
 // Bounds of the keys in slots `first` to `last`, by all threads; `room`: [2, groups, D] floats, at most 16 a thread.
 template <int THREADS>
-__device__ __forceinline__ void bound(const hfl_append& a, int64_t b, int64_t h, int64_t first, int64_t last, void* entry,
-                      float* room) {
+__device__ __forceinline__ void bound(const hfl_append& a, int64_t b, int64_t h, int64_t first, int64_t last,
+                                      void* entry, float* room) {
   const int chunks = a.dim / 8, groups = THREADS / chunks;
   const int chunk = static_cast<int>(threadIdx.x) % chunks, group = static_cast<int>(threadIdx.x) / chunks;
   if (group < groups) {

@@ -1,11 +1,12 @@
-// ops.decode_kv, and ops.fill_pages: a prompt's tokens into their slots, quantized where the store is, the values that are then read of
-// them, the bounds of the sub-blocks that they touch, and zeros for the rest of a new store: one launch.
+// ops.fill_pages: a prompt's tokens into their slots, quantized where the store is, the values that are then read of
+// them, the bounds of the sub-blocks that they touch, and zeros for the rest of a new store, in one launch for each
+// group of heads; ops.encode_kv, which is the same without values; and ops.decode_kv.
 //
 // Paper: formats as in QServe (arXiv:2405.04532) section 4.2; bounds as in Quest (arXiv:2406.10774) section 3.2.
 // Shapes: stores [B, Hkv', C, D], tokens [B, Hkv, T, D], D a multiple of 8 up to 256; bounds [B, Hkv', M', 2, D].
 // Grid: (runs of positions, then runs of slots to clear; B * Hkv'; keys and values).
-// Block: 256 threads; a warp takes a token at a time, 8 channels a lane, and has loads of FLIGHT of them under way. A run
-// is whole sub-blocks, so that a block reads of the store only what it has written itself, or an earlier call.
+// Block: 256 threads; a warp takes a token at a time, 8 channels a lane, and has loads of FLIGHT of them under way. A
+// run is whole sub-blocks, so that a block reads of the store only what it has written itself, or an earlier call.
 // Shared memory: 16 KiB, bounds of each group of lanes. Bound by: bytes.
 //
 // All roundings are those of the definition, in its order; a NaN stays one. Positions are below 2^32.
@@ -62,7 +63,8 @@ __device__ __forceinline__ void clear(const Fill& f, bool keys, int64_t b, int64
   for (int i = static_cast<int>(threadIdx.x) / 32; i < RUN; i += WARPS) {
     const int64_t slot = f.cleared + part * RUN + i;
     if (slot < used || slot >= a.capacity) continue;
-    uint32_t* to = reinterpret_cast<uint32_t*>(static_cast<char*>(rows.data) + (b * rows.b + h * rows.h + slot * rows.t) * unit);
+    char* row_at = static_cast<char*>(rows.data) + (b * rows.b + h * rows.h + slot * rows.t) * unit;
+    uint32_t* to = reinterpret_cast<uint32_t*>(row_at);
     for (int word = lane; word < words; word += 32) to[word] = 0;
     if (rows.bits && lane < 2) {
       const int64_t side = b * rows.scale_b + h * rows.scale_h + slot;
@@ -95,7 +97,8 @@ __global__ void __launch_bounds__(THREADS, 2) fill_kernel(const Fill f) {
   const int64_t to = keys ? b * f.fill.rk_b + head * f.fill.rk_h : b * f.fill.rv_b + head * f.fill.rv_h;
   const int64_t from_t = keys ? a.fk_t : a.fv_t, to_t = keys ? f.fill.rk_t : f.fill.rv_t;
   void* read = keys ? f.fill.read_k : f.fill.read_v;
-  const int ahead = row.first < 0 ? 0 : static_cast<int>(static_cast<uint32_t>(row.first) % static_cast<uint32_t>(f.run));
+  const uint32_t first = row.first < 0 ? 0 : static_cast<uint32_t>(row.first);
+  const int ahead = static_cast<int>(first % static_cast<uint32_t>(f.run));
   const int start = static_cast<int>(blockIdx.x) * f.run - ahead;  // the run's first token
   const int begin = start < 0 ? 0 : start, end = start + f.run < a.tokens ? start + f.run : a.tokens;
   const int64_t last = row.first + row.count - 1;
@@ -177,12 +180,6 @@ const char* check_fill(const hfl_fill& f) {
   return message || !a.v.data ? message : wrong_side(a.v, a, a.v_dim);
 }
 
-}  // namespace
-}  // namespace hfl
-
-namespace hfl {
-namespace {
-
 cudaError_t launch_fill(const hfl_fill& fill, void* stream) {
   const hfl_append& a = fill.at;
   Fill f = {fill, RUN, 0, 0};
@@ -196,8 +193,8 @@ cudaError_t launch_fill(const hfl_fill& fill, void* stream) {
     parts = static_cast<unsigned>((a.capacity - f.cleared + RUN - 1) / RUN);
     if (a.bounds && parts == 0) parts = 1;
   }
-  const dim3 grid(static_cast<unsigned>(f.runs) + parts, static_cast<unsigned>(a.batch) * static_cast<unsigned>(a.kv_heads),
-                  a.v.data ? 2 : 1);
+  const unsigned problems = static_cast<unsigned>(a.batch) * static_cast<unsigned>(a.kv_heads);
+  const dim3 grid(static_cast<unsigned>(f.runs) + parts, problems, a.v.data ? 2 : 1);
   void* arguments[] = {&f};
   return launch(reinterpret_cast<const void*>(&fill_kernel), grid, THREADS, 0, stream, arguments);
 }
