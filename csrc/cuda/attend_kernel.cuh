@@ -58,14 +58,13 @@ __device__ __forceinline__ void count_down(const AttendTurn& turn, int problem, 
   if (turn.picked) atomicSub(turn.picked + row, 1);
 }
 
+// What a block does; split -1: stores the token.
 template <int D, Format F>
-__global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const __grid_constant__ AttendTask p) {
+__device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* shared, int index, int split,
+                                            int problem) {
   using R = Room<D, F>;
-  extern __shared__ __align__(1024) unsigned char shared[];
   const AttendTurn& turn = p.turn;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int index = static_cast<int>(blockIdx.x), problem = static_cast<int>(blockIdx.z);
-  const int split = static_cast<int>(blockIdx.y) - (turn.appended ? 1 : 0);  // -1: stores the token
   const Unit unit(p, index, problem);
   Keys<Slab<D, F>::KEYS> keys(p, unit);
   begin_turn(turn.turn, unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
@@ -130,6 +129,23 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
   }
   if (last) count_down(turn, problem, keys.row);
   end_turn(turn.turn);
+}
+
+template <int D, Format F>
+__global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const __grid_constant__ AttendTask p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int split = static_cast<int>(blockIdx.y) - (p.turn.appended ? 1 : 0);
+  attend_part<D, F>(p, shared, static_cast<int>(blockIdx.x), split, static_cast<int>(blockIdx.z));
+}
+
+// Two groups of heads of a step.
+template <int D, Format F>
+__global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_both_kernel(const __grid_constant__ AttendTasks all) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int line = static_cast<int>(blockIdx.x), second = line >= all.first ? 1 : 0, own = line - (second ? all.first : 0);
+  const AttendTask& p = all.of[second];
+  const int problem = all.blocks[second].divide(own), split = own - problem * all.blocks[second].by - 1;
+  attend_part<D, F>(p, shared, 0, split, problem);
 }
 
 }  // namespace hfl

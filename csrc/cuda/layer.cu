@@ -117,19 +117,32 @@ extern "C" const char* hfl_layer_cuda(const hfl_layer* layer) {
     if (message) return message;
   }
   char* scratch = static_cast<char*>(layer->scratch);
-  for (int i = 0; i < layer->count; ++i) {
-    const hfl_layer_group& g = layer->groups[i];
-    const hfl::Counters own(g);
-    hfl_attend attend = g.attend;
-    attend.stream = layer->stream, attend.scratch = scratch, attend.counters = counters + at[i];
-    int32_t splits = 0;
-    scratch += hfl::in_pieces(hfl::attend_scratch(attend, static_cast<int>(own.problems), &splits));
-    attend.splits = splits;
-    hfl::AttendTurn in;
-    in.turn = in_turn(), in.heads = hfl::heads_of(g), in.append = g.append;
-    in.appended = attend.counters + own.units;
-    if (g.score.scores) in.picked = in.appended + own.problems;
-    message = hfl::attend_in_turn(attend, in);
+  hfl_attend attends[2];
+  hfl::AttendTurn turns[2];
+  for (int i = 0; i < layer->count;) {
+    int together = 0;
+    do {
+      const hfl_layer_group& g = layer->groups[i];
+      const hfl::Counters own(g);
+      hfl_attend& attend = attends[together];
+      attend = g.attend;
+      attend.stream = layer->stream, attend.scratch = scratch, attend.counters = counters + at[i];
+      int32_t splits = 0;
+      scratch += hfl::in_pieces(hfl::attend_scratch(attend, static_cast<int>(own.problems), &splits));
+      attend.splits = splits;
+      hfl::AttendTurn& in = turns[together] = hfl::AttendTurn();
+      in.heads = hfl::heads_of(g), in.append = g.append, in.appended = attend.counters + own.units;
+      if (g.score.scores) in.picked = in.appended + own.problems;
+      ++i;
+    } while (++together < 2 && i < layer->count);
+    const hfl::Turn now = in_turn();
+    turns[0].turn = turns[1].turn = now;
+    const bool one = together == 2 && hfl::attend_together(attends[0], attends[1]);
+    if (one) message = hfl::attend_both_in_turn(attends, turns);
+    for (int j = 0; j < together && !one && !message; ++j) {
+      if (j > 0) turns[j].turn = hfl::Turn::later;
+      message = hfl::attend_in_turn(attends[j], turns[j]);
+    }
     if (message) return message;
   }
   return nullptr;

@@ -79,6 +79,9 @@ struct AttendTurn {
 const char* score_in_turn(const hfl_score& a, const ScoreTurn& turn);
 const char* pick_in_turn(const hfl_pick& a, const PickTurn& turn);
 const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn);
+// Of two groups at once, where one kernel can be that of both.
+bool attend_together(const hfl_attend& a, const hfl_attend& b);
+const char* attend_both_in_turn(const hfl_attend (&a)[2], const AttendTurn (&turns)[2]);
 
 // What is needed of them before.
 const char* wrong_append(const hfl_append& a);
