@@ -30,12 +30,19 @@ struct Kernel {
   std::atomic<int>* fits[3];           // blocks that the device holds at a time; 0: not known yet
 };
 
+// Of two groups at once, for the usual head: what it saves is a launch, and it takes as much code again.
+template <int D, Format F>
+const void* both() {
+  if constexpr (D == 128) return reinterpret_cast<const void*>(&attend_both_kernel<D, F>);
+  return nullptr;
+}
+
 template <int D, Format F>
 const Kernel& kernel() {
   using R = Room<D, F>;
   static std::atomic<int> fits[3][MOST_DEVICES];
   static const Kernel it = {reinterpret_cast<const void*>(&attend_kernel<D, F>),
-                            reinterpret_cast<const void*>(&attend_both_kernel<D, F>),
+                            both<D, F>(),
                             R::WARPS * 32,
                             R::WARPS,
                             R::S::KEYS,
@@ -127,7 +134,7 @@ cudaError_t blocks_that_fit(const Kernel& kernel, int variants, int& blocks) {
   if (blocks) return cudaSuccess;
   const int bytes = kernel.bytes[variants - 1];
   error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes[2]);
-  if (error == cudaSuccess) {
+  if (error == cudaSuccess && kernel.of_both) {
     error = cudaFuncSetAttribute(kernel.of_both, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes[2]);
   }
   if (error == cudaSuccess) {
@@ -205,9 +212,8 @@ const char* attend(const hfl_attend& a, const AttendTurn& turn, const hfl_beside
 
 bool attend_together(const hfl_attend& a, const hfl_attend& b) {
   const AttendTask first = task_of(a), second = task_of(b);
-  if (&kernel_of(a) != &kernel_of(b) || first.variants != second.variants || first.units != 1 || second.units != 1) {
-    return false;
-  }
+  if (&kernel_of(a) != &kernel_of(b) || !kernel_of(a).of_both) return false;
+  if (first.variants != second.variants || first.units != 1 || second.units != 1) return false;
   int fit = 0;
   if (blocks_that_fit(kernel_of(a), first.variants, fit) != cudaSuccess) return false;
   return static_cast<int64_t>(a.batch) * (a.kv_heads * (a.splits + 1) + b.kv_heads * (b.splits + 1)) <= fit;

@@ -115,9 +115,11 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
 
 // Two groups of heads of a step.
 template <int D, Format F>
-__global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_both_kernel(const __grid_constant__ AttendTasks all) {
+__global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_both_kernel(
+    const __grid_constant__ AttendTasks all) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  const int line = static_cast<int>(blockIdx.x), second = line >= all.first ? 1 : 0, own = line - (second ? all.first : 0);
+  const int line = static_cast<int>(blockIdx.x), second = line >= all.first ? 1 : 0;
+  const int own = line - (second ? all.first : 0);
   const AttendTask& p = all.of[second];
   const int problem = all.blocks[second].divide(own), split = own - problem * all.blocks[second].by - 1;
   attend_part<D, F>(p, shared, 0, split, problem);

@@ -10,116 +10,35 @@
 // Bound by: latency. Two blocks of a multiprocessor keep 128 KiB on their way.
 #include <algorithm>
 
-#include "attend_list.cuh"
+#include "attend_list4.cuh"
+#include "attend_list_merge.cuh"
 
 namespace hfl {
 namespace {
 
 constexpr int THREADS = CHOOSERS;
-constexpr int PARTS = 128;  // of all lists, about: one for each multiprocessor, which leaves room for what comes next
-
-// What a block leaves for the last one: for each of its rows LIST_DIM sums, and the largest logit and the total.
-__device__ __forceinline__ float* scratch_of(const ListTask& p, int problem, int split) {
-  return static_cast<float*>(p.a.scratch) + (static_cast<int64_t>(problem) * p.splits + split) * p.group * LIST_OUT;
-}
-
-__device__ __forceinline__ void add(float2& sum, float weight, const float2& x) {
-  sum.x += weight * x.x, sum.y += weight * x.y;
-}
-
-// Two channels of a row, of all warps.
-__device__ __forceinline__ void merge_warps(const unsigned char* room, const ListShared& shared, int rows, int row,
-                                            int channel, float* to) {
-  float2 state = make_float2(NOTHING, 0.0f), sum = make_float2(0.0f, 0.0f);
-#pragma unroll
-  for (int w = 0; w < LIST_WARPS; ++w) state.x = fmaxf(state.x, shared.states[w][row].x);
-  const float base = state.x == NOTHING ? 0.0f : state.x;
-#pragma unroll
-  for (int w = 0; w < LIST_WARPS; ++w) {
-    const float2 own = shared.states[w][row];
-    const float weight = power_of_two(own.x - base);
-    state.y += weight * own.y;
-    add(sum, weight, reinterpret_cast<const float2*>(room + w * ListShared::warp_bytes(rows))[(row * LIST_OUT + channel) / 2]);
-  }
-  *reinterpret_cast<float2*>(to + row * LIST_OUT + channel) = sum;
-  if (channel == 0) *reinterpret_cast<float2*>(to + row * LIST_OUT + LIST_DIM) = state;
-}
-
-// The same of all blocks.
-template <typename T>
-__device__ __forceinline__ void merge_blocks(const ListTask& p, int b, int head, int problem, int row, int channel) {
-  constexpr int BATCH = 8;
-  const int stride = p.group * LIST_OUT;
-  const float* from = scratch_of(p, problem, 0) + row * LIST_OUT;
-  float2 state = make_float2(NOTHING, 0.0f), sum = make_float2(0.0f, 0.0f);
-#pragma unroll 1
-  for (int first = 0; first < p.splits; first += BATCH, from += BATCH * stride) {
-    float2 states[BATCH], sums[BATCH];
-    float higher = state.x;
-#pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-      const bool there = first + i < p.splits;
-      states[i] = make_float2(NOTHING, 0.0f), sums[i] = make_float2(0.0f, 0.0f);
-      if (there) states[i] = __ldcg(reinterpret_cast<const float2*>(from + i * stride + LIST_DIM));
-      if (there) sums[i] = __ldcg(reinterpret_cast<const float2*>(from + i * stride + channel));
-    }
-#pragma unroll
-    for (int i = 0; i < BATCH; ++i) higher = fmaxf(higher, states[i].x);
-    const float base = higher == NOTHING ? 0.0f : higher, down = power_of_two(state.x - base);
-    state.x = higher, state.y *= down, sum.x *= down, sum.y *= down;
-#pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-      const float weight = power_of_two(states[i].x - base);
-      state.y += weight * states[i].y;
-      add(sum, weight, sums[i]);
-    }
-  }
-  const int q_head = p.heads.of(head) * p.group + row;
-  float total = state.y, factor = 1.0f;
-  if (p.a.sink_logits) {
-    const float logit = p.a.sink_logits[q_head] * LOG2E, higher = fmaxf(state.x, logit);
-    factor = power_of_two(state.x - higher);
-    total = total * factor + power_of_two(logit - higher + lift(T()));
-  }
-  factor = state.y == 0.0f ? 0.0f : __fdividef(factor, total);
-  T* to = static_cast<T*>(p.a.out) + b * p.a.out_b + q_head * p.a.out_h + channel;
-  const uint32_t both = factor == 0.0f ? 0u : pack(sum.x * factor, sum.y * factor, T());
-  *reinterpret_cast<uint32_t*>(to) = both;
-}
-
-// Entries `start` to `end` - 1 of the list of a row and KV head, once its scores are there. By all threads.
-template <int EACH>
-__device__ __forceinline__ void choose_part(const hfl_pick& a, const int* scored, int tiles, ChooseRoom& room, int b,
-                                            int problem, int start, int end, int* list) {
-  const ListShape shape(a, b);
-  if (threadIdx.x == 0) wait_until(scored + problem, tiles);
-  __syncthreads();
-#pragma unroll 1
-  for (int i = start + static_cast<int>(threadIdx.x); i < end; i += THREADS) {
-    const int block = shape.at(i);
-    if (block != -2) list[i - start] = block;
-  }
-  if (!shape.chosen()) return;
-  Chooser<EACH> chooser(room);
-  chooser.load(a.scores + static_cast<int64_t>(problem) * CHOOSERS * EACH, shape.first, shape.last);
-  chooser.choose(shape.taken, shape.first, start, end, list);
-}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int AT_ONCE = 1;  // blocks of a multiprocessor; two would not have enough registers
+#else
+constexpr int AT_ONCE = 2;
+#endif
 
 // All of the list, for others to read.
-template <int EACH>
 __global__ void __launch_bounds__(THREADS, 2) choose_kernel(const __grid_constant__ ChooseTask p) {
-  __shared__ __align__(16) ChooseRoom room;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(16) unsigned char memory[];
   const int problem = static_cast<int>(blockIdx.x), b = p.heads.divide(problem);
-  room.clear();
+  reinterpret_cast<ChooseRoom*>(memory)->clear();
   begin_turn(p.turn.turn, b);
   int32_t* to = p.a.ids + static_cast<int64_t>(problem) * p.a.chosen;
-  choose_part<EACH>(p.a, p.turn.scored, p.tiles, room, b, problem, 0, p.a.chosen, to);
+  choose_part(p.a, p.each, p.turn.scored, p.tiles, memory, b, problem, 0, p.a.chosen, to);
   __syncthreads();
   if (threadIdx.x == 0) {
     p.turn.scored[problem] = 0;
     store_in_order(p.turn.picked + problem, p.turn.readers);
   }
   end_turn(p.turn.turn);
+#endif
 }
 
 // Which of the parts a block has, read anew where registers are short.
@@ -135,8 +54,8 @@ struct Part {
 };
 
 // What the warps left, to scratch, and what all blocks did to the output, by the last one.
-template <typename T>
-__device__ __forceinline__ void merge(const ListTask& p, ListShared& shared, const unsigned char* room, bool choice) {
+template <typename W>
+__device__ __forceinline__ void merge(const ListTask& p, ListShared& shared, unsigned char* room, bool choice) {
   const int thread = static_cast<int>(threadIdx.x), all = p.group * (LIST_DIM / 2);
   const Part part(p);
   for (int i = thread; i < all; i += THREADS) {
@@ -149,13 +68,16 @@ __device__ __forceinline__ void merge(const ListTask& p, ListShared& shared, con
   if (shared.arrived != p.splits - 1) return;
   if (thread == 0) p.a.counters[part.problem] = 0;
   if (thread == 0 && choice) p.scored[part.problem] = 0;
-  for (int i = thread; i < all; i += THREADS) {
-    merge_blocks<T>(p, part.b, part.head, part.problem, i / (LIST_DIM / 2), i % (LIST_DIM / 2) * 2);
+  if (thread == 0 && p.appended) {
+    wait_until(p.appended + part.problem, 1);
+    p.appended[part.problem] = 0;
   }
+  merge_parts<W>(p, shared, room, part.b, part.head, part.problem);
 }
 
-template <typename T, int EACH>
-__global__ void __launch_bounds__(THREADS, 2) attend_list_kernel(const __grid_constant__ ListTask p) {
+template <typename W, bool CHOICE>
+__global__ void __launch_bounds__(THREADS, AT_ONCE) attend_list_kernel(const __grid_constant__ ListTask p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) unsigned char memory[];
   ListShared& shared = *reinterpret_cast<ListShared*>(memory);
   unsigned char* room = memory + ListShared::start();
@@ -164,8 +86,8 @@ __global__ void __launch_bounds__(THREADS, 2) attend_list_kernel(const __grid_co
   const Part part(p);
   if (part.split < 0) {
     begin_turn(p.turn, part.b | part.head);
-    append_token<THREADS>(p.append, p.heads.of(part.head), part.b, part.head, nullptr, 0,
-                          reinterpret_cast<float*>(room));
+    append_token<THREADS>(p.append, p.heads.of(part.head), part.b, part.head,
+                          p.appended ? p.appended + part.problem : nullptr, 1, reinterpret_cast<float*>(room));
     end_turn(p.turn);
     return;
   }
@@ -178,16 +100,17 @@ __global__ void __launch_bounds__(THREADS, 2) attend_list_kernel(const __grid_co
   };
   const auto find = [&](int slab) { return slab < end ? key_of(slab, shared.list[p.each.divide(slab)]) : -1; };
   const int32_t* ids = a.ids + part.b * a.ids_b + (a.select_heads == 1 ? 0 : part.head) * a.ids_h + start;
-  ListWarp<T> mine(p, part.b, part.head, room + warp * ListShared::warp_bytes(p.group), lane);
+  using T = typename W::T;
+  W mine(p, part.b, part.head, room + warp * ListShared::warp_bytes(p.group), lane);
   int at = -1;
-  if constexpr (EACH > 0) {
+  if constexpr (CHOICE) {
     reinterpret_cast<ChooseRoom*>(room)->clear();
   } else {
     if (first < end) at = key_of(first, __ldcg(ids + p.each.divide(first)));
-    if (at >= 0 && at + LIST_SLAB <= a.stored) mine.load_keys(at), mine.copy_values(at);
+    if (at >= 0 && at + LIST_SLAB <= a.stored) mine.load(at);
   }
   begin_turn(p.turn, at + 1);
-  if (EACH == 0) {
+  if (!CHOICE) {
     for (int i = thread; i < entries; i += THREADS) shared.list[i] = __ldcg(ids + i);
   }
   mine.limit = static_cast<int>(min(a.q_pos[part.b * a.q_pos_b], static_cast<int64_t>(a.stored)));
@@ -195,12 +118,11 @@ __global__ void __launch_bounds__(THREADS, 2) attend_list_kernel(const __grid_co
     uint4 q = make_uint4(0, 0, 0, 0);
     const int head = p.heads.of(part.head) * p.group + (lane >> 2);
     const T* of = static_cast<const T*>(a.q) + part.b * a.q_b + head * a.q_h;
-    if ((lane >> 2) < p.group) q = *reinterpret_cast<const uint4*>(of + warp * 32 + (lane & 3) * 8);
+    if ((lane >> 2) < p.group) q = W::operands(*reinterpret_cast<const uint4*>(of + W::channel(warp, lane & 3)));
     shared.queries[warp][lane] = q;
   }
-  if constexpr (EACH > 0) {
-    choose_part<EACH>(p.pick, p.scored, p.tiles, *reinterpret_cast<ChooseRoom*>(room), part.b, part.problem, start,
-                      start + entries, shared.list);
+  if constexpr (CHOICE) {
+    choose_part(p.pick, p.chooses, p.scored, p.tiles, room, part.b, part.problem, start, start + entries, shared.list);
     __syncthreads();
     int32_t* to = p.pick.ids + static_cast<int64_t>(part.problem) * a.chosen + start;
     for (int i = thread; i < entries; i += THREADS) to[i] = shared.list[i];
@@ -209,14 +131,15 @@ __global__ void __launch_bounds__(THREADS, 2) attend_list_kernel(const __grid_co
   }
   {
     const int again = find(first);
-    const bool stands = EACH == 0 && again == at && mine.whole(at + RECENT);
+    const bool stands = !CHOICE && again == at && mine.whole(at + RECENT);
     at = again;
-    if (EACH == 0 && !stands) {
+    if (!CHOICE && !stands) {
       copy_wait<0>();
       __syncwarp();
     }
-    if (!stands && mine.whole(at)) mine.load_keys(at), mine.copy_values(at);
+    if (!stands && mine.whole(at)) mine.load(at);
   }
+  mine.prepare(shared.queries);
 #pragma unroll 1
   for (int slab = first; slab < end; slab += LIST_WARPS) {
     const int after = find(slab + LIST_WARPS);
@@ -226,18 +149,27 @@ __global__ void __launch_bounds__(THREADS, 2) attend_list_kernel(const __grid_co
   }
   mine.leave(shared.states[warp], p.group);
   __syncthreads();
-  merge<T>(p, shared, room, EACH > 0);
+  merge<W>(p, shared, room, CHOICE);
   end_turn(p.turn);
+#endif
 }
 
-template <typename T>
-const void* kernel_of(int each) {
-  if (each == 0) return reinterpret_cast<const void*>(&attend_list_kernel<T, 0>);
-  return each == 12 ? reinterpret_cast<const void*>(&attend_list_kernel<T, 12>)
-                    : reinterpret_cast<const void*>(&attend_list_kernel<T, 36>);
+template <typename W>
+const void* kernel_of(bool choice) {
+  return choice ? reinterpret_cast<const void*>(&attend_list_kernel<W, true>)
+                : reinterpret_cast<const void*>(&attend_list_kernel<W, false>);
 }
 
-bool same_rows(const hfl_rows& x) { return x.bits == 0 && x.t == LIST_DIM; }
+bool same_rows(const hfl_rows& x) { return (x.bits == 0 && x.t == LIST_DIM) || (x.bits == 4 && x.t == LIST_DIM / 2); }
+
+// Let a kernel have so much shared memory.
+cudaError_t allow(const void* kernel, int bytes) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  return error == cudaSuccess ? keep_shared(kernel) : error;
+}
+
+// Shared memory of a choice.
+int choose_bytes(int each) { return static_cast<int>(sizeof(ChooseRoom)) + CHOOSERS * each * 4; }
 
 int chosen_each(const hfl_layer_group& g) { return g.score.scores ? each_of(g.pick.blocks) : 0; }
 
@@ -247,15 +179,19 @@ ListTask task_of(const hfl_layer_group& g) {
   p.a = a, p.append = g.append, p.group = a.q_heads / a.kv_heads;
   p.each = Divisor(a.block / LIST_SLAB), p.kv_heads = Divisor(a.kv_heads);
   p.slabs = a.chosen * p.each.by;
-  const int parts = std::max(PARTS / (a.batch * a.kv_heads), 1);
-  p.share = std::clamp((p.slabs - 1) / parts + 1, LIST_WARPS, MOST_SHARE), p.splits = (p.slabs - 1) / p.share + 1;
+  const int problems = a.batch * a.kv_heads, parts = std::max((g.score.scores ? 64 : 128) / problems, 4);
+  const int least = std::max((p.slabs - 1) / MOST_PARTS + 1, LIST_WARPS);
+  p.share = std::clamp((p.slabs - 1) / parts + 1, least, std::max(MOST_SHARE, least));
+  p.splits = (p.slabs - 1) / p.share + 1;
   return p;
 }
 
 }  // namespace
 
 bool chooses(const hfl_layer_group& g) {
-  return g.score.scores && score_streams(g.score) && g.append.bounds && g.append.ring <= 0;
+  const hfl_pick& a = g.pick;
+  return g.score.scores && score_streams(g.score) && g.append.bounds && g.append.ring <= 0 && a.sink >= 0 &&
+         a.take >= 0 && a.blocks == (g.score.entries - 1) / g.score.subs + 1;
 }
 
 int64_t chosen_scores(const hfl_layer_group& g) {
@@ -265,21 +201,24 @@ int64_t chosen_scores(const hfl_layer_group& g) {
 const char* choose_in_turn(const hfl_layer_group& g, const float* scores, const PickTurn& turn, void* stream) {
   ChooseTask p = {};
   p.a = g.pick, p.a.scores = scores, p.heads = Divisor(g.pick.heads), p.tiles = score_tiles(g.score), p.turn = turn;
-  const void* kernel = chosen_each(g) == 12 ? reinterpret_cast<const void*>(&choose_kernel<12>)
-                                            : reinterpret_cast<const void*>(&choose_kernel<36>);
+  p.each = chosen_each(g);
+  const void* kernel = reinterpret_cast<const void*>(&choose_kernel);
+  cudaError_t error = allow(kernel, choose_bytes(MOST_EACH));
+  if (error != cudaSuccess) return cudaGetErrorString(error);
   void* arguments[] = {&p};
   const unsigned problems = static_cast<unsigned>(g.pick.batch) * static_cast<unsigned>(g.pick.heads);
-  const cudaError_t error = launch(kernel, dim3(problems), THREADS, 0, stream, arguments);
+  error = launch(kernel, dim3(problems), THREADS, static_cast<size_t>(choose_bytes(p.each)), stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 bool list_takes(const hfl_layer_group& g) {
   const hfl_attend& a = g.attend;
-  if (!a.ids || a.pages || a.q_before || a.slopes || a.softcap != 0.0f || !same_rows(a.k) || !same_rows(a.v)) return false;
-  if (a.dim != LIST_DIM || a.v_dim != LIST_DIM || a.q_heads / a.kv_heads > LIST_ROWS || a.block % LIST_SLAB) return false;
-  if (a.select_heads != 1 && a.select_heads != a.kv_heads) return false;
-  if (g.append.ring > 0 || g.append.dtype != a.dtype || !waits(kernel_of<__half>(0))) return false;
-  if (static_cast<int64_t>(a.chosen) * (a.block / LIST_SLAB) > INT_MAX / 2) return false;
+  if (!a.ids || a.pages || a.q_before || a.slopes || a.softcap != 0.0f || attend_units(a) == 0) return false;
+  if (a.dim != LIST_DIM || !same_rows(a.k) || !same_rows(a.v) || a.q_heads / a.kv_heads > LIST_ROWS) return false;
+  if (a.k.bits && (a.dtype != HFL_BF16 || !g.score.scores)) return false;
+  if (a.block % LIST_SLAB || (a.select_heads != 1 && a.select_heads != a.kv_heads)) return false;
+  if (g.append.ring > 0 || g.append.dtype != a.dtype || !waits(kernel_of<ListWarp4>(false))) return false;
+  if (static_cast<int64_t>(a.chosen) * (a.block / LIST_SLAB) > MOST_SHARE * MOST_PARTS) return false;
   return !g.score.scores || (chooses(g) && g.score.dtype == a.dtype);
 }
 
@@ -288,18 +227,22 @@ int64_t list_scratch(const hfl_layer_group& g) {
   return static_cast<int64_t>(g.attend.batch) * g.attend.kv_heads * p.splits * p.group * LIST_OUT * 4;
 }
 
-const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn) {
+const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn, void* stream) {
   ListTask p = task_of(g);
   p.a.scratch = turn.scratch, p.a.counters = turn.arrived, p.heads = turn.heads, p.turn = turn.turn;
   p.pick = g.pick, p.pick.scores = turn.scores, p.scored = turn.scored;
   if (g.score.scores) p.tiles = score_tiles(g.score);
-  const int each = chosen_each(g), bytes = ListShared::bytes(p.group);
-  const void* kernel = g.attend.dtype == HFL_BF16 ? kernel_of<__nv_bfloat16>(each) : kernel_of<__half>(each);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ListShared::bytes(LIST_ROWS));
+  p.chooses = chosen_each(g);
+  const int room = std::max(ListShared::bytes(p.group), p.chooses ? ListShared::start() + choose_bytes(p.chooses) : 0);
+  const void* kernel = g.attend.k.bits ? kernel_of<ListWarp4>(p.chooses > 0)
+                       : g.attend.dtype == HFL_BF16 ? kernel_of<ListWarp<__nv_bfloat16>>(p.chooses > 0)
+                                                    : kernel_of<ListWarp<__half>>(p.chooses > 0);
+  p.appended = g.attend.k.bits ? turn.appended : nullptr;
+  cudaError_t error = allow(kernel, ListShared::start() + choose_bytes(MOST_EACH));
   if (error != cudaSuccess) return cudaGetErrorString(error);
   void* arguments[] = {&p};
   const dim3 grid(static_cast<unsigned>(p.splits) + 1, static_cast<unsigned>(g.attend.batch * g.attend.kv_heads));
-  error = launch(kernel, grid, THREADS, static_cast<size_t>(bytes), g.attend.stream, arguments);
+  error = launch(kernel, grid, THREADS, static_cast<size_t>(room), stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -2,13 +2,14 @@
 // attend_list.cu says how the work is cut.
 //
 // A warp has the words of 16 keys in registers at once, and their values in shared memory: keys are the rows of q.k,
-// channels those of p.v, and queries the 8 columns of both. Of keys lane (g, c), lane = 4 g + c, has of rows g and g + 8
-// every fourth piece of 16 bytes; of values it reads, of rows 2c, 2c + 1, 2c + 8 and 2c + 9, pieces g and g + 8, and
-// which channel is which row of p.v follows from that. Pieces of a row of values are permuted, so that lanes that read at
-// a time meet other banks.
+// channels those of p.v, and queries the 8 columns of both. Of keys lane (g, c), lane = 4 g + c, has of rows g and
+// g + 8 every fourth piece of 16 bytes; of values it reads, of rows 2c, 2c + 1, 2c + 8 and 2c + 9, pieces g and g + 8,
+// and which channel is which row of p.v follows from that. Pieces of a row of values are permuted, so that lanes that
+// read at a time meet other banks.
 #pragma once
 #include "append.cuh"
 #include "choose.cuh"
+#include "divide.cuh"
 #include "ptx.cuh"
 #include "step.cuh"
 
@@ -16,7 +17,9 @@ namespace hfl {
 
 struct ListTask {
   hfl_attend a;
-  hfl_pick pick;  // of a choice; its scores lie where ScorePlaces says
+  hfl_pick pick;  // of a choice, whose scores are as score_order.cuh says
+  int chooses;    // blocks of a thread that chooses, 0: the list stands
+  int* appended;  // [B * Hkv], whether the token is stored; nullptr: nobody waits for it
   int* scored;    // [B * Hkv], tiles of scores that are there, of `tiles`
   int tiles;
   int group, splits, share, slabs;  // query heads of a KV head; parts of its slabs, and slabs of a part and of all
@@ -29,14 +32,14 @@ struct ListTask {
 struct ChooseTask {
   hfl_pick a;
   Divisor heads;
-  int tiles;
+  int tiles, each;
   PickTurn turn;
 };
 
 constexpr int LIST_DIM = 128, LIST_WARPS = CHOOSERS / 32, LIST_ROWS = 8, LIST_SLAB = 16;
 constexpr int LIST_OUT = LIST_DIM + 4;                 // floats of a row's result and, behind it, its state
 constexpr int LIST_VALUES = LIST_SLAB * LIST_DIM * 2;  // bytes
-constexpr int MOST_SHARE = 256;                        // slabs of a part
+constexpr int MOST_SHARE = 256, MOST_PARTS = 128;      // slabs of a part; parts of a list
 constexpr int RECENT = 8;                              // last tokens that the kernel before may have stored
 
 struct ListShared {
@@ -55,7 +58,9 @@ struct ListShared {
   }
   static constexpr int bytes(int rows) { return start() + LIST_WARPS * warp_bytes(rows); }
 };
-static_assert(sizeof(ChooseRoom) <= LIST_WARPS * LIST_VALUES && CHOOSERS * 16 * 4 <= LIST_WARPS * LIST_VALUES, "room");
+static_assert(sizeof(ChooseRoom) <= LIST_WARPS * LIST_VALUES && CHOOSERS * 16 * 4 <= LIST_WARPS * LIST_VALUES &&
+                  LIST_ROWS * MOST_PARTS * 4 <= LIST_WARPS * LIST_VALUES,
+              "room");
 
 __device__ __forceinline__ void multiply(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, __half) {
   mma_f16(c, a, b0, b1);
@@ -71,8 +76,10 @@ __device__ __forceinline__ constexpr float lift(__half) { return 10.0f; }
 __device__ __forceinline__ constexpr float lift(__nv_bfloat16) { return 0.0f; }
 
 // One warp's slabs.
-template <typename T>
+template <typename T_>
 struct ListWarp {
+  using T = T_;
+  static constexpr float LIFT = lift(T());
   const T *k, *v;         // rows of the head
   unsigned char* values;  // of the slab, in shared memory
   int lane;
@@ -93,7 +100,13 @@ struct ListWarp {
   // Whether all keys of a slab are there, and none is the step's own.
   __device__ bool whole(int at) const { return at >= 0 && at + LIST_SLAB <= limit; }
 
+  // A query's 8 channels as operands; from which channel on.
+  __device__ static uint4 operands(const uint4& x) { return x; }
+  __device__ static int channel(int word, int c) { return word * 32 + c * 8; }
+  __device__ void prepare(const uint4 (&)[4][32]) {}
+
   // Begin to read such a slab.
+  __device__ __forceinline__ void load(int at) { load_keys(at), copy_values(at); }
   __device__ __forceinline__ void load_keys(int at) {
     const T* from = k + static_cast<int64_t>(at + (lane >> 2)) * LIST_DIM + (lane & 3) * 8;
     load_row(low, from), load_row(high, from + 8 * LIST_DIM);
@@ -104,10 +117,11 @@ struct ListWarp {
     for (int i = 0; i < 8; ++i) copy_async(place(i), from + i * 2 * LIST_DIM, true);
     copy_commit();
   }
-  // The slab of the query's token, which comes from where it is fresh: what is seen of it, and zeros as values. Keys that
-  // nobody sees are any.
+  // The slab of the query's token, which comes from where it is fresh: what is seen of it, and zeros as values. Keys
+  // that nobody sees are any.
   __device__ void load_last(const ListTask& p, int at) {
-    const int b = p.kv_heads.divide(static_cast<int>(blockIdx.y)), head = static_cast<int>(blockIdx.y) - b * p.kv_heads.by;
+    const int problem = static_cast<int>(blockIdx.y), b = p.kv_heads.divide(problem);
+    const int head = problem - b * p.kv_heads.by;
     const int fresh = p.heads.of(head), own = limit < p.a.stored ? limit : -1;  // the token's row
     const auto row_of = [&](const T* rows, const void* all, int64_t b_stride, int64_t h_stride, int row) {
       const T* token = static_cast<const T*>(all) + b * b_stride + fresh * h_stride;
@@ -150,7 +164,7 @@ struct ListWarp {
       for (int step = 4; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
       const float higher = fmaxf(top[j], most), base = higher == NOTHING ? 0.0f : higher;
       const float down = power_of_two(top[j] - base);
-      x[j] = power_of_two(x[j] - base + lift(T())), x[2 + j] = power_of_two(x[2 + j] - base + lift(T()));
+      x[j] = power_of_two(x[j] - base + LIFT), x[2 + j] = power_of_two(x[2 + j] - base + LIFT);
       top[j] = higher, total[j] = total[j] * down + x[j] + x[2 + j];
 #pragma unroll
       for (int i = 0; i < 8; ++i) out[i][j] *= down, out[i][2 + j] *= down;

@@ -1,21 +1,19 @@
-// The choice of a step where it is needed: each block that reads chosen keys finds all of its list that it reads itself.
+// The choice of a step where it is needed: each block that reads chosen keys finds what it reads itself.
 //
-// Paper: the top-k of Quest (arXiv:2406.10774) section 3.3, as pick.cu defines it. A thread holds EACH scores in
-// registers, of blocks that follow on each other. That `take` of them lie above some score is known from the two best of
-// each thread, mostly; a histogram of what lies above it finds the bin of the last one taken, and of the few in that bin
+// Paper: the top-k of Quest (arXiv:2406.10774) section 3.3, as pick.cu defines it. Scores of a row lie in shared
+// memory, those of a thread side by side. That `take` of them do not lie below some score is known from the two best of
+// each thread, mostly; a histogram of what does not finds the bin of the last one taken, and of the few in that bin
 // each warp finds it for itself.
 #pragma once
 #include <limits.h>
-#include <math.h>
 
-#include "../hf_longctx.h"
-#include "choose_place.cuh"
+#include "ptx.cuh"
+#include "score_order.cuh"
+#include "step.cuh"
 
 namespace hfl {
 
-constexpr int CHOOSERS = 256;  // threads
-
-struct ChooseRoom {
+struct alignas(16) ChooseRoom {
   static constexpr int BINS = 1024, FEW = 32, WARPS = CHOOSERS / 32;
   uint32_t bins[BINS];
   uint32_t most[WARPS], least[WARPS], second[WARPS];
@@ -32,12 +30,6 @@ struct ChooseRoom {
 };
 static_assert(ChooseRoom::BINS == 4 * CHOOSERS, "four bins a thread");
 
-// A score as a whole number of the same order, never 0; that of -0 is that of 0, of NaN that of -inf.
-__device__ __forceinline__ uint32_t order_of(float score) {
-  const int bits = __float_as_int(fmaxf(score, -INFINITY) + 0.0f);
-  return static_cast<uint32_t>(bits ^ (bits >> 31 | INT_MIN));
-}
-
 template <typename T>
 __device__ __forceinline__ T sum_up_to(T x, int lane) {
 #pragma unroll
@@ -48,50 +40,41 @@ __device__ __forceinline__ T sum_up_to(T x, int lane) {
   return x;
 }
 
-template <int EACH>
 struct Chooser {
   using R = ChooseRoom;
   R& room;
-  const int thread, warp, lane, own;  // own: a thread's first block
-  uint32_t x[EACH];                   // its blocks in order; 0: no candidate
+  uint4* own;     // a thread's blocks in order; once `range` has been there, 0: no candidate
+  int each, at;   // how many, a multiple of 4; the first
+  int warp, lane;
 
-  __device__ explicit Chooser(R& room_)
-      : room(room_), thread(static_cast<int>(threadIdx.x)), warp(thread / 32), lane(thread % 32), own(thread * EACH) {}
-
-  // Scores of a row, as `place_of` puts them, of which those from `first` and before `last` are candidates.
-  __device__ void load(const float* scores, int first, int last) {
-    const float4* from = reinterpret_cast<const float4*>(scores) + warp * 8 * EACH + lane;
-#pragma unroll
-    for (int i = 0; i < EACH; i += 4) {
-      const float4 four = __ldcg(from + i * 8);
-      x[i] = order_of(four.x), x[i + 1] = order_of(four.y), x[i + 2] = order_of(four.z), x[i + 3] = order_of(four.w);
-    }
-    if (own >= first && own + EACH <= last) return;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) x[i] = own + i >= first && own + i < last ? x[i] : 0u;
+  // ranks: room for CHOOSERS * each.
+  __device__ Chooser(R& room_, uint32_t* ranks, int each_)
+      : room(room_), each(each_), at(static_cast<int>(threadIdx.x) * each_), warp(static_cast<int>(threadIdx.x) / 32),
+        lane(static_cast<int>(threadIdx.x) % 32) {
+    own = reinterpret_cast<uint4*>(ranks + at);
   }
 
-  // Write those of the `take` best candidates, 0 < take < candidates, that stand at places from `start` on and before
-  // `end`, if the first of them stands at `before`, to `list`, in order. By all threads.
-  __device__ void choose(int take, int before, int start, int end, int* list) {
-    uint32_t tie_rank;
-    int tie_block;
-    find(static_cast<uint32_t>(take), tie_rank, tie_block);
-    uint64_t taken = 0;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      if (x[i] > tie_rank || (x[i] == tie_rank && own + i <= tie_block)) taken |= uint64_t{1} << i;
-    }
-    int place = before + sum_before(__popcll(taken), room.counts[0]);
-#pragma unroll 1
-    for (; taken; taken &= taken - 1, ++place) {
-      if (place >= start && place < end) list[place - start] = own + __ffsll(static_cast<int64_t>(taken)) - 1;
-    }
+  // Those of the `take` best candidates, 0 < take < candidates, which are blocks `first` to `last` - 1, that stand at
+  // places `start` to `end` - 1, if the first of them stands at `before`: to `list`, in order. By all threads.
+  __device__ __forceinline__ void choose(int first, int last, int take, int before, int start, int end, int* list) {
+    uint32_t rank;
+    int block;
+    find(first, last, static_cast<uint32_t>(take), rank, block);
+    const auto taken = [&](uint32_t x, int which) { return x > 0 || which <= block; };
+    int count = 0;
+    each_of(rank, UINT32_MAX - rank, [&](uint32_t x, int which) { count += taken(x, which) ? 1 : 0; });
+    int place = before + sum_before(count, room.counts[0]);
+    if (place >= end || place + count <= start) return;
+    each_of(rank, UINT32_MAX - rank, [&](uint32_t x, int which) {
+      if (!taken(x, which)) return;
+      if (place >= start && place < end) list[place - start] = which;
+      ++place;
+    });
   }
 
  private:
   // Over the threads before this one.
-  __device__ int sum_before(int count, int (&counts)[R::WARPS]) {
+  __device__ __forceinline__ int sum_before(int count, int (&counts)[R::WARPS]) {
     const int running = sum_up_to(count, lane);
     if (lane == 31) counts[warp] = running;
     __syncthreads();
@@ -100,12 +83,24 @@ struct Chooser {
   }
 
   // Some rank that at least `take` candidates do not fall below, and the largest.
-  __device__ void range(int take, uint32_t& base, uint32_t& most) {
+  __device__ __forceinline__ void range(int first, int last, uint32_t take, uint32_t& base, uint32_t& most) {
     uint32_t least = UINT32_MAX, best = 0, second = 0;
+#pragma unroll 1
+    for (int i = 0; i < each / 4; ++i) {
+      uint4 four = own[i];
+      const int from = at + 4 * i;
+      if (from < first || from + 4 > last) {
+        const auto there = [&](int block) { return block >= first && block < last; };
+        four.x = there(from) ? four.x : 0u, four.y = there(from + 1) ? four.y : 0u;
+        four.z = there(from + 2) ? four.z : 0u, four.w = there(from + 3) ? four.w : 0u;
+        own[i] = four;
+      }
+      const uint32_t x[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      second = max(second, min(best, x[i])), best = max(best, x[i]);
-      least = min(least, x[i] - 1);  // none: 0 - 1 is the largest
+      for (int j = 0; j < 4; ++j) {
+        second = max(second, min(best, x[j])), best = max(best, x[j]);
+        least = min(least, x[j] - 1);  // none: 0 - 1 is the largest
+      }
     }
     const int full = 2 * __popc(__ballot_sync(0xffffffffu, second != 0));
     best = __reduce_max_sync(0xffffffffu, best), least = __reduce_min_sync(0xffffffffu, least);
@@ -116,14 +111,14 @@ struct Chooser {
     least = __reduce_min_sync(0xffffffffu, room.least[lane % R::WARPS]);
     second = __reduce_min_sync(0xffffffffu, room.second[lane % R::WARPS]);
     const uint32_t many = __reduce_add_sync(0xffffffffu, lane < R::WARPS ? room.full[lane] : 0);
-    base = (many >= static_cast<uint32_t>(take) ? second : least) + 1;
+    base = (many >= take ? second : least) + 1;
   }
 
   // The bin, counted from the largest, in which the `left`-th is; then it is the `left`-th of `count` there.
-  __device__ uint32_t find_bin(uint32_t& left, uint32_t& count) const {
+  __device__ __forceinline__ uint32_t find_bin(uint32_t& left, uint32_t& count) const {
     const int low = R::BINS - 32 * (lane + 1);
     uint32_t sum = 0;
-#pragma unroll
+#pragma unroll 2
     for (int i = 0; i < 8; ++i) {  // lanes read other banks at a time
       const uint4 four = *reinterpret_cast<const uint4*>(room.bins + low + (i + lane) % 8 * 4);
       sum += four.x + four.y + four.z + four.w;
@@ -140,25 +135,37 @@ struct Chooser {
     return static_cast<uint32_t>(first - bin);
   }
 
+  // What to do with each of a thread's candidates of ranks base to base + above.
+  template <typename Do>
+  __device__ __forceinline__ void each_of(uint32_t base, uint32_t above, const Do& what) const {
+#pragma unroll 1
+    for (int i = 0; i < each / 4; ++i) {
+      const uint4 four = own[i];
+      const uint32_t x[4] = {four.x - base, four.y - base, four.z - base, four.w - base};
+      if (min(min(x[0], x[1]), min(x[2], x[3])) > above) continue;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (x[j] <= above) what(x[j], at + 4 * i + j);
+      }
+    }
+  }
+
   // The last one taken: its rank, and its block, after which none of that rank is taken.
-  __device__ void find(uint32_t left, uint32_t& rank, int& block) {
+  __device__ __forceinline__ void find(int first, int last, uint32_t left, uint32_t& rank, int& block) {
     uint32_t base, most, count;
-    range(static_cast<int>(left), base, most);
+    range(first, last, left, base, most);
     int shift = max(22 - __clz(static_cast<int>(most - base)), 0);
-    uint32_t above = most - base;  // ranks that are counted are base to base + above
+    uint32_t above = most - base;
 #pragma unroll 1
     for (;;) {
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        if (x[i] >= base && x[i] - base <= above) atomicAdd(room.bins + ((x[i] - base) >> shift), 1u);
-      }
+      each_of(base, above, [&](uint32_t x, int) { atomicAdd(room.bins + (x >> shift), 1u); });
       __syncthreads();
       const uint32_t bin = find_bin(left, count);
       base += bin << shift, above = (1u << shift) - 1;
       if (count <= R::FEW || shift == 0) break;
       shift = max(shift - 10, 0);
       __syncthreads();
-      reinterpret_cast<uint4*>(room.bins)[thread] = make_uint4(0, 0, 0, 0);
+      reinterpret_cast<uint4*>(room.bins)[threadIdx.x] = make_uint4(0, 0, 0, 0);
       __syncthreads();
     }
     if (count > R::FEW) {
@@ -168,41 +175,35 @@ struct Chooser {
     }
   }
 
-  __device__ void last_of_few(uint32_t base, uint32_t above, uint32_t left, uint32_t count, uint32_t& rank,
-                              int& block) {
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      if (x[i] >= base && x[i] - base <= above) {
-        const int at = atomicAdd(&room.few, 1);
-        room.ranks[at] = x[i], room.blocks[at] = own + i;
-      }
-    }
+  __device__ __forceinline__ void last_of_few(uint32_t base, uint32_t above, uint32_t left, uint32_t count,
+                                              uint32_t& rank, int& block) {
+    each_of(base, above, [&](uint32_t x, int which) {
+      const int place = atomicAdd(&room.few, 1);
+      room.ranks[place] = x + base, room.blocks[place] = which;
+    });
     __syncthreads();
     const bool there = lane < static_cast<int>(count);
     const uint32_t mine = there ? room.ranks[lane] : 0;
-    const int at = there ? room.blocks[lane] : INT_MAX;
+    const int where = there ? room.blocks[lane] : INT_MAX;
     uint32_t before = 0;
 #pragma unroll 1
     for (int i = 0; i < static_cast<int>(count); ++i) {
-      const uint32_t other = __shfl_sync(0xffffffffu, mine, i);
-      const int where = __shfl_sync(0xffffffffu, at, i);
-      before += other > mine || (other == mine && where < at) ? 1u : 0u;
+      const uint32_t other = room.ranks[i];
+      before += other > mine || (other == mine && room.blocks[i] < where) ? 1u : 0u;
     }
     const int last = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, there && before == left - 1))) - 1;
-    rank = __shfl_sync(0xffffffffu, mine, last), block = __shfl_sync(0xffffffffu, at, last);
+    rank = __shfl_sync(0xffffffffu, mine, last), block = __shfl_sync(0xffffffffu, where, last);
   }
 
   // The `left`-th block of this rank.
-  __device__ int last_of_equal(uint32_t rank, int left) {
+  __device__ __forceinline__ int last_of_equal(uint32_t rank, int left) {
     int count = 0;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) count += x[i] == rank ? 1 : 0;
+    each_of(rank, 0, [&](uint32_t, int) { ++count; });
     int before = sum_before(count, room.counts[1]);
     if (before < left && left <= before + count) {
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        if (x[i] == rank && ++before == left) room.tie = own + i;
-      }
+      each_of(rank, 0, [&](uint32_t, int which) {
+        if (++before == left) room.tie = which;
+      });
     }
     __syncthreads();
     return room.tie;
@@ -230,5 +231,30 @@ struct ListShape {
     return block < end ? block : -1;
   }
 };
+
+// Entries `start` to `end` - 1 of the list of a row and KV head, once its scores are there. By all threads.
+__device__ __forceinline__ void choose_part(const hfl_pick& a, int each, const int* scored, int tiles,
+                                            unsigned char* memory, int b, int problem, int start, int end, int* list) {
+  ChooseRoom& room = *reinterpret_cast<ChooseRoom*>(memory);
+  uint32_t* ranks = reinterpret_cast<uint32_t*>(memory + sizeof(ChooseRoom));
+  const int thread = static_cast<int>(threadIdx.x);
+  const ListShape shape(a, b);
+  if (thread == 0) wait_until(scored + problem, tiles);
+  __syncthreads();
+  const float4* from = reinterpret_cast<const float4*>(a.scores + static_cast<int64_t>(problem) * CHOOSERS * each);
+#pragma unroll 1
+  for (int i = thread; i * 4 < shape.last; i += CHOOSERS) copy_async(ranks + 4 * i, from + i, true);
+  copy_commit();
+#pragma unroll 1
+  for (int i = start + thread; i < end; i += CHOOSERS) {
+    const int block = shape.at(i);
+    if (block != -2) list[i - start] = block;
+  }
+  copy_wait<0>();
+  if (!shape.chosen()) return;
+  __syncthreads();
+  Chooser chooser(room, ranks, each);
+  chooser.choose(shape.first, shape.last, shape.taken, shape.first, start, end, list);
+}
 
 }  // namespace hfl

@@ -2,8 +2,10 @@
 // result, in kernels that hand over row by row (step.cuh).
 //
 // Kernels: the scores of each group that chooses, then what each of them picks, then attention of each group, whose
-//   first blocks store the token. So a group whose choice stands takes one launch; the others' attention begins with the
-//   first rows that are picked, and the tokens are stored, and groups without a choice are read, meanwhile.
+//   first blocks store the token; two groups may share a launch. So a group whose choice stands takes one launch; the
+//   others' attention begins with the first rows that are picked, and the tokens are stored, and groups without a
+//   choice are read, meanwhile. Where it fits (score_stream.cuh, choose.cuh, attend_list.cu) scores are streamed and
+//   chosen from by a faster kernel, or where the list is read, which saves the launch between.
 // What is scored does not wait for the token: it lies in a block that is forced, whose score nobody reads.
 // Bound by: bytes of summaries, keys and values, and by about five waits for memory that follow each other.
 #include <utility>
@@ -78,7 +80,6 @@ class Step {
       group.list = list_takes(g), group.chooses = chooses(g), group.heads = heads_of(g);
       group.scores = reinterpret_cast<float*>(scratch);
       if (group.chooses) scratch += in_pieces(chosen_scores(g) * 4);
-      group.scratch = scratch;
       group.units = counters, group.appended = counters + own.units, group.picked = group.appended + own.problems;
       group.scored = group.picked + own.rows, counters += own.all();
       int64_t bytes = 0;
@@ -104,7 +105,7 @@ class Step {
     for (int i = 0; i < layer_.count && !message; ++i) {
       const bool both = i + 1 < layer_.count && !groups_[i].list && !groups_[i + 1].list &&
                         attend_together(groups_[i].attend, groups_[i + 1].attend);
-      message = both ? attend_both(i) : attend(i);
+      message = groups_[i].list ? read_list(layer_.groups[i], groups_[i]) : both ? attend_both(i) : attend(i);
       i += both ? 1 : 0;
     }
     return message;
@@ -116,7 +117,6 @@ class Step {
     Heads heads;
     int *units, *appended, *picked, *scored;
     float* scores;
-    void* scratch;
     hfl_attend attend;
   };
 
@@ -161,19 +161,17 @@ class Step {
     return in;
   }
 
+  const char* read_list(const hfl_layer_group& g, const Group& group) {
+    ListTurn in;
+    in.turn = in_turn(), in.heads = group.heads, in.arrived = group.units, in.appended = group.appended;
+    in.scored = group.scored, in.scores = group.scores, in.scratch = group.attend.scratch;
+    return list_in_turn(g, in, layer_.stream);
+  }
+
   const char* attend(int i) {
-    const Group& group = groups_[i];
-    if (group.list) {
-      hfl_layer_group g = layer_.groups[i];
-      g.attend.stream = layer_.stream;
-      ListTurn in;
-      in.turn = in_turn(), in.heads = group.heads, in.arrived = group.units, in.scored = group.scored;
-      in.scores = group.scores, in.scratch = group.scratch;
-      return list_in_turn(g, in);
-    }
     AttendTurn in = turn_of(i);
     in.turn = in_turn();
-    return attend_in_turn(group.attend, in);
+    return attend_in_turn(groups_[i].attend, in);
   }
 
   const char* attend_both(int i) {

@@ -1,25 +1,26 @@
-// Scores of a step from bounds of 128 channels of 16 bits, where one choice of a KV head follows: every warp for itself,
-// through a ring of bulk copies. For sm_90 and later.
+// Scores of a step from bounds of 128 channels of 16 bits, where a choice of each KV head follows: every warp for
+// itself, through a ring of bulk copies. For sm_90 and later.
 //
 // A warp takes tiles of 16 entries, 8 KiB that lie together; a block's tiles follow on each other. The first ones of
 // every warp are asked for before the kernels before this one are done, for bounds of old keys stand; those of the last
 // keys, which the kernel just before may write, are asked for once more.
 #pragma once
+#include <limits.h>
+
 #include "barrier.cuh"
-#include "choose_place.cuh"
+#include "score_order.cuh"
 #include "score_tile.cuh"
 
 namespace hfl {
 
 struct StreamTask {
-  hfl_score a;  // scores go where `places` says
+  hfl_score a;  // scores become whole numbers, as score_order.cuh says
   Heads heads;
   const int64_t* pos;  // of the step's tokens
   int64_t pos_b;
   int sub, row;                // tokens of an entry; scores of a row and KV head
   int group, tiles, all;       // query heads of a KV head; tiles of a row and KV head, and of all of them
   Divisor by_tiles, by_heads;  // tiles; KV heads
-  ScorePlaces places;
   int* scored;  // [B * Hkv], tiles that are done
   Turn turn;
 };
@@ -54,7 +55,8 @@ struct Stream {
     int b, head, first;
     place(tile, b, head, first);
     const int bytes = min(TILE, p.a.entries - first) * 512;
-    const char* from = static_cast<const char*>(p.a.summary) + (b * p.a.s_b + head * p.a.s_h) * 2 + first * int64_t{512};
+    const int64_t at = (b * p.a.s_b + head * p.a.s_h) * 2 + first * int64_t{512};
+    const char* from = static_cast<const char*>(p.a.summary) + at;
     barrier_expect(bars[stage], bytes);
     copy_bulk(ring + stage * STREAM_TILE, from, bytes, bars[stage]);
   }
@@ -101,7 +103,8 @@ __device__ __forceinline__ float2 stream_scores(const uint4* entries, const Stre
     const uint4 a8 = entries[(g + 8) * 32 + one], b8 = entries[(g + 8) * 32 + other];
     const uint4 x = odd ? b : a, y = odd ? a : b, x8 = odd ? b8 : a8, y8 = odd ? a8 : b8;
     if (j == 0) least[0] = x.x, least[1] = x8.x;
-    if (j == 2) none[0] = first_of(least[0], T()) > first_of(x.x, T()), none[1] = first_of(least[1], T()) > first_of(x8.x, T());
+    if (j == 2) none[0] = first_of(least[0], T()) > first_of(x.x, T());
+    if (j == 2) none[1] = first_of(least[1], T()) > first_of(x8.x, T());
     const uint4 q = queries.x[2 * j], r = queries.x[2 * j + 1];
     multiply(sums[0], make_uint4(x.x, x8.x, x.y, x8.y), q.x, q.y, T());
     multiply(sums[1], make_uint4(x.z, x8.z, x.w, x8.w), q.z, q.w, T());
@@ -153,7 +156,8 @@ __global__ void __launch_bounds__(STREAM_WARPS * 32, 2) score_stream_kernel(cons
       stream.begin(stage, tile);
       stream.wait(stage);
     }
-    float2 best = stream_scores<T>(reinterpret_cast<const uint4*>(stream.ring + stage * STREAM_TILE), queries, p.group, lane);
+    const uint4* entries = reinterpret_cast<const uint4*>(stream.ring + stage * STREAM_TILE);
+    float2 best = stream_scores<T>(entries, queries, p.group, lane);
     __syncwarp();  // all lanes have read the tile
     const int next = tile + STREAM_STAGES * STREAM_WARPS;
     if (next < end) stream.begin(stage, next);
@@ -165,10 +169,10 @@ __global__ void __launch_bounds__(STREAM_WARPS * 32, 2) score_stream_kernel(cons
       best.x = most_of(__shfl_xor_sync(0xffffffffu, best.x, 4 * step), best.x);
       best.y = most_of(__shfl_xor_sync(0xffffffffu, best.y, 4 * step), best.y);
     }
-    float* to = p.a.scores + static_cast<int64_t>(problem) * p.row;
+    uint32_t* to = reinterpret_cast<uint32_t*>(p.a.scores) + static_cast<int64_t>(problem) * p.row;
     if (lane % 4 == 0 && own % p.a.subs == 0) {
-      if (own < p.a.entries) to[p.places.of(own / p.a.subs)] = best.x;
-      if (own + 8 < p.a.entries) to[p.places.of((own + 8) / p.a.subs)] = best.y;
+      if (own < p.a.entries) to[own / p.a.subs] = order_of(best.x);
+      if (own + 8 < p.a.entries) to[(own + 8) / p.a.subs] = order_of(best.y);
     }
     ++round, stage = stage + 1 == STREAM_STAGES ? 0 : stage + 1;
   }

@@ -73,7 +73,8 @@ struct StreamTurn {
 struct ListTurn {
   Turn turn = Turn::alone;
   Heads heads;
-  int* arrived = nullptr;  // [B * Hkv]
+  int* arrived = nullptr;   // [B * Hkv]
+  int* appended = nullptr;  // [B * Hkv]
   int* scored = nullptr;   // as above
   const float* scores = nullptr;
   void* scratch = nullptr;
@@ -112,7 +113,7 @@ const char* choose_in_turn(const hfl_layer_group& g, const float* scores, const 
 // A group's step over a list in two kernels, or in one where the list stands; where it fits, and what it takes.
 bool list_takes(const hfl_layer_group& g);
 int64_t list_scratch(const hfl_layer_group& g);  // bytes
-const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn);
+const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn, void* stream);
 
 // What is needed of them before.
 const char* wrong_append(const hfl_append& a);
