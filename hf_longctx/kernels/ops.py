@@ -171,7 +171,15 @@ def score_antidiagonal(
 
     Returns:
         `[B, Hq, N, M]`, float32 (float64 if q is), M = ceil(S / block). Logits are held for a few blocks of queries.
+
+    Raises:
+        ValueError: a stride that does not divide the block, or queries that are no whole blocks.
     """
+    if block % stride or q.shape[2] % block:
+        raise ValueError(
+            f"score_antidiagonal: expected a block of whole tiles and queries in whole blocks; got block {block}, "
+            f"stride {stride} and {q.shape[2]} queries. Take a stride that divides the block, and fill up with -1."
+        )
     out: Tensor = dispatch.call("score_antidiagonal", q, k, q_pos, block, stride, scale, causal, rounded)
     return out
 
