@@ -160,4 +160,28 @@ __device__ __forceinline__ void bound(const hfl_append& a, int64_t b, int64_t h,
   __syncthreads();
 }
 
+// Store a step's token of a row and KV head, which is number `from` of the fresh ones, and bound its sub-block: by a
+// block, whose first warp takes the key and whose second the value. `stored`: a counter that is set to `readers` once
+// the token is there, or nullptr.
+template <int THREADS>
+__device__ __forceinline__ void append_token(const hfl_append& a, int from, int batch, int head, int* stored,
+                                             int readers, float* room) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const bool active = warp < 2 && lane * 8 < (warp ? a.v_dim : a.dim);
+  Raw raw = {};
+  if (active) {
+    const int64_t at = warp ? batch * a.fv_b + from * a.fv_h : batch * a.fk_b + from * a.fk_h;
+    raw = load(warp ? a.fresh_v : a.fresh_k, at + lane * 8, a.dtype);
+  }
+  const int64_t pos = a.pos[batch * a.pos_b], slot = slot_of(a, pos);
+  const bool written = pos >= 0 && slot < a.capacity;
+  if (written && warp < 2) write_token(warp ? a.v : a.k, batch, head, slot, raw, a.dtype, lane, active);
+  __syncthreads();
+  if (stored && threadIdx.x == 0) store_in_order(stored, readers);
+  if (!a.bounds || !written) return;
+  const int entry = static_cast<int>(pos) / a.sub;
+  const int64_t at = batch * a.bounds_b + head * a.bounds_h + static_cast<int64_t>(entry) * 2 * a.dim;
+  bound<THREADS>(a, batch, head, static_cast<int64_t>(entry) * a.sub, pos, static_cast<char*>(a.bounds) + at * 2, room);
+}
+
 }  // namespace hfl
