@@ -131,7 +131,7 @@ class _Joined:
     def __call__(self, input: Tensor) -> Tensor:
         """The layer's output; where the call has tenants and a backend can, with their signs."""
         hook, module = self.hook, self.hook.module
-        route = hook.where.route()
+        route = None if torch.compiler.is_compiling() else hook.where.route()  # then the hook itself adds them
         if route is not None and hook.bits is not None and hook.part is None:
             made = hook.family.take(hook, input, route)
             if made is not None:
