@@ -1,5 +1,6 @@
 // What the library is; and, built without CUDA, operations that say so.
 #include "beside.h"
+#include "fill.h"
 #include "linear.h"
 #include "project.h"
 #include "streamed.h"
@@ -28,6 +29,8 @@ extern "C" const char* hfl_attend_beside_cuda(const hfl_attend*, const hfl_besid
 extern "C" const char* hfl_score_cuda(const hfl_score*) { return kNone; }
 extern "C" const char* hfl_pick_cuda(const hfl_pick*) { return kNone; }
 extern "C" const char* hfl_append_cuda(const hfl_append*) { return kNone; }
+extern "C" const char* hfl_fill_cuda(const hfl_fill*) { return kNone; }
+extern "C" const char* hfl_decode_cuda(const hfl_decode*) { return kNone; }
 extern "C" const char* hfl_antidiagonal_cuda(const hfl_antidiagonal*) { return kNone; }
 extern "C" const char* hfl_pick_mass_cuda(const hfl_pick_mass*) { return kNone; }
 extern "C" const char* hfl_bring_cuda(const hfl_bring*) { return kNone; }
