@@ -38,6 +38,12 @@ __device__ __forceinline__ uint4 bits_if(const void* from, bool there) {
       : "l"(from), "r"(static_cast<int>(there)));
   return x;
 }
+#if V_AHEAD
+__device__ __forceinline__ void ask_if(const void* from, bool there) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\n@p prefetch.global.L2 [%0];\n}" ::"l"(from),
+               "r"(static_cast<int>(there)));
+}
+#endif
 __device__ __forceinline__ uint4 load_shared(uint32_t at) {
   uint4 x;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
@@ -81,10 +87,16 @@ struct Streamer {
   };
   const StreamTask& p;
   const StreamBoard& board;
-  int lane, begin, mine;          // quarters: the first, and how many are this rank's
+  int lane, begin, rank;           // begin: the first quarter of the phase
   uint32_t x_at, planes_at, some;  // some: bit r: row r has bits
   float* deltas;  // this lane's, 32 apart, as `base`
+  StreamShare share;
   float base[NT][4];
+
+  // Where a step of the rank begins, in quarters from the beginning of the phase.
+  __device__ __forceinline__ int place_of_step(int step) const {
+    return step < share.rounds ? step * ROUND + rank * 4 : share.rest;
+  }
 
   __device__ __forceinline__ int part_of(int tile) const { return (tile >= p.ends[0]) + (tile >= p.ends[1]); }
   __device__ __forceinline__ int output_of(int tile, int part) const {
@@ -106,31 +118,45 @@ struct Streamer {
   }
 
   __device__ __forceinline__ void load_weights(Batch& to, const StreamPlace& at, int quarter) const {
+    const uint16_t* from = at.weights + (place_of_step(quarter / 4) + quarter % 4) * QUARTER;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        to.weights[i][h] = weights_if(at.weights + h * at.weights_on + quarter * QUARTER + i * 32, quarter < mine);
-      }
+      for (int h = 0; h < 2; ++h) to.weights[i][h] = weights_if(from + h * at.weights_on + i * 32, quarter < share.mine);
   }
   __device__ __forceinline__ void load_bits(Batch& to, const StreamPlace& at, int quarter) const {
+    const int step = quarter / 4, words = place_of_step(step) * (QUARTER / WORD);
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
-      const int row = quarter % 4 * EACH + e, step = quarter / 4;
-      const bool there = (some >> row & 1) && step * 4 + lane % 4 < mine;
-      const int64_t from = static_cast<int64_t>(board.slots[row]) * at.apart + step * (STEP / WORD);
+      const int row = quarter % 4 * EACH + e;
+      const bool there = (some >> row & 1) && step * 4 + lane % 4 < share.mine;
+      const int64_t from = static_cast<int64_t>(board.slots[row]) * at.apart + words;
 #pragma unroll
       for (int h = 0; h < 2; ++h) to.bits[e][h] = bits_if(at.bits + from + h * at.bits_on, there);
     }
   }
-  __device__ __forceinline__ void load(Batch& to, const StreamPlace& at, int quarter) const {
-    load_weights(to, at, quarter);
-    load_bits(to, at, quarter);
+#if V_AHEAD
+  // Towards the L2: lane 4 g + t asks for a half of what output g, or g + 8, has of 128 inputs.
+  __device__ __forceinline__ void ask_weights(const StreamPlace& at, int quarter) const {
+    const int t = lane % 4;
+    const uint16_t* from = at.weights + (place_of_step(quarter / 4) + quarter % 4) * QUARTER;
+    ask_if(from + t / 2 * at.weights_on + t % 2 * (QUARTER / 2) - t * 8, quarter < share.mine);
   }
+  __device__ __forceinline__ void ask_bits(const StreamPlace& at, int quarter) const {
+    const int step = quarter / 4, words = place_of_step(step) * (QUARTER / WORD), t = lane % 4;
+#pragma unroll
+    for (int e = 0; e < EACH; e += 2) {
+      const int row = quarter % 4 * EACH + (EACH > 1 ? e + t / 2 : e);
+      const bool there = (some >> row & 1) && step * 4 < share.mine && (EACH > 1 || t < 2);
+      const int64_t from = static_cast<int64_t>(board.slots[row]) * at.apart + words - t * 4;
+      ask_if(at.bits + from + t % 2 * at.bits_on, there);
+    }
+  }
+#endif
 
   // Products of 128 inputs with the weights. Lane 4 g + t has inputs 32 i + 8 t to + 7 of output g, and of row g.
   __device__ __forceinline__ void multiply(const Batch& own, int quarter) {
-    if (quarter >= mine) return;
+    if (quarter >= share.mine) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint4 w = own.weights[i][0], v = own.weights[i][1];
@@ -221,13 +247,19 @@ struct Streamer {
 #pragma unroll
       for (int j = 0; j < 4; ++j) deltas[(n * 4 + j) * 32] = 0.0f;
     }
-    const int quarters = (mine + 3) / 4 * 4;
+    const int quarters = (share.mine + 3) / 4 * 4;
 #pragma unroll 1
     for (int quarter = 0; quarter < quarters; ++quarter) {
-      if (quarter) load_weights(own, at, quarter);
-      load_bits(own, at, quarter);
+      if (quarter) load_weights(own, at, quarter), load_bits(own, at, quarter);
+#if V_AHEAD > 1
+      ask_weights(at, quarter + 1), ask_bits(at, quarter + 1);
+#endif
       multiply(own, quarter);
+#ifdef V_NODELTA
+      asm volatile("" ::"r"(own.bits[0][0].x ^ own.bits[0][1].y ^ own.bits[EACH - 1][0].z ^ own.bits[EACH - 1][1].w ^ own.bits[EACH / 2][0].x ^ own.bits[EACH / 2][1].w));
+#else
       add_deltas(own, quarter % 4 * EACH, quarter / 4, at.part);
+#endif
     }
   }
 
@@ -291,28 +323,40 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   using S = Streamer<EACH, BF16>;
   const int g = lane / 4, t = lane % 4;
-  S own = {p, board, lane, 0, 0, x_at + static_cast<uint32_t>((g / 2 + g % 2 * 4) * p.x_bytes() + t * 16),
+  S own = {p, board, lane, 0, rank, x_at + static_cast<uint32_t>((g / 2 + g % 2 * 4) * p.x_bytes() + t * 16),
            planes_at + static_cast<uint32_t>(lane * 16), 0,
-           reinterpret_cast<float*>(stream_shared + deltas) + warp * S::NT * 4 * 32 + lane, {}};
+           reinterpret_cast<float*>(stream_shared + deltas) + warp * S::NT * 4 * 32 + lane, StreamShare(0, 0), {}};
   typename S::Batch batch = {};
+  float scale = 0.0f;
+  int slot = -1;
 #pragma unroll 1
   for (int phase = 0; phase < p.phases; ++phase) {
-    own.begin = min((phase * RANKS + rank) * p.each, p.quarters), own.mine = min(p.each, p.quarters - own.begin);
-    if (warp < tiles) own.load_weights(batch, own.place_of(first + warp), 0);
+    own.begin = phase * p.apart, own.share = StreamShare(min(p.apart, p.quarters - own.begin), rank);
+    StreamPlace place = own.place_of(first + min(warp, tiles - 1));
+    if (warp < tiles) own.load_weights(batch, place, 0);
     if (phase) {
       __syncthreads();  // nobody reads what was known in the phase before
     } else {
       wait_for_previous(warp);
-    }
-    know_rows(p, board, own.begin, own.mine, stream_shared + (x_at - slots), stream_shared + (planes_at - slots));
-    if (!phase) {
+      slot = slot_of_row(p, board, warp, scale);
+      __syncthreads();
       for (int row = 0; row < STREAM_ROWS; ++row) own.some |= (board.slots[row] >= 0 ? 1u : 0u) << row;
-      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     }
+    if (warp < tiles) {
+      own.load_bits(batch, place, 0);
+#if V_AHEAD
+      own.ask_weights(place, 1), own.ask_bits(place, 1);
+#endif
+    }
+    know_rows(p, board, own.begin, rank, own.share, slot, scale, stream_shared + (x_at - slots),
+              stream_shared + (planes_at - slots));
+    if (!phase) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #pragma unroll 1
     for (int tile = warp; tile < tiles; tile += STREAM_WARPS) {
-      const StreamPlace place = own.place_of(first + tile);
-      if (tile > warp) own.load_weights(batch, place, 0);
+      if (tile > warp) {
+        place = own.place_of(first + tile);
+        own.load_weights(batch, place, 0), own.load_bits(batch, place, 0);
+      }
       float4* before = reinterpret_cast<float4*>(stream_shared + kept) + tile * S::NT * 32 + lane;
       own.run(batch, place, phase ? before : nullptr);
       const int owner = tile % RANKS, slot = tile / RANKS;

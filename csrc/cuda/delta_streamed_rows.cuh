@@ -4,16 +4,35 @@
 #include "../streamed.h"
 #include "delta_rows.cuh"
 
+#ifndef V_EACH
+#define V_EACH 16
+#endif
+#ifndef V_AHEAD
+#define V_AHEAD 0
+#endif
 namespace hfl {
 
 constexpr int RANKS = 8, STREAM_WARPS = 16, STREAM_THREADS = STREAM_WARPS * 32, STREAM_ROWS = HFL_STREAMED_ROWS;
 constexpr int TILE = 16, QUARTER = 128, STEP = 4 * QUARTER, PLACES = 24, STEP_BYTES = PLACES * STEP / 8;
-constexpr int MOST_OWNED = 64, MOST_EACH = 8;  // MOST_EACH: quarters of a rank at a time
+constexpr int MOST_OWNED = 64, MOST_EACH = V_EACH;  // MOST_EACH: quarters of a rank at a time
+constexpr int ROUND = 4 * RANKS;                // quarters that the ranks read side by side
+constexpr int ALIGNED = 16;                     // quarters whose bits are 256 bytes
+
+// A rank's quarters of a run of them: four of each round, and as many of what is left over as the others.
+struct StreamShare {
+  int rounds, mine, rest;  // rest: the first one that is left over, from the beginning of the run
+
+  __host__ __device__ StreamShare(int quarters, int rank) : rounds(quarters / ROUND) {
+    const int left = quarters % ROUND, most = (left + RANKS - 1) / RANKS, before = rank * most < left ? rank * most : left;
+    rest = rounds * ROUND + before;
+    mine = rounds * 4 + (left - before < most ? left - before : most);
+  }
+};
 
 struct StreamTask {
   hfl_streamed a;
   int32_t quarters, phases;          // of all inputs; in how many parts blocks read them, one after the other
-  int32_t each, steps;               // quarters, and steps, of a rank in a phase
+  int32_t apart, each, steps;        // quarters of a phase, and of it a rank's; steps of these
   int32_t first, tiles, owned;       // of this launch: the first tile, how many; most of them that a block sums up
   int32_t ends[HFL_STREAMED_PARTS];  // tiles up to the end of each part
 
@@ -21,12 +40,13 @@ struct StreamTask {
       : a(a_),
         quarters(a_.inputs / QUARTER),
         phases((quarters - 1) / (RANKS * MOST_EACH) + 1),
-        each((quarters - 1) / (RANKS * phases) + 1),
+        apart((quarters - 1) / (phases * ALIGNED) * ALIGNED + ALIGNED),
+        each(StreamShare(std::min(apart, quarters), 0).mine),
+        steps((each + 3) / 4),
         first(0),
         tiles(0),
         owned(0) {
-    if (each == 7) ++each;  // then ranks begin where lines of bits do
-    steps = (each + 3) / 4;
+    phases = (quarters - 1) / apart + 1;
     for (int p = 0; p < HFL_STREAMED_PARTS; ++p) {
       if (p < a.parts) tiles += (a.outputs[p] + TILE - 1) / TILE;
       ends[p] = tiles;
@@ -81,9 +101,10 @@ struct Transposed {
   }
 };
 
-// A row's inputs of this rank: the unit of its whole numbers, and what these add up to.
-__device__ __forceinline__ void measure_row(const StreamTask& p, StreamBoard& board, int row, int mine,
-                                            const unsigned char* x) {
+// What a warp says on the board of its row, whose inputs of this rank are in shared memory: the unit of its whole
+// numbers, and what these add up to. slot, scale: of the part that is the lane's number.
+__device__ __forceinline__ void measure_row(const StreamTask& p, StreamBoard& board, int row, int mine, int slot,
+                                            float scale, const unsigned char* x) {
   const int lane = lane_of_thread();
   const uint4* from = reinterpret_cast<const uint4*>(x + row * p.x_bytes());
   uint32_t most = 0;
@@ -97,51 +118,60 @@ __device__ __forceinline__ void measure_row(const StreamTask& p, StreamBoard& bo
   }
   const float low = static_cast<float>(__reduce_add_sync(0xffffffffu, sum & 0xffff)),
               high = static_cast<float>(__reduce_add_sync(0xffffffffu, sum >> 16));
-  if (lane >= p.a.parts && lane) return;
-  const int slot = p.a.slots_of_rows[row];
-  const bool there = slot >= 0 && slot < p.a.slots;
-  float factor = 0.0f;
-  if (slot >= 0) {
-    factor = there ? unit.unit * one_of(p.a.scales, lane)[slot] : __int_as_float(0x7fffffff);  // there is no such slot
-  }
+  if (lane >= HFL_STREAMED_PARTS) return;
+  const float factor = slot < 0 ? 0.0f : unit.unit * scale;
   board.factors[lane][row] = 2.0f * factor, board.minus[lane][row] = factor * fmaf(high, 65536.0f, low);
-  if (lane == 0) board.slots[row] = there ? slot : -1, board.wholes[row] = unit.factor;
+  if (lane == 0) board.wholes[row] = unit.factor;
 }
 
-// What the board says of the rows; their inputs of this rank, and the bits of these, to shared memory.
-__device__ __forceinline__ void know_rows(const StreamTask& p, StreamBoard& board, int begin, int mine,
-                                          unsigned char* x, unsigned char* planes) {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  if (thread < STREAM_ROWS) {
-    board.slots[thread] = -1;
-    for (int part = 0; part < HFL_STREAMED_PARTS; ++part) {
-      board.factors[part][thread] = board.minus[part][thread] = 0.0f;
-    }
-  }
-  for (int row = warp; row < p.a.rows; row += STREAM_WARPS) {
+// The slot of a warp's row, on the board, too; and its scale, of the part that is the lane's number.
+__device__ __forceinline__ int slot_of_row(const StreamTask& p, StreamBoard& board, int row, float& scale) {
+  const int lane = lane_of_thread(), slot = row < p.a.rows ? p.a.slots_of_rows[row] : -1;
+  const bool there = slot >= 0 && slot < p.a.slots;
+  scale = __int_as_float(0x7fffffff);  // there is no such slot
+  if (there && lane < p.a.parts) scale = one_of(p.a.scales, lane)[slot];
+  if (lane == 0) board.slots[row] = there ? slot : -1;
+  return slot;
+}
+
+// What the board says of the rows; their inputs of this rank, and the bits of these, to shared memory. Where a row has
+// a warp; begin: the first quarter of the phase.
+__device__ __forceinline__ void know_rows(const StreamTask& p, StreamBoard& board, int begin, int rank,
+                                          const StreamShare& share, int slot, float scale, unsigned char* x,
+                                          unsigned char* planes) {
+  const int lane = lane_of_thread(), row = warp_of_thread();
+  if (row < p.a.rows) {
     const uint16_t* from = static_cast<const uint16_t*>(p.a.x) + row * p.a.x_r + begin * QUARTER;
-    for (int i = lane; i < mine * (QUARTER / 8); i += 32) {
-      copy_async(x + row * p.x_bytes() + i * 16, from + i * 8, true);
+    for (int i = lane; i < share.mine * (QUARTER / 8); i += 32) {
+      const int quarter = i / (QUARTER / 8), step = quarter / 4;
+      const int at = quarter % 4 + (step < share.rounds ? step * ROUND + rank * 4 : share.rest);
+      copy_async(x + row * p.x_bytes() + i * 16, from + at * QUARTER + i % (QUARTER / 8) * 8, true);
     }
+    copy_commit();
+    copy_wait<0>();
+    __syncwarp();
+    measure_row(p, board, row, share.mine, slot, scale, x);
+  } else if (lane < HFL_STREAMED_PARTS) {
+    board.factors[lane][row] = board.minus[lane][row] = 0.0f;
   }
-  copy_commit();
-  copy_wait<0>();
-  __syncthreads();
-  for (int row = warp; row < p.a.rows; row += STREAM_WARPS) measure_row(p, board, row, mine, x);
   __syncthreads();
   const Transposed transposed(lane);
 #pragma unroll 1
-  for (int task = warp; task < p.a.rows * mine; task += STREAM_WARPS) {
-    const int row = task / mine, quarter = task % mine;
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(x + row * p.x_bytes()) + quarter * QUARTER + lane;
+  for (int task = row; task < p.a.rows * share.mine; task += STREAM_WARPS) {
+    const int of = task / share.mine, quarter = task % share.mine;
+    if (board.slots[of] < 0) continue;
+#ifdef V_NOPLANES
+    continue;
+#endif
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(x + of * p.x_bytes()) + quarter * QUARTER + lane;
     uint32_t words[4];
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const int whole = __float2int_rn(to_float(from[w * 32], p.a.dtype) * board.wholes[row]);
+      const int whole = __float2int_rn(to_float(from[w * 32], p.a.dtype) * board.wholes[of]);
       words[w] = transposed.of(static_cast<uint32_t>(whole));
     }
     if (lane < PLACES) {
-      uint4* to = reinterpret_cast<uint4*>(planes + (row * p.steps + quarter / 4) * STEP_BYTES);
+      uint4* to = reinterpret_cast<uint4*>(planes + (of * p.steps + quarter / 4) * STEP_BYTES);
       to[lane * 4 + quarter % 4] = make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
