@@ -20,6 +20,7 @@ from . import (
     step,
     store,
     streamed,
+    tables,
 )
 
 OPS = {
@@ -34,6 +35,7 @@ OPS = {
     **project.OPS,
     **delta.OPS,
     **streamed.OPS,
+    **tables.OPS,
     **linear.OPS,
     **rotary.OPS,
     **step.OPS,

@@ -141,6 +141,7 @@ _OPS = {
             "layer",
             "project",
             "streamed",
+            "tables",
         ),
         ("cuda",),
     ),

@@ -10,16 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from .checkpoint import end_names
+from .embeddings import Table
 from .family import families
 from .fit import Known, check
 from .format import Delta
+from .head import Head
 from .hooks import Hook
 from .message import say
 from .places import Place, places_of
 from .route import BASE, Route
 from .signs import Signs
 from .split import Part, check_split, part_of
-from .tables import Head, Norm, Table
+from .tables import Norm
 
 _KEPT = 64
 """Routes that are remembered: a service has other names in every batch."""

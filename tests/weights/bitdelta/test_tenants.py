@@ -81,7 +81,7 @@ def test_many_rows_are_as_few(model: Any, llama_pairs: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def test_layers_that_get_the_same_rows_are_one_call(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, names, layers = batch(3, length=4), ["law", "__base__", "poems"], []
+    inputs, names, layers = batch(3, length=4), ["law", "__base__", "maths"], []
     wanted = model(**inputs, adapter_names=names).logits
 
     def joined(x: torch.Tensor, weights: Any, *others: Any) -> tuple[torch.Tensor, ...]:
@@ -93,6 +93,10 @@ def test_layers_that_get_the_same_rows_are_one_call(model: Any, monkeypatch: pyt
     torch.testing.assert_close(model(**inputs, adapter_names=names).logits, wanted, atol=TOLERANCE, rtol=0)
     of_layer = [3, 1, 2, 1]  # queries, keys and values; their output; both halves of the gate; down
     assert layers == of_layer * model.config.num_hidden_layers
+    layers.clear()
+    names[1] = "poems"  # has two bits a weight: a kind of its own
+    model(**inputs, adapter_names=names)
+    assert layers == [count for count in of_layer for _ in range(2)] * model.config.num_hidden_layers
 
 
 @torch.no_grad()
