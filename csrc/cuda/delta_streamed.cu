@@ -87,7 +87,13 @@ const char* run(const hfl_streamed& a) {
     task.tiles = std::min(left, most * RANKS * groups);
     const int used = std::min(groups, task.tiles), each = (task.tiles + used - 1) / used;
     task.owned = (each + RANKS - 1) / RANKS;
-    const int needed = task.owned * (task.owned_bytes() + task.kept_bytes()) + task.known_bytes();
+    int needed = task.owned * (task.owned_bytes() + task.kept_bytes()) + task.known_bytes();
+#ifdef V_PAD
+    needed = std::max(needed, V_PAD << 10);
+#endif
+#ifdef V_CARVE
+    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, std::min(100, ((needed + 3072) * 100 + (228 << 10) - 1) / (228 << 10)));
+#endif
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, needed);
     if (error != cudaSuccess) break;
     error = launch(kernel, dim3(static_cast<unsigned>(used * RANKS)), STREAM_THREADS, static_cast<size_t>(needed),
