@@ -209,9 +209,9 @@ def _taken(state: Deltas, delta: Delta) -> Delta:
             found = hook.taught(state.parts(next(iter(state.tenants)), key))
             matrices |= {f"{key}.{name}.weight": matrix for name, matrix in found.items()}
         elif isinstance(hook, Table):
-            for x in hook.kinds.values():
-                if isinstance(x.values, nn.Parameter):
-                    held["weight"] = x.values[0, : x.own[0]]
+            for rows in hook.kinds.values():
+                if isinstance(rows.values, nn.Parameter):
+                    held["weight"] = rows.values[0, : rows.own[0]]
         elif isinstance(hook, Norm) and hook.tables is not None:
             held = {part: x[1] for part, x in hook.tables.items() if isinstance(x, nn.Parameter)}
         elif isinstance(hook, Weights):

@@ -23,6 +23,9 @@ class Rows:
         mine: `[S + 1]`, bool, whether a slot has one; the first is the base.
     """
 
+    values: Tensor
+    scale: Tensor | None
+
     def __init__(self, slots: int, rows: int, like: Tensor, eight: bool, before: Rows | None) -> None:
         dtype, place, columns = torch.int8 if eight else like.dtype, like.device, like.shape[1]
         if before is not None:

@@ -36,13 +36,13 @@ class Head(Ahead, Weights):
     def instead(self, input: Tensor, route: Route) -> Tensor | None:
         """As above, where a backend takes all tables at once."""
         rows = input.shape[:-1].numel()
-        weight: Any = self.module.weight
-        if not 0 < rows <= FEW or self.module.bias is not None or weight.dtype != input.dtype:
+        module: Any = self.module
+        if not 0 < rows <= FEW or module.bias is not None or module.weight.dtype != input.dtype:
             return None
         each = {slot: self._parts(slot) for slot in route.distinct}
         if not any(each.values()) or any("bias" in own for own in each.values()):
             return None
-        tables: list[Tensor | Codes] = [weight]
+        tables: list[Tensor | Codes] = [module.weight]
         number = {-1: 0}
         for slot, own in each.items():
             number[slot] = len(tables) if own else 0

@@ -41,7 +41,7 @@ class Signs(Ahead):
 
     Attributes:
         bits: `[S, P, N, K / 32]`, int32, or None: no tenant has signs here.
-        scales: `[S, P, 1 or N, groups]`, float32, by whether there are N, and by groups; zero for slots with other ones.
+        scales: `[S, P, 1 or N, groups]`, float32, by whether there are N, and groups; zero for slots with others.
         shapes: of the matrix of each slot that has one.
         bias: `[S + 1, N]`, float32, zero for the base; None: no tenant has another bias.
     """
