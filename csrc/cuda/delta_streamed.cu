@@ -80,14 +80,15 @@ const char* run(const hfl_streamed& a) {
   if (error == cudaSuccess) error = clusters(kernel, groups);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   bytes -= static_cast<int>(found.sharedSizeBytes) + task.known_bytes();
-  const int most = std::min(MOST_OWNED, bytes / (task.owned_bytes() + task.kept_bytes()));
+  bytes -= RING * task.owned_bytes();
+  const int most = task.kept_bytes() ? bytes / task.kept_bytes() : INT32_MAX / (RANKS * groups);
   if (bytes < 0 || most < 1) return "linear_with_delta: expected a device with 228 KiB of shared memory";
   void* arguments[] = {&task};
   for (int left = task.tiles; left && error == cudaSuccess; left -= task.tiles, task.first += task.tiles) {
     task.tiles = std::min(left, most * RANKS * groups);
     const int used = std::min(groups, task.tiles), each = (task.tiles + used - 1) / used;
-    task.owned = (each + RANKS - 1) / RANKS;
-    int needed = task.owned * (task.owned_bytes() + task.kept_bytes()) + task.known_bytes();
+    task.held = (each + RANKS - 1) / RANKS, task.owned = std::min(task.held, RING);
+    int needed = task.owned * task.owned_bytes() + task.held * task.kept_bytes() + task.known_bytes();
 #ifdef V_PAD
     needed = std::max(needed, V_PAD << 10);
 #endif
