@@ -80,21 +80,14 @@ const char* run(const hfl_streamed& a) {
   if (error == cudaSuccess) error = clusters(kernel, groups);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   bytes -= static_cast<int>(found.sharedSizeBytes) + task.known_bytes();
-  bytes -= RING * task.owned_bytes();
-  const int most = task.kept_bytes() ? bytes / task.kept_bytes() : INT32_MAX / (RANKS * groups);
+  const int most = std::min(MOST_OWNED, bytes / (task.owned_bytes() + task.kept_bytes()));
   if (bytes < 0 || most < 1) return "linear_with_delta: expected a device with 228 KiB of shared memory";
   void* arguments[] = {&task};
   for (int left = task.tiles; left && error == cudaSuccess; left -= task.tiles, task.first += task.tiles) {
     task.tiles = std::min(left, most * RANKS * groups);
     const int used = std::min(groups, task.tiles), each = (task.tiles + used - 1) / used;
-    task.held = (each + RANKS - 1) / RANKS, task.owned = std::min(task.held, RING);
-    int needed = task.owned * task.owned_bytes() + task.held * task.kept_bytes() + task.known_bytes();
-#ifdef V_PAD
-    needed = std::max(needed, V_PAD << 10);
-#endif
-#ifdef V_CARVE
-    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, std::min(100, ((needed + 3072) * 100 + (228 << 10) - 1) / (228 << 10)));
-#endif
+    task.owned = (each + RANKS - 1) / RANKS;
+    const int needed = task.owned * (task.owned_bytes() + task.kept_bytes()) + task.known_bytes();
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, needed);
     if (error != cudaSuccess) break;
     error = launch(kernel, dim3(static_cast<unsigned>(used * RANKS)), STREAM_THREADS, static_cast<size_t>(needed),

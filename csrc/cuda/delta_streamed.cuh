@@ -33,7 +33,7 @@ __device__ __forceinline__ uint4 bits_if(const void* from, bool there) {
   uint4 x;
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@p ld.global.nc" V_BITS ".v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      "@p ld.global.nc.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
       : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
       : "l"(from), "r"(static_cast<int>(there)));
   return x;
@@ -76,6 +76,7 @@ struct StreamPlace {
 template <int EACH, bool BF16>
 struct Streamer {
   static constexpr int NT = EACH > 2 ? 2 : 1;
+  static constexpr bool EARLY = EACH == 1;  // loads at once where something was used; of more rows, more than the L1 takes
   struct Batch {
     uint4 weights[4][2], bits[EACH][2];
   };
@@ -226,21 +227,18 @@ struct Streamer {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (quarter < share.mine) multiply(own, i, quarter);
-#if V_PIPE == 1
-        if (more) load_weight(own, i, at, then);
-#endif
+        if constexpr (EARLY) {
+          if (more) load_weight(own, i, at, then);
+        }
       }
-#if V_PIPE == 2
-      if (more) load_weights(own, at, then);
-#endif
       add_deltas(own, quarter * EACH, part, [&](int e) {
-#if V_PIPE
-        if (more) load_row(own, e, at, then);
-#endif
+        if constexpr (EARLY) {
+          if (more) load_row(own, e, at, then);
+        }
       });
-#if !V_PIPE
-      if (more) load_weights(own, at, then), load_bits(own, at, then);
-#endif
+      if constexpr (!EARLY) {
+        if (more) load_weights(own, at, then), load_bits(own, at, then);
+      }
     }
   }
 
@@ -292,12 +290,12 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   const auto border = [&](int i) { return p.first + static_cast<int>(static_cast<int64_t>(p.tiles) * i / groups); };
   const int first = border(group), tiles = border(group + 1) - first, owned = (tiles - rank + RANKS - 1) / RANKS;
   const uint32_t slots = shared_address(stream_shared), kept = static_cast<uint32_t>(p.owned * p.owned_bytes()),
-                 deltas = kept + static_cast<uint32_t>(p.held * p.kept_bytes()),
+                 deltas = kept + static_cast<uint32_t>(p.owned * p.kept_bytes()),
                  x_at = deltas + static_cast<uint32_t>(p.deltas_bytes());
   if (threadIdx.x == 0) {
-    for (int i = 0; i < min(owned, p.owned); ++i) barrier_init(board.sent[i], 1);
+    for (int i = 0; i < owned; ++i) barrier_init(board.sent[i], 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    for (int i = 0; i < min(owned, p.owned); ++i) barrier_expect(board.sent[i], p.owned_bytes());
+    for (int i = 0; i < owned; ++i) barrier_expect(board.sent[i], p.owned_bytes());
   }
   __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -319,16 +317,6 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   row.know(p, board, 0, own.share, x_of(0), planes_of(0));
   __syncthreads();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-  // Results of the tiles of a turn that are this block's, each by a warp; then their place is free for the turn after
-  // the next.
-  const auto finish_turn = [&](int turn) {
-    const int from = turn * TURN, one = from + (warp - from % STREAM_WARPS + STREAM_WARPS) % STREAM_WARPS;
-    if (one >= from + TURN || one >= owned) return;
-    wait_for_cluster(board.sent[one % RING], one / RING % 2);
-    own.finish(first + one * RANKS + rank, slots + static_cast<uint32_t>(one % RING * p.owned_bytes()));
-    __syncwarp();
-    if (lane == 0 && one + RING < owned) barrier_expect(board.sent[one % RING], p.owned_bytes());
-  };
 #pragma unroll 1
   for (int phase = 0; phase < p.phases; ++phase) {
     own.side = phase % 2;
@@ -338,18 +326,14 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
     const StreamShare ahead(p, min(phase + 1, p.phases - 1), rank);
     if (!last) row.fetch(p, ahead, x_of(1 - own.side));
 #pragma unroll 1
-    for (int turn = 0; turn * STREAM_WARPS < tiles; ++turn) {
-      const int tile = turn * STREAM_WARPS + warp, part = place.part;
+    for (int tile = warp; tile < tiles; tile += STREAM_WARPS) {
+      const int part = place.part;
       float4* before = reinterpret_cast<float4*>(stream_shared + kept) + tile * S::NT * 32 + lane;
-      if (tile < tiles) {
-        own.run(batch, place, tile + STREAM_WARPS < tiles ? first + tile + STREAM_WARPS : -1, phase ? before : nullptr);
-      }
-      if (last && turn > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-      const int owner = tile % RANKS, slot = tile / RANKS % RING;
+      own.run(batch, place, tile + STREAM_WARPS < tiles ? first + tile + STREAM_WARPS : -1, phase ? before : nullptr);
+      const int owner = tile % RANKS, slot = tile / RANKS;
       const uint32_t to = slots + static_cast<uint32_t>(slot * p.owned_bytes() + (rank * S::NT * 32 + lane) * 16);
 #pragma unroll
       for (int n = 0; n < S::NT; ++n) {
-        if (tile >= tiles) break;
         const float4 sums = own.sums_of(n, part);
         if (!last) {
           before[n * 32] = sums;
@@ -358,10 +342,6 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
                over_there(shared_address(&board.sent[slot]), owner), sums);
         }
       }
-      if (last && turn) {
-        finish_turn(turn - 1);
-        if ((turn + 1) * STREAM_WARPS < tiles) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-      }
     }
     if (last) break;
     own.share = ahead, place = own.place_of(first + min(warp, tiles - 1));
@@ -369,7 +349,11 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
     row.know(p, board, 1 - own.side, ahead, x_of(1 - own.side), planes_of(1 - own.side));
     __syncthreads();
   }
-  finish_turn((tiles - 1) / STREAM_WARPS);
+#pragma unroll 1
+  for (int slot = warp; slot < owned; slot += STREAM_WARPS) {
+    wait_for_cluster(board.sent[slot], 0);
+    own.finish(first + slot * RANKS + rank, slots + static_cast<uint32_t>(slot * p.owned_bytes()));
+  }
 #endif
 }
 

@@ -4,29 +4,22 @@
 #include "../streamed.h"
 #include "delta_rows.cuh"
 
-#ifndef V_BITS
-#define V_BITS ".L2::256B"
-#endif
-#ifndef V_PIPE
-#define V_PIPE 0
-#endif
 namespace hfl {
 
 constexpr int RANKS = 8, STREAM_WARPS = 16, STREAM_THREADS = STREAM_WARPS * 32, STREAM_ROWS = HFL_STREAMED_ROWS;
 constexpr int TILE = 16, QUARTER = 128, EACH_RANK = 4, PHASE = RANKS * EACH_RANK;  // EACH_RANK: quarters, PHASE: too
 constexpr int PLACES = 24, STEP_BYTES = PLACES * EACH_RANK * QUARTER / 8, X_BYTES = EACH_RANK * QUARTER * 2 + 16;
-constexpr int TURN = STREAM_WARPS / RANKS, RING = 2 * TURN;  // tiles of a turn of all warps that a block sums up; room
+constexpr int MOST_OWNED = 64;
 static_assert(STREAM_ROWS == STREAM_WARPS, "each row has a warp");
 
 struct StreamTask {
   hfl_streamed a;
   int32_t quarters, phases;          // of all inputs; phases: that blocks read one after the other
-  int32_t first, tiles, held, owned;  // of this launch: the first tile, how many; most of them, an eighth, of a block;
-                                      // for how many of these there is room
+  int32_t first, tiles, owned;       // of this launch: the first tile, how many; most of them that a block sums up
   int32_t ends[HFL_STREAMED_PARTS];  // tiles up to the end of each part
 
   explicit StreamTask(const hfl_streamed& a_)
-      : a(a_), quarters(a_.inputs / QUARTER), phases((quarters - 1) / PHASE + 1), first(0), tiles(0), held(0), owned(0) {
+      : a(a_), quarters(a_.inputs / QUARTER), phases((quarters - 1) / PHASE + 1), first(0), tiles(0), owned(0) {
     for (int p = 0; p < HFL_STREAMED_PARTS; ++p) {
       if (p < a.parts) tiles += (a.outputs[p] + TILE - 1) / TILE;
       ends[p] = tiles;
@@ -56,7 +49,7 @@ struct StreamShare {
 
 // What all warps of a block know.
 struct StreamBoard {
-  uint64_t sent[RING];
+  uint64_t sent[MOST_OWNED];
   int slots[STREAM_ROWS];
   // Of every other phase: worth of a whole number of the row, times the scale, twice; and of this rank's inputs without
   // signs.
