@@ -4,11 +4,16 @@ Seconds a step, how gates lie, whom they agree with, and pass keys found where h
 halves of the same size.
 
 python benchmarks/gates.py --folder pattern/ --out benchmarks/results/gates-smollm2.json
+python benchmarks/gates.py --random benchmarks/configs/llama-3.1-8b.json --steps 16 --shortest 3000 --longest 32000 \
+    --keys 10 --folder pattern-8b/ --out benchmarks/results/gates-8b.json
+
+With random weights there is nothing to find: seconds a step and memory are all that is written then.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import time
 from dataclasses import replace
@@ -19,6 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from hf_longctx.configs import build
 from hf_longctx.evals import assets, grammar, passkey, results, text
 from hf_longctx.evals.runner import Options
 from hf_longctx.files import read_json
@@ -55,6 +61,25 @@ def trained(chosen: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Hea
         row("step", 1000 * seconds / chosen.steps, "ms", shape=[chosen.shortest, chosen.longest]),
         row("gates below 0.1 or above 0.9", ends, "share", histogram=counts, must=">= 0.5", met=ends >= 0.5),
     ]
+
+
+def of_any_weights(chosen: argparse.Namespace) -> None:
+    """Train gates of random weights of a shape, and write seconds and memory."""
+    model = build(chosen.random, chosen.dtype, assets.pick_device(chosen.device), 0)
+    _, tokenizer = assets.load(None, "float32", "cpu")
+    task = Task(shortest=chosen.shortest, longest=chosen.longest, keys=chosen.keys)
+    began = time.perf_counter()
+    lessons = Lessons(tokenizer, text.shipped(), task)
+    train.run(model, lessons, train.Settings(chosen.steps), chosen.folder, console=Console())
+    seconds = time.perf_counter() - began
+    peak = torch.cuda.max_memory_allocated() / 2**30 if model.device.type == "cuda" else math.nan
+    rows = [
+        row("training with random weights", seconds / chosen.steps, "s/step", steps=chosen.steps),
+        row("peak memory of it", peak, "GiB"),
+    ]
+    settings = {"config": str(chosen.random), "dtype": chosen.dtype, "tokens": [chosen.shortest, chosen.longest]}
+    results.save_json(chosen.out, {"meta": results.meta(model.device, settings), "rows": rows})
+    print(rows)
 
 
 def agreement(pattern: HeadPattern, path: Path) -> list[dict[str, Any]]:
@@ -112,6 +137,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="of the pattern; others are made beside it")
     parser.add_argument("--model", help="a hub id or folder; SmolLM2-135M-Instruct if not given")
+    parser.add_argument("--random", type=Path, help="a config.json: random weights of that shape, time and memory only")
     parser.add_argument("--scores", type=Path, default=SCORES, help="of the detector")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rate", type=float, default=0.02)
@@ -125,6 +151,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")
     chosen = parser.parse_args()
+    if chosen.random is not None:
+        return of_any_weights(chosen)
     model, tokenizer = assets.load(chosen.model, chosen.dtype, chosen.device)
     pattern, rows = trained(chosen, model, tokenizer)
     names = ("steps", "rate", "weight", "shortest", "longest", "keys", "lengths", "trials", "dtype")
