@@ -76,7 +76,7 @@ struct StreamPlace {
 template <int EACH, bool BF16>
 struct Streamer {
   static constexpr int NT = EACH > 2 ? 2 : 1;
-  static constexpr bool EARLY = EACH == 1;  // loads at once where something was used; of more rows, more than the L1 takes
+  static constexpr bool EARLY = EACH == 1;  // parts are loaded anew as soon as they are used
   struct Batch {
     uint4 weights[4][2], bits[EACH][2];
   };

@@ -92,7 +92,8 @@ def _outputs(members: list[Signs], input: Tensor, route: Route) -> list[Tensor] 
     out: list[Tensor] = []
     for kind, made in zip(kinds, each, strict=True):
         if made is None:
-            base = members[0].base(flat)
+            base = members[0].base(input)
+            base = base.reshape(len(flat), base.shape[-1])
             made = (delta_linear(flat, base, *members[0].arguments(route, flat, kind)),)
         if out:
             mine = route.those(len(flat), tuple(own > 0 for own in kind.own), flat.device)[:, None]
