@@ -95,8 +95,9 @@ def mpt_forward(
 def _attend(
     module: Any, q: Tensor, k: Tensor, v: Tensor, cache: Any, scale: float, dropout: float, slopes: Tensor | None
 ) -> Tensor:
-    forward = current()
-    if forward is None:
+    graphed = torch.compiler.is_compiling()  # where a graph finds its call when it runs
+    forward = None if graphed else current()
+    if forward is None and not graphed:
         raise UnsupportedError(
             f"hf_longctx: expected {type(module).__name__} to run inside its patched model; got a call from elsewhere "
             "(gradient checkpointing runs layers again). Turn gradient checkpointing off, or call the whole model."

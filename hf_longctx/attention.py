@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
+from .alike import attend_alike
 from .cache.positions import lap_position
 from .context import NAME, Forward, current
 from .errors import UnsupportedError
@@ -35,9 +36,11 @@ def mask(**kwargs: Any) -> Tensor | None:
         UnsupportedError: the model composed a mask that is more than causal, sliding and padding.
         RuntimeError: not inside a call of a patched model.
     """
-    forward = current()
-    if forward is None:
-        raise _missing(f"the mask of '{kwargs['config'].model_type}'")
+    graphed = torch.compiler.is_compiling()
+    forward = None if graphed else current()  # a graph would be made for this call alone
+    family = kwargs["config"].model_type if forward is None else forward.facts.family
+    if forward is None and not graphed:
+        raise _missing(f"the mask of '{family}'")
     local = kwargs.get("local_size") is not None
     more = (
         not kwargs.get("allow_is_causal_skip", True) if local else kwargs["mask_function"] is not causal_mask_function
@@ -45,10 +48,10 @@ def mask(**kwargs: Any) -> Tensor | None:
     # While a stream is captured nobody can look whether positions begin again; the call before, which ran, was seen.
     if more and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         raise UnsupportedError(
-            f"hf_longctx: expected causal or sliding-window attention with padding in '{forward.facts.family}'; got a "
+            f"hf_longctx: expected causal or sliding-window attention with padding in '{family}'; got a "
             "mask with more to it (packed sequences, blocks of image tokens, or a mask function). Unpatch the model."
         )
-    return torch.empty(0, dtype=torch.bool) if forward.facts.family in WANTS_MASK else None
+    return torch.empty(0, dtype=torch.bool) if family in WANTS_MASK else None
 
 
 def attention(
@@ -83,14 +86,32 @@ def attention(
             a filled cache.
         RuntimeError: not inside a call of a patched model.
     """
-    forward = hf_longctx or current()
+    layer, name = int(module.layer_idx), type(module).__name__  # type: ignore[arg-type]
+    if torch.compiler.is_compiling():
+        from . import graphed
+
+        return graphed.attention(name, layer, query, key, value, scaling, dropout, kwargs), None
+    return attend(hf_longctx or current(), name, layer, query, key, value, scaling, dropout, kwargs), None
+
+
+def attend(
+    forward: Forward | None,
+    name: str,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    others: Mapping[str, Any],
+) -> Tensor:
+    """`attention` of the layer of that number in a call; `name` and `others` are the module's class and `kwargs`."""
     if forward is None:
-        raise _missing(type(module).__name__)
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    logits = _logits(module, forward, layer, query, scaling, dropout, kwargs)
+        raise _missing(name)
+    logits = _logits(name, forward, layer, query, scaling, dropout, others)
     if forward.probe is not None:
         forward.probe[layer] = (query, key)
-        return query.new_zeros(query.shape[0], *query.shape[2:0:-1], value.shape[-1]), None
+        return query.new_zeros(query.shape[0], *query.shape[2:0:-1], value.shape[-1])
     plan = forward.plan.layers[layer]
     if key.shape[1] != plan.kv_heads:
         raise ValueError(
@@ -98,12 +119,12 @@ def attention(
             f"{key.shape[1]}. Make the plan for this model."
         )
     if not forward.texts:
-        return _attend(forward, layer, query, key, value, logits), None
+        return _attend(forward, layer, query, key, value, logits)
     rows: list[list[Tensor]] = [[] for _ in query]
     for text in forward.texts:
         q, k, v = (x[text.row : text.row + 1, :, text.columns] for x in (query, key, value))
         rows[text.row].append(_attend(text.forward, layer, q, k, v, logits))
-    return torch.cat([torch.cat(parts, 1) for parts in rows]), None
+    return torch.cat([torch.cat(parts, 1) for parts in rows])
 
 
 def _attend(forward: Forward, layer: int, query: Tensor, key: Tensor, value: Tensor, logits: ops.Logits) -> Tensor:
@@ -118,20 +139,25 @@ def _attend(forward: Forward, layer: int, query: Tensor, key: Tensor, value: Ten
         assert out is not None
         return out.transpose(1, 2).contiguous()
     order = _order(tuple(group.kv_heads for group in plan.groups), query.shape[1] // key.shape[1], query.device)
+    if forward.cache is not None:
+        whole = attend_alike(forward, layer, stores, order.kv, query, key, value, logits)
+        if whole is not None:
+            return whole.transpose(1, 2).contiguous()
     k, v = order.split(key), order.split(value)
-    whole = query.new_empty(query.shape[0], *query.shape[2:0:-1], value.shape[-1])
+    # of all heads, `[B, T, Hq, D]`: made when the first group puts its own in there
+    whole = cache(lambda: query.new_empty(query.shape[0], *query.shape[2:0:-1], value.shape[-1]))
     parts: dict[int, Tensor] = {}
     for i, group in enumerate(plan.groups):
-        among, own = Among(order.places[i], whole.transpose(1, 2)), logits.heads(order.q[i])
+        among, own = Among(order.places[i], lambda: whole().transpose(1, 2)), logits.heads(order.q[i])
         part = attend_group(forward, layer, group, stores[i], query, k[i], v[i], own, among)
         if part is not None:
             parts[i] = part.transpose(1, 2)
     if len(parts) == len(plan.groups):
         return picked(torch.cat(list(parts.values()), 2), 2, order.back)
     for i, part in parts.items():
-        into, some = widened(whole, part)
+        into, some = widened(whole(), part)
         into.index_copy_(2, order.q[i], some)
-    return whole
+    return whole()
 
 
 def text_positions(forward: Forward) -> Tensor:
@@ -149,12 +175,14 @@ class _Order:
     Args:
         q: query heads of each group.
         places: the same, int32.
+        kv: KV heads of each group, int32.
         sides: by the number of heads: all of them in this order, and how many each group has.
         back: `[Hq]`, where each query head stands when groups stand side by side.
     """
 
     q: tuple[Tensor, ...]
     places: tuple[Tensor, ...]
+    kv: tuple[Tensor, ...]
     sides: Mapping[int, tuple[Tensor, list[int]]]
     back: Tensor
 
@@ -169,10 +197,11 @@ def _order(groups: tuple[tuple[int, ...], ...], per_kv: int, device: torch.devic
     kv = [torch.tensor(heads, device=device) for heads in groups]
     q = [(heads[:, None] * per_kv + torch.arange(per_kv, device=device)).flatten() for heads in kv]
     sides = {sum(map(len, side)): (torch.cat(side), list(map(len, side))) for side in (kv, q)}
-    return _Order(tuple(q), tuple(heads.int() for heads in q), sides, torch.cat(q).argsort())
+    places, own = (tuple(heads.int() for heads in side) for side in (q, kv))
+    return _Order(tuple(q), places, own, sides, torch.cat(q).argsort())
 
 
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     {
         "position_ids",
         "use_cache",
@@ -188,7 +217,7 @@ _HARMLESS = frozenset(
 
 
 def _logits(
-    module: nn.Module,
+    name: str,
     forward: Forward,
     layer: int,
     query: Tensor,
@@ -200,14 +229,14 @@ def _logits(
     own_window = forward.facts.layers[layer].window
     expected: dict[str, Any] = {"is_causal": True, "output_attentions": False, "sliding_window": own_window}
     if dropout:
-        raise _unknown(module, layer, "dropout", dropout, "set attention_dropout=0 in the configuration")
-    for name, value in kwargs.items():
-        if name in ("softcap", "s_aux", "slopes") or name in _HARMLESS or value is None:
+        raise _unknown(name, layer, "dropout", dropout, "set attention_dropout=0 in the configuration")
+    for key, value in kwargs.items():
+        if key in ("softcap", "s_aux", "slopes") or key in HARMLESS or value is None:
             continue
-        if name == "sliding_window" and own_window is None and spans_all(forward.facts.config, value):
+        if key == "sliding_window" and own_window is None and spans_all(forward.facts.config, value):
             continue
-        if name not in expected or value != expected[name]:
-            raise _unknown(module, layer, name, value, "unpatch the model for this input")
+        if key not in expected or value != expected[key]:
+            raise _unknown(name, layer, key, value, "unpatch the model for this input")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     sinks = _zeros(forward, query) if forward.plan.zero_sink else kwargs.get("s_aux")
     return ops.Logits(float(scale), kwargs.get("softcap"), sinks, kwargs.get("slopes"))
@@ -220,10 +249,10 @@ def _zeros(forward: Forward, query: Tensor) -> Tensor:
     return zeros
 
 
-def _unknown(module: nn.Module, layer: int, name: str, value: Any, remedy: str) -> UnsupportedError:
+def _unknown(kind: str, layer: int, name: str, value: Any, remedy: str) -> UnsupportedError:
     shown = f"{type(value).__name__} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
     return UnsupportedError(
-        f"attention: expected arguments that are known to be honoured in layer {layer} ({type(module).__name__}); got "
+        f"attention: expected arguments that are known to be honoured in layer {layer} ({kind}); got "
         f"{name}={shown}. To go on, {remedy}."
     )
 

@@ -136,6 +136,7 @@ def current() -> Forward | None:
     return None if running is None else running()
 
 
-def enter(forward: Forward | None) -> None:
-    """Make `forward` the current call of this thread, None at its end."""
+def enter(forward: Forward | None, hold: bool = False) -> None:
+    """Make `forward` the current call of this thread, None at its end; `hold` it where nobody else does."""
     _LOCAL.forward = None if forward is None else ref(forward)
+    _LOCAL.held = forward if hold else None

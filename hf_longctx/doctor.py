@@ -116,24 +116,32 @@ def render(found: dict[str, Any]) -> list[RenderableType]:
     if len(found["devices"]) == 1:
         places.caption = "No CUDA device: every method runs on the CPU. Same results, not fast."
 
-    asked = found["backend_asked_for"]
-    title = (
-        f"Operations (only {asked}: HF_LONGCTX_BACKEND)" if asked else "Operations (the first backend that can, runs)"
-    )
-    operations = Table(title=title, title_justify="left")
-    for column in ("operation", "backend", "", "why not"):
-        operations.add_column(column)
-    before = ""
-    for row in found["operations"]:
-        operations.add_row(
-            row["op"] if row["op"] != before else "",
-            row["backend"],
-            "[green]yes[/]" if row["available"] else "[red]no[/]",
-            row["reason"],
-        )
-        before = row["op"]
     built = f"Compiled library: {found['library']['built_for'] or 'none'}"
-    return [about, places, built, operations, f"Methods: {', '.join(found['methods'])}"]
+    return [about, places, built, *_operations(found), f"Methods: {', '.join(found['methods'])}"]
+
+
+def _operations(found: dict[str, Any]) -> list[RenderableType]:
+    """A line for each operation, and one for each reason why a backend that has some of them does not run here."""
+    from rich.table import Table
+
+    from .kernels.dispatch import LACKS
+
+    asked = found["backend_asked_for"]
+    shown = Table(title=f"Operations{f' (only {asked}: HF_LONGCTX_BACKEND)' if asked else ''}", title_justify="left")
+    for column in ("operation", "runs on", "could run on"):
+        shown.add_column(column)
+    able: dict[str, list[str]] = {}
+    refused: dict[tuple[str, str], int] = {}
+    for row in found["operations"]:
+        here = able.setdefault(row["op"], [])
+        if row["available"]:
+            here.append(row["backend"])
+        elif not row["reason"].endswith(LACKS):
+            refused[row["backend"], row["reason"]] = refused.get((row["backend"], row["reason"]), 0) + 1
+    for op, here in able.items():
+        runs = here[0] if asked is None else asked if asked in here else "none"
+        shown.add_row(op, runs, ", ".join(backend for backend in here if backend != runs))
+    return [shown, *(f"{by} does not run its {count} operations: {why}" for (by, why), count in refused.items())]
 
 
 if __name__ == "__main__":

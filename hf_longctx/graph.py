@@ -121,7 +121,13 @@ class Recorder:
         self.__init__(self.decoder, on)  # type: ignore[misc]
 
     def takes(
-        self, plan: Plan, cache: LongContextCache, kwargs: Mapping[str, Any], tokens: Tensor, watched: bool
+        self,
+        plan: Plan,
+        cache: LongContextCache,
+        kwargs: Mapping[str, Any],
+        tokens: Tensor,
+        watched: bool,
+        graphed: bool = False,
     ) -> bool:
         """True if a call will be recorded or replayed; if not and it is a decode step, `reason` says why.
 
@@ -131,6 +137,7 @@ class Recorder:
             kwargs: its arguments.
             tokens: `[B, T]` or `[B, T, hidden]`, its input.
             watched: someone is to be told of every choice of blocks.
+            graphed: the decoder runs in graphs of a compiler.
         """
         if not self.on or not cache.ledger.columns or tokens.device.type not in RECORDERS:
             return False
@@ -139,12 +146,15 @@ class Recorder:
             return False
         if self._obstacles is None or self._obstacles.plan is not plan or self._last() is not cache:
             self._obstacles, self._last = of_model(self.decoder, plan), weakref.ref(cache)
-        reason = self._failed or self._obstacles.now() or of_call(self.decoder, kwargs, watched) or of_cache(cache)
+        reason = self._failed or self._obstacles.now() or of_call(self.decoder, kwargs, watched, graphed)
+        reason = reason or of_cache(cache)
         self.reason = self.reason if of_round else reason
         return reason is None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward."""
+        if torch.compiler.is_compiling():
+            return type(self.decoder).forward(self.decoder, *args, **kwargs)
         forward = current()
         if forward is None or not forward.recorded or forward.cache is None:
             return type(self.decoder).forward(self.decoder, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,11 +47,11 @@ class Among:
 
     Args:
         heads: `[Hq']`, int32.
-        out: `[B, Hq, T, Dv]`, of the layer.
+        out: gives `[B, Hq, T, Dv]`, of the layer.
     """
 
     heads: Tensor
-    out: Tensor
+    out: Callable[[], Tensor]
 
 
 def attend_group(
@@ -143,7 +144,7 @@ def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor, among: Am
         see = above(see, floor, view, step)
     turns = turns_of(call.forward, call.layer, call.group.policy, step, floor)
     if among is not None:
-        ops.attend_heads(q, view.k, view.v, call.logits, see, turns, None, among.heads, among.out)
+        ops.attend_heads(q, view.k, view.v, call.logits, see, turns, None, among.heads, among.out())
         return None
     few = step.tokens == 1 and step.columns > 0
     out = (ops.attend_pages if few else ops.attend_blocks)(q, view.k, view.v, call.logits, see, turns)

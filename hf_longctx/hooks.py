@@ -19,6 +19,7 @@ from .cache.step import Step, check_cached
 from .context import NAME, Forward, Rotary, current, enter
 from .errors import UnsupportedError
 from .graph import Recorder
+from .kernels.between import between_graphs
 from .memory import check_room
 from .models import CACHE, ModelFacts
 from .places import find_texts, place
@@ -145,6 +146,15 @@ class BeforeForward:
 
     def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Bind the arguments by name, and put ours among them."""
+        if torch.compiler.is_compiling():
+            begun: tuple[Any, dict[str, Any]] = _outside(self.begin, decoder, args, kwargs, True)
+            return begun
+        return self.begin(decoder, args, kwargs, False)
+
+    def begin(
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], graphed: bool
+    ) -> tuple[Any, dict[str, Any]]:
+        """The same; graphed: a compiler has made graphs of what follows, which know nothing of this call."""
         state = self.state
         if decoder.config._attn_implementation != NAME:
             raise RuntimeError(
@@ -182,13 +192,15 @@ class BeforeForward:
                     "keys and values carry no gradient. Pass the text in one call, or call model.eval()."
                 )
             check_room(state.facts, state.plan, cache, rows, columns, decoder.dtype, tokens.device)
-            recorded = state.recorder.takes(state.plan, cache, kwargs, tokens, (state.watch or state.tap) is not None)
+            watched = (state.watch or state.tap) is not None
+            recorded = state.recorder.takes(state.plan, cache, kwargs, tokens, watched, graphed)
             step = cache.begin(columns, rows, tokens.device, mask, look=not recorded)
             kwargs[CACHE] = cache
         forward = Forward(state.facts, state.plan, step, cache, state.rotary, None, state.watch, state.tap, recorded)
         place(forward, decoder, kwargs, rows, texts)
-        kwargs["hf_longctx"] = forward
-        enter(forward)
+        if not graphed:
+            kwargs["hf_longctx"] = forward
+        enter(forward, hold=graphed)
         return (), kwargs
 
 
@@ -200,11 +212,23 @@ class AfterForward:
 
     def __call__(self, decoder: Any, args: tuple[Any, ...], output: Any) -> None:
         """Commit the step."""
+        if torch.compiler.is_compiling():
+            _outside(self.commit, output)
+        else:
+            self.commit(output)
+
+    def commit(self, output: Any) -> None:
+        """The same, of the current call."""
         forward = current()
         enter(None)
         if forward is not None and forward.cache is not None and output is not None:
             forward.count()
             forward.cache.commit(forward.step, looked=not forward.recorded)
+
+
+@between_graphs("what a call finds in its cache, and where its tokens go there, is no graph")
+def _outside(run: Any, *arguments: Any) -> Any:
+    return run(*arguments)
 
 
 def _check_looked_at(state: Patch) -> None:

@@ -126,14 +126,14 @@ def of_cache(cache: LongContextCache) -> str | None:
     return "representatives of the blocks that a longer call has closed are made first" if behind else None
 
 
-def of_call(decoder: Any, kwargs: Mapping[str, Any], watched: bool) -> str | None:
-    """What stands in the way of one call, or None."""
+def of_call(decoder: Any, kwargs: Mapping[str, Any], watched: bool, graphed: bool) -> str | None:
+    """What stands in the way of one call, or None; graphed: as in `Recorder.takes`."""
     device = decoder.device.type
     if torch.is_grad_enabled() or decoder.training:
         return "gradients are on, or the model trains: call it under torch.no_grad(), after model.eval()"
     if watched:
         return "somebody looks at what heads choose or read"
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+    if graphed or torch.is_autocast_enabled(device):
         return "torch.compile or autocast is at work"
     if device == "cuda" and torch.cuda.is_current_stream_capturing():
         return "a graph is being recorded already"

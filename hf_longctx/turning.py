@@ -18,6 +18,7 @@ from .cache.step import Step
 from .context import Forward, current
 from .errors import UnsupportedError
 from .kernels import ops
+from .kernels.between import between_graphs
 
 _CALL = "angles"
 UNTURNED = "unturned"
@@ -37,6 +38,12 @@ class AtRead:
 
     def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """No rotation inside a call of the patched decoder, with the real one kept for its layers."""
+        if torch.compiler.is_compiling():
+            return _outside(self, x, position_ids)
+        return self.kept(x, position_ids)
+
+    def kept(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, in the current call."""
         cos, sin = self.real(x, position_ids)
         forward = current()
         if forward is None or not forward.plan.at_read or forward.probe is not None:
@@ -50,6 +57,11 @@ class AtRead:
         module: Any = self.module
         cos, sin = type(module).forward(module, x, position_ids)
         return cos, sin
+
+
+@between_graphs("angles are kept for what reads keys, which no graph does")
+def _outside(module: AtRead, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    return module.kept(x, position_ids)
 
 
 def install(decoder: Any, on: bool) -> None:

@@ -131,6 +131,15 @@ def test_every_file_that_is_named_is_there(path: Path) -> None:
     assert [each for each in {*named} if not any(ROOT.glob(each))] + missing == []
 
 
+def test_tests_that_are_named_are_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "kernels.md").read_text()))
+    there = {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert len(named) > 15
+    assert named <= there
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_short_and_have_their_outputs(path: Path) -> None:
     cells = json.loads(path.read_text())["cells"]

@@ -39,7 +39,9 @@ ROOMS = {
     "sight": {"plan", "cache", "kernels", "context", "limits"},
     "group": {"plan", "cache", "kernels", "select", "context", "gradient", "limits", "sight", "turning"},
     "layer": {"plan", "cache", "kernels", "select", "context", "group"},
-    "attention": {"errors", "plan", "cache", "kernels", "models", "context", "group", "layer"},
+    "alike": {"plan", "cache", "kernels", "context", "group", "sight"},
+    "attention": {"errors", "plan", "cache", "kernels", "models", "context", "alike", "graphed", "group", "layer"},
+    "graphed": {"attention", "context", "kernels"},  # the same function, inside a compiler's graph
     "recording": {"cache", "limits", "plan"},
     "obstacles": {"cache", "models", "plan"},
     "graph": {"cache", "context", "models", "obstacles", "plan", "recording"},
@@ -78,7 +80,7 @@ ROOMS = {
     "streaming/watch": {"streaming"},
     "configs": {"evals", "weights"},
     "bench": {
-        *("configs", "errors", "evals", "kernels", "machine", "options", "plan", "prompt", "bench"),
+        *("configs", "errors", "evals", "kernels", "machine", "models", "options", "plan", "prompt", "bench"),
         *("LongContextCache", "patched", "report"),
     },
     "vllm": {"errors", "heads", "kernels", "methods", "plan", "select", "vllm", "weights"},

@@ -25,16 +25,24 @@ namespace hfl {
 namespace {
 
 struct Kernel {
-  const void* function;
+  const void *function, *of_both;
   int threads, warps, slab, bytes[3];  // keys of a slab, shared memory by variants
   std::atomic<int>* fits[3];           // blocks that the device holds at a time; 0: not known yet
 };
+
+// Of two groups at once, for the usual head: what it saves is a launch, and it takes as much code again.
+template <int D, Format F>
+const void* both() {
+  if constexpr (D == 128) return reinterpret_cast<const void*>(&attend_both_kernel<D, F>);
+  return nullptr;
+}
 
 template <int D, Format F>
 const Kernel& kernel() {
   using R = Room<D, F>;
   static std::atomic<int> fits[3][MOST_DEVICES];
   static const Kernel it = {reinterpret_cast<const void*>(&attend_kernel<D, F>),
+                            both<D, F>(),
                             R::WARPS * 32,
                             R::WARPS,
                             R::S::KEYS,
@@ -126,6 +134,9 @@ cudaError_t blocks_that_fit(const Kernel& kernel, int variants, int& blocks) {
   if (blocks) return cudaSuccess;
   const int bytes = kernel.bytes[variants - 1];
   error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes[2]);
+  if (error == cudaSuccess && kernel.of_both) {
+    error = cudaFuncSetAttribute(kernel.of_both, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes[2]);
+  }
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, kernel.threads, bytes);
   }
@@ -167,18 +178,24 @@ bool attend_fits(const hfl_attend& a) {
 
 namespace {
 
-const char* attend(const hfl_attend& a, const AttendTurn& turn, const hfl_beside& beside) {
+const char* wrong(const hfl_attend& a, const AttendTurn& turn) {
   const char* message = check(a);
+  if (message) return message;
+  if (turn.appended && (a.tokens != 1 || !a.q_pos || task_of(a).apart)) {
+    return "attend_pages: expected, in a step, one token at a position and a selection for each KV head or for all";
+  }
+  if (a.splits < 1 || a.splits > MOST_SPLITS) return "attend_pages: expected the splits of hfl_attend_scratch";
+  if (a.splits > 1 && (!a.counters || !aligned(a.scratch, {}, 1) || !a.scratch)) {
+    return "attend_pages: expected counters, and scratch at a multiple of 16 bytes, for more than one split";
+  }
+  return nullptr;
+}
+
+const char* attend(const hfl_attend& a, const AttendTurn& turn, const hfl_beside& beside) {
+  const char* message = wrong(a, turn);
   if (message) return message;
   AttendTask p = task_of(a);
   p.turn = turn, p.beside = beside;
-  if (turn.appended && (a.tokens != 1 || !a.q_pos || p.apart)) {
-    return "attend_pages: expected, in a step, one token at a position and a selection for each KV head or for all";
-  }
-  if (p.splits < 1 || p.splits > MOST_SPLITS) return "attend_pages: expected the splits of hfl_attend_scratch";
-  if (p.splits > 1 && (!a.counters || !aligned(a.scratch, {}, 1) || !a.scratch)) {
-    return "attend_pages: expected counters, and scratch at a multiple of 16 bytes, for more than one split";
-  }
   const Kernel& kernel = kernel_of(a);
   int fit = 0;
   cudaError_t error = blocks_that_fit(kernel, p.variants, fit);
@@ -192,6 +209,33 @@ const char* attend(const hfl_attend& a, const AttendTurn& turn, const hfl_beside
 }
 
 }  // namespace
+
+bool attend_together(const hfl_attend& a, const hfl_attend& b) {
+  const AttendTask first = task_of(a), second = task_of(b);
+  if (&kernel_of(a) != &kernel_of(b) || !kernel_of(a).of_both) return false;
+  if (first.variants != second.variants || first.units != 1 || second.units != 1) return false;
+  int fit = 0;
+  if (blocks_that_fit(kernel_of(a), first.variants, fit) != cudaSuccess) return false;
+  return static_cast<int64_t>(a.batch) * (a.kv_heads * (a.splits + 1) + b.kv_heads * (b.splits + 1)) <= fit;
+}
+
+const char* attend_both_in_turn(const hfl_attend (&a)[2], const AttendTurn (&turns)[2]) {
+  AttendTasks tasks = {};
+  int blocks[2];
+  for (int i = 0; i < 2; ++i) {
+    const char* message = wrong(a[i], turns[i]);
+    if (message) return message;
+    tasks.of[i] = task_of(a[i]), tasks.of[i].turn = turns[i];
+    tasks.blocks[i] = Divisor(a[i].splits + 1), blocks[i] = a[i].batch * a[i].kv_heads * (a[i].splits + 1);
+  }
+  tasks.first = blocks[0];
+  const Kernel& kernel = kernel_of(a[0]);
+  void* arguments[] = {&tasks};
+  const cudaError_t error =
+      launch(kernel.of_both, dim3(static_cast<unsigned>(blocks[0] + blocks[1])), kernel.threads,
+             static_cast<size_t>(kernel.bytes[tasks.of[0].variants - 1]), a[0].stream, arguments);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn) { return attend(a, turn, hfl_beside()); }
 

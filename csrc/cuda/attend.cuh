@@ -33,6 +33,13 @@ struct AttendTask {
   hfl_beside beside;  // all zero: nothing
 };
 
+// Of two groups of heads, whose KV heads are a unit each: blocks of the first one, and of a KV head of either.
+struct AttendTasks {
+  AttendTask of[2];
+  int first;
+  Divisor blocks[2];
+};
+
 // What one block does, beside its share of the columns: up to 8 queries of a KV head, each a column of operands.
 struct Unit {
   int batch, kv_head, first, last, token;

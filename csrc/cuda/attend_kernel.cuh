@@ -25,31 +25,6 @@ __device__ void prepare_queries(const AttendTask& p, const Unit& unit, unsigned 
   }
 }
 
-// Store a step's token of a row and KV head, which `readers` units then read, and bound its sub-block: by a block, whose
-// first warp takes the key and whose second the value.
-template <int THREADS>
-__device__ __forceinline__ void append_token(const AttendTurn& turn, int batch, int head, int* stored, int readers,
-                                             float* room) {
-  const hfl_append& a = turn.append;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const bool active = warp < 2 && lane * 8 < (warp ? a.v_dim : a.dim);
-  Raw raw = {};
-  if (active) {
-    const int from = turn.heads.of(head);
-    const int64_t at = warp ? batch * a.fv_b + from * a.fv_h : batch * a.fk_b + from * a.fk_h;
-    raw = load(warp ? a.fresh_v : a.fresh_k, at + lane * 8, a.dtype);
-  }
-  const int64_t pos = a.pos[batch * a.pos_b], slot = slot_of(a, pos);
-  const bool written = pos >= 0 && slot < a.capacity;
-  if (written && warp < 2) write_token(warp ? a.v : a.k, batch, head, slot, raw, a.dtype, lane, active);
-  __syncthreads();
-  if (threadIdx.x == 0) store_in_order(stored, readers);
-  if (!a.bounds || !written) return;
-  const int entry = static_cast<int>(pos) / a.sub;
-  const int64_t at = batch * a.bounds_b + head * a.bounds_h + static_cast<int64_t>(entry) * 2 * a.dim;
-  bound<THREADS>(a, batch, head, static_cast<int64_t>(entry) * a.sub, pos, static_cast<char*>(a.bounds) + at * 2, room);
-}
-
 // The last of a unit's blocks to be done has read what it waited for.
 __device__ __forceinline__ void count_down(const AttendTurn& turn, int problem, int row) {
   if (threadIdx.x != 0 || !turn.appended) return;
@@ -58,21 +33,20 @@ __device__ __forceinline__ void count_down(const AttendTurn& turn, int problem, 
   if (turn.picked) atomicSub(turn.picked + row, 1);
 }
 
+// What a block does; split -1: stores the token.
 template <int D, Format F>
-__global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const __grid_constant__ AttendTask p) {
+__device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* shared, int index, int split,
+                                            int problem) {
   using R = Room<D, F>;
-  extern __shared__ __align__(1024) unsigned char shared[];
   const AttendTurn& turn = p.turn;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int index = static_cast<int>(blockIdx.x), problem = static_cast<int>(blockIdx.z);
-  const int split = static_cast<int>(blockIdx.y) - (turn.appended ? 1 : 0);  // -1: stores the token
   const Unit unit(p, index, problem);
   Keys<Slab<D, F>::KEYS> keys(p, unit);
   begin_turn(turn.turn, unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
   if (split < 0) {
     if (index == 0) {
-      append_token<R::WARPS * 32>(turn, unit.batch, unit.kv_head, turn.appended + problem, p.units,
-                                  reinterpret_cast<float*>(shared));
+      append_token<R::WARPS * 32>(turn.append, turn.heads.of(unit.kv_head), unit.batch, unit.kv_head,
+                                  turn.appended + problem, p.units, reinterpret_cast<float*>(shared));
     }
     end_turn(turn.turn);
     return;
@@ -130,6 +104,25 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const
   }
   if (last) count_down(turn, problem, keys.row);
   end_turn(turn.turn);
+}
+
+template <int D, Format F>
+__global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_kernel(const __grid_constant__ AttendTask p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int split = static_cast<int>(blockIdx.y) - (p.turn.appended ? 1 : 0);
+  attend_part<D, F>(p, shared, static_cast<int>(blockIdx.x), split, static_cast<int>(blockIdx.z));
+}
+
+// Two groups of heads of a step.
+template <int D, Format F>
+__global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_both_kernel(
+    const __grid_constant__ AttendTasks all) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int line = static_cast<int>(blockIdx.x), second = line >= all.first ? 1 : 0;
+  const int own = line - (second ? all.first : 0);
+  const AttendTask& p = all.of[second];
+  const int problem = all.blocks[second].divide(own), split = own - problem * all.blocks[second].by - 1;
+  attend_part<D, F>(p, shared, 0, split, problem);
 }
 
 }  // namespace hfl

@@ -9,7 +9,8 @@ namespace hfl {
 constexpr int MOST_DEVICES = 64;  // about which something is remembered
 
 // Until all kernels before this one are done; from here on the next one may be set up. Comes before all reads and
-// writes of global memory, in every block: then what the kernels before it wait for is done as well.
+// writes of global memory, in every block: then what the kernels before it wait for is done as well. A step of a layer
+// reads before that what stands, and again what the step before it may have written.
 // `prepared`: any number of at least 0 that comes out of the set-up, which the compiler else puts off until after.
 __device__ __forceinline__ void wait_for_previous(int prepared) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -31,6 +32,12 @@ inline bool waits(const void* kernel) {
   answer = of_kernel.ptxVersion >= 90 ? 2 : 1;
   known[device].store(answer, std::memory_order_relaxed);
   return answer == 2;
+}
+
+// All shared memory that there is. Kernels that follow each other share a multiprocessor only where they agree on how
+// much of its memory that is.
+inline cudaError_t keep_shared(const void* kernel) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
 // Launch a kernel that begins with `wait_for_previous`. early: while those before it run; cluster: blocks of one.

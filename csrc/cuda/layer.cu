@@ -2,8 +2,10 @@
 // result, in kernels that hand over row by row (step.cuh).
 //
 // Kernels: the scores of each group that chooses, then what each of them picks, then attention of each group, whose
-//   first blocks store the token. So a group whose choice stands takes one launch; the others' attention begins with the
-//   first rows that are picked, and the tokens are stored, and groups without a choice are read, meanwhile.
+//   first blocks store the token; two groups may share a launch. So a group whose choice stands takes one launch; the
+//   others' attention begins with the first rows that are picked, and the tokens are stored, and groups without a
+//   choice are read, meanwhile. Where it fits (score_stream.cuh, choose.cuh, attend_list.cu) scores are streamed and
+//   chosen from by a faster kernel, or where the list is read, which saves the launch between.
 // What is scored does not wait for the token: it lies in a block that is forced, whose score nobody reads.
 // Bound by: bytes of summaries, keys and values, and by about five waits for memory that follow each other.
 #include <utility>
@@ -65,6 +67,121 @@ Heads heads_of(const hfl_layer_group& g) {
   return heads;
 }
 
+// A step of a layer, kernel by kernel.
+class Step {
+ public:
+  explicit Step(const hfl_layer& layer) : layer_(layer) {
+    char* scratch = static_cast<char*>(layer.scratch);
+    int* counters = layer.counters;
+    for (int i = 0; i < layer.count; ++i) {
+      const hfl_layer_group& g = layer.groups[i];
+      const Counters own(g);
+      Group& group = groups_[i];
+      group.list = list_takes(g), group.chooses = chooses(g), group.heads = heads_of(g);
+      group.scores = reinterpret_cast<float*>(scratch);
+      if (group.chooses) scratch += in_pieces(chosen_scores(g) * 4);
+      group.units = counters, group.appended = counters + own.units, group.picked = group.appended + own.problems;
+      group.scored = group.picked + own.rows, counters += own.all();
+      int64_t bytes = 0;
+      group.attend = g.attend, group.attend.splits = 1;
+      if (group.list) {
+        bytes = list_scratch(g);
+      } else {
+        bytes = attend_scratch(g.attend, static_cast<int>(own.problems), &group.attend.splits);
+      }
+      group.attend.scratch = scratch, group.attend.counters = group.units, group.attend.stream = layer.stream;
+      scratch += in_pieces(bytes);
+    }
+  }
+
+  const char* run() {
+    const char* message = nullptr;
+    for (int i = 0; i < layer_.count && !message; ++i) {
+      if (layer_.groups[i].score.scores) message = score(layer_.groups[i], groups_[i]);
+    }
+    for (int i = 0; i < layer_.count && !message; ++i) {
+      if (layer_.groups[i].score.scores && !groups_[i].list) message = pick(layer_.groups[i], groups_[i]);
+    }
+    for (int i = 0; i < layer_.count && !message; ++i) {
+      const bool both = i + 1 < layer_.count && !groups_[i].list && !groups_[i + 1].list &&
+                        attend_together(groups_[i].attend, groups_[i + 1].attend);
+      message = groups_[i].list ? read_list(layer_.groups[i], groups_[i]) : both ? attend_both(i) : attend(i);
+      i += both ? 1 : 0;
+    }
+    return message;
+  }
+
+ private:
+  struct Group {
+    bool list, chooses;
+    Heads heads;
+    int *units, *appended, *picked, *scored;
+    float* scores;
+    hfl_attend attend;
+  };
+
+  const hfl_layer& layer_;
+  Group groups_[MOST_GROUPS];
+  Turn turn_ = Turn::first;
+
+  Turn in_turn() { return std::exchange(turn_, Turn::later); }
+
+  const char* score(const hfl_layer_group& g, const Group& group) {
+    hfl_score score = g.score;
+    score.stream = layer_.stream;
+    if (group.chooses) {
+      StreamTurn in;
+      in.turn = in_turn(), in.heads = group.heads, in.scored = group.scored;
+      in.pos = g.append.pos, in.pos_b = g.append.pos_b, in.sub = g.append.sub;
+      score.scores = group.scores;
+      return score_stream(score, in);
+    }
+    ScoreTurn in;
+    in.turn = in_turn(), in.heads = group.heads, in.scored = group.scored;
+    return score_in_turn(score, in);
+  }
+
+  const char* pick(const hfl_layer_group& g, const Group& group) {
+    const Counters own(g);
+    hfl_pick pick = g.pick;
+    pick.stream = layer_.stream;
+    PickTurn in;
+    in.turn = in_turn(), in.picked = group.picked, in.scored = group.scored;
+    in.readers = static_cast<int>(own.units / own.rows);
+    if (group.chooses) return choose_in_turn(g, group.scores, in, layer_.stream);
+    in.blocks = score_blocks(g.score);
+    return pick_in_turn(pick, in);
+  }
+
+  AttendTurn turn_of(int i) const {
+    const hfl_layer_group& g = layer_.groups[i];
+    AttendTurn in;
+    in.heads = groups_[i].heads, in.append = g.append, in.appended = groups_[i].appended;
+    if (g.score.scores) in.picked = groups_[i].picked;
+    return in;
+  }
+
+  const char* read_list(const hfl_layer_group& g, const Group& group) {
+    ListTurn in;
+    in.turn = in_turn(), in.heads = group.heads, in.arrived = group.units, in.appended = group.appended;
+    in.scored = group.scored, in.scores = group.scores, in.scratch = group.attend.scratch;
+    return list_in_turn(g, in, layer_.stream);
+  }
+
+  const char* attend(int i) {
+    AttendTurn in = turn_of(i);
+    in.turn = in_turn();
+    return attend_in_turn(groups_[i].attend, in);
+  }
+
+  const char* attend_both(int i) {
+    AttendTurn turns[2] = {turn_of(i), turn_of(i + 1)};
+    turns[0].turn = turns[1].turn = in_turn();
+    const hfl_attend both[2] = {groups_[i].attend, groups_[i + 1].attend};
+    return attend_both_in_turn(both, turns);
+  }
+};
+
 }  // namespace
 }  // namespace hfl
 
@@ -76,6 +193,11 @@ extern "C" int64_t hfl_layer_scratch(const hfl_layer* layer, int64_t* counters) 
     hfl_layer_group& g = layer->groups[i];
     const hfl::Counters own(g);
     *counters += own.all();
+    if (hfl::chooses(g)) bytes += hfl::in_pieces(hfl::chosen_scores(g) * 4);
+    if (hfl::list_takes(g)) {
+      bytes += hfl::in_pieces(hfl::list_scratch(g));
+      continue;
+    }
     bytes += hfl::in_pieces(hfl::attend_scratch(g.attend, static_cast<int>(own.problems), &g.attend.splits));
     if (!hfl::attend_fits(g.attend)) return -1;
   }
@@ -86,51 +208,5 @@ extern "C" const char* hfl_layer_cuda(const hfl_layer* layer) {
   const char* message = hfl::check(*layer);
   if (message) return message;
   if (!layer->counters) return "attend_layer: expected counters";
-  hfl::Turn turn = hfl::Turn::first;
-  const auto in_turn = [&] { return std::exchange(turn, hfl::Turn::later); };
-  int* counters = layer->counters;
-  int64_t at[hfl::MOST_GROUPS] = {};
-  for (int i = 1; i < layer->count; ++i) at[i] = at[i - 1] + hfl::Counters(layer->groups[i - 1]).all();
-  for (int i = 0; i < layer->count; ++i) {
-    const hfl_layer_group& g = layer->groups[i];
-    if (!g.score.scores) continue;
-    const hfl::Counters own(g);
-    hfl_score score = g.score;
-    score.stream = layer->stream;
-    hfl::ScoreTurn in;
-    in.turn = in_turn(), in.heads = hfl::heads_of(g);
-    in.scored = counters + at[i] + own.units + own.problems + own.rows;
-    message = hfl::score_in_turn(score, in);
-    if (message) return message;
-  }
-  for (int i = 0; i < layer->count; ++i) {
-    const hfl_layer_group& g = layer->groups[i];
-    if (!g.score.scores) continue;
-    const hfl::Counters own(g);
-    hfl_pick pick = g.pick;
-    pick.stream = layer->stream;
-    hfl::PickTurn in;
-    in.turn = in_turn(), in.picked = counters + at[i] + own.units + own.problems, in.scored = in.picked + own.rows;
-    in.blocks = hfl::score_blocks(g.score);
-    in.readers = static_cast<int>(own.units / own.rows);
-    message = hfl::pick_in_turn(pick, in);
-    if (message) return message;
-  }
-  char* scratch = static_cast<char*>(layer->scratch);
-  for (int i = 0; i < layer->count; ++i) {
-    const hfl_layer_group& g = layer->groups[i];
-    const hfl::Counters own(g);
-    hfl_attend attend = g.attend;
-    attend.stream = layer->stream, attend.scratch = scratch, attend.counters = counters + at[i];
-    int32_t splits = 0;
-    scratch += hfl::in_pieces(hfl::attend_scratch(attend, static_cast<int>(own.problems), &splits));
-    attend.splits = splits;
-    hfl::AttendTurn in;
-    in.turn = in_turn(), in.heads = hfl::heads_of(g), in.append = g.append;
-    in.appended = attend.counters + own.units;
-    if (g.score.scores) in.picked = in.appended + own.problems;
-    message = hfl::attend_in_turn(attend, in);
-    if (message) return message;
-  }
-  return nullptr;
+  return hfl::Step(*layer).run();
 }

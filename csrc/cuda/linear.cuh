@@ -204,10 +204,4 @@ __device__ __forceinline__ void wait_for_last() {
 #endif
 }
 
-// All shared memory that there is. Kernels that follow each other share a multiprocessor only where they agree on how
-// much of its memory that is.
-inline cudaError_t keep_shared(const void* kernel) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-}
-
 }  // namespace hfl

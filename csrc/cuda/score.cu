@@ -15,7 +15,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "score_tile.cuh"
+#include "score_stream.cuh"
 
 namespace hfl {
 namespace {
@@ -161,6 +161,46 @@ cudaError_t launch_score(const hfl_score& a, const ScoreTurn& turn) {
 }
 
 }  // namespace
+
+bool score_streams(const hfl_score& a) {
+  const bool halves = a.subs == 1 || a.subs == 2 || a.subs == 4 || a.subs == 8;
+  if (!halves || a.dtype == HFL_F32 || a.vectors != 2 || a.dim != 128 || a.tokens != 1 || a.share != HFL_KV_HEAD ||
+      a.q_heads / a.kv_heads > 8 || each_of((a.entries - 1) / a.subs + 1) > MOST_EACH ||
+      !waits(reinterpret_cast<const void*>(&score_stream_kernel<__half>))) {
+    return false;
+  }
+  int device = 0, most = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+         most > STREAM_BYTES + 1024;
+}
+
+int score_tiles(const hfl_score& a) { return (a.entries - 1) / TILE + 1; }
+
+const char* score_stream(const hfl_score& a, const StreamTurn& turn) {
+  const char* message = check(a);
+  if (message) return message;
+  const int each = each_of((a.entries - 1) / a.subs + 1);
+  StreamTask p = {};
+  p.a = a, p.heads = turn.heads, p.pos = turn.pos, p.pos_b = turn.pos_b, p.sub = turn.sub, p.row = CHOOSERS * each;
+  p.group = a.q_heads / a.kv_heads, p.tiles = score_tiles(a), p.all = p.tiles * a.kv_heads * a.batch;
+  p.by_tiles = Divisor(p.tiles), p.by_heads = Divisor(a.kv_heads);
+  p.scored = turn.scored, p.turn = turn.turn;
+  const void* kernel = a.dtype == HFL_BF16 ? reinterpret_cast<const void*>(&score_stream_kernel<__nv_bfloat16>)
+                                           : reinterpret_cast<const void*>(&score_stream_kernel<__half>);
+  int device = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, STREAM_BYTES);
+  }
+  if (error == cudaSuccess) error = keep_shared(kernel);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  void* arguments[] = {&p};
+  error = launch(kernel, dim3(static_cast<unsigned>(std::min(processors, p.all))), STREAM_WARPS * 32, STREAM_BYTES,
+                 a.stream, arguments);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 int score_blocks(const hfl_score& a) {
   const int blocks = (a.entries - 1) / a.subs + 1, each = ENTRIES / a.subs;

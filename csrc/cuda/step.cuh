@@ -59,6 +59,27 @@ struct ScoreTurn {
   int* scored = nullptr;  // [B * Hs], blocks that are done with a row
 };
 
+// Of scores that are chosen from where they are read, which lie where choose_place.cuh says.
+struct StreamTurn {
+  Turn turn = Turn::alone;
+  Heads heads;
+  int* scored = nullptr;         // [B * Hkv], tiles that are done
+  const int64_t* pos = nullptr;  // of the step's tokens
+  int64_t pos_b = 0;
+  int sub = 1;  // tokens of an entry
+};
+
+// Of what reads a list, chosen or standing: beside hfl_layer_group.
+struct ListTurn {
+  Turn turn = Turn::alone;
+  Heads heads;
+  int* arrived = nullptr;   // [B * Hkv]
+  int* appended = nullptr;  // [B * Hkv]
+  int* scored = nullptr;   // as above
+  const float* scores = nullptr;
+  void* scratch = nullptr;
+};
+
 struct PickTurn {
   Turn turn = Turn::alone;
   int* scored = nullptr;  // as above; `blocks` of them are awaited
@@ -77,12 +98,28 @@ struct AttendTurn {
 
 // As hfl_*_cuda, as part of a step.
 const char* score_in_turn(const hfl_score& a, const ScoreTurn& turn);
+const char* score_stream(const hfl_score& a, const StreamTurn& turn);
 const char* pick_in_turn(const hfl_pick& a, const PickTurn& turn);
 const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn);
+// Of two groups at once, where one kernel can be that of both.
+bool attend_together(const hfl_attend& a, const hfl_attend& b);
+const char* attend_both_in_turn(const hfl_attend (&a)[2], const AttendTurn (&turns)[2]);
+
+// Scores and a choice as above, for those who read the list in the other way; and how many numbers the scores are.
+bool chooses(const hfl_layer_group& g);
+int64_t chosen_scores(const hfl_layer_group& g);
+const char* choose_in_turn(const hfl_layer_group& g, const float* scores, const PickTurn& turn, void* stream);
+
+// A group's step over a list in two kernels, or in one where the list stands; where it fits, and what it takes.
+bool list_takes(const hfl_layer_group& g);
+int64_t list_scratch(const hfl_layer_group& g);  // bytes
+const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn, void* stream);
 
 // What is needed of them before.
 const char* wrong_append(const hfl_append& a);
 int score_blocks(const hfl_score& a);  // that work on a row
+bool score_streams(const hfl_score& a);
+int score_tiles(const hfl_score& a);
 int attend_units(const hfl_attend& a);  // of a KV head
 int64_t attend_scratch(const hfl_attend& a, int others, int32_t* splits);  // with so many other blocks beside
 bool attend_fits(const hfl_attend& a);  // all blocks of a step have room on the device at a time, so that they may wait

@@ -1,8 +1,8 @@
-// Instructions of sm_90a: products of 64 rows by a group of four warps, copies of tiles by a tensor map, and barriers.
+// Instructions of sm_90a: products of 64 rows by a group of four warps, and copies of tiles by a tensor map.
 #pragma once
 #include <cuda.h>
 
-#include "ptx.cuh"
+#include "barrier.cuh"
 
 namespace hfl {
 
@@ -91,25 +91,6 @@ __device__ __forceinline__ void gather(float (&x)[32], const uint32_t* a, uint64
 #undef HFL_PRODUCT
 #undef HFL_GATHER_128
 #undef HFL_GATHER_64
-
-// Barriers in shared memory. Phases are counted from 0; who waits for the phase before the first does not wait.
-__device__ __forceinline__ void barrier_init(uint64_t& bar, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&bar)), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint64_t& bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&bar)) : "memory");
-}
-// Arrive, and let the phase last until so many bytes have been copied, too.
-__device__ __forceinline__ void barrier_expect(uint64_t& bar, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&bar)), "r"(bytes)
-               : "memory");
-}
-// Until the phase of that parity is over.
-__device__ __forceinline__ void barrier_wait(uint64_t& bar, int parity) {
-  asm volatile("{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-               "@!done bra wait;\n}" ::"r"(shared_address(&bar)), "r"(parity)
-               : "memory");
-}
 
 // A box of a tensor map of four axes, to shared memory; counted by the barrier.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint64_t& bar, int channel, int row,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..evals.respond import Ticks, greedy
+from ..models import CACHE
 from ..prompt import PIECE
 from .live import held
 
@@ -75,7 +76,7 @@ def cost(model: Any, ids: Tensor, tokens: int, extra: dict[str, Any]) -> Cost:
     begun, *times = clock.times
     gaps = [1000 * (b - a) for a, b in pairwise(times)]
     peak = torch.cuda.max_memory_allocated(ids.device) if on_gpu else None
-    kv, host, dense, eager = _bytes(model, out.past_key_values, ids.device)
+    kv, host, dense, eager = _bytes(model, getattr(out, CACHE), ids.device)
     said = out.sequences[:, ids.shape[1] :].cpu()
     return Cost(times[0] - begun, times[0] - start, tuple(gaps[SETTLE:]), kv, host, dense, peak, eager, said)
 

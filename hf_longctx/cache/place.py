@@ -30,10 +30,9 @@ def slot_of(pos: Tensor, sink: int, ring: int | None) -> Tensor:
 
 def positions_in(lengths: Tensor, slots: int, sink: int, ring: int | None) -> Tensor:
     """Position in each of the first slots when rows are `lengths` long, -1 for none: `[B or 1, slots]`, int64."""
-    slot = torch.arange(slots, device=lengths.device)[None]
-    last = lengths[:, None] - 1
-    pos = slot
+    pos = torch.arange(slots, device=lengths.device)[None]
+    behind = lengths[:, None] - 1 - pos
     if ring is not None:
-        turns = (last - slot).clamp(min=0) // ring
-        pos = torch.where(slot < sink, slot, slot + turns * ring)
-    return torch.where(slot <= last, pos, -1)
+        pos = pos.repeat(len(lengths), 1) if len(lengths) > 1 else pos
+        pos[:, sink:].add_(behind[:, sink:] // ring, alpha=ring)
+    return pos.masked_fill(behind < 0, -1)

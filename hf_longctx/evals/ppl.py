@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..methods import make
+from ..models import CACHE
 from .grammar import Choice
 
 WINDOW_ONLY = "window"
@@ -103,9 +104,9 @@ def token_nll(model: Any, ids: torch.Tensor, chunk: int) -> Iterator[torch.Tenso
     for start in range(0, len(ids) - 1, chunk):
         targets = ids[start + 1 : start + 1 + chunk]
         with torch.no_grad():
-            out = model(ids[None, start : start + len(targets)], past_key_values=cache, use_cache=True)
+            out = model(ids[None, start : start + len(targets)], use_cache=True, **{CACHE: cache})
             yield cross_entropy(out.logits[0].float(), targets, reduction="none")
-        cache = out.past_key_values
+        cache = getattr(out, CACHE)
 
 
 def evaluate(

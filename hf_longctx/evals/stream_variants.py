@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ..cache.retention import ModalityWindow
-from ..models import decoder_of, inspect_model
+from ..models import CACHE, decoder_of, inspect_model
 from ..streaming.chat import Chat, Turn
 from ..streaming.events import Event
 from ..streaming.frames import Frame
@@ -136,7 +136,7 @@ class Recompute:
         out: Any = self._model.generate(**inputs, max_new_tokens=most, return_dict_in_generate=True)  # type: ignore[operator]
         length = inputs["input_ids"].shape[1]
         answer = out.sequences[0, length:].tolist()
-        layers = out.past_key_values.layers
+        layers = getattr(out, CACHE).layers
         self._held = length + len(answer) - 1, sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
         given: Any = self._model.generation_config
         ends = given.eos_token_id

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models import CACHE
 from .scores import Head
 from .tap import Gaze, tapped
 
@@ -93,11 +94,11 @@ def following(
                 input_ids=ids[:, start:stop],
                 attention_mask=mask[:, :stop],
                 position_ids=places[:, start:stop],
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=last if stop == ids.shape[1] else 1,
+                **{CACHE: cache},
             )
-            cache = out.past_key_values
+            cache = getattr(out, CACHE)
     chosen = out.logits.argmax(-1).cpu()
     seen = gaze.last(1)
     found = []

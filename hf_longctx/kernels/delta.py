@@ -36,7 +36,7 @@ def delta_linear(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slot
         bits: `[S, N, K / 32]`, int32, contiguous; bit b of word w is the sign of input `32 w + b`: 1 is plus.
         scales: `[S, N or 1, groups]`, float32 (float64 if x is); input k has that of group `k // (K / groups)`.
         slot_of_row: `[R]` or `[R, P]`, int32: the slots of each row, -1 for none. In a row of NaN, a CUDA device says
-            that it has no such slot; elsewhere that is an error.
+            that it has no such slot; elsewhere that is an error, save that in a compiler's graph -2 is as good as -1.
 
     Returns:
         `[R, N]`, dtype of base_out.
@@ -111,6 +111,8 @@ def joined(
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trains):
         return None
+    if torch.compiler.is_compiling():
+        return None  # the backend is chosen when the graph runs
     for weight, own_bits, own_scales in zip(weights, bits, scales, strict=True):
         _check(x, x.new_empty(1, 1).expand(len(x), len(weight)), own_bits, own_scales, slot_of_row)
     slots = slot_of_row[:, None] if slot_of_row.ndim == 1 else slot_of_row
@@ -143,7 +145,7 @@ class _DeltaLinear(torch.autograd.Function):
 
 
 def _check(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slot_of_row: Tensor) -> None:
-    """Before anything is computed; what lies on a CUDA device is not looked at."""
+    """Before anything is computed; what lies on a CUDA device is not looked at, nor is what a compiler traces."""
     for name, tensor in (("bits", bits), ("slot_of_row", slot_of_row)):
         if tensor.dtype != torch.int32:
             raise TypeError(f"delta_linear: expected {name} of torch.int32; got {tensor.dtype}. Convert it.")
@@ -165,7 +167,7 @@ def _check(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slot_of_ro
         raise _wrong(what, list(scales.shape), "Give each slot its own")
     if slot_of_row.ndim not in (1, 2) or len(slot_of_row) != rows:
         raise _wrong(f"slot_of_row [{rows}] or [{rows}, P]", list(slot_of_row.shape), "Name the slots of each row")
-    if slot_of_row.numel() and not slot_of_row.is_cuda:
+    if slot_of_row.numel() and not slot_of_row.is_cuda and not torch.compiler.is_compiling():
         least, most = int(slot_of_row.min()), int(slot_of_row.max())
         if least < -1 or most >= len(bits):
             raise _wrong(f"slots from -1 to {len(bits) - 1}", f"{least} to {most}", "Name slots that there are")

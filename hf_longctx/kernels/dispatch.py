@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from torch.compiler import is_compiling
+
 from ..errors import UnsupportedError
 
 ORDER = ("compiled", "triton", "flex", "torch", "reference")
@@ -33,6 +35,7 @@ OPS = (
     "project_gated",
     "append",
     "append_pages",
+    "fill_pages",
     "bring_blocks",
     "copy_blocks",
     "encode_kv",
@@ -48,9 +51,14 @@ OPS = (
     "w4a8_linears",
 )
 
+LACKS = "does not have it"
+"""How the reason ends of a backend that has no such operation, on any machine."""
+
 _MODULES = {"compiled": "compiled", "triton": "triton", "flex": "flex", "torch": "fused", "reference": "reference"}
 _WANTED: ContextVar[str | None] = ContextVar("hf_longctx_backend", default=None)
 _LAST: dict[str, str] = {}
+_CHECKED = bool(os.environ.get("HF_LONGCTX_DEBUG"))
+"""Whether arguments are looked at, which waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ def chosen(op: str, *args: Any) -> str:
     reasons = []
     for backend in (only,) if only else ORDER:
         implementation = table[backend].get(op)
-        reason = "does not have it" if implementation is None else implementation.reject(*args)
+        reason = LACKS if implementation is None else implementation.reject(*args)
         if implementation is not None and reason is None:
             return backend
         reasons.append(f"{backend}: {reason}.")
@@ -133,14 +141,31 @@ def chosen(op: str, *args: Any) -> str:
 
 
 def call(op: str, *args: Any) -> Any:
-    """Run `op` on the backend that is `chosen`.
+    """Run `op` on the backend that is `chosen`; inside `torch.compile`, put it into the graph.
 
     Raises:
         UnsupportedError: as `chosen`.
     """
+    if is_compiling():
+        from . import traced
+
+        return traced.call(op, args)
+    if _CHECKED:
+        return run(op, *args)
     backend = chosen(op, *args)
     _LAST[op] = backend
-    return _table()[backend][op].run(*args)
+    return _TABLE[backend][op].run(*args)
+
+
+def run(op: str, *args: Any) -> Any:
+    """`call`, whoever traces it; where HF_LONGCTX_DEBUG is set, after a look at the arguments (`checks.py`)."""
+    if _CHECKED:
+        from . import checks
+
+        checks.check(op, args)
+    backend = chosen(op, *args)
+    _LAST[op] = backend
+    return _TABLE[backend][op].run(*args)
 
 
 def last_used() -> dict[str, str]:
@@ -156,6 +181,6 @@ def table() -> list[Row]:
     for op in OPS:
         for backend in ORDER:
             has = op in _table()[backend]
-            reason = without.get(backend) if has else f"the {backend} backend does not have it"
+            reason = without.get(backend) if has else f"the {backend} backend {LACKS}"
             rows.append(Row(op, backend, reason is None, reason or ""))
     return rows

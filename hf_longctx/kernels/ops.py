@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import dispatch
+from .fill import GroupFill, fill_pages
 from .heads import attend_heads
 from .layers import gated, rms_norm, rotate_heads
 from .moves import bring_blocks, copy_blocks, take_tokens
@@ -14,6 +15,7 @@ from .types import HostBlocks, Logits, Packed, Places, Selection, Turns, Visibil
 
 __all__ = [
     "Choice",
+    "GroupFill",
     "GroupStep",
     "HostBlocks",
     "Logits",
@@ -34,6 +36,7 @@ __all__ = [
     "copy_blocks",
     "decode_kv",
     "encode_kv",
+    "fill_pages",
     "gated",
     "pick_blocks",
     "rms_norm",
@@ -171,7 +174,15 @@ def score_antidiagonal(
 
     Returns:
         `[B, Hq, N, M]`, float32 (float64 if q is), M = ceil(S / block). Logits are held for a few blocks of queries.
+
+    Raises:
+        ValueError: a stride that does not divide the block, or queries that are no whole blocks.
     """
+    if block % stride or q.shape[2] % block:
+        raise ValueError(
+            f"score_antidiagonal: expected a block of whole tiles and queries in whole blocks; got block {block}, "
+            f"stride {stride} and {q.shape[2]} queries. Take a stride that divides the block, and fill up with -1."
+        )
     out: Tensor = dispatch.call("score_antidiagonal", q, k, q_pos, block, stride, scale, causal, rounded)
     return out
 

@@ -73,6 +73,18 @@ def test_neither_ids_nor_embeddings() -> None:
     assert model(LLAMA.prompt(5)).logits.shape == (1, 5, 128)
 
 
+def test_a_call_without_a_token_changes_nothing() -> None:
+    model, ids = lc.patch(LLAMA.make(), LOSSY[0].method(LLAMA)), LLAMA.prompt(30)
+    with pytest.raises(ValueError, match="expected at least one token in a call"):
+        model(ids[:, :0])
+    out = model(ids[:, :20], use_cache=True)
+    with pytest.raises(ValueError, match="expected at least one token in a call"):
+        model(ids[:, :0], past_key_values=out.past_key_values)
+    other = model(ids[:, :20], use_cache=True)
+    rest = [model(ids[:, 20:], past_key_values=cache).logits for cache in (out.past_key_values, other.past_key_values)]
+    assert torch.equal(*rest)
+
+
 @rows
 def test_only_some_logits(row: Row) -> None:
     model = lc.patch(LLAMA.make(), row.method(LLAMA))

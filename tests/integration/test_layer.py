@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_longctx as lc
 from hf_longctx import layer
@@ -83,3 +84,30 @@ def test_on_a_gpu(row: Row, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     scale = 0.05 * float(one_by_one.abs().max())
     torch.testing.assert_close(at_once, one_by_one, rtol=0.05, atol=scale)
     torch.testing.assert_close(replayed, one_by_one, rtol=0.05, atol=scale)
+
+
+class Made(TorchDispatchMode):
+    """Shapes of what is made without a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "empty" in func.name():
+            self.shapes.append(out.shape)
+        return out
+
+
+@torch.no_grad()
+def test_heads_side_by_side_are_made_only_where_a_group_puts_its_own_there() -> None:
+    case = BY_NAME["llama"]
+    model, ids = lc.patch(case.make(), LOSSY[1].method(case)), case.prompt(41)
+    heads, dim = case.kv_heads * case.groups, 64 // (case.kv_heads * case.groups)
+    with Made() as prompt:
+        cache = model(ids[:, :40], use_cache=True).past_key_values
+    with Made() as step:
+        model(ids[:, 40:], past_key_values=cache)
+    assert torch.Size((1, 40, heads, dim)) in prompt.shapes
+    assert torch.Size((1, 1, heads, dim)) not in step.shapes

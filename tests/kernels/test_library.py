@@ -15,6 +15,8 @@ import torch
 from hf_longctx.kernels.compiled import library
 from hf_longctx.kernels.dispatch import use_backend
 
+from .built import need
+
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
@@ -86,6 +88,16 @@ def test_without_a_library_everything_runs(elsewhere: Path) -> None:
 )
 def test_which_devices_run_which_code(built: str, capability: tuple[int, int], runs: bool) -> None:
     assert library.runs_on(built, *capability) is runs
+
+
+def test_a_device_for_which_there_is_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("cpu")
+    library._reason_on_cuda.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(library, "about", lambda: "CUDA sm_80, sm_90a")
+    said = str(library.reason(torch.device("cuda", 7)))
+    library._reason_on_cuda.cache_clear()
+    assert said.startswith("has no code for sm_75: its library is for CUDA sm_80, sm_90a")
 
 
 def _install(target: Path, **environment: str) -> subprocess.CompletedProcess[str]:

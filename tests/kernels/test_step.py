@@ -37,6 +37,8 @@ class Case:
         share: who shares a choice.
         subs: sub-blocks of a block.
         odd: softcap, sink logits and slopes.
+        sinks: sink logits alone.
+        channels: of queries that are not zero; fewer of them make more scores alike.
     """
 
     groups: tuple[tuple[int, ...], ...] = ((0, 1),)
@@ -51,6 +53,8 @@ class Case:
     share: str = "kv_head"
     subs: int = 1
     odd: bool = False
+    sinks: bool = False
+    channels: int = 256
     seed: int = 0
 
     @property
@@ -73,6 +77,18 @@ CASES = [
     replace(BASE, ends=(-1, -1)),
     replace(BASE, subs=4, bits=4),
     replace(BASE, take=30),
+    replace(BASE, sinks=True),
+    replace(BASE, kinds=("kept",), sinks=True, group=8),
+    *(
+        replace(BASE, room=2048, ends=(2000, 1999), channels=c, dtype=t)
+        for c, t in ((0, torch.bfloat16), (1, torch.float16))
+    ),
+    *(
+        replace(BASE, groups=((0,),), room=60000, ends=(59990,), take=t, channels=c)
+        for t, c in ((600, 256), (90, 0), (40, 1))
+    ),
+    replace(BASE, groups=((0,), (1,)), kinds=("chosen", "chosen"), room=60000, ends=(59990,), bits=4),
+    replace(BASE, groups=((1, 0),), subs=2, room=40000, ends=(39999, 20000), take=50),
     replace(MIXED, odd=True),
     replace(MIXED, odd=True, dtype=torch.float16, bits=8),
     replace(BASE, groups=(tuple(range(0, 40, 2)), tuple(range(1, 40, 2))), kinds=("window", "chosen"), group=1, dim=64),
@@ -96,11 +112,14 @@ def made(case: Case, device: str) -> tuple[Any, ...]:
 
     rows, q_heads = len(case.ends), case.group * case.kv_heads
     q = random(rows, q_heads, 1, case.dim)
+    q[..., case.channels :] = 0
     k, v = random(rows, case.kv_heads, 1, case.dim), random(rows, case.kv_heads, 1, case.dim)
     logits = Logits(case.dim**-0.5)
     if case.odd:
         slopes = torch.rand(q_heads, generator=generator).to(device) / 8
         logits = Logits(case.dim**-0.5, 3.0, random(q_heads).float(), slopes)
+    if case.sinks:
+        logits = Logits(case.dim**-0.5, sink_logits=random(q_heads).float())
     pos = torch.tensor(case.ends, device=device)[:, None]
     groups = [_group(case, heads, kind, pos, random) for heads, kind in zip(case.groups, case.kinds, strict=True)]
     return q, k, v, logits, groups

@@ -212,7 +212,7 @@ def join(parts: Iterable[tuple[slice, Tensor]], out: Tensor) -> Tensor:
     `out` exists before the first block: results kept between the blocks' large temporaries would keep the allocator
     from using the same memory again.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and out.shape[2]:
         return torch.cat([part for _, part in parts], 2)
     for rows, part in parts:
         out[:, :, rows] = part

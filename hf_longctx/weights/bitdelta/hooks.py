@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ...kernels.between import between_graphs
 from .route import Route
 from .split import Part
 
@@ -103,12 +104,23 @@ class Hook(ABC):
         """Make memory for all slots that this tenant fits into, too; slots that are filled stay so."""
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _outside(self, args, kwargs, out)
+        return self.routed(args, kwargs, out)
+
+    def routed(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """`after` with the route of the call, if it has one."""
         route = self.where.route()
         return out if route is None else self.after(route, args, kwargs, out)
 
     @property
     def _place(self) -> torch.device:
         return next(x.device for x in (*self.module.parameters(), *self.module.buffers()))
+
+
+@between_graphs("tenants differ from call to call, and a graph keeps those of its first")
+def _outside(hook: Hook, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    return hook.routed(args, kwargs, out)
 
 
 class Ahead(Hook):
@@ -155,7 +167,7 @@ class _Forward:
 
     def __call__(self, input: Tensor) -> Tensor:
         """The layer's output; with what tenants have, where the hook can."""
-        route = self.hook.where.route()
+        route = None if torch.compiler.is_compiling() else self.hook.where.route()  # then `after` does it
         made = None if route is None else self.hook.instead(input, route)
         if made is None:
             return self.hook.base(input)

@@ -118,7 +118,7 @@ class QoQLinear(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             out: Tensor = _StraightThrough.apply(x, self)  # type: ignore[no-untyped-call]
             return out if self.bias is None else out + self.bias.to(out.dtype)
-        if x.is_inference() or torch.compiler.is_compiling():  # no version tells whether x was written to
+        if torch.compiler.is_compiling() or x.is_inference():  # no version tells whether x was written to
             return self._shaped(self.of_tokens(quantize_tokens(x.reshape(-1, x.shape[-1])), x.dtype), x)
         return self._shaped(self._with_others(x, _kept(x, self)), x)
 

@@ -339,3 +339,16 @@ def test_a_second_load_and_a_model_without_tenants(model: Any, llama_pairs: dict
     for ask in (lc.deltas.report, lc.deltas.unload):
         with pytest.raises(ValueError, match="a model that loads deltas"):
             ask(model)
+
+
+@torch.no_grad()
+def test_a_compiler_keeps_nobodys_tenants(model: Any) -> None:
+    torch._dynamo.reset()
+    inputs, run = batch(len(NAMES)), torch.compile(model, backend="eager")
+    for names in (NAMES, NAMES[::-1], ["law"] * len(NAMES), None):
+        expected = model(**inputs, adapter_names=names).logits
+        assert torch.equal(run(**inputs, adapter_names=names).logits, expected)
+    lc.patch(model, "dense")
+    for names in (NAMES, NAMES[::-1]):
+        expected = model(**inputs, adapter_names=names).logits
+        assert torch.equal(run(**inputs, adapter_names=names).logits, expected)
