@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
+from .alike import attend_alike
 from .cache.positions import lap_position
 from .context import NAME, Forward, current
 from .errors import UnsupportedError
@@ -138,6 +139,10 @@ def _attend(forward: Forward, layer: int, query: Tensor, key: Tensor, value: Ten
         assert out is not None
         return out.transpose(1, 2).contiguous()
     order = _order(tuple(group.kv_heads for group in plan.groups), query.shape[1] // key.shape[1], query.device)
+    if forward.cache is not None:
+        beside = attend_alike(forward, layer, stores, order.kv, query, key, value, logits)
+        if beside is not None:
+            return beside.transpose(1, 2).contiguous()
     k, v = order.split(key), order.split(value)
     # of all heads, `[B, T, Hq, D]`: made when the first group puts its own in there
     whole = cache(lambda: query.new_empty(query.shape[0], *query.shape[2:0:-1], value.shape[-1]))
@@ -170,12 +175,14 @@ class _Order:
     Args:
         q: query heads of each group.
         places: the same, int32.
+        kv: KV heads of each group, int32.
         sides: by the number of heads: all of them in this order, and how many each group has.
         back: `[Hq]`, where each query head stands when groups stand side by side.
     """
 
     q: tuple[Tensor, ...]
     places: tuple[Tensor, ...]
+    kv: tuple[Tensor, ...]
     sides: Mapping[int, tuple[Tensor, list[int]]]
     back: Tensor
 
@@ -190,7 +197,8 @@ def _order(groups: tuple[tuple[int, ...], ...], per_kv: int, device: torch.devic
     kv = [torch.tensor(heads, device=device) for heads in groups]
     q = [(heads[:, None] * per_kv + torch.arange(per_kv, device=device)).flatten() for heads in kv]
     sides = {sum(map(len, side)): (torch.cat(side), list(map(len, side))) for side in (kv, q)}
-    return _Order(tuple(q), tuple(heads.int() for heads in q), sides, torch.cat(q).argsort())
+    places, own = (tuple(heads.int() for heads in side) for side in (q, kv))
+    return _Order(tuple(q), places, own, sides, torch.cat(q).argsort())
 
 
 HARMLESS = frozenset(

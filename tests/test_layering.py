@@ -39,7 +39,8 @@ ROOMS = {
     "sight": {"plan", "cache", "kernels", "context", "limits"},
     "group": {"plan", "cache", "kernels", "select", "context", "gradient", "limits", "sight", "turning"},
     "layer": {"plan", "cache", "kernels", "select", "context", "group"},
-    "attention": {"errors", "plan", "cache", "kernels", "models", "context", "graphed", "group", "layer"},
+    "alike": {"plan", "cache", "kernels", "context", "group", "sight"},
+    "attention": {"errors", "plan", "cache", "kernels", "models", "context", "alike", "graphed", "group", "layer"},
     "graphed": {"attention", "context", "kernels"},  # the same function, inside a compiler's graph
     "recording": {"cache", "limits", "plan"},
     "obstacles": {"cache", "models", "plan"},

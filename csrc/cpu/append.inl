@@ -103,3 +103,77 @@ inline void append_head(const hfl_append& a, int64_t b, int64_t h, float* work) 
     bound(k, block * a.sub, end < last ? end : last, entry, work);
   }
 }
+
+inline void clear_token(const Lines& to, int64_t slot) {
+  const int64_t bytes = to.bits ? int64_t{to.dim} * to.bits / 8 : int64_t{to.dim} * dtype_bytes(to.dtype);
+  memset(to.data + slot * to.stride, 0, static_cast<size_t>(bytes));
+  if (to.bits) to.scale[slot].bits = to.zero[slot].bits = 0;
+}
+
+// A token into `slot`, unless that is below 0, and what is then read of it to `read`, unless that is NULL.
+// work: 2 * padded(dim) floats.
+inline void fill_token(const Lines& to, int64_t slot, const void* from, void* read, float* work) {
+  const int64_t bytes = int64_t{to.dim} * dtype_bytes(to.dtype), packed = int64_t{to.dim} * to.bits / 8, own = 0;
+  if (!to.bits) {
+    if (slot >= 0) memcpy(to.data + slot * to.stride, from, static_cast<size_t>(bytes));
+    if (read) memcpy(read, from, static_cast<size_t>(bytes));
+    return;
+  }
+  half sides[2];
+  Lines one = to;
+  one.data = reinterpret_cast<char*>(work + padded(to.dim)), one.scale = sides, one.zero = sides + 1;
+  read_any(work, from, to.dtype, to.dim);
+  encode(one, 0, work);
+  if (slot >= 0) {
+    memcpy(to.data + slot * to.stride, one.data, static_cast<size_t>(packed));
+    to.scale[slot] = sides[0], to.zero[slot] = sides[1];
+  }
+  if (!read) return;
+  read_tokens(work, one, &own, 1);
+  for (int c = 0; c < to.dim; ++c) write_any(read, c, work[c], to.dtype);
+}
+
+// ops.fill_pages for the keys or the values of one row and KV head; work: 3 * padded(dim) floats.
+inline void fill_head(const hfl_fill& f, int64_t b, int64_t h, bool keys, float* work) {
+  const hfl_append& a = f.at;
+  const Lines to(keys ? a.k : a.v, b, h, a.dtype, keys ? a.dim : a.v_dim);
+  const int64_t* pos = a.pos ? a.pos + b * a.pos_b : nullptr;
+  const int64_t head = f.heads ? f.heads[h] : h;
+  const int64_t from = keys ? b * a.fk_b + head * a.fk_h : b * a.fv_b + head * a.fv_h;
+  const int64_t out = keys ? b * f.rk_b + head * f.rk_h : b * f.rv_b + head * f.rv_h;
+  void* read = keys ? f.read_k : f.read_v;
+  int64_t count = pos ? 0 : a.tokens;
+  while (pos && count < a.tokens && pos[count] >= 0) ++count;
+  const int64_t start = pos ? pos[0] : 0, end = count ? start + count : 0;
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    const bool stays = t < count && (a.ring <= 0 || start + t < a.sink || start + t >= end - a.ring);
+    const void* x = at(keys ? a.fresh_k : a.fresh_v, from + t * (keys ? a.fk_t : a.fv_t), a.dtype);
+    void* value = read ? at(read, out + t * (keys ? f.rk_t : f.rv_t), a.dtype) : nullptr;
+    fill_token(to, stays ? slot_of(a, start + t) : -1, x, value, work);
+  }
+  if (f.blank) {
+    const int64_t used = a.ring > 0 && end > a.sink + a.ring ? a.sink + a.ring : end;
+    for (int64_t slot = used; slot < a.capacity; ++slot) clear_token(to, slot);
+  }
+  if (!a.bounds || !keys) return;
+  char* bounds = static_cast<char*>(at(a.bounds, b * a.bounds_b + h * a.bounds_h, a.dtype));
+  for (int64_t entry = 0; entry < f.entries; ++entry) {
+    const int64_t low = entry * a.sub, high = low + a.sub < end ? low + a.sub : end;
+    void* into = at(bounds, entry * 2 * a.dim, a.dtype);
+    if (count && high > start && low < end) {
+      bound(to, low, high - 1, into, work);
+    } else if (f.blank) {
+      for (int c = 0; c < 2 * a.dim; ++c) write_any(into, c, c < a.dim ? INFINITY : -INFINITY, a.dtype);
+    }
+  }
+}
+
+// ops.decode_kv for one row and KV head; work: padded(dim) floats.
+inline void decode_head(const hfl_decode& a, int64_t b, int64_t h, float* work) {
+  const Lines from(a.x, b, h, a.dtype, a.dim);
+  void* to = at(a.out, (b * a.kv_heads + h) * a.tokens * a.dim, a.dtype);
+  for (int64_t slot = 0; slot < a.tokens; ++slot) {
+    read_tokens(work, from, &slot, 1);
+    for (int c = 0; c < a.dim; ++c) write_any(to, slot * a.dim + c, work[c], a.dtype);
+  }
+}

@@ -9,34 +9,45 @@ namespace hfl {
 __device__ __forceinline__ float least_of(float a, float b) { return a < b || a != a ? a : b; }
 __device__ __forceinline__ float most_of(float a, float b) { return a > b || a != a ? a : b; }
 
-// One lane's eight channels of a stored token, in float32 before the last rounding, which keeps their order.
+// A lane's eight channels as they are packed, and the scale and zero of the token.
+struct Encoded {
+  uint2 payload;
+  __half scale, zero;
+};
+
+// In float32 before the last rounding, which keeps their order.
+__device__ __forceinline__ Eight decode(const Encoded& from, int bits) {
+  const float scale = __half2float(from.scale), zero = __half2float(from.zero);
+  Eight out;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t byte = ((i < 4 ? from.payload.x : from.payload.y) >> (i % 4 * 8)) & 255u;
+    const uint32_t number = bits == 8 ? byte : (from.payload.x >> (4 * i)) & 15u;
+    out.x[i] = __fmul_rn(__fsub_rn(static_cast<float>(number), zero), scale);
+  }
+  return out;
+}
+
+// One lane's eight channels of a stored token, as `decode`.
 __device__ __forceinline__ Eight read_stored(const hfl_rows& rows, int64_t b, int64_t h, int64_t slot, int channel,
                                              int dtype) {
   const int64_t start = b * rows.b + h * rows.h + slot * rows.t;
   if (rows.bits == 0) return unpack(load(rows.data, start + channel, dtype), dtype);
   const uint8_t* at = static_cast<const uint8_t*>(rows.data) + start + channel * rows.bits / 8;
   const int64_t side = b * rows.scale_b + h * rows.scale_h + slot;
-  const float scale = __half2float(static_cast<const __half*>(rows.scale)[side]);
-  const float zero = __half2float(static_cast<const __half*>(rows.zero)[side]);
-  uint2 payload;
+  Encoded from;
+  from.scale = static_cast<const __half*>(rows.scale)[side];
+  from.zero = static_cast<const __half*>(rows.zero)[side];
   if (rows.bits == 8) {
-    payload = *reinterpret_cast<const uint2*>(at);
+    from.payload = *reinterpret_cast<const uint2*>(at);
   } else {
-    payload = make_uint2(*reinterpret_cast<const uint32_t*>(at), 0);
+    from.payload = make_uint2(*reinterpret_cast<const uint32_t*>(at), 0);
   }
-  Eight out;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t byte = ((i < 4 ? payload.x : payload.y) >> (i % 4 * 8)) & 255u;
-    const uint32_t number = rows.bits == 8 ? byte : (payload.x >> (4 * i)) & 15u;
-    out.x[i] = __fmul_rn(__fsub_rn(static_cast<float>(number), zero), scale);
-  }
-  return out;
+  return decode(from, rows.bits);
 }
 
 // A warp quantizes a token as ops.encode_kv does; `active`: the lane has channels.
-__device__ __forceinline__ void write_packed(const hfl_rows& rows, int64_t b, int64_t h, int64_t slot, const Eight& x,
-                                             int lane, bool active) {
+__device__ __forceinline__ Encoded encode(const Eight& x, int bits, bool active) {
   float least = INFINITY, largest = -INFINITY;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -48,33 +59,40 @@ __device__ __forceinline__ void write_packed(const hfl_rows& rows, int64_t b, in
     least = least_of(__shfl_xor_sync(0xffffffffu, least, step), least);
     largest = most_of(__shfl_xor_sync(0xffffffffu, largest, step), largest);
   }
-  const float steps = static_cast<float>((1 << rows.bits) - 1);
+  const float steps = static_cast<float>((1 << bits) - 1);
   const float size = most_of(fabsf(least), fabsf(largest)) * (1.0f / 2048.0f);
   const float wide = most_of(__fdiv_rn(__fsub_rn(largest, least), steps), size);
-  const __half scale = __float2half_rn(most_of(wide, 6.103515625e-05f));  // the least normal number
-  const float divisor = __half2float(scale);
-  const __half zero = __float2half_rn(__fdiv_rn(-least, divisor));
-  const float shift = __half2float(zero);
-  uint2 payload = make_uint2(0, 0);
+  Encoded out;
+  out.scale = __float2half_rn(most_of(wide, 6.103515625e-05f));  // the least normal number
+  const float divisor = __half2float(out.scale);
+  out.zero = __float2half_rn(__fdiv_rn(-least, divisor));
+  const float shift = __half2float(out.zero);
+  out.payload = make_uint2(0, 0);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float y = rintf(__fadd_rn(__fdiv_rn(x.x[i], divisor), shift));
     const uint32_t number = static_cast<uint32_t>(fminf(fmaxf(y, 0.0f), steps));
-    if (rows.bits == 4) {
-      payload.x |= number << (4 * i);
+    if (bits == 4) {
+      out.payload.x |= number << (4 * i);
     } else if (i < 4) {
-      payload.x |= number << (8 * i);
+      out.payload.x |= number << (8 * i);
     } else {
-      payload.y |= number << (8 * (i - 4));
+      out.payload.y |= number << (8 * (i - 4));
     }
   }
+  return out;
+}
+
+// A warp writes what it has packed of a token.
+__device__ __forceinline__ void write_packed(const hfl_rows& rows, int64_t b, int64_t h, int64_t slot,
+                                             const Encoded& x, int lane, bool active) {
   uint8_t* to = static_cast<uint8_t*>(rows.data) + b * rows.b + h * rows.h + slot * rows.t + lane * rows.bits;
-  if (active && rows.bits == 8) *reinterpret_cast<uint2*>(to) = payload;
-  if (active && rows.bits == 4) *reinterpret_cast<uint32_t*>(to) = payload.x;
+  if (active && rows.bits == 8) *reinterpret_cast<uint2*>(to) = x.payload;
+  if (active && rows.bits == 4) *reinterpret_cast<uint32_t*>(to) = x.payload.x;
   if (lane == 0) {
     const int64_t side = b * rows.scale_b + h * rows.scale_h + slot;
-    static_cast<__half*>(rows.scale)[side] = scale;
-    static_cast<__half*>(rows.zero)[side] = zero;
+    static_cast<__half*>(rows.scale)[side] = x.scale;
+    static_cast<__half*>(rows.zero)[side] = x.zero;
   }
 }
 
@@ -82,7 +100,8 @@ __device__ __forceinline__ void write_packed(const hfl_rows& rows, int64_t b, in
 __device__ __forceinline__ void write_token(const hfl_rows& rows, int64_t b, int64_t h, int64_t slot, const Raw& raw,
                                             int dtype, int lane, bool active) {
   if (rows.bits) {
-    write_packed(rows, b, h, slot, unpack(raw, dtype), lane, active);
+    const Encoded packed = encode(unpack(raw, dtype), rows.bits, active);
+    write_packed(rows, b, h, slot, packed, lane, active);
   } else if (active) {
     const int bytes = dtype == HFL_F32 ? 4 : 2;
     const int64_t to = b * rows.b + h * rows.h + slot * rows.t + lane * 8;
@@ -106,8 +125,8 @@ __device__ __forceinline__ int64_t slot_of(const hfl_append& a, int64_t pos) {
 
 // Bounds of the keys in slots `first` to `last`, by all threads; `room`: [2, groups, D] floats, at most 16 a thread.
 template <int THREADS>
-__device__ __forceinline__ void bound(const hfl_append& a, int64_t b, int64_t h, int64_t first, int64_t last, void* entry,
-                      float* room) {
+__device__ __forceinline__ void bound(const hfl_append& a, int64_t b, int64_t h, int64_t first, int64_t last,
+                                      void* entry, float* room) {
   const int chunks = a.dim / 8, groups = THREADS / chunks;
   const int chunk = static_cast<int>(threadIdx.x) % chunks, group = static_cast<int>(threadIdx.x) / chunks;
   if (group < groups) {

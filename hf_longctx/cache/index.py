@@ -92,11 +92,22 @@ class Bounds:
         """Become what `state` told of."""
         self._entries, self._used = tensors.get("entries"), values["used"]
 
-    def reserve(self, k: Tensor, step: Step) -> Tensor:
-        """Make room for a call: `[B, H, >= M', 2, D]`; what holds no key yet is out of bounds on both sides."""
+    def begin(self, k: Tensor, step: Step) -> Tensor:
+        """As `reserve`, of an index that says nothing yet: whatever lies there is not to be read."""
+        size = self._size(step)
+        if self._entries is None or self._entries.shape[2] < size:
+            self._entries = k.new_empty(*k.shape[:2], size, 2, k.shape[3])
+        return self._entries
+
+    def _size(self, step: Step) -> int:
+        """Entries that there must be for a call."""
         self._used = -(-(step.width + self._ahead) // self._summary.sub)
         have = 0 if self._entries is None else self._entries.shape[2]
-        size = room(have, max(self._used, step.expected // self._summary.sub), max(1, PAGE // self._summary.sub))
+        return room(have, max(self._used, step.expected // self._summary.sub), max(1, PAGE // self._summary.sub))
+
+    def reserve(self, k: Tensor, step: Step) -> Tensor:
+        """Make room for a call: `[B, H, >= M', 2, D]`; what holds no key yet is out of bounds on both sides."""
+        have, size = 0 if self._entries is None else self._entries.shape[2], self._size(step)
         if self._entries is not None and size == have:
             return self._entries
         none = torch.zeros(1, dtype=torch.bool, device=k.device)

@@ -24,7 +24,7 @@ from .marks import Marks
 from .pages import Pages
 from .placement import HostLRU
 from .pool import Pool
-from .rows import Rows, Stored, View, as_stored, decoded, each, loaded, part, room, saved, token_bytes
+from .rows import Rows, Stored, View, decoded, each, loaded, part, room, saved, straight, token_bytes
 from .step import Step
 
 
@@ -108,7 +108,8 @@ class OffloadedStore:
         """
         if step.columns == 0:
             keys, values = self._write(k, v, step, None)
-            return View(as_stored(k, keys), as_stored(v, values), step.pos if step.ragged else None)
+            read = () if self._kv is None else (decoded(keys), decoded(values))
+            return View(*straight((k, v), read), step.pos if step.ragged else None)
         self.write(k, v, step)
         keys, values = self.whole(step.lengths_after, step.width)
         place = torch.arange(step.width, device=step.device)[None]

@@ -90,14 +90,12 @@ def decoded(x: Stored) -> Tensor:
     return x if isinstance(x, Tensor) else ops.decode_kv(x)
 
 
-def as_stored(x: Tensor, stored: Stored) -> Tensor:
-    """Fresh values as they will be read; gradients pass as if a format did not round."""
-    if isinstance(stored, Tensor):
-        return x
-    out: Tensor = ops.decode_kv(stored)
-    if x.requires_grad:
-        out = _Straight.apply(x, out)  # type: ignore[no-untyped-call]
-    return out
+def straight(fresh: tuple[Tensor, Tensor], read: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """What is read of fresh keys and values, none if just those; gradients pass as if a format did not round."""
+    if not read:
+        return fresh
+    keys, values = (_Straight.apply(x, y) if x.requires_grad else y for x, y in zip(fresh, read, strict=True))  # type: ignore[no-untyped-call]
+    return keys, values
 
 
 class _Straight(torch.autograd.Function):
@@ -124,7 +122,8 @@ class Rows:
     @property
     def slots(self) -> int:
         """Tokens of a row that there is room for."""
-        return 0 if self.data is None else self.data.shape[2]
+        data = self.data
+        return 0 if data is None else (data if isinstance(data, Tensor) else data.payload).shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -140,6 +139,18 @@ class Rows:
     def encode(self, x: Tensor) -> Stored:
         """Fresh values in the format; whatever is read of them is what this holds."""
         return x if self._bits is None else ops.encode_kv(x.detach(), self._bits)
+
+    def begin(self, x: Tensor, slots: int) -> None:
+        """Make room for `slots` tokens a row like those of `x` `[B, H, T, D]`; what lies there is not to be read."""
+        if self.data is not None and slots <= self.slots:
+            return
+        shape = (*x.shape[:2], slots)
+        if self._bits is None:
+            self.data = x.new_empty(*shape, x.shape[3]).detach()
+            return
+        payload = x.new_empty(*shape, x.shape[3] * self._bits // 8, dtype=torch.uint8)
+        scale, zero = (x.new_empty(shape, dtype=torch.float16) for _ in range(2))
+        self.data = ops.Packed(payload, scale, zero, self._bits, x.dtype)
 
     def reserve(self, like: Stored, slots: int) -> None:
         """Make room for `slots` tokens a row, keeping what is there; `like` says what a token is like."""
@@ -216,11 +227,3 @@ class Rows:
         if self.data is not None:
             changed = each(self.data, lambda x: picked(x, pick))
             self.data = self.data if changed.shape == self.data.shape else changed
-
-
-def mixed(store: Rows, fresh: Tensor, first: Tensor, before: Tensor, old: Tensor) -> Tensor:
-    """The tokens at positions `first`, out of the store where they are `old`, else out of the call."""
-    rows = fresh.shape[0]
-    stored = store.take(first.clamp(max=store.slots - 1).expand(rows, -1))
-    own = (first - before).clamp(0, fresh.shape[2] - 1).expand(rows, -1)
-    return torch.where(old[:, None, :, None], stored, ops.take_tokens(fresh, own))

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..plan import HeadPolicy
-from .index import index_of
+from .before import Before
+from .index import Bounds, index_of
 from .kept import Kept
 from .marks import Marks
 from .place import Place, positions_in, slot_of
-from .rows import PAGE, Rows, Stored, View, as_stored, decoded, loaded, mixed, part, room, saved, token_bytes
+from .rows import PAGE, Rows, Stored, View, decoded, loaded, part, room, saved, straight, token_bytes
 from .step import FEW, Step
 
 ROLLBACK = 128
@@ -110,18 +111,18 @@ class Store:
         """
         self._fit(step)
         if step.columns and (self._ring is None or step.tokens == 1):
-            self._take_in(k, v, step, None)
+            Store.write(self, k, v, step)
             return self._in_place(step)
-        keys, values = self._keys.encode(k), self._values.encode(v)
-        if step.columns == 0:
-            view = View(as_stored(k, keys), as_stored(v, values), step.pos if step.ragged else None)
-        else:
-            view = self._in_order(as_stored(k, keys), as_stored(v, values), step)
-        self._write(keys, values, k, step, None)
-        return view
+        sink, ring, before = self.retention.sink, self._ring, None
+        if step.columns and ring is not None:
+            before = Before.of(self._keys, self._values, step, sink, ring)
+        read = () if self._kv is None else (torch.empty_like(k), torch.empty_like(v))
+        self._fill(k, v, step, None, read)
+        k, v = straight((k, v), read)
+        return View(k, v, step.pos if step.ragged else None) if before is None else before.then(k, v, sink)
 
     def write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None = None) -> None:
-        """Store the call's tokens, for queries that read selected blocks.
+        """Store the call's tokens before anything of it is read: those of a decode call in one operation.
 
         Args:
             k: `[B, Hkv, T, D]`, as in `append`.
@@ -130,7 +131,12 @@ class Store:
             turns: how the group's queries are turned to the stored keys.
         """
         self._fit(step)
-        self._take_in(k, v, step, turns)
+        if self.k is None or not step.decodes or isinstance(self.index, Marks) or step.tokens > (self._ring or FEW):
+            self._fill(k, v, step, turns)
+            return
+        bounds, sub = self._make_room(k, step)
+        first = None if step.ragged else step.columns
+        ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, first)
 
     def place(self, k: Tensor, step: Step) -> tuple[Place, View]:
         """Make room for a decode call of one token a row, which others store: say where, and what it sees then."""
@@ -141,7 +147,7 @@ class Store:
     def prepare(self, step: Step) -> None:
         """Let nothing move while one-token calls follow that `step` has room for."""
         self._fit(step)
-        self._reserve(*self.memory, step)
+        self._reserve(step)
         if self.index is not None:
             self.index.prepare(step)
 
@@ -240,24 +246,6 @@ class Store:
 
     # reading --------------------------------------------------------------------------------------------------------
 
-    def _in_order(self, k: Tensor, v: Tensor, step: Step) -> View:
-        """Sinks, then the window's tokens right-aligned, then the call's own: a copy, as writing overwrites some."""
-        assert self._ring is not None
-        sink, before, after = self.retention.sink, step.lengths[:, None], step.lengths_after[:, None]
-        first = torch.arange(min(sink, step.columns + step.tokens), device=step.device)[None]
-        width = min(self._ring, max(0, step.columns - sink))
-        rest = before - width + torch.arange(width, device=step.device)
-        rest = torch.where(rest >= sink, rest, -1)
-        old = first < before  # a row that was all padding so far brings its sinks along with this call
-        index = slot_of(rest.clamp(min=0), sink, self._ring).expand(k.shape[0], -1)
-        keys, values = (
-            torch.cat((mixed(s, x, first, before, old), s.take(index), x), 2)
-            for s, x in ((self._keys, k), (self._values, v))
-        )
-        parts = [torch.where(first < after, first, -1), rest, torch.where(step.pos >= sink, step.pos, -1)]
-        rows = max(part.shape[0] for part in parts)
-        return View(keys, values, torch.cat([part.expand(rows, -1) for part in parts], 1))
-
     def _in_place(self, step: Step) -> View:
         """The filled slots, as they lie."""
         slots = step.width if self.limit is None else min(step.width, self.limit)
@@ -270,31 +258,41 @@ class Store:
 
     # writing --------------------------------------------------------------------------------------------------------
 
-    def _take_in(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None) -> None:
-        """Write the tokens of a call before anything of it is read: those of a decode call in one operation."""
-        if self.k is None or not step.decodes or isinstance(self.index, Marks) or step.tokens > (self._ring or FEW):
-            self._write(self._keys.encode(k), self._values.encode(v), k, step, turns)
-            return
-        bounds, sub = self._make_room(k, step)
-        first = None if step.ragged else step.columns
-        ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, first)
-
     def _make_room(self, k: Tensor, step: Step) -> tuple[Tensor | None, int]:
-        self._reserve(*self.memory, step)
+        self._reserve(step)
         assert not isinstance(self.index, Marks)
         return (None, 1) if self.index is None else (self.index.reserve(k, step), self.index.sub)
 
-    def _write(self, keys: Stored, values: Stored, k: Tensor, step: Step, turns: ops.Turns | None) -> None:
-        self._reserve(keys, values, step)
-        for rows, fresh in ((self._keys, keys), (self._values, values)):
-            rows.put(fresh, step, self.retention.sink, self._ring)
-        if self.index is not None:
+    def _fill(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None, read: tuple[Tensor, ...] = ()) -> None:
+        first = None if step.ragged else step.columns
+        ops.fill_pages([self.begin(k, v, step)], k, v, step.pos, first, read, step.columns == 0)
+        if isinstance(self.index, Marks):
             self.index.follow(self._keys, k, step, turns)
 
-    def _reserve(self, k: Stored, v: Stored, step: Step) -> None:
-        """Make room for a call's tokens, of which one is as those of `k` and `v`."""
-        for rows, like in ((self._keys, k), (self._values, v)):
-            held = step.reserved if self.limit is None else min(step.reserved, self.limit)
-            size = room(rows.slots, held, PAGE)
-            rows.reserve(like, size if self.limit is None else min(size, self.limit))
+    def begin(self, k: Tensor, v: Tensor, step: Step, heads: Tensor | None = None) -> ops.GroupFill:
+        """Make room for tokens of a call, and say where they go; heads: as in `ops.GroupFill`."""
+        self._fit(step)
+        if heads is not None:
+            k, v = k[:, : heads.shape[0]], v[:, : heads.shape[0]]
+        if step.columns:
+            self._reserve(step)
+        else:
+            size = self._room(self._keys, step)
+            self._keys.begin(k, size)
+            self._values.begin(v, size)
+            self.passed(step.end)
+        bounds, sub = None, 1
+        if isinstance(self.index, Bounds):
+            bounds, sub = (self.index.reserve if step.columns else self.index.begin)(k, step), self.index.sub
+        return ops.GroupFill(*self.memory, self.retention.sink, self._ring, bounds, sub, heads)
+
+    def _room(self, rows: Rows, step: Step) -> int:
+        """Slots that there must be for a call."""
+        size = room(rows.slots, step.reserved, PAGE)
+        return size if self.limit is None else min(size, self.limit)
+
+    def _reserve(self, step: Step) -> None:
+        """Make room for a call's tokens beside those that are there."""
+        for rows in (self._keys, self._values):
+            rows.reserve(rows.filled, self._room(rows, step))
         self.passed(step.end)

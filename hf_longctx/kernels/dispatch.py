@@ -35,6 +35,7 @@ OPS = (
     "project_gated",
     "append",
     "append_pages",
+    "fill_pages",
     "bring_blocks",
     "copy_blocks",
     "encode_kv",

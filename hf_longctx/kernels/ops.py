@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import dispatch
+from .fill import GroupFill, fill_pages
 from .heads import attend_heads
 from .layers import gated, rms_norm, rotate_heads
 from .moves import bring_blocks, copy_blocks, take_tokens
@@ -14,6 +15,7 @@ from .types import HostBlocks, Logits, Packed, Places, Selection, Turns, Visibil
 
 __all__ = [
     "Choice",
+    "GroupFill",
     "GroupStep",
     "HostBlocks",
     "Logits",
@@ -34,6 +36,7 @@ __all__ = [
     "copy_blocks",
     "decode_kv",
     "encode_kv",
+    "fill_pages",
     "gated",
     "pick_blocks",
     "rms_norm",

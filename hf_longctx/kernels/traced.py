@@ -66,6 +66,7 @@ TABLE = {
     "project": Row(outputs.project, "Tensor[]"),
     "project_gated": Row(outputs.project_gated),
     "append": Row(outputs.nothing, "()", frozenset({"store"})),
+    "fill_pages": Row(outputs.nothing, "()", frozenset({"groups.k", "groups.v", "groups.bounds", "read"})),
     "append_pages": Row(outputs.nothing, "()", frozenset({"k_store", "v_store", "bounds"})),
     "bring_blocks": Row(outputs.bring_blocks, changed=_BLOCKS | {"pool", "counts"}),
     "copy_blocks": Row(outputs.nothing, "()", _BLOCKS | {"host.segments"}),

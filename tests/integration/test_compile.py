@@ -66,10 +66,12 @@ def between_only() -> bool:
 
 
 SLOW = pytest.mark.slow
+QUICK = ("dense-eager", "streaming_llm-aot_eager", "quest-aot_eager", "xattention-eager")
 BACKENDS = [
-    *(pytest.param(row, "aot_eager", id=f"{row.name}-aot_eager") for row in ROWS),
-    *(pytest.param(row, "eager", id=f"{row.name}-eager", marks=() if row is ROWS[2] else SLOW) for row in ROWS),
-    *(pytest.param(row, "inductor", id=f"{row.name}-inductor", marks=SLOW) for row in ROWS),
+    pytest.param(row, backend, id=name, marks=() if name in QUICK else SLOW)
+    for row in ROWS
+    for backend in ("eager", "aot_eager", "inductor")
+    for name in [f"{row.name}-{backend}"]
 ]
 
 
@@ -95,7 +97,7 @@ def test_all_layers_are_in_one_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=() if c.name in ("gpt_oss", "mpt") else SLOW) for c in FAMILIES]
+    "case", [pytest.param(c, id=c.name, marks=() if c.name == "gpt_oss" else SLOW) for c in FAMILIES]
 )
 def test_families(case: Case) -> None:
     method = lc.Dense() if case.text_config else LOSSY[0].method(case)

@@ -72,15 +72,18 @@ def test_stores_grow_once_for_a_prompt_in_pieces(method: str, monkeypatch: pytes
     model, ids = BY_NAME["llama"].make(), BY_NAME["llama"].prompt(500)
     lc.patch(model, method, **({"pattern": gates(BY_NAME["llama"])} if method == "lserve" else {}))
     grown: list[int] = []
-    reserve = Rows.reserve
 
-    def counted(rows: Rows, like: Any, slots: int) -> None:
-        before = rows.data
-        reserve(rows, like, slots)
-        if rows.data is not before:
-            grown.append(id(rows))
+    def counted(make: Any) -> Any:
+        def run(rows: Rows, like: Any, slots: int) -> None:
+            before = rows.data
+            make(rows, like, slots)
+            if rows.data is not before:
+                grown.append(id(rows))
 
-    monkeypatch.setattr(Rows, "reserve", counted)
+        return run
+
+    for name in ("begin", "reserve"):
+        monkeypatch.setattr(Rows, name, counted(getattr(Rows, name)))
     monkeypatch.setattr(prompt, "PIECE", 64)
     model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
     assert grown

@@ -19,6 +19,7 @@ from . import (
     test_compiled_attend,
     test_compiled_select,
     test_compiled_store,
+    test_fill,
     test_layers,
     test_moves,
     test_recent,
@@ -91,6 +92,9 @@ def _storing(device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
         replace(test_compiled_store.BASE, pos=((37,), (-1,)), sizes=(2, 2, 64, 64, 128), bits=(8, 4), sub=8),
     ):
         yield "append_pages", test_compiled_store.on(device, test_compiled_store.made(case))
+    for filled in (test_fill.CASES[0], replace(test_fill.PACKED, heads=(2, 0))):
+        group, more = test_fill.there(device, *test_fill.made(filled))
+        yield "fill_pages", ([group], *more.values())
     lengths = torch.tensor([300, 41], device=device)
     for packed in ((0, 0), (8, 4)) if device == "cpu" else ():  # elsewhere addresses are read, which no graph sees
         scene = test_moves.Scene(test_moves.Case(bits=packed, segments=(8, 7)), device)

@@ -125,25 +125,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 _OPS = {
-    **dict.fromkeys(("attend", "score", "pick", "append", "delta", "quantize", "linear"), ("cpu", "cuda")),
     **dict.fromkeys(
-        (
-            "attend_beside",
-            "antidiagonal",
-            "pick_mass",
-            "prefill",
-            "bring",
-            "copy",
-            "norm",
-            "turn",
-            "gated",
-            "merged",
-            "layer",
-            "project",
-            "streamed",
-        ),
-        ("cuda",),
+        ("attend", "score", "pick", "append", "fill", "decode", "delta", "quantize", "linear"), ("cpu", "cuda")
     ),
+    **dict.fromkeys(("attend_beside", "antidiagonal", "pick_mass", "prefill", "bring", "copy"), ("cuda",)),
+    **dict.fromkeys(("norm", "turn", "gated", "merged", "layer", "project", "streamed"), ("cuda",)),
 }
 
 
@@ -230,14 +216,25 @@ def run(op: str, block: ctypes.Structure, device: torch.device) -> None:
     if device.type == "cpu":
         call(f"hfl_{op}_cpu", block, torch.get_num_threads())
         return
+    block.stream = stream(device)
+    if device.index == torch.cuda.current_device():
+        call(f"hfl_{op}_cuda", block)
+        return
     with torch.cuda.device(device):
-        block.stream = stream(device)
         call(f"hfl_{op}_cuda", block)
 
 
 def aligned(x: Tensor) -> bool:
     """True if the first element and every row are at a multiple of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
+    at, size = x.data_ptr(), x.itemsize
+    for stride in x.stride()[:-1]:  # a few times as fast as a generator, and asked some hundred times in a call
+        at |= stride * size
+    return at % 16 == 0
+
+
+def readable(x: Tensor) -> bool:
+    """True if the library can read a tensor as it lies: channels side by side, and on CUDA rows that are aligned."""
+    return x.stride(-1) == 1 and (not x.is_cuda or aligned(x))
 
 
 def reason_on_cuda(x: Tensor, elsewhere: str = "is for CUDA: there it is one launch in place of many") -> str | None:
@@ -247,9 +244,7 @@ def reason_on_cuda(x: Tensor, elsewhere: str = "is for CUDA: there it is one lau
 
 def laid_out(x: Tensor) -> Tensor:
     """The same values where the library can read them: channels side by side, and on CUDA rows that are aligned."""
-    if x.stride(-1) == 1 and (not x.is_cuda or aligned(x)):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return x if readable(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def pointer(x: Tensor | None) -> int | None:
@@ -271,8 +266,9 @@ def rows(x: Tensor | Packed) -> HflRows:
 
 
 def stream(device: torch.device) -> int:
-    """The stream on which torch works now."""
-    return torch.cuda.current_stream(device).cuda_stream
+    """The stream on which torch works now, without an object for it, which would take as long as a launch."""
+    found: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return found
 
 
 _COUNTERS: dict[tuple[torch.device, int], list[Tensor]] = {}

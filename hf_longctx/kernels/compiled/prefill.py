@@ -31,6 +31,7 @@ def reject(
 ) -> str | None:
     """Why the library does not take these arguments, or None."""
     reason = library.reason_on_cuda(q, "has many queries a row on CUDA only")
+    reason = reason or _reject_dense(q, k, logits, see, turns, selection)
     if reason is not None:
         return reason
     if 0 in (q.numel(), k.shape[2]):
@@ -38,12 +39,7 @@ def reject(
     inputs = [x for x in (q, k, v, logits.sink_logits, logits.slopes) if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return "computes no gradients"
-    return (
-        _reject_tensors(q, k, v)
-        or _reject_turns(logits, turns)
-        or _reject_selection(selection)
-        or _reject_dense(q, k, logits, see, turns, selection)
-    )
+    return _reject_tensors(q, k, v) or _reject_turns(logits, turns) or _reject_selection(selection)
 
 
 def _reject_tensors(q: Tensor, k: Tensor | Packed, v: Tensor | Packed) -> str | None:

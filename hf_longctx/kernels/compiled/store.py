@@ -50,6 +50,19 @@ def reject(
         return reason
     if k.shape[2] > library.FEW:
         return f"takes at most {library.FEW} tokens a row"
+    return reject_any(k_store, v_store, k, v, pos, ring, bounds)
+
+
+def reject_any(
+    k_store: Tensor | Packed,
+    v_store: Tensor | Packed,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    ring: int | None,
+    bounds: Tensor | None,
+) -> str | None:
+    """The same of any number of tokens, where there is a library."""
     if 0 in (k.numel(), v.numel()):
         return "takes no empty tensors"
     if any(x.device != k.device for x in (k_store, v_store, v, pos)):
@@ -108,15 +121,29 @@ def arguments(
     k, v = (library.laid_out(x.detach()) for x in (k, v))
     pos = pos.contiguous()
     block = HflAppend(*k.shape[:3], k.shape[3], v.shape[3], library.DTYPES[k.dtype])
-    block.k, block.v = library.rows(k_store), library.rows(v_store)
+    at_store(block, k_store, v_store, sink, ring, bounds, sub)
     block.fresh_k, (block.fk_b, block.fk_h, block.fk_t) = k.data_ptr(), k.stride()[:3]
     block.fresh_v, (block.fv_b, block.fv_h, block.fv_t) = v.data_ptr(), v.stride()[:3]
     block.pos, block.pos_b = pos.data_ptr(), 0 if len(pos) == 1 else pos.shape[1]
+    return block, [k, v, pos]
+
+
+def at_store(
+    block: HflAppend,
+    k_store: Tensor | Packed,
+    v_store: Tensor | Packed,
+    sink: int,
+    ring: int | None,
+    bounds: Tensor | None,
+    sub: int,
+) -> None:
+    """Fill in where tokens go."""
+    block.k, block.v = library.rows(k_store), library.rows(v_store)
     block.sink, block.ring = sink, ring or 0
+    block.bounds = None
     if bounds is not None:
         block.bounds, (block.bounds_b, block.bounds_h) = pointer(bounds), bounds.stride()[:2]
     block.sub, block.capacity = sub, k_store.shape[2]
-    return block, [k, v, pos]
 
 
 OPS = {"append_pages": Implementation(append_pages, reject)}

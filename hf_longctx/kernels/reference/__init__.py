@@ -6,6 +6,7 @@ from ..dispatch import Implementation
 from .append import append, append_pages
 from .attend import attend_blocks, attend_pages
 from .delta import delta_linear, linear_with_delta, linears_with_delta
+from .fill import fill_pages
 from .heads import attend_heads
 from .host import bring_blocks, copy_blocks
 from .kv import decode_kv, encode_kv
@@ -37,6 +38,7 @@ OPS = {
     "project_gated": Implementation(project_gated),
     "append": Implementation(append),
     "append_pages": Implementation(append_pages),
+    "fill_pages": Implementation(fill_pages),
     "bring_blocks": Implementation(bring_blocks),
     "copy_blocks": Implementation(copy_blocks),
     "encode_kv": Implementation(encode_kv),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..types import Packed
+from ..types import Packed, parts
 from ..wide import widened
 from .kv import encode_kv, read
 
@@ -45,32 +46,57 @@ def append_pages(
     first: int | None,
 ) -> None:
     """The definition of `ops.append_pages`."""
-    pairs = [pair for store, x in ((k_store, k), (v_store, v)) for pair in _fresh(store, x)]
+    fresh = [encoded(store, x) for store, x in ((k_store, k), (v_store, v))]
+    put((k_store, v_store), fresh, pos, sink, ring, first)
+    if bounds is None:
+        return
     if first is None:
-        pos, last, source = _written(pos)
-        slots = _slots(pos.clamp(min=0), sink, ring).expand(k.shape[0], -1)
+        pos, last, _ = _written(pos)
+        _bound(k_store, bounds, pos, last, sub)
+    else:
+        bound_run(k_store, bounds, first, first + k.shape[2], sub)
+
+
+def encoded(store: Tensor | Packed, x: Tensor) -> Tensor | Packed:
+    """Fresh values in the format of a store."""
+    x = x.to(store.dtype)
+    return x if isinstance(store, Tensor) else encode_kv(x, store.bits)
+
+
+def put(
+    stores: Sequence[Tensor | Packed],
+    fresh: Sequence[Tensor | Packed],
+    pos: Tensor,
+    sink: int,
+    ring: int | None,
+    first: int | None,
+) -> None:
+    """Write tokens where they belong; arguments as `ops.append_pages`, `fresh` in the formats of the stores."""
+    pairs = [pair for store, x in zip(stores, fresh, strict=True) for pair in zip(parts(store), parts(x), strict=True)]
+    tokens = fresh[0].shape[2]
+    if first is None:
+        pos, _, source = _written(pos)
+        slots = _slots(pos.clamp(min=0), sink, ring).expand(fresh[0].shape[0], -1)
         for store, x in pairs:
             index = source[:, None, :, None].expand(x.shape)
             append(store, x.gather(2, index), slots, pos >= 0)
-        if bounds is not None:
-            _bound(k_store, bounds, pos, last, sub)
         return
-    end = first + k.shape[2]
-    for start, stop in _runs(first, end, sink, ring):
+    for start, stop in _runs(first, first + tokens, sink, ring):
         slot = start if ring is None or start < sink else sink + (start - sink) % ring
         for store, x in pairs:
             append(store, x[:, :, start - first : stop - first], slot, None)
-    if bounds is not None:
-        for entry in range(first // sub, -(-end // sub)):
-            stored = read(k_store, (slice(None), slice(None), slice(entry * sub, min(end, (entry + 1) * sub))))
-            bounds[:, :, entry, 0], bounds[:, :, entry, 1] = stored.amin(2), stored.amax(2)
 
 
-def _fresh(store: Tensor | Packed, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The tensors of a store, and what is written into each."""
-    if isinstance(store, Tensor):
-        return [(store, x)]
-    return list(zip(store.tensors, encode_kv(x.to(store.dtype), store.bits).tensors, strict=True))
+def bound_run(keys: Tensor | Packed, bounds: Tensor, first: int, end: int, sub: int) -> None:
+    """Make the bounds anew of the sub-blocks that hold positions `first` to `end - 1`, of all rows."""
+    start, whole = first // sub, max(first // sub, end // sub)
+    if whole > start:
+        stored = read(keys, (slice(None), slice(None), slice(start * sub, whole * sub)))
+        stored = stored.reshape(*stored.shape[:2], whole - start, sub, stored.shape[3])
+        bounds[:, :, start:whole, 0], bounds[:, :, start:whole, 1] = stored.amin(3), stored.amax(3)
+    if end > whole * sub:
+        stored = read(keys, (slice(None), slice(None), slice(whole * sub, end)))
+        bounds[:, :, whole, 0], bounds[:, :, whole, 1] = stored.amin(2), stored.amax(2)
 
 
 def _slots(pos: Tensor, sink: int, ring: int | None) -> Tensor:
@@ -78,10 +104,12 @@ def _slots(pos: Tensor, sink: int, ring: int | None) -> Tensor:
 
 
 def _runs(first: int, end: int, sink: int, ring: int | None) -> list[tuple[int, int]]:
-    """Positions `first` to `end - 1` in runs whose slots lie side by side."""
-    turns = () if ring is None else range(sink, end, ring)
-    cuts = sorted({first, end, *(p for p in turns if first < p < end)})
-    return list(pairwise(cuts))
+    """Positions `first` to `end - 1` in runs whose slots lie side by side; no slot comes twice."""
+    if ring is None:
+        return [(first, end)]
+    start = max(first, sink, end - ring)
+    cuts = sorted({start, end, *(p for p in range(sink, end, ring) if start < p < end)}) if start < end else []
+    return [*([(first, min(sink, end))] if first < sink else []), *pairwise(cuts)]
 
 
 def _written(pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,9 +129,14 @@ def _written(pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _bound(keys: Tensor | Packed, bounds: Tensor, pos: Tensor, last: Tensor, sub: int) -> None:
     """Make the bounds anew of the sub-blocks that hold positions `pos`, out of keys up to `last`."""
+    bound_entries(keys, bounds, pos.clamp(min=0) // sub, last, sub)
+
+
+def bound_entries(keys: Tensor | Packed, bounds: Tensor, entries: Tensor, last: Tensor, sub: int) -> None:
+    """Make the bounds of sub-blocks `entries` `[B or 1, N]` anew, of keys up to `last`; of none where that is -1."""
     rows, heads, dim = keys.shape[0], keys.shape[1], keys.shape[3]
-    entries = (pos.clamp(min=0) // sub).expand(rows, -1)
-    places = entries[..., None] * sub + torch.arange(sub, device=pos.device)
+    entries = entries.expand(rows, -1)
+    places = entries[..., None] * sub + torch.arange(sub, device=last.device)
     filled = places <= last[..., None]
     columns = torch.where(filled, places, 0).flatten(1)
     stored = read(keys, _index(bounds, columns)).view(rows, heads, -1, sub, dim)

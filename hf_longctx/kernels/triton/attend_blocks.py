@@ -215,9 +215,11 @@ def reject(
     selection: Selection | None = None,
 ) -> str | None:
     """Why the kernel does not take these arguments, or None."""
+    if selection is None and turns is None and _is_dense(q, k, logits, see):
+        return "leaves plain causal attention to torch"
     reason = reject_tensors(q, k, v, logits) or reject_turns(logits, turns)
     if reason is not None or selection is None:
-        return reason or _reject_dense(q, k, logits, see)
+        return reason
     if selection.block % LEAST:
         return f"takes blocks of a multiple of {LEAST} keys"
     if selection.q_block % LEAST and selection.ids.shape[2] > 1:
@@ -225,11 +227,11 @@ def reject(
     return None if selection.ids.numel() else "takes no empty lists"
 
 
-def _reject_dense(q: Tensor, k: Tensor | Packed, logits: Logits, see: Visibility) -> str | None:
-    """Causal attention of a whole text is what torch's kernels are fastest at."""
+def _is_dense(q: Tensor, k: Tensor | Packed, logits: Logits, see: Visibility) -> bool:
+    """True for causal attention of a whole text, which torch's kernels are fastest at."""
     stored = k.shape[2]
     whole = see.aligned and q.shape[2] == stored and (see.window is None or see.window >= stored)
-    return "leaves plain causal attention to torch" if whole and logits.plain else None
+    return whole and logits.plain
 
 
 def run(
