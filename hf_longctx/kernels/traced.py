@@ -67,6 +67,7 @@ TABLE = {
     "project_gated": Row(outputs.project_gated),
     "append": Row(outputs.nothing, "()", frozenset({"store"})),
     "append_pages": Row(outputs.nothing, "()", frozenset({"k_store", "v_store", "bounds"})),
+    "fill_pages": Row(outputs.nothing, "()", frozenset({"groups.k", "groups.v", "groups.bounds", "read"})),
     "bring_blocks": Row(outputs.bring_blocks, changed=_BLOCKS | {"pool", "counts"}),
     "copy_blocks": Row(outputs.nothing, "()", _BLOCKS | {"host.segments"}),
     "encode_kv": Row(outputs.encode_kv, _THREE),
