@@ -85,19 +85,21 @@ def text(tokens: int) -> list[Tensor]:
 
 
 @cache
-def dense_of_others(tokens: int, fa3: bool) -> dict[str, float]:
-    """Milliseconds of causal attention over so many tokens, by who computes it."""
+def dense_of_others(tokens: int, calls: int, fa3: bool) -> dict[str, float]:
+    """Milliseconds of causal attention over so many tokens, by who computes it; each of so many calls in a row."""
     q, k, v = text(tokens)
     found = {}
+
+    def each(call: Callable[[], Any]) -> float:
+        return time_of(lambda: [call() for _ in range(calls)], 3) / calls
+
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         with sdpa_kernel(backend):
-            found[backend.name] = time_of(
-                lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 3
-            )
+            found[backend.name] = each(lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
     if fa3:
         moved = [x.transpose(1, 2) for x in (q, k, v)]
-        found["FA3"] = time_of(lambda: torch.ops.flash_attn_3.fwd(*moved, softmax_scale=DIM**-0.5, is_causal=True), 3)
-    print(tokens, found, flush=True)
+        found["FA3"] = each(lambda: torch.ops.flash_attn_3.fwd(*moved, softmax_scale=DIM**-0.5, is_causal=True))
+    print(tokens, calls, found, flush=True)
     return found
 
 
@@ -136,7 +138,7 @@ def attention_rows(fa3: bool) -> Iterator[dict[str, Any]]:
     rate = matmul_rate()
     print(f"matmul {rate:.0f} TFLOP/s", flush=True)
     for case in CASES:
-        others = dense_of_others(case.tokens, fa3)
+        others = dense_of_others(case.tokens, 1, fa3)
         best = min(others, key=lambda name: others[name])
         q, k, v = text(case.tokens)
         selection = None if case.density is None else lists(case.tokens, case.density)

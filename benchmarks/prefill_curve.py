@@ -39,7 +39,7 @@ SCORES = ("native", "int8")
 def curve_rows(fa3: bool) -> Iterator[dict[str, Any]]:
     """A row for each length and kind of scores."""
     for size, density, topics, tau in POINTS:
-        others = dense_of_others(size * K, fa3)
+        others = dense_of_others(size * K, 1, fa3)
         best = min(others, key=lambda name: others[name])
         q, k, v = text(size * K, topics)
         for scores in SCORES:

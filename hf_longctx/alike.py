@@ -44,7 +44,7 @@ def attend_alike(
     if len({group.policy.kv for group, _ in stores}) > 1 or not all(_reads_all(forward, layer, *s) for s in stores):
         return None
     step = step.on(q.device)
-    read = None if stores[0][0].policy.kv is None else (torch.empty_like(k), torch.empty_like(v))
+    read = () if stores[0][0].policy.kv is None else (torch.empty_like(k), torch.empty_like(v))
     for _, store in stores:
         store.kept.forget()
     groups = [store.begin(k, v, step, own) for (_, store), own in zip(stores, heads, strict=True)]

@@ -140,9 +140,9 @@ def _attend(forward: Forward, layer: int, query: Tensor, key: Tensor, value: Ten
         return out.transpose(1, 2).contiguous()
     order = _order(tuple(group.kv_heads for group in plan.groups), query.shape[1] // key.shape[1], query.device)
     if forward.cache is not None:
-        alike = attend_alike(forward, layer, stores, order.kv, query, key, value, logits)
-        if alike is not None:
-            return alike.transpose(1, 2).contiguous()
+        beside = attend_alike(forward, layer, stores, order.kv, query, key, value, logits)
+        if beside is not None:
+            return beside.transpose(1, 2).contiguous()
     k, v = order.split(key), order.split(value)
     # of all heads, `[B, T, Hq, D]`: made when the first group puts its own in there
     whole = cache(lambda: query.new_empty(query.shape[0], *query.shape[2:0:-1], value.shape[-1]))

@@ -27,6 +27,7 @@ constexpr int64_t MOST_SUMS = int64_t{256} << 20;  // bytes
 __global__ void __launch_bounds__(PLACE_THREADS) places_kernel(const Call call) {
   __shared__ int32_t tiles[MOST_TILES + 1];  // and the last query
   const int thread = static_cast<int>(threadIdx.x), block = call.a.block, n = static_cast<int>(blockIdx.x);
+  wait_for_previous(thread);
   const int64_t b = blockIdx.y, line = b * call.a.blocks + n;
   const int64_t* positions = call.a.q_pos + b * call.a.q_pos_b + static_cast<int64_t>(n) * block;
   int32_t* source = call.source + line * block;
@@ -58,6 +59,7 @@ __global__ void __launch_bounds__(PLACE_THREADS) places_kernel(const Call call) 
 __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Call call) {
   __shared__ int32_t counts[ORDER_THREADS / 32];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, pairs = call.works / PAIR;
+  wait_for_previous(thread);
   int before = 0;
   for (int first = 0; first < pairs; first += ORDER_THREADS) {
     const int pair = first + thread;
@@ -104,6 +106,7 @@ struct Shares {
 // The sums of a block's tiles to its scores.
 __global__ void __launch_bounds__(SHARE_THREADS) shares_kernel(const Call call) {
   __shared__ float whole[MOST_TILES];
+  wait_for_previous(0);
   const Shares of(call);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   for (int row = warp; row < of.tiles; row += SHARE_THREADS / 32) {
@@ -133,6 +136,7 @@ __global__ void __launch_bounds__(SHARE_THREADS) shares_kernel(const Call call) 
 template <int EACH>
 __global__ void __launch_bounds__(SHARE_THREADS) shares_of_few_kernel(const Call call) {
   __shared__ float shares[FEW_TILES][32 * EACH];
+  wait_for_previous(0);
   const Shares of(call);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const float* line = of.sums + static_cast<int64_t>(warp) * call.key_blocks;
@@ -159,16 +163,14 @@ __global__ void __launch_bounds__(SHARE_THREADS) shares_of_few_kernel(const Call
   }
 }
 
-void add_up(const Call& call, cudaStream_t stream) {
+cudaError_t add_up(const Call& call, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(call.rows / call.tiles), static_cast<unsigned>(call.a.q_heads),
                   static_cast<unsigned>(call.a.batch));
   if (call.tiles != FEW_TILES || call.key_blocks > 1024) {
-    shares_kernel<<<grid, SHARE_THREADS, 0, stream>>>(call);
-  } else if (call.key_blocks <= 256) {
-    shares_of_few_kernel<8><<<grid, SHARE_THREADS, 0, stream>>>(call);
-  } else {
-    shares_of_few_kernel<32><<<grid, SHARE_THREADS, 0, stream>>>(call);
+    return follow(shares_kernel, grid, SHARE_THREADS, call, stream);
   }
+  if (call.key_blocks <= 256) return follow(shares_of_few_kernel<8>, grid, SHARE_THREADS, call, stream);
+  return follow(shares_of_few_kernel<32>, grid, SHARE_THREADS, call, stream);
 }
 
 const char* check(const hfl_antidiagonal& a) {
@@ -266,8 +268,8 @@ cudaError_t multiply(Call& call, cudaStream_t stream) {
   cudaError_t error = cut(call, call.queries ? COLUMNS : W::COLUMNS);
   if (error != cudaSuccess) return error;
   if (call.queries) {
-    order_kernel<<<1, ORDER_THREADS, 0, stream>>>(call);
-    return launch_wgmma<T, F>(call, stream);
+    error = follow(order_kernel, 1, ORDER_THREADS, call, stream);
+    return error == cudaSuccess ? launch_wgmma<T, F>(call, stream) : error;
   }
   const size_t bytes = W::bytes(call.a.stride);
   error = cudaFuncSetAttribute(mma_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
@@ -285,14 +287,12 @@ cudaError_t run(Call& call, cudaStream_t stream) {
   const size_t cleared = static_cast<size_t>(reinterpret_cast<char*>(call.source) - static_cast<char*>(a.scratch));
   cudaError_t error = cudaMemsetAsync(a.scratch, 0xff, cleared, stream);  // `apart`, `last` and `reach`
   if (error != cudaSuccess) return error;
-  places_kernel<<<dim3(a.blocks, alike), PLACE_THREADS, 0, stream>>>(call);
-  if (call.queries) error = pack<T, F, false>(call, stream);
+  error = follow(places_kernel, dim3(a.blocks, alike), PLACE_THREADS, call, stream);
+  if (error == cudaSuccess && call.queries) error = pack<T, F, false>(call, stream);
   for (; error == cudaSuccess && call.first < all; call.first += most) {
     call.rows = std::min(most, all - call.first);
     error = multiply<T, F>(call, stream);
-    if (error != cudaSuccess) return error;
-    add_up(call, stream);
-    error = cudaGetLastError();
+    if (error == cudaSuccess) error = add_up(call, stream);
   }
   return error;
 }

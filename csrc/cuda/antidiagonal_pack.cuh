@@ -5,9 +5,10 @@
 // over the largest of such numbers, which is kept beside it; what a channel loses is added to that of the token 256 / D
 // further on, which the same lane has, so that little of the sum over a tile's tokens is lost.
 // Where the rows of 16 bits can be read as they lie, nothing is done.
-// Grid: (tiles / 4, heads, B). Block: 128 threads, a warp has a tile. Bound by: bytes.
+// Grid: (tiles / 4 or less, heads, B). Block: 128 threads, a warp has a tile, and those that follow. Bound by: bytes.
 #pragma once
 #include "antidiagonal_tile.cuh"
+#include "launch.cuh"
 #include "wgmma.cuh"
 
 namespace hfl {
@@ -21,6 +22,7 @@ template <typename F>
 using SumOf = std::conditional_t<std::is_same<F, Whole>::value, int32_t, float>;
 
 constexpr int PACK_THREADS = 128, HELD = 8;  // chunks of 8 channels that a thread holds at a time
+constexpr unsigned FEW_BLOCKS = 16;              // of a head
 
 template <typename T>
 __device__ __forceinline__ float2 two_of(uint32_t x) {
@@ -124,12 +126,10 @@ __device__ __forceinline__ uint2 eight_eights(const uint4& x, float factor, floa
 #endif
 
 template <typename T, typename F, bool QUERIES>
-__global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const Call call) {
+__device__ __forceinline__ void pack_tile(const Call& call, int tile) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if (call.lies && *call.apart < 0) return;
-  const int count = QUERIES ? call.rows : call.columns, tile = static_cast<int>(blockIdx.x * 4 + threadIdx.x / 32);
-  const Tile<T, QUERIES> from(call, min(tile, count - 1), static_cast<int>(blockIdx.y), blockIdx.z);
-  if (tile >= count || (!QUERIES && from.key > from.last)) return;  // nobody sees keys after the last
+  const Tile<T, QUERIES> from(call, tile, static_cast<int>(blockIdx.y), blockIdx.z);
+  if (!QUERIES && from.key > from.last) return;  // nobody sees keys after the last
   const int64_t head = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
   const int64_t row = head * (QUERIES ? call.rows : call.padded) + tile;
   char* to = (QUERIES ? call.queries : call.keys) + row * from.chunks() * (IS_EIGHT<F> ? 8 : 16);
@@ -165,12 +165,29 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const Call call) {
 }
 
 template <typename T, typename F, bool QUERIES>
+__global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const Call call) {
+  constexpr int WARPS = PACK_THREADS / 32;
+  wait_for_previous(0);
+  if (call.lies && *call.apart < 0) return;
+  const int count = QUERIES ? call.rows : call.columns, step = static_cast<int>(gridDim.x) * WARPS;
+  for (int tile = static_cast<int>(blockIdx.x * WARPS + threadIdx.x / 32); tile < count; tile += step) {
+    pack_tile<T, F, QUERIES>(call, tile);
+  }
+}
+
+// Launches a kernel of a call that begins with `wait_for_previous`.
+inline cudaError_t follow(void (*kernel)(Call), dim3 grid, int threads, const Call& call, cudaStream_t stream) {
+  void* arguments[] = {const_cast<Call*>(&call)};
+  return launch(reinterpret_cast<const void*>(kernel), grid, threads, 0, stream, arguments);
+}
+
+template <typename T, typename F, bool QUERIES>
 cudaError_t pack(const Call& call, cudaStream_t stream) {
   const unsigned count = static_cast<unsigned>(QUERIES ? call.rows : call.columns);
   const unsigned heads = static_cast<unsigned>(QUERIES ? call.a.q_heads : call.a.kv_heads);
-  const dim3 grid((count - 1) / 4 + 1, heads, static_cast<unsigned>(call.a.batch));
-  pack_kernel<T, F, QUERIES><<<grid, PACK_THREADS, 0, stream>>>(call);
-  return cudaGetLastError();
+  const unsigned blocks = (count - 1) / (PACK_THREADS / 32) + 1;  // few where it is likely that nothing is to be done
+  const dim3 grid(call.lies && blocks > FEW_BLOCKS ? FEW_BLOCKS : blocks, heads, static_cast<unsigned>(call.a.batch));
+  return follow(pack_kernel<T, F, QUERIES>, grid, PACK_THREADS, call, stream);
 }
 
 }  // namespace antidiagonal

@@ -211,6 +211,7 @@ __global__ void __launch_bounds__(Groups<F>::THREADS, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   meet_cluster();
+  wait_for_previous(thread);
   const G groups{call, packed, lying, barriers, (shared_address(room) + 1023) / 1024 * 1024, rank_in_cluster()};
   if (thread < G::FEEDERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
@@ -285,15 +286,10 @@ cudaError_t launch_wgmma(const Call& call, cudaStream_t stream) {
   if (error == cudaSuccess) error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute together = {};
-  together.id = cudaLaunchAttributeClusterDimension;
-  together.val.clusterDim.x = PAIR, together.val.clusterDim.y = 1, together.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(call.works, processors / PAIR * PAIR)));
-  config.blockDim = dim3(G::THREADS);
-  config.dynamicSmemBytes = G::BYTES, config.stream = stream;
-  config.attrs = &together, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, wgmma_kernel<F>, call, packed, lying);
+  const dim3 grid(static_cast<unsigned>(std::min(call.works, processors / PAIR * PAIR)));
+  void* arguments[] = {const_cast<Call*>(&call), &packed, &lying};
+  const void* kernel = reinterpret_cast<const void*>(&wgmma_kernel<F>);
+  return launch(kernel, grid, G::THREADS, G::BYTES, stream, arguments, true, PAIR);
 }
 
 }  // namespace antidiagonal

@@ -12,6 +12,7 @@
 // Shared memory, then: 4 bytes a candidate, up to 48 KiB; what does not fit is read again from the L2.
 // Bound by: latency of 32 sums over the candidates; rows hide each other's.
 #include "../hf_longctx.h"
+#include "launch.cuh"
 #include "ptx.cuh"
 
 namespace hfl {
@@ -137,6 +138,7 @@ struct Row {
 __global__ void __launch_bounds__(THREADS) pick_kernel(const hfl_pick_mass a) {
   extern __shared__ float room[];
   __shared__ double sums[2][WARPS];
+  wait_for_previous(0);
   const Row row(a, blockIdx.x);
   const int count = row.last - row.first, thread = static_cast<int>(threadIdx.x);
   int taken = count;
@@ -176,6 +178,7 @@ __device__ __forceinline__ double sum_of_warp(double x) {
 template <int EACH>
 __global__ void __launch_bounds__(THREADS, EACH > 32 ? 1 : 2) pick_few_kernel(const hfl_pick_mass a, int rows) {
   const int index = static_cast<int>(blockIdx.x * WARPS + threadIdx.x / 32), lane = static_cast<int>(threadIdx.x) % 32;
+  wait_for_previous(lane);
   if (index >= rows) return;
   const Row row(a, index);
   const int count = row.last - row.first;
@@ -235,19 +238,18 @@ extern "C" const char* hfl_pick_mass_cuda(const hfl_pick_mass* a) {
   using namespace hfl::pick_mass;
   const char* message = check(*a);
   if (message) return message;
-  const int rows = a->batch * a->heads * a->queries;
-  const unsigned by_warps = static_cast<unsigned>((rows - 1) / WARPS + 1);
-  const auto stream = static_cast<cudaStream_t>(a->stream);
-  if (a->blocks <= 256) {
-    pick_few_kernel<8><<<by_warps, THREADS, 0, stream>>>(*a, rows);
-  } else if (a->blocks <= 1024) {
-    pick_few_kernel<32><<<by_warps, THREADS, 0, stream>>>(*a, rows);
-  } else if (a->blocks <= 2048) {
-    pick_few_kernel<64><<<by_warps, THREADS, 0, stream>>>(*a, rows);
-  } else {
-    const int64_t wanted = static_cast<int64_t>(a->blocks) * 4;
-    pick_kernel<<<rows, THREADS, static_cast<size_t>(wanted < HELD ? wanted : HELD), stream>>>(*a);
-  }
-  const cudaError_t error = cudaGetLastError();
+  int rows = a->batch * a->heads * a->queries;
+  const dim3 by_warps(static_cast<unsigned>((rows - 1) / WARPS + 1));
+  void* arguments[] = {const_cast<hfl_pick_mass*>(a), &rows};  // the kernel for many blocks has one parameter
+  const auto of_few = [&](void (*kernel)(hfl_pick_mass, int)) {
+    return hfl::launch(reinterpret_cast<const void*>(kernel), by_warps, THREADS, 0, a->stream, arguments);
+  };
+  const size_t wanted = static_cast<size_t>(a->blocks) * 4;
+  const cudaError_t error =
+      a->blocks <= 256    ? of_few(pick_few_kernel<8>)
+      : a->blocks <= 1024 ? of_few(pick_few_kernel<32>)
+      : a->blocks <= 2048 ? of_few(pick_few_kernel<64>)
+                          : hfl::launch(reinterpret_cast<const void*>(&pick_kernel), dim3(static_cast<unsigned>(rows)),
+                                        THREADS, wanted < HELD ? wanted : HELD, a->stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

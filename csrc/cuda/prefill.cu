@@ -21,6 +21,7 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "launch.cuh"
 #include "prefill_any.cuh"
 #include "prefill_wgmma.cuh"
 #include "tensor_map.cuh"
@@ -151,7 +152,7 @@ extern "C" const char* hfl_prefill_cuda(const hfl_prefill* a) {
   }
   if (error != cudaSuccess) return cudaGetErrorString(error);
   void* arguments[] = {&p, &maps};  // kernels that need no maps have one parameter
-  error = cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(blocks)), dim3(kernel.threads), arguments,
-                           static_cast<size_t>(kernel.bytes), static_cast<cudaStream_t>(a->stream));
+  error = hfl::launch(kernel.function, dim3(static_cast<unsigned>(blocks)), kernel.threads,
+                      static_cast<size_t>(kernel.bytes), a->stream, arguments, persistent);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -18,6 +18,7 @@ struct PrefillTask {
 struct QueryTile {
   int batch, kv_head, head, first;
 
+  QueryTile() = default;
   __device__ QueryTile(const PrefillTask& p, int rows, int index = static_cast<int>(blockIdx.x)) {
     head = index % p.group, index /= p.group;
     first = (p.tiles - 1 - index % p.tiles) * rows, index /= p.tiles;

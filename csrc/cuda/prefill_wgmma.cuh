@@ -1,9 +1,10 @@
 // Prefill attention for sm_90a: wgmma, and tiles that tensor maps copy. prefill.cu says what it computes.
 //
-// Grid: as many blocks as multiprocessors, which take one tile of 128 queries after the other, the last of all heads
-//   and then the others in the order of QueryTile; of 384 threads. A group of four warps prepares the next tile and copies 128 keys and values at a time
-//   ahead. Two groups have 64 queries each: they multiply the next keys while they weigh the ones before, and take
-//   turns, so that one weighs while the other multiplies.
+// Grid: as many blocks as multiprocessors, of 384 threads, which take one tile of 128 queries after the other, the last
+//   of all heads and then the others in the order of QueryTile. Of four warps three look up what the next tile of
+//   queries reads, and one copies 128 keys and values at a time ahead. Two groups of four have 64 queries each: they
+//   multiply the next keys while they weigh the ones before, and take turns, so that one weighs while the other
+//   multiplies.
 // Shared memory: 97 KiB (D = 64) or 193, and what the groups tell each other.
 // In code for other architectures the kernel is empty, which shows as one without static shared memory.
 #pragma once
@@ -18,12 +19,14 @@ template <int D, bool BF16>
 struct PrefillGroup {
   using S = PrefillStages<D>;
   using Keys = Walk<S::ROWS, S::KEYS / 2>;
+  static constexpr int FIRST = 16;  // columns that are weighed while the values before are still added up
   const PrefillTask& p;
   PrefillBoard<D>& board;
   uint32_t base;
   int group, thread, row;  // row: of this thread's first sums; 8 further on are those of the second
-  float top[2], total[2], out[D / 2];
+  float top[2], lowest[2], total[2], out[D / 2];
   uint32_t weights[S::KEYS / 4];
+  uint32_t note, next_note;  // on the tile whose values come next, and on the one after it
 
   __device__ PrefillGroup(const PrefillTask& p_, PrefillBoard<D>& board_, uint32_t base_)
       : p(p_), board(board_), base(base_), thread(static_cast<int>(threadIdx.x) % 128) {
@@ -32,21 +35,21 @@ struct PrefillGroup {
   }
 
   __device__ void run(int all) {
-    int tile = 0, filled = 0;
+    uint32_t tile = 0, filled = 0;
     if (group == 1) end_turn();  // the first turn is of group 0
-    for (int n = 0;; ++n) {
+    for (uint32_t n = 0;; ++n) {
       auto& work = board.works[n % 2];
       barrier_wait(work.slot.full, n / 2 % 2);
-      const int index = work.index;
-      if (index >= all) break;
+      if (work.index >= all) break;
       top[0] = top[1] = NOTHING, total[0] = total[1] = 0.0f;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) out[i] = 0.0f;
       if (work.tiles) {
-        attend(work.keys, tile, work.tiles, filled);
-        tile += work.tiles, ++filled;
+        const uint32_t end = tile + static_cast<uint32_t>(work.tiles);
+        attend(work.keys, tile, end, filled++);
+        tile = end;
       }
-      leave(work.keys, QueryTile(p, S::ROWS, index));
+      leave(work.keys, work.queries);
       release(work.slot);
     }
     if (group == 0) begin_turn();  // nobody leaves a barrier half full
@@ -60,25 +63,25 @@ struct PrefillGroup {
     if (thread % 32 == 0) barrier_arrive(slot.empty);
   }
 
-  __device__ __forceinline__ void multiply(float (&x)[64], int filled, int stage) {
-    const uint64_t q = matrix(base + filled % 2 * S::TILE + group * S::HALF);
-    const uint64_t k = matrix(base + S::KEYS_AT + stage * S::TILE);
+  __device__ __forceinline__ void multiply(float (&x)[64], uint32_t filled, uint32_t stage) {
+    const uint64_t q = matrix(base + group * S::HALF) + filled % 2 * (S::TILE / 16);
+    const uint64_t k = matrix(base + S::KEYS_AT) + stage * (S::TILE / 16);
 #pragma unroll
     for (int s = 0; s < D / 16; ++s) {
       const int along = (s / 4 * 2 * S::HALF + s % 4 * 32) / 16;
       product<BF16>(x, q + along, k + along, s);
     }
   }
-  __device__ __forceinline__ void add(int stage) {
-    const uint64_t v = matrix(base + S::VALUES_AT + stage * S::TILE, 2 * S::HALF);
+  __device__ __forceinline__ void add(uint32_t stage) {
+    const uint64_t v = matrix(base + S::VALUES_AT, 2 * S::HALF) + stage * (S::TILE / 16);
 #pragma unroll
     for (int s = 0; s < S::KEYS / 16; ++s) gather<BF16>(out, weights + 4 * s, v + s * 16 * 128 / 16);
   }
 
   // Values that are not there may be anything, and no weight takes a NaN away.
-  __device__ __forceinline__ void clear(int tile) {
+  __device__ __forceinline__ void clear(uint32_t tile) {
+    if (!(note & STALE)) return;
     const KeyHalf(&halves)[2] = board.halves[tile % (2 * S::STAGES)];
-    if (!halves[0].stale && !halves[1].stale) return;
     const uint32_t v = base + S::VALUES_AT + tile % S::STAGES * S::TILE + thread % 8 * 16;
     for (int r = thread / 8; r < S::KEYS; r += 16) {
       if (!halves[r / 64].stale || r % 64 < halves[r / 64].limit) continue;
@@ -92,9 +95,9 @@ struct PrefillGroup {
     meet(4 + group, 128);
   }
 
-  __device__ __forceinline__ void mask(float (&x)[64], const Keys& keys, int tile) const {
+  __device__ __forceinline__ void mask(float (&x)[64], const Keys& keys, uint32_t tile) const {
+    if (!(note & UNSEEN)) return;
     const KeyHalf(&halves)[2] = board.halves[tile % (2 * S::STAGES)];
-    if (halves[0].seen && halves[1].seen) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int from = keys.position[row + 8 * h];
@@ -109,9 +112,9 @@ struct PrefillGroup {
     }
   }
 
-  // Logits to weights; returns what the sums so far are to be multiplied with.
-  __device__ __forceinline__ float2 weigh(float (&x)[64]) {
-    const float factor = p.a.scale * LOG2E;  // what makes them logits in units of log 2
+  // The largest logits so far, in units of log 2; returns what the sums so far are to be multiplied with.
+  __device__ __forceinline__ float2 raise(const float (&x)[64]) {
+    const float factor = p.a.scale * LOG2E;
     float down[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -120,17 +123,24 @@ struct PrefillGroup {
       for (int n = 0; n < 16; ++n) most = fmaxf(most, fmaxf(x[4 * n + 2 * h], x[4 * n + 2 * h + 1]));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      const float higher = fmaxf(top[h], most * factor), lowest = higher == NOTHING ? 0.0f : higher;
-      down[h] = power_of_two(top[h] - lowest);
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < 16; ++n) {
-        sum += x[4 * n + 2 * h] = power_of_two(x[4 * n + 2 * h] * factor - lowest);
-        sum += x[4 * n + 2 * h + 1] = power_of_two(x[4 * n + 2 * h + 1] * factor - lowest);
-      }
-      top[h] = higher, total[h] = total[h] * down[h] + sum;
+      const float higher = fmaxf(top[h], most * factor);
+      lowest[h] = higher == NOTHING ? 0.0f : higher;
+      down[h] = power_of_two(top[h] - lowest[h]), top[h] = higher;
     }
     return make_float2(down[0], down[1]);
+  }
+
+  // Logits to weights, of columns FROM to TO of this thread, which are added to `sums`.
+  template <int FROM, int TO>
+  __device__ __forceinline__ void weigh(float (&x)[64], float (&sums)[4]) const {
+    const float factor = p.a.scale * LOG2E;
+#pragma unroll
+    for (int i = FROM; i < TO; ++i) sums[i % 4] += x[i] = power_of_two(x[i] * factor - lowest[i / 2 % 2]);
+  }
+  __device__ __forceinline__ void take(const float (&x)[64], const float (&sums)[4], float2 down) {
+    total[0] = total[0] * down.x + (sums[0] + sums[1]), total[1] = total[1] * down.y + (sums[2] + sums[3]);
+#pragma unroll
+    for (int i = 0; i < S::KEYS / 4; ++i) weights[i] = pack(x[2 * i], x[2 * i + 1]);
   }
 
   __device__ __forceinline__ void scale(float2 down) {
@@ -139,22 +149,23 @@ struct PrefillGroup {
       out[i] *= down.x, out[i + 1] *= down.x, out[i + 2] *= down.y, out[i + 3] *= down.y;
     }
   }
-  __device__ __forceinline__ void pack_weights(const float (&x)[64]) {
-#pragma unroll
-    for (int i = 0; i < S::KEYS / 4; ++i) weights[i] = pack(x[2 * i], x[2 * i + 1]);
-  }
   __device__ __forceinline__ static uint32_t pack(float low, float high) {
     return BF16 ? pack_bf16(low, high) : pack_f16(low, high);
   }
 
-  __device__ __forceinline__ void await(Slot (&slots)[S::STAGES], int tile) {
+  __device__ __forceinline__ void await(Slot (&slots)[S::STAGES], uint32_t tile) {
     barrier_wait(slots[tile % S::STAGES].full, tile / S::STAGES % 2);
+  }
+  // The keys of the next tile, and what is noted of them.
+  __device__ __forceinline__ void await_next(uint32_t tile) {
+    await(board.keys, tile);
+    next_note = board.note(tile);
   }
 
   // The weights of the first tile of a work.
-  __device__ __forceinline__ void begin(float (&x)[64], const Keys& keys, int tile, int filled) {
+  __device__ __forceinline__ void begin(float (&x)[64], const Keys& keys, uint32_t tile, uint32_t filled) {
     barrier_wait(board.queries[filled % 2].full, filled / 2 % 2);
-    await(board.keys, tile);
+    await_next(tile);
     begin_turn();
     wgmma_fence();
     multiply(x, filled, tile % S::STAGES);
@@ -163,44 +174,52 @@ struct PrefillGroup {
     wgmma_wait<0>();
     in_flight(x);
     release(board.keys[tile % S::STAGES]);
+    note = next_note;
     mask(x, keys, tile);
-    weigh(x);
-    pack_weights(x);
+    const float2 down = raise(x);
+    float sums[4] = {};
+    weigh<0, 64>(x, sums);
+    take(x, sums, down);
   }
 
   // Add the values of a tile, and meanwhile make the weights of the next; there are some after that if `more`.
-  __device__ __forceinline__ void go_on(float (&x)[64], const Keys& keys, int tile, int filled, bool more) {
-    const int stage = (tile + 1) % S::STAGES, before = tile % S::STAGES;
-    await(board.values, tile);
-    clear(tile);
+  __device__ __forceinline__ void go_on(float (&x)[64], const Keys& keys, uint32_t tile, uint32_t filled, bool more) {
+    const uint32_t stage = (tile + 1) % S::STAGES, before = tile % S::STAGES;
     begin_turn();
     in_flight(x), in_flight(out);
     wgmma_fence();
     multiply(x, filled, stage);
     wgmma_commit();
+    await(board.values, tile);
+    clear(tile);
+    wgmma_fence();
     add(before);
     wgmma_commit();
     end_turn();
     wgmma_wait<1>();
     in_flight(x);
     release(board.keys[stage]);
+    note = next_note;
     mask(x, keys, tile + 1);
-    const float2 down = weigh(x);
+    const float2 down = raise(x);
+    float sums[4] = {};
+    weigh<0, FIRST>(x, sums);
     in_flight(x);
-    if (more) await(board.keys, tile + 2);  // here, or the machine code weighs after the next wait
+    if (more) await_next(tile + 2);  // here, or the machine code weighs after the next wait
     wgmma_wait<0>();
     in_flight(out);
     release(board.values[before]);
     if (__any_sync(0xffffffffu, down.x != 1.0f || down.y != 1.0f)) scale(down);
-    pack_weights(x);
+    weigh<FIRST, 64>(x, sums);  // here, so that between the exponentials, which take longest, the first ones are packed
+    take(x, sums, down);
   }
 
   // All tiles of a work, counted from `tile` on.
-  __device__ __forceinline__ void attend(const Keys& keys, int tile, int count, int filled) {
+  __device__ __forceinline__ void attend(const Keys& keys, uint32_t tile, uint32_t end, uint32_t filled) {
     float x[64];
     begin(x, keys, tile, filled);
-    const int last = tile + count - 1;
-    if (tile < last) await(board.keys, tile + 1);
+    const uint32_t last = end - 1;
+    if (tile < last) await_next(tile + 1);
 #pragma unroll 1
     for (; tile < last; ++tile) go_on(x, keys, tile, filled, tile + 1 < last);
     release(board.queries[filled % 2]);
@@ -252,11 +271,18 @@ __global__ __launch_bounds__(PrefillStages<D>::THREADS, 1) void prefill_wgmma_ke
   const int all = p.a.batch * p.a.q_heads * p.tiles;
   if (threadIdx.x == 0) board.init();
   __syncthreads();
-  if (threadIdx.x < PrefillStages<D>::FEEDERS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    PrefillFeeder<D>{p, maps, board, base, static_cast<int>(threadIdx.x)}.run(all);
+  wait_for_previous(static_cast<int>(threadIdx.x));
+  using S = PrefillStages<D>;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < S::FEEDERS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    if (thread < S::PLANNERS) {
+      PrefillPlanner<D>{p, board, thread}.run(all);
+    } else if (thread < S::PLANNERS + PrefillBoard<D>::FEEDING) {
+      PrefillFeeder<D>{p, maps, board, base, thread - S::PLANNERS}.run(all);
+    }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     PrefillGroup<D, BF16>(p, board, base).run(all);
   }
 #endif

@@ -108,7 +108,7 @@ class OffloadedStore:
         """
         if step.columns == 0:
             keys, values = self._write(k, v, step, None)
-            read = None if self._kv is None else (decoded(keys), decoded(values))
+            read = () if self._kv is None else (decoded(keys), decoded(values))
             return View(*straight((k, v), read), step.pos if step.ragged else None)
         self.write(k, v, step)
         keys, values = self.whole(step.lengths_after, step.width)

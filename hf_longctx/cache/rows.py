@@ -90,9 +90,9 @@ def decoded(x: Stored) -> Tensor:
     return x if isinstance(x, Tensor) else ops.decode_kv(x)
 
 
-def straight(fresh: tuple[Tensor, Tensor], read: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """What is read of fresh keys and values, None if just those; gradients pass as if a format did not round."""
-    if read is None:
+def straight(fresh: tuple[Tensor, Tensor], read: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """What is read of fresh keys and values, none if just those; gradients pass as if a format did not round."""
+    if not read:
         return fresh
     keys, values = (_Straight.apply(x, y) if x.requires_grad else y for x, y in zip(fresh, read, strict=True))  # type: ignore[no-untyped-call]
     return keys, values

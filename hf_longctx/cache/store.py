@@ -116,7 +116,7 @@ class Store:
         sink, ring, before = self.retention.sink, self._ring, None
         if step.columns and ring is not None:
             before = Before.of(self._keys, self._values, step, sink, ring)
-        read = None if self._kv is None else (torch.empty_like(k), torch.empty_like(v))
+        read = () if self._kv is None else (torch.empty_like(k), torch.empty_like(v))
         self._fill(k, v, step, None, read)
         k, v = straight((k, v), read)
         return View(k, v, step.pos if step.ragged else None) if before is None else before.then(k, v, sink)
@@ -263,9 +263,7 @@ class Store:
         assert not isinstance(self.index, Marks)
         return (None, 1) if self.index is None else (self.index.reserve(k, step), self.index.sub)
 
-    def _fill(
-        self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None, read: tuple[Tensor, Tensor] | None = None
-    ) -> None:
+    def _fill(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None, read: tuple[Tensor, ...] = ()) -> None:
         first = None if step.ragged else step.columns
         ops.fill_pages([self.begin(k, v, step)], k, v, step.pos, first, read, step.columns == 0)
         if isinstance(self.index, Marks):

@@ -40,7 +40,7 @@ def fill_pages(
     v: Tensor,
     pos: Tensor,
     first: int | None,
-    read: tuple[Tensor, Tensor] | None = None,
+    read: Sequence[Tensor] = (),
     blank: bool = False,
 ) -> None:
     """Store many tokens of each row (a prompt) in groups of heads of a layer, in place, and say what is read of them.
@@ -52,7 +52,8 @@ def fill_pages(
         pos: `[B or 1, T]`, int64: of each row first the positions of its tokens, one after the other, then -1 for those
             that are not written. Of two tokens with one slot the later one stays.
         first: the first position, where all rows are alike and all tokens are written, and the host knows.
-        read: tensors like k and v, of which the groups' heads take the values that their stores give for all T tokens.
+        read: tensors like k and v, of which the groups' heads take the values that their stores give for all T tokens;
+            empty: nobody asks for them.
         blank: stores hold nothing, whatever their memory says: what is not written becomes 0, and bounds of sub-blocks
             without a key +inf and -inf. Rows begin at position 0.
     """

@@ -29,7 +29,7 @@ _PLAIN: dict[Any, tuple[str, Any]] = {
 }
 """Plain types by those of Python, and what stands in the place of a value that is not there."""
 
-_NAMES = {**vars(values), **vars(step), **vars(fill), **vars(linear)}
+_NAMES = {**vars(values), **vars(step), **vars(linear), **vars(fill)}
 """Where the names in annotations are found."""
 
 _ELSEWHERE = {(Choice, "summary")}
@@ -52,13 +52,12 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Plain:
-    """One flat argument; `as_tuple`: a list that was a tuple; `optional`: an empty one that was None."""
+    """One flat argument; `as_tuple`: a list that was a tuple."""
 
     name: str
     kind: str
     changed: bool
     as_tuple: bool = False
-    optional: bool = False
 
     @property
     def names(self) -> list[tuple[str, str, bool]]:
@@ -67,15 +66,11 @@ class Plain:
 
     def take(self, x: Any) -> list[Any]:
         """Itself."""
-        if not self.kind.endswith("]"):
-            return [x]
-        return [[] if x is None else list(x)]
+        return [list(x)] if self.kind.endswith("]") else [x]
 
     def build(self, flat: Iterator[Any]) -> Any:
         """Itself."""
         x = next(flat)
-        if self.optional and not x:
-            return None
         return tuple(x) if self.as_tuple else x
 
 
@@ -271,4 +266,4 @@ _MADE_BY: dict[Any, Callable[..., Any]] = {Choice: _choice, GroupStep: _group}
 
 def _maybe(part: Part) -> Part:
     assert isinstance(part, Plain)
-    return replace(part, optional=True) if part.kind.endswith("]") else replace(part, kind=f"{part.kind}?")
+    return replace(part, kind=f"{part.kind}?")

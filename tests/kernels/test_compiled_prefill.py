@@ -33,6 +33,8 @@ CASES = [
     replace(LISTS, sizes=(1, 1, 4, 640, 5000, 128)),
     replace(LISTS, softcap=3.0, sink_logits=True, slopes=True),
     Case((1, 1, 4, 1, 500, 128)),
+    *(Case((2, 2, 2, 300, 1700, d), t, ends=(1699, 500)) for d, t in ((128, BF16), (64, F16))),
+    replace(LISTS, lists=(64, 128, "all"), sizes=(1, 1, 2, 200, 1900, 128)),
     Case((1, 2, 2, 700, 700, 128), window=100),
     Case((1, 2, 2, 700, 700, 64), F16, sink=4, window=129),
     Case((1, 2, 2, 700, 900, 128), sink=128, window=256),

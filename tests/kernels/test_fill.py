@@ -95,7 +95,7 @@ def made(case: Case, seed: int = 0) -> tuple[ops.GroupFill, dict[str, Any]]:
         "v": fresh[1],
         "pos": torch.stack([torch.where(own < count, first + own, -1) for first, count in case.rows]),
         "first": case.rows[0][0] if case.even else None,
-        "read": tuple(torch.full_like(x, 7.0) for x in fresh) if case.reads else None,
+        "read": tuple(torch.full_like(x, 7.0) for x in fresh) if case.reads else (),
         "blank": case.blank,
     }
 
@@ -104,15 +104,14 @@ def there(device: str, group: ops.GroupFill, more: dict[str, Any]) -> tuple[ops.
     """Copies on a device."""
     moved = on(device, tuple(vars(group).values()))
     arguments = dict(zip(more, on(device, tuple(more.values())), strict=True))
-    if more["read"] is not None:
-        arguments["read"] = on(device, more["read"])
+    arguments["read"] = on(device, more["read"])
     return ops.GroupFill(*moved), arguments
 
 
 def written(groups: Sequence[ops.GroupFill], more: dict[str, Any]) -> list[Tensor]:
     """What a call may have changed."""
     tensors = [x for group in groups for one in (group.k, group.v) for x in parts(one)]
-    return [x.cpu() for x in (*tensors, *(group.bounds for group in groups), *(more["read"] or ())) if x is not None]
+    return [x.cpu() for x in (*tensors, *(group.bounds for group in groups), *more["read"]) if x is not None]
 
 
 def values(x: Tensor | Packed) -> Tensor:

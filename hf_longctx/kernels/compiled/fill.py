@@ -47,7 +47,7 @@ def reject(
     v: Tensor,
     pos: Tensor,
     first: int | None,
-    read: tuple[Tensor, Tensor] | None,
+    read: Sequence[Tensor],
     blank: bool,
 ) -> str | None:
     """Why the library does not take these arguments, or None."""
@@ -60,7 +60,7 @@ def reject(
             return reason
         if k.is_cuda and k.shape[0] * group.k.shape[1] > MOST_PROBLEMS:
             return f"takes at most {MOST_PROBLEMS} rows * KV heads"
-    for x in read or ():
+    for x in read:
         if x.dtype != k.dtype or not library.readable(x):
             return "needs what is read in the dtype of the tokens, in rows that begin at multiples of 16 bytes"
     return None
@@ -72,7 +72,7 @@ def fill_pages(
     v: Tensor,
     pos: Tensor,
     first: int | None,
-    read: tuple[Tensor, Tensor] | None,
+    read: Sequence[Tensor],
     blank: bool,
 ) -> None:
     """`ops.fill_pages`; where tokens stand is read on the device alone."""
@@ -82,7 +82,7 @@ def fill_pages(
             where = (pos, group.sink, group.ring, group.bounds, group.sub)
             block.at, held = store.arguments(group.k, group.v, k, v, *where)
             block.even, block.blank, block.count = first is not None, blank, len(groups)
-            if read is not None:
+            if read:
                 (block.read_k, block.read_v), (mine, other) = map(pointer, read), read
                 block.rk_b, block.rk_h, block.rk_t = mine.stride()[:3]
                 block.rv_b, block.rv_h, block.rv_t = other.stride()[:3]

@@ -23,7 +23,7 @@ def fill_pages(
     v: Tensor,
     pos: Tensor,
     first: int | None,
-    read: tuple[Tensor, Tensor] | None,
+    read: Sequence[Tensor],
     blank: bool,
 ) -> None:
     """The definition of `ops.fill_pages`."""
@@ -33,7 +33,7 @@ def fill_pages(
         heads = None if group.heads is None else group.heads.long()
         own = (x if heads is None else x.index_select(1, heads) for x in (k, v))
         fresh = [encoded(store, x) for store, x in zip((group.k, group.v), own, strict=True)]
-        for into, x in () if read is None else zip(read, fresh, strict=True):
+        for into, x in zip(read, fresh, strict=True) if read else ():
             values = (x if isinstance(x, Tensor) else decode_kv(x)).to(into.dtype)
             into[:, slice(None) if heads is None else heads] = values
         at, last = pos, pos.max(1, keepdim=True).values
