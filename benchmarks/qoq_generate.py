@@ -23,7 +23,7 @@ from hf_longctx.weights.qoq.config import QoQConfig
 from hf_longctx.weights.qoq.linear import QoQLinear, parts_of
 from hf_longctx.weights.qoq.quantizer import chosen_linears, declare
 
-CONTEXT, PROMPT, NEW = 4096, 1024, 512
+CONTEXT, PROMPT = 4096, 1024
 LIMIT = 48 * 10**9
 """Bytes of the GPU that throughput may use."""
 AT_ONCE = 32768
@@ -52,13 +52,13 @@ def decode(model: Any) -> tuple[float, lc.Report]:
     return value, lc.report(model)
 
 
-def rows_within(model: Any, bytes_each: float) -> int:
+def rows_within(model: Any, bytes_each: float, new: int) -> int:
     """The largest batch of which keys and values fit beside the weights."""
     weights = sum(x.nbytes for x in model.parameters())
-    return int((LIMIT - SPARE - weights) / (bytes_each * (PROMPT + NEW))) // 8 * 8
+    return int((LIMIT - SPARE - weights) / (bytes_each * (PROMPT + new))) // 8 * 8
 
 
-def throughput(model: Any, rows: int) -> dict[str, Any]:
+def throughput(model: Any, rows: int, new: int) -> dict[str, Any]:
     """New tokens a second of a batch, its prompt included; and what that took."""
     ids = torch.randint(0, 128256, (rows, PROMPT), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
@@ -66,13 +66,13 @@ def throughput(model: Any, rows: int) -> dict[str, Any]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
-    out = model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, **settings)
+    out = model.generate(ids, max_new_tokens=new, min_new_tokens=new, **settings)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    assert out.shape[1] == PROMPT + NEW
+    assert out.shape[1] == PROMPT + new
     report = lc.report(model)
     return {
-        "tokens_per_s": rows * NEW / seconds,
+        "tokens_per_s": rows * new / seconds,
         "rows": rows,
         "seconds": round(seconds, 2),
         "peak_bytes": torch.cuda.max_memory_reserved(),
@@ -82,14 +82,14 @@ def throughput(model: Any, rows: int) -> dict[str, Any]:
     }
 
 
-def largest(model: Any, bytes_each: float) -> dict[str, Any]:
+def largest(model: Any, bytes_each: float, new: int) -> dict[str, Any]:
     """Throughput of the largest batch within `LIMIT`, which the allocator holds to."""
-    rows = rows_within(model, bytes_each)
+    rows = rows_within(model, bytes_each, new)
     while True:
         gc.collect()
         torch.cuda.empty_cache()
         try:
-            return throughput(model, rows)
+            return throughput(model, rows, new)
         except torch.OutOfMemoryError:
             rows = rows * 7 // 8 // 8 * 8
 
@@ -102,7 +102,7 @@ def row(case: str, value: float, unit: str, base: float, ratio: float, must: str
 
 
 @torch.no_grad()
-def rows(parts: list[str]) -> Iterator[dict[str, Any]]:
+def rows(parts: list[str], new: int) -> Iterator[dict[str, Any]]:
     """Of the dense model first, then of what becomes of it."""
     model, heads = model_8b(), 32 * 8 * 2
     held = torch.cuda.get_device_properties(0).total_memory
@@ -112,7 +112,7 @@ def rows(parts: list[str]) -> Iterator[dict[str, Any]]:
     if "throughput" in parts:
         torch.cuda.set_per_process_memory_fraction(LIMIT / held)
         lc.patch(model, lc.Dense())
-        dense["throughput"] = largest(model, heads * 256)
+        dense["throughput"] = largest(model, heads * 256, new)
     quantized(lc.unpatch(model))
     gc.collect()
     torch.cuda.empty_cache()
@@ -123,11 +123,11 @@ def rows(parts: list[str]) -> Iterator[dict[str, Any]]:
         yield row(name, value, "ms/token", base, base / value, "<= 3 ms/token", value <= 3, **more)
     if "throughput" in parts:
         lc.patch(model, lc.Dense())
-        found, base = largest(model, heads * (64 + 4)), dense["throughput"]
+        found, base = largest(model, heads * (64 + 4), new), dense["throughput"]
         value = found.pop("tokens_per_s")
         before = base.pop("tokens_per_s")
-        name = f"generate(), 8B, QoQ g128 and KV4, {PROMPT} + {NEW} tokens, largest batch within {LIMIT // 10**9} GB"
-        more = {"shapes": {"tokens": PROMPT, "new": NEW}, "quantized": found, "dense": base}
+        name = f"generate(), 8B, QoQ g128 and KV4, {PROMPT} + {new} tokens, largest batch within {LIMIT // 10**9} GB"
+        more = {"shapes": {"tokens": PROMPT, "new": new}, "quantized": found, "dense": base}
         yield row(name, value, "tokens/s", before, value / before, ">= 2x", value >= 2 * before, **more)
 
 
@@ -135,11 +135,12 @@ def main() -> None:
     """Run the parts that are named; write what they found, also of those before one that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=["decode", "throughput"])
+    parser.add_argument("--new", type=int, default=512, help="tokens that each row of throughput makes")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     found: list[dict[str, Any]] = []
     try:
-        for each in rows(arguments.parts):
+        for each in rows(arguments.parts, arguments.new):
             print(json.dumps(each), flush=True)
             found.append(each)
     finally:

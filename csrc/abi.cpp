@@ -1,8 +1,10 @@
 // What the library is; and, built without CUDA, operations that say so.
 #include "beside.h"
+#include "fill.h"
 #include "linear.h"
 #include "project.h"
 #include "streamed.h"
+#include "tables.h"
 
 extern "C" int32_t hfl_abi(void) { return HFL_ABI; }
 
@@ -28,6 +30,8 @@ extern "C" const char* hfl_attend_beside_cuda(const hfl_attend*, const hfl_besid
 extern "C" const char* hfl_score_cuda(const hfl_score*) { return kNone; }
 extern "C" const char* hfl_pick_cuda(const hfl_pick*) { return kNone; }
 extern "C" const char* hfl_append_cuda(const hfl_append*) { return kNone; }
+extern "C" const char* hfl_fill_cuda(const hfl_fill*) { return kNone; }
+extern "C" const char* hfl_decode_cuda(const hfl_decode*) { return kNone; }
 extern "C" const char* hfl_antidiagonal_cuda(const hfl_antidiagonal*) { return kNone; }
 extern "C" const char* hfl_pick_mass_cuda(const hfl_pick_mass*) { return kNone; }
 extern "C" const char* hfl_bring_cuda(const hfl_bring*) { return kNone; }
@@ -41,6 +45,7 @@ extern "C" const char* hfl_delta_cuda(const hfl_delta*) { return kNone; }
 extern "C" const char* hfl_merged_cuda(const hfl_merged*) { return kNone; }
 extern "C" const char* hfl_project_cuda(const hfl_project*) { return kNone; }
 extern "C" const char* hfl_streamed_cuda(const hfl_streamed*) { return kNone; }
+extern "C" const char* hfl_tables_cuda(const hfl_tables*) { return kNone; }
 extern "C" int64_t hfl_linear_scratch(const hfl_linear*) { return 0; }
 extern "C" const char* hfl_quantize_cuda(const hfl_quantize*) { return kNone; }
 extern "C" const char* hfl_linear_cuda(const hfl_linear*) { return kNone; }

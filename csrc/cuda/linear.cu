@@ -7,8 +7,8 @@
 //   values, times that, goes off in the end.
 // Up to 16 tokens: linear_rows.cuh. More on other architectures: linear_few.cuh, 64 at a time. Bound by: bytes of the
 //   weight, but for a matrix of Llama-3-8B as much by kernels that wait for each other.
-// More on sm_90a: linear_spread.cuh up to 64 tokens, and where there are few tiles.
-// Else on sm_90a: linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens on an H200.
+// More on sm_90a: linear_spread.cuh where there are no more tiles than multiprocessors, else linear_many.cuh. Bound by:
+//   tensor cores; 1,220 TOP/s with 8192 tokens on an H200; of few tokens as much by kernels that wait for each other.
 #include <algorithm>
 #include <initializer_list>
 
@@ -76,9 +76,9 @@ Kernel few(const hfl_linear& a, int shared_bytes) {
 }
 template <Form F>
 Kernel many(const ManyPlan& plan) {
-  if (plan.shares) return plan.tokens == 32 ? spread<F, 32>() : plan.tokens == 64 ? spread<F, 64>() : spread<F, 128>();
-  if (plan.tokens == 64) return many<F, 64>();
-  return plan.tokens == 128 ? many<F, 128>() : many<F, 256>();
+  if (plan.tokens == 64) return plan.shares ? spread<F, 64>() : many<F, 64>();
+  if (plan.tokens == 128) return plan.shares ? spread<F, 128>() : many<F, 128>();
+  return many<F, 256>();
 }
 
 struct Device {

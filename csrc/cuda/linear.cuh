@@ -115,10 +115,12 @@ __device__ __forceinline__ OfRow row_of_weight(const Weight& w, int n) {
 }
 __device__ __forceinline__ OfRow row_of(const LinearTask& p, int n) { return row_of_weight(p.a, n); }
 
-// Each step rounded, as in the definition.
+// Each step rounded, as in the definition. SHIFTED: where there is no shift, there need be no code for it.
+template <bool SHIFTED = true>
 __device__ __forceinline__ float result(int sum, const OfToken& token, const OfRow& row) {
-  const float y = __fmul_rn(__int2float_rn(sum - token.bias), row.scale);
-  return __fadd_rn(__fmul_rn(__fsub_rn(y, __fmul_rn(token.sum, row.shift)), token.scale), row.bias);
+  float y = __fmul_rn(__int2float_rn(sum - token.bias), row.scale);
+  if (SHIFTED) y = __fsub_rn(y, __fmul_rn(token.sum, row.shift));
+  return __fadd_rn(__fmul_rn(y, token.scale), row.bias);
 }
 
 __device__ __forceinline__ uint32_t pack_results(const LinearTask& p, float low, float high) {

@@ -5,8 +5,10 @@
 //   other; before those, its share of tiles that are split along K, whose sums are added in memory, exactly.
 // Two groups of four warps have 64 rows each: they make the operand of the next 128 columns (one mask, and one
 //   multiplication where there are groups, for four codes) while the tensor cores multiply those before. Of a third
-//   group two threads copy: one tokens, by a tensor map, the other codes and scales, as they lie.
-// Shared memory: STAGES times tokens, codes and scales of 128 columns, up to 206 KiB.
+//   group two warps copy: one tokens, by a tensor map, the other codes and scales, as they lie.
+// Shared memory: STAGES times tokens, codes and scales of 128 columns, up to 217 KiB. A stage changes hands by barriers:
+//   one counts bytes that came, one the warps that have read. Of a warp one thread arrives, once all have met and the
+//   products are made, which a checker of races does not follow: it reports that copies overwrite what was read before.
 // In code for other architectures the kernel is empty, which shows as one without static shared memory.
 #pragma once
 #include "linear.cuh"
@@ -14,22 +16,27 @@
 
 namespace hfl {
 
-// SPREAD: a tile for every cluster, two blocks on a multiprocessor (linear_spread.cuh).
+// SPREAD: a tile for every cluster (linear_spread.cuh).
 template <Form F_, int T_, bool SPREAD = false>
 struct ManyRoom {
   static constexpr Form F = F_;
   static constexpr int T = T_;
-  static constexpr int WORKERS = 256, FEEDERS = SPREAD ? 0 : 128, THREADS = WORKERS + FEEDERS;
+  static constexpr int WORKERS = 256, FEEDERS = SPREAD ? 64 : 128, THREADS = WORKERS + FEEDERS;
+  static constexpr int LISTS = SPREAD ? 1 : 2;  // of tokens
   static constexpr int TOKENS = T * 128, CHUNKS = F == Form::BYTES ? 2 : 1;
   static constexpr int CODES = CHUNKS * CHUNK_BYTES;  // of a panel
   static constexpr int LEVELS = F == Form::GROUP || F == Form::FINE ? 512 : 0;
   static constexpr int STAGE = TOKENS + 2 * CODES + 2 * LEVELS;  // a multiple of 1024
-  static constexpr bool AHEAD = !SPREAD || T < 128;  // there are registers for operands of two stages
-  static constexpr int ROOM = (SPREAD ? 110 : 220) * 1024, STAGES = ROOM / STAGE < 8 ? ROOM / STAGE : 8;
+  static constexpr int STAGES = 220 * 1024 / STAGE;
   static constexpr int BYTES = STAGES * STAGE + 1024;  // so that it can begin at a multiple of 1024
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// The same in all threads of a warp, which the compiler cannot know of threadIdx.
+__device__ __forceinline__ int warp_of_block() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+}
 
 // A run of steps of one tile.
 struct ManyWork {
@@ -67,72 +74,101 @@ template <class R>
 struct ManyBoard {
   uint64_t full[R::STAGES], empty[R::STAGES];
   uint32_t said;
-  OfToken tokens[2][R::T];  // of the tile that each group is at
+  OfToken tokens[R::LISTS][R::T];  // of the tile that each group is at
   __device__ void init() {
     for (int s = 0; s < R::STAGES; ++s) barrier_init(full[s], 2), barrier_init(empty[s], 8);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 };
 
-// A thread that copies codes, which need not wait for what comes before this kernel, or tokens, or both.
+// The next stage, and how often all have been gone through, modulo 2.
+template <class R>
+struct ManyRing {
+  int stage = 0, turn = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == R::STAGES) stage = 0, turn ^= 1;
+  }
+};
+
+// A warp that copies codes, which need not wait for what comes before this kernel, or tokens, or both. All of it goes
+// through the steps, so that addresses are in registers of the warp, which copies take; one thread copies.
 template <class R>
 struct ManyFeeder {
   const LinearTask& p;
   const CUtensorMap& map;
   ManyBoard<R>& board;
   uint32_t base;
-  int filled = 0;  // stages so far
+  ManyRing<R> ring;
+  const uint8_t *codes[2], *levels[2];  // of the next step, of both panels
+  int column, token;
+
+  __device__ ManyFeeder(const LinearTask& p_, const CUtensorMap& map_, ManyBoard<R>& board_, uint32_t base_)
+      : p(p_), map(map_), board(board_), base(base_) {}
 
   __device__ void run(bool of_tokens) {
     if (of_tokens) wait_for_last();
     each_work(p, [&](const ManyWork& work) {
-      for (int step = work.first; step < work.last; ++step, ++filled) {
-        const int stage = filled % R::STAGES;
-        if (filled >= R::STAGES) barrier_wait(board.empty[stage], (filled / R::STAGES & 1) ^ 1);
+      seek(work);
+      for (int step = work.first; step < work.last; ++step, ring.next()) {
+        barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
         if (of_tokens) {
-          put_tokens(work, step, stage);
+          put_tokens(ring.stage);
         } else {
-          put_codes(work, step, stage);
+          put_codes(ring.stage);
         }
       }
     });
   }
 
-  // One thread alone, of those that multiply: codes of as many stages as there are, then their tokens.
-  __device__ __forceinline__ void begin(const ManyWork& work) {
+  // One run alone: codes of as many stages as there are, before their tokens.
+  __device__ void run_one(const ManyWork& work) {
     const int early = min(work.last - work.first, R::STAGES);
-    for (int i = 0; i < early; ++i) put_codes(work, work.first + i, i);
+    seek(work);
+    for (int i = 0; i < early; ++i) put_codes(i);
     wait_for_last();
-    for (int i = 0; i < early; ++i) put_tokens(work, work.first + i, i);
-  }
-  // Into the stage of the run's step i, once all are done with it.
-  __device__ __forceinline__ void refill(const ManyWork& work, int i) {
-    const int step = work.first + i + R::STAGES, stage = i % R::STAGES;
-    if (i < 0 || step >= work.last) return;
-    barrier_wait(board.empty[stage], i / R::STAGES & 1);
-    put_codes(work, step, stage);
-    put_tokens(work, step, stage);
+    for (int i = 0; i < early; ++i) put_tokens(i);
+#pragma unroll 1
+    for (int step = work.first + early; step < work.last; ++step, ring.next()) {
+      barrier_wait(board.empty[ring.stage], ring.turn);
+      put_codes(ring.stage);
+      put_tokens(ring.stage);
+    }
   }
 
  private:
-  __device__ __forceinline__ void put_tokens(const ManyWork& work, int step, int stage) {
-    barrier_expect(board.full[stage], R::TOKENS);
-    const int token = p.tokens_from + work.token_tile * R::T;
-    copy_tokens(base + stage * R::STAGE, &map, board.full[stage], step * 128, token);
-  }
-  __device__ __forceinline__ void put_codes(const ManyWork& work, int step, int stage) {
-    const int levels = R::LEVELS ? p.groups * 2 * PANEL : 0;  // bytes of a panel
-    barrier_expect(board.full[stage], 2 * R::CODES + 2 * levels);
-    const uint32_t to = base + stage * R::STAGE + R::TOKENS;
+  __device__ __forceinline__ int level_bytes() const { return p.groups * 2 * PANEL; }  // of a panel
+
+  __device__ __forceinline__ void seek(const ManyWork& work) {
+    column = work.first * 128, token = p.tokens_from + work.token_tile * R::T;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int panel = min(2 * work.row_tile + half, p.panels - 1);  // of two alike, the second is not used
-      const int64_t run = static_cast<int64_t>(panel) * p.steps + step;
-      copy_bytes(to + half * R::CODES, p.a.codes + run * R::CODES, R::CODES, board.full[stage]);
-      if constexpr (R::LEVELS) {
-        copy_bytes(to + 2 * R::CODES + half * R::LEVELS, p.a.groups + run * levels, levels, board.full[stage]);
+      const int64_t run = static_cast<int64_t>(panel) * p.steps + work.first;
+      codes[half] = p.a.codes + run * R::CODES, levels[half] = p.a.groups + run * level_bytes();
+    }
+  }
+  __device__ __forceinline__ void put_tokens(int stage) {
+    if (elected()) {
+      barrier_expect(board.full[stage], R::TOKENS);
+      copy_tokens(base + stage * R::STAGE, &map, board.full[stage], column, token);
+    }
+    column += 128;
+  }
+  __device__ __forceinline__ void put_codes(int stage) {
+    const int of_levels = R::LEVELS ? level_bytes() : 0;
+    const uint32_t to = base + stage * R::STAGE + R::TOKENS;
+    if (elected()) {
+      barrier_expect(board.full[stage], 2 * R::CODES + 2 * of_levels);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        copy_bytes(to + half * R::CODES, codes[half], R::CODES, board.full[stage]);
+        if constexpr (R::LEVELS) {
+          copy_bytes(to + 2 * R::CODES + half * R::LEVELS, levels[half], of_levels, board.full[stage]);
+        }
       }
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) codes[half] += R::CODES, levels[half] += of_levels;
   }
 };
 
@@ -140,34 +176,77 @@ struct ManyFeeder {
 template <class R>
 struct ManyGroup {
   static constexpr Form F = R::F;
+  static constexpr bool S = F == Form::CHANNEL;
   static constexpr int T = R::T;
   const LinearTask& p;
   ManyBoard<R>& board;
   uint32_t base;
-  int group, warp, lane, filled;  // filled: stages so far
+  int group, warp, lane;
+  ManyRing<R> ring;
+  int before;  // the stage whose products are under way
   int acc[T / 2];
 
   __device__ ManyGroup(const LinearTask& p_, ManyBoard<R>& board_, uint32_t base_)
       : p(p_), board(board_), base(base_), warp(static_cast<int>(threadIdx.x) / 32 % 4),
-        lane(static_cast<int>(threadIdx.x) % 32), filled(0) {
-    group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+        lane(static_cast<int>(threadIdx.x) % 32), before(0) {
+    group = warp_of_block() / 4;
   }
 
   __device__ void run() {
     wait_for_last();
-    each_work(p, [&](const ManyWork& work) { compute(work, [&] { multiply(work.last - work.first, [](int) {}); }); });
+    each_work(p, [&](const ManyWork& work) { compute(work); });
     finish();
   }
 
+  __device__ __forceinline__ void multiply(int count) {
+    step(true);
+    int i = 1;
+#pragma unroll 1
+    for (; i + 2 <= count; i += 2) step(false), step(false);
+    if (i < count) step(false);
+    finish_products();
+  }
+
+  // Results of a whole tile, of 16 rows from n on: of four threads each has two rows of four 8x8 parts, and writes all
+  // eight of one.
+  __device__ __forceinline__ void leave(const OfRow (&rows)[2], const OfToken* of, int n, int first_token) {
+    const OfToken* tokens = of + lane % 4 * 2;
+    const int part = lane % 4, own = n + part % 2 * 8;
+    const bool whole = p.a.rows % 8 == 0;
+#pragma unroll
+    for (int q = 0; q < T / 8; q += 2) {
+      uint32_t two[4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int* x = acc + 4 * (q + i);
+        const OfToken low = tokens[(q + i) * 8], high = tokens[(q + i) * 8 + 1];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          two[2 * i + h] =
+              transpose(pack_results(p, result<S>(x[2 * h], low, rows[h]), result<S>(x[2 * h + 1], high, rows[h])));
+        }
+      }
+      const uint4 eight = together(two, lane);
+      const int m = first_token + (q + part / 2) * 8 + lane / 4;
+      if (m >= p.tokens || own >= p.a.rows) continue;
+      if (whole) {
+        *reinterpret_cast<uint4*>(place_of(p, m, own)) = eight;
+      } else {
+        const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+        store_results(p, m, own, pairs, 8);
+      }
+    }
+  }
+
+ private:
   // A run of steps of a tile: its results, or what it adds to the tile's sums.
-  template <class Multiply>
-  __device__ __forceinline__ void compute(const ManyWork& work, Multiply&& multiply) {
+  __device__ __forceinline__ void compute(const ManyWork& work) {
     const int row = work.row_tile * TILE_ROWS + group * 64 + warp * 16, token = work.token_tile * T;
     const OfRow rows[2] = {row_of(p, row + lane / 4), row_of(p, row + lane / 4 + 8)};
     OfToken tokens[(T + 127) / 128];  // on their way while products are made
 #pragma unroll
     for (int i = 0; i < (T + 127) / 128; ++i) tokens[i] = token_of(p, token + i * 128 + warp * 32 + lane);
-    multiply();
+    multiply(work.last - work.first);
     meet(2 + group, 128);  // nobody needs those of the tile before any more
 #pragma unroll
     for (int i = 0; i < (T + 127) / 128; ++i) {
@@ -176,24 +255,12 @@ struct ManyGroup {
     }
     meet(2 + group, 128);
     if (work.split < 0) {
-      leave(rows, row, token);
+      leave(rows, board.tokens[group], row, token);
     } else {
       add(work, token);
     }
   }
 
-  // `after`: what a step is followed by.
-  template <class After>
-  __device__ __forceinline__ void multiply(int count, After&& after) {
-    int i = 0;
-    step(true);
-#pragma unroll 1
-    for (i = 1; i + 2 <= count; i += 2) step(false), after(i), step(false), after(i + 1);
-    if (i < count) step(false);
-    finish_products();
-  }
-
- private:
   // Operand a of the 128 columns of a stage.
   __device__ __forceinline__ void codes(uint32_t (&a)[16], int stage) const {
     const uint32_t part = base + stage * R::STAGE + R::TOKENS;
@@ -228,58 +295,24 @@ struct ManyGroup {
 
   // 128 columns more; those before are done after it.
   __device__ __forceinline__ void step(bool first) {
-    const int stage = filled % R::STAGES;
     uint32_t a[16];
-    barrier_wait(board.full[stage], filled / R::STAGES & 1);
-    if (!R::AHEAD && !first) finish_products();
-    codes(a, stage);
-    const uint64_t b = matrix(base + stage * R::STAGE);
+    barrier_wait(board.full[ring.stage], ring.turn);
+    codes(a, ring.stage);
+    const uint64_t b = matrix(base + ring.stage * R::STAGE);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < 4; ++s) product_u8(acc, a + 4 * s, b + 2 * s, s || !first);
     wgmma_commit();
-    if (R::AHEAD) {
-      wgmma_wait<1>();
-      if (!first) release((filled - 1) % R::STAGES);
-    }
-    ++filled;
+    wgmma_wait<1>();
+    if (!first) release(before);
+    before = ring.stage;
+    ring.next();
   }
 
   __device__ __forceinline__ void finish_products() {
     wgmma_wait<0>();
     in_flight(acc);
-    release((filled - 1) % R::STAGES);
-  }
-
-  // Results of a whole tile, of 16 rows from n on: of four threads each has two rows of four 8x8 parts, and writes all
-  // eight of one.
-  __device__ __forceinline__ void leave(const OfRow (&rows)[2], int n, int first_token) {
-    const OfToken* tokens = board.tokens[group] + lane % 4 * 2;
-    const int part = lane % 4, own = n + part % 2 * 8;
-    const bool whole = p.a.rows % 8 == 0;
-#pragma unroll
-    for (int q = 0; q < T / 8; q += 2) {
-      uint32_t two[4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int* x = acc + 4 * (q + i);
-        const OfToken low = tokens[(q + i) * 8], high = tokens[(q + i) * 8 + 1];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          two[2 * i + h] =
-              transpose(pack_results(p, result(x[2 * h], low, rows[h]), result(x[2 * h + 1], high, rows[h])));
-        }
-      }
-      const uint4 eight = together(two, lane);
-      const int m = first_token + (q + part / 2) * 8 + lane / 4;
-      if (m >= p.tokens || own >= p.a.rows) continue;
-      if (whole) {
-        *reinterpret_cast<uint4*>(place_of(p, m, own)) = eight;
-      } else {
-        const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
-        store_results(p, m, own, pairs, 8);
-      }
-    }
+    release(before);
   }
 
   // Add the sums to the tile's.
@@ -327,13 +360,13 @@ __global__ void __launch_bounds__(R::THREADS, 1) linear_many_kernel(const __grid
   let_next_begin();
   if (threadIdx.x == 0) board.init(), fetch_map(&map);
   __syncthreads();
-  if (threadIdx.x < R::WORKERS) {
+  if (warp_of_block() < R::WORKERS / 32) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     ManyGroup<R>(p, board, base).run();
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    const unsigned feeder = threadIdx.x - R::WORKERS;
-    if (feeder % 32 == 0 && feeder < 64) ManyFeeder<R>{p, map, board, base}.run(feeder == 32);
+    const int warp = warp_of_block() - R::WORKERS / 32;
+    if (warp < 2) ManyFeeder<R>(p, map, board, base).run(warp == 1);
   }
 #endif
 }

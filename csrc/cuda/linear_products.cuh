@@ -44,14 +44,6 @@ __device__ __forceinline__ void product_u8(int (&x)[32], const uint32_t* a, uint
                : HFL_32(0)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
 }
-// The same with 32 tokens.
-__device__ __forceinline__ void product_u8(int (&x)[16], const uint32_t* a, uint64_t b, int more) {
-  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %21, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-               "%12, %13, %14, %15}, {%16, %17, %18, %19}, %20, more;\n}"
-               : HFL_8(0), HFL_8(8)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
-}
 // The same with 256 tokens.
 __device__ __forceinline__ void product_u8(int (&x)[128], const uint32_t* a, uint64_t b, int more) {
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %133, 0;\n"
@@ -65,6 +57,13 @@ __device__ __forceinline__ void product_u8(int (&x)[128], const uint32_t* a, uin
 #undef HFL_32_NAMES
 #undef HFL_64_NAMES
 #undef HFL_NEXT_64_NAMES
+
+// True in one thread of a warp, all of which ask.
+__device__ __forceinline__ bool elected() {
+  uint32_t x;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(x));
+  return x != 0;
+}
 
 // The map itself, which the first copy would wait for.
 __device__ __forceinline__ void fetch_map(const CUtensorMap* map) {

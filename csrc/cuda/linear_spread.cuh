@@ -1,12 +1,12 @@
 // w4a8_linear of 17 tokens and more for sm_90a, where whole tiles would leave multiprocessors without work: as
 // linear_many.cuh, but the blocks of a cluster share the columns of one tile.
 //
-// Grid: a cluster of 1 to 8 blocks for each tile of 128 rows and T tokens. Two blocks fit on a multiprocessor, so that
-//   the next kernel's codes come while this one ends, and one makes operands while the other's products are made.
-// Block: two groups of four warps with 64 rows each; the first thread copies, too.
+// Grid: a cluster of 1, 2, 4 or 8 blocks for each tile of 128 rows and T tokens, all of them there at once.
+// Block: two groups of four warps with 64 rows each, and a warp that copies: codes of as many stages as there are, then
+//   their tokens, which the kernel before may still make.
 // Sums are left in each block's shared memory; of a tile, each block adds up its part of the tokens, out of the memory
 //   of all, exactly.
-// Shared memory: STAGES times tokens, codes and scales of 128 columns, up to 111 KiB; in the end, sums.
+// Shared memory: STAGES times tokens, codes and scales of 128 columns, up to 217 KiB; in the end, sums.
 #pragma once
 #include "linear_many.cuh"
 
@@ -23,6 +23,10 @@ __device__ __forceinline__ int rank_in_cluster() {
 __device__ __forceinline__ void meet_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The same, but for what was written.
+__device__ __forceinline__ void leave_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
 // Four sums in the shared memory of a block of the cluster.
 __device__ __forceinline__ int4 load_of(uint32_t at, int rank) {
   uint32_t there;
@@ -35,52 +39,90 @@ __device__ __forceinline__ int4 load_of(uint32_t at, int rank) {
   return x;
 }
 
+// The same of this block.
+__device__ __forceinline__ int4 load_sums(uint32_t at) {
+  const uint4 x = load_shared(at);
+  return make_int4(static_cast<int>(x.x), static_cast<int>(x.y), static_cast<int>(x.z), static_cast<int>(x.w));
+}
+
+// And what belongs to the rows of the tile.
+template <class R>
+struct SpreadBoard : ManyBoard<R> {
+  OfRow rows[TILE_ROWS];
+};
+
 template <class R>
 struct SpreadGroup : ManyGroup<R> {
   static constexpr int LINE = TILE_ROWS + 4;  // of a token, so that banks differ
   static_assert(R::T * LINE * 4 <= R::STAGES * R::STAGE, "sums of a tile lie where its operands were");
   using ManyGroup<R>::p, ManyGroup<R>::base, ManyGroup<R>::group, ManyGroup<R>::warp, ManyGroup<R>::lane;
-  using ManyGroup<R>::ManyGroup, ManyGroup<R>::acc;
+  using ManyGroup<R>::acc, ManyGroup<R>::S;
+  SpreadBoard<R>& shown;
 
-  __device__ __forceinline__ void multiply(const ManyWork& work, ManyFeeder<R>& feeder) {
-    ManyGroup<R>::multiply(work.last - work.first, [&](int i) {
-      if (threadIdx.x == 0) feeder.refill(work, i - 2);  // the other group may be a step behind
-      __syncwarp();
-    });
-  }
+  __device__ SpreadGroup(const LinearTask& p_, SpreadBoard<R>& board_, uint32_t base_)
+      : ManyGroup<R>(p_, board_, base_), shown(board_) {}
 
-  __device__ __forceinline__ void share(const ManyWork& work, int rank) {
-    meet(1, R::WORKERS);  // both groups are done with the operands
+  // This block's part of a tile.
+  __device__ __forceinline__ void run(const ManyWork& work, int rank) {
+    const int first_row = work.row_tile * TILE_ROWS, first_token = work.token_tile * R::T;
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < TILE_ROWS) shown.rows[thread] = row_of(p, first_row + thread);
+    wait_for_last();
+    for (int m = R::WORKERS - 1 - thread; m < R::T; m += R::WORKERS) shown.tokens[0][m] = token_of(p, first_token + m);
+    this->multiply(work.last - work.first);
+    meet(1, R::WORKERS);  // both groups are done with the operands, and what was shown is there
     const int n = group * 64 + warp * 16 + lane / 4;
 #pragma unroll
     for (int i = 0; i < R::T / 2; ++i) {
       const int m = i / 4 * 8 + lane % 4 * 2 + i % 2;
       store_word(base + (m * LINE + n + i % 4 / 2 * 8) * 4, acc[i]);
     }
+    if (p.shares == 1) {
+      meet(1, R::WORKERS);
+      add_up<1>(first_row, first_token, rank);
+      return;
+    }
     meet_cluster();
-    add_up(work, rank);
-    meet_cluster();  // nobody's memory goes before all have read it
+    if (p.shares == 2) {
+      add_up<2>(first_row, first_token, rank);
+    } else if (p.shares == 4) {
+      add_up<4>(first_row, first_token, rank);
+    } else {
+      add_up<8>(first_row, first_token, rank);
+    }
+    leave_cluster();  // nobody's memory goes before all have read it
   }
 
  private:
-  // A thread has four rows, and every eighth token of the block's part.
-  __device__ __forceinline__ void add_up(const ManyWork& work, int rank) const {
-    constexpr int MOST = 8, APART = R::WORKERS / (TILE_ROWS / 4);
-    const int first_token = work.token_tile * R::T, n = static_cast<int>(threadIdx.x) % 32 * 4;
-    const int row = work.row_tile * TILE_ROWS + n, last = min(R::T * (rank + 1) / p.shares, p.tokens - first_token);
-    const OfRow rows[4] = {row_of(p, row), row_of(p, row + 1), row_of(p, row + 2), row_of(p, row + 3)};
-    for (int m = R::T * rank / p.shares + static_cast<int>(threadIdx.x) / 32; m < last; m += APART) {
-      const OfToken token = token_of(p, first_token + m);
-      int4 part[MOST], sum = make_int4(0, 0, 0, 0);
+  // A thread has four rows, and every eighth token of the block's part; of several all sums are on their way at once.
+  template <int SHARES>
+  __device__ __forceinline__ void add_up(int first_row, int first_token, int rank) const {
+    constexpr int APART = R::WORKERS / (TILE_ROWS / 4), MOST = R::T / SHARES / APART;
+    constexpr int AT_ONCE = MOST < 1 ? 1 : MOST * SHARES <= 16 ? MOST : 16 / SHARES;
+    const int n = static_cast<int>(threadIdx.x) % 32 * 4;
+    const int last = min(R::T * (rank + 1) / SHARES, p.tokens - first_token);
+    const OfRow rows[4] = {shown.rows[n], shown.rows[n + 1], shown.rows[n + 2], shown.rows[n + 3]};
+    for (int m = R::T * rank / SHARES + static_cast<int>(threadIdx.x) / 32; m < last; m += AT_ONCE * APART) {
+      int4 part[AT_ONCE][SHARES];
 #pragma unroll
-      for (int i = 0; i < MOST; ++i) part[i] = i < p.shares ? load_of(base + (m * LINE + n) * 4, i) : sum;
+      for (int j = 0; j < AT_ONCE; ++j) {
+        const uint32_t at = base + (min(m + j * APART, last - 1) * LINE + n) * 4;
 #pragma unroll
-      for (int i = 0; i < MOST; ++i) {
-        sum.x += part[i].x, sum.y += part[i].y, sum.z += part[i].z, sum.w += part[i].w;
+        for (int i = 0; i < SHARES; ++i) part[j][i] = SHARES == 1 ? load_sums(at) : load_of(at, i);
       }
-      const uint32_t pairs[4] = {pack_results(p, result(sum.x, token, rows[0]), result(sum.y, token, rows[1])),
-                                 pack_results(p, result(sum.z, token, rows[2]), result(sum.w, token, rows[3]))};
-      store_four(p, first_token + m, row, pairs);
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        if (m + j * APART >= last) break;
+        int4 sum = part[j][0];
+#pragma unroll
+        for (int i = 1; i < SHARES; ++i) {
+          sum.x += part[j][i].x, sum.y += part[j][i].y, sum.z += part[j][i].z, sum.w += part[j][i].w;
+        }
+        const OfToken token = shown.tokens[0][m + j * APART];
+        const uint32_t pairs[4] = {pack_results(p, result<S>(sum.x, token, rows[0]), result<S>(sum.y, token, rows[1])),
+                                   pack_results(p, result<S>(sum.z, token, rows[2]), result<S>(sum.w, token, rows[3]))};
+        store_four(p, first_token + m + j * APART, first_row + n, pairs);
+      }
     }
   }
 };
@@ -88,27 +130,21 @@ struct SpreadGroup : ManyGroup<R> {
 #endif
 
 template <class R>
-__global__ void __launch_bounds__(R::THREADS, 2) linear_spread_kernel(const __grid_constant__ LinearTask p,
+__global__ void __launch_bounds__(R::THREADS, 1) linear_spread_kernel(const __grid_constant__ LinearTask p,
                                                                       const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ ManyBoard<R> board;
+  __shared__ SpreadBoard<R> board;
   const uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;  // the same in all blocks
   let_next_begin();
-  if (threadIdx.x == 0) board.init(), fetch_map(&map);
-  __syncthreads();
   const int tile = static_cast<int>(blockIdx.x) / p.shares, rank = rank_in_cluster();
   const ManyWork work(p, tile, p.steps * rank / p.shares, p.steps * (rank + 1) / p.shares, -1);
-  ManyFeeder<R> feeder{p, map, board, base};
-  if (threadIdx.x == 0) feeder.begin(work);
-  __syncwarp();
-  wait_for_last();
-  SpreadGroup<R> group(p, board, base);
-  if (p.shares == 1) {
-    group.compute(work, [&] { group.multiply(work, feeder); });
-  } else {
-    group.multiply(work, feeder);
-    group.share(work, rank);
+  if (threadIdx.x == 0) board.init(), fetch_map(&map);
+  __syncthreads();
+  if (warp_of_block() < R::WORKERS / 32) {
+    SpreadGroup<R>(p, board, base).run(work, rank);
+  } else if (warp_of_block() == R::WORKERS / 32) {
+    ManyFeeder<R>(p, map, board, base).run_one(work);
   }
 #endif
 }

@@ -28,9 +28,15 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 devices = pytest.mark.parametrize("device", DEVICES)
 forms = pytest.mark.parametrize("form", FORMS)
 SIXTEEN = [torch.bfloat16, torch.float16]
-PLANNED = [(20, 32, 8), (64, 64, 8), (100, 128, 8), (400, 128, 0), (1930, 256, 0)]
-"""Tokens, those of a tile, and blocks of a cluster where 14336 columns of 2112 rows meet them on 132 multiprocessors;
-without clusters some tiles are split."""
+PLANNED = [
+    *((17, 133, 5, 64, 0, 0), (17, 1, 128, 64, 1, 0)),
+    *((30, 1, 5, 64, 0, 1), (40, 25, 16, 64, 0, 2), (40, 13, 16, 64, 0, 4), (64, 1, 16, 64, 0, 8)),
+    *((65, 133, 5, 128, 0, 0), (70, 133, 32, 128, 1, 0)),
+    *((70, 67, 5, 128, 0, 1), (100, 34, 32, 128, 0, 2), (100, 13, 16, 128, 0, 4), (100, 7, 32, 128, 0, 8)),
+    *((129, 89, 5, 256, 0, 0), (150, 133, 64, 256, 1, 0)),
+]
+"""On 132 multiprocessors, tokens, tiles of 128 rows, steps of 128 columns; and which tiles are computed then: tokens of
+one, how many of them are split, and blocks of a cluster, or 0 where there are no clusters."""
 
 
 def dtypes(device: str) -> list[torch.dtype]:
@@ -162,56 +168,74 @@ def test_many_tokens(form: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(got, on_cuda.cpu())
 
 
+def stored_weight(form: str, rows: int, columns: int) -> PackedWeight:
+    """Any bytes, as they lie on the GPU; both levels stay within int8."""
+    made = torch.Generator("cuda").manual_seed(rows + columns)
+    full = -(-rows // linear.ROWS) * linear.ROWS
+    size = columns if form == "bytes" else columns // 2
+    codes = torch.randint(0, 256, (full, size), dtype=torch.uint8, device="cuda", generator=made)
+    scale, groups = torch.rand(rows, device="cuda", generator=made) * 1e-2, None
+    if form == "group 128":
+        shape = (full // linear.ROWS, columns // 128, linear.ROWS, 2)
+        groups = torch.randint(1, 18, shape, dtype=torch.uint8, device="cuda", generator=made)
+        groups[..., 1] = 128 - groups[..., 0] * 7
+    return PackedWeight(codes, scale, 7 * scale if form == "channel" else None, groups, columns)
+
+
 @pytest.mark.cuda
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("form", ["channel", "group 128", "bytes"])
-def test_tiles_that_are_split(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many columns and few rows, as `PLANNED`."""
+@pytest.mark.parametrize("planned", PLANNED)
+def test_each_way_to_share_tiles(form: str, planned: tuple[int, ...]) -> None:
+    """One after the other, so that they overlap; the last tile has rows that are not there."""
     need("cuda")
-    monkeypatch.setattr(compiled, "FEW", 0)
-    weight = moved(packing.pack(random_codes(form, 2112, 14336)), "cuda")
-    for rows, *_ in PLANNED:
-        tokens = moved(random_tokens(rows, 14336), "cuda")
-        with use_backend("reference"):
-            expected = linear.w4a8_linear(tokens, weight, None, torch.bfloat16)
-        for _ in range(3):
-            with use_backend("compiled"):
-                assert torch.equal(linear.w4a8_linear(tokens, weight, None, torch.bfloat16), expected)
+    rows, tiles, steps, *_ = planned
+    weight = stored_weight(form, tiles * 128 - 30, steps * 128)
+    tokens = [moved(random_tokens(rows, steps * 128, seed), "cuda") for seed in range(2)]
+    with use_backend("reference"):
+        expected = [linear.w4a8_linear(each, weight, None, torch.bfloat16) for each in tokens]
+    for _ in range(3):
+        with use_backend("compiled"):
+            got = [linear.w4a8_linear(each, weight, None, torch.bfloat16) for each in tokens]
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_which_tiles_are_split(tmp_path: Path) -> None:
-    """On 132 multiprocessors; a last round is split whole, or not at all."""
+    """On 132 multiprocessors; a last round is split whole, or not at all, and clusters take one round."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++ on the PATH")
+    shapes = [(m, n, k) for m in (17, 64, 65, 256, 400, 2048, 8192) for n in (1, 17, 48, 224) for k in (1, 9, 32, 112)]
+    shapes += [planned[:3] for planned in PLANNED] + [(8192, 224, 32), (256, 32, 112)]
     code = """
 #include <cstdio>
 #include "linear_plan.h"
 int main() {
-  for (int tokens : {1, 17, 20, 64, 65, 100, 140, 256, 300, 400, 1930, 2048, 8192}) {
-    for (int rows : {1, 17, 32, 48, 224, 1002}) {
-      for (int steps : {1, 9, 32, 112}) {
-        const hfl::ManyPlan plan = hfl::plan_many(tokens, rows, steps, 132);
-        const int of[] = {tokens, rows, steps, plan.tokens, plan.split_tiles, plan.shares};
-        for (int x : of) std::printf("%d ", x);
-        std::printf("\\n");
-      }
-    }
+  int tokens, rows, steps;
+  while (std::scanf("%d %d %d", &tokens, &rows, &steps) == 3) {
+    const hfl::ManyPlan plan = hfl::plan_many(tokens, rows, steps, 132);
+    std::printf("%d %d %d\\n", plan.tokens, plan.split_tiles, plan.shares);
   }
 }
 """
     folder = Path(__file__).parents[2] / "csrc" / "cuda"
     command = [compiler, "-std=c++17", "-I", str(folder), "-x", "c++", "-", "-o", str(tmp_path / "plan")]
     subprocess.run(command, input=code, text=True, check=True)
-    said = subprocess.run([str(tmp_path / "plan")], capture_output=True, text=True, check=True).stdout
+    asked = "\n".join(" ".join(map(str, shape)) for shape in shapes)
+    said = subprocess.run([str(tmp_path / "plan")], input=asked, capture_output=True, text=True, check=True).stdout
     found = {}
-    for tokens, rows, steps, tile, split, shares in (map(int, line.split()) for line in said.splitlines()):
-        assert tile in ((32, 64, 128) if shares else (64, 128, 256))
-        assert split in ((0,) if shares else (0, -(-tokens // tile) * rows % 132))
+    for (tokens, rows, steps), line in zip(shapes, said.splitlines(), strict=True):
+        tile, split, shares = map(int, line.split())
+        tiles = -(-tokens // tile) * rows
+        assert tile in ((64, 128) if shares else (64, 128, 256))
+        assert split in ((0,) if shares else (0, tiles % 132))
         assert shares in (0, 1, 2, 4, 8)
         assert shares <= steps  # no block is without a step
-        found[tokens, rows, steps] = tile, split > 0, shares
-    assert [found[rows, 17, 112] for rows, *_ in PLANNED] == [(tile, n == 0, n) for _, tile, n in PLANNED]
-    assert found[8192, 224, 32] == (256, False, 0)
+        assert tiles * shares <= 132
+        found[tokens, rows, steps] = tile, split, shares
+    assert [found[planned[:3]] for planned in PLANNED] == [planned[3:] for planned in PLANNED]
+    assert found[8192, 224, 32] == (256, 0, 0)
+    assert found[256, 32, 112] == (128, 0, 2)
 
 
 @devices
