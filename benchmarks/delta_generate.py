@@ -6,6 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from decode_generate import model_8b
 
 import hf_longctx as lc
 from hf_longctx.weights.bitdelta.bits import Matrix
-from hf_longctx.weights.bitdelta.format import Base, Delta
+from hf_longctx.weights.bitdelta.format import Base, Delta, to_int8
 
 TENANTS, PROMPT, NEW = 16, 128, 128
 """Fine-tunes; tokens of each prompt; tokens that are generated for each before the next fine-tune is loaded."""
@@ -35,8 +36,8 @@ class Watch:
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
 
-def delta_of(model: Any, embeddings: bool) -> Delta:
-    """Random signs for every linear layer, and tables of its own if asked for."""
+def delta_of(model: Any, embeddings: str | None) -> Delta:
+    """Random signs for every linear layer, and tables of its own, in 16 bits or in int8, if asked for."""
     matrices = {}
     for name, module in model.get_decoder().named_modules(prefix="model"):
         if isinstance(module, torch.nn.Linear):
@@ -44,7 +45,19 @@ def delta_of(model: Any, embeddings: bool) -> Delta:
             bits = torch.randint(-(2**31), 2**31, (1, rows, columns // 32), device="cuda").int()
             matrices[f"{name}.weight"] = Matrix(bits, torch.full((1, 1, 1), 1e-3, device="cuda"))
     tables = {"model.embed_tokens.weight": model.model.embed_tokens.weight, "lm_head.weight": model.lm_head.weight}
-    return Delta("random", Base(), matrices, {k: x.detach() for k, x in tables.items()} if embeddings else {})
+    own = {name: x.detach() for name, x in tables.items()} if embeddings else {}
+    codes = {name: to_int8(x) for name, x in own.items()} if embeddings == "int8" else {}
+    dense = {**own, **{name: values for name, (values, _) in codes.items()}}
+    return Delta("random", Base(), matrices, dense, {name: scale for name, (_, scale) in codes.items()})
+
+
+def tenants_of(delta: Delta) -> dict[str, Delta]:
+    """Fine-tunes of a kind, each with a head in memory of its own: else what one reads the L2 would hold for others."""
+    heads = [name for name in delta.dense if name.startswith("lm_head")]
+    return {
+        f"tenant-{n}": replace(delta, dense={**delta.dense, **{name: delta.dense[name].clone() for name in heads}})
+        for n in range(TENANTS)
+    }
 
 
 def milliseconds(model: Any, rows: int, **asked: Any) -> tuple[float, lc.Report]:
@@ -83,11 +96,13 @@ def floor(model: Any, delta: Delta, bandwidth: float) -> float:
     weights = sum(x.nbytes for x in model.parameters()) - model.get_input_embeddings().weight.nbytes
     signs = sum(matrix.bits.nbytes for matrix in delta.matrices.values())
     heads = sum(x.nbytes for name, x in delta.dense.items() if name.startswith("lm_head"))
+    if heads:
+        weights -= model.lm_head.weight.nbytes  # no row is the base's
     return TENANTS / ((weights + TENANTS * (signs + heads)) / bandwidth)
 
 
 def tenant_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
-    """A row where tenants have embeddings of their own, and one where they have the base's.
+    """Rows where tenants have embeddings of their own, in 16 bits and in int8, and one where they have the base's.
 
     Args:
         bandwidth: bytes per second that a copy reads and writes.
@@ -97,17 +112,18 @@ def tenant_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
     weights = sum(x.nbytes for x in model.parameters())
     (alone, _), loading = milliseconds(model, 1), load_seconds(weights)
     swapping = NEW / (loading + NEW * alone / 1000)
-    for embeddings in (True, False):
+    for embeddings in ("16 bits", "int8", None):
         delta = delta_of(model, embeddings)
-        names = [f"tenant-{n}" for n in range(TENANTS)]
-        lc.deltas.load(model, dict.fromkeys(names, delta))
+        tenants = tenants_of(delta)
+        lc.deltas.load(model, tenants)
         held, size = weights + lc.deltas.report(model).device_bytes, delta.nbytes
         torch.cuda.reset_peak_memory_stats()
-        step, report = milliseconds(model, TENANTS, adapter_names=names)
+        step, report = milliseconds(model, TENANTS, adapter_names=list(tenants))
         together = TENANTS / step * 1000
         lc.deltas.unload(model)
         yield {
-            "case": f"generate(), 16 tenants of 8B in a batch, embeddings {'of their own' if embeddings else 'shared'}",
+            "case": "generate(), 16 tenants of 8B in a batch, embeddings "
+            + (f"of their own in {embeddings}" if embeddings else "shared"),
             "value": round(together, 1),
             "unit": "tokens/s",
             "baseline": f"fine-tunes of 16 bits loaded in turn from pinned memory, {NEW} tokens each",
@@ -125,6 +141,6 @@ def tenant_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
             "graphs": report.graphs,
             "eager": report.eager,
         }
-        del delta
+        del delta, tenants
         gc.collect()
         torch.cuda.empty_cache()

@@ -4,6 +4,7 @@
 #include "linear.h"
 #include "project.h"
 #include "streamed.h"
+#include "tables.h"
 
 extern "C" int32_t hfl_abi(void) { return HFL_ABI; }
 
@@ -44,6 +45,7 @@ extern "C" const char* hfl_delta_cuda(const hfl_delta*) { return kNone; }
 extern "C" const char* hfl_merged_cuda(const hfl_merged*) { return kNone; }
 extern "C" const char* hfl_project_cuda(const hfl_project*) { return kNone; }
 extern "C" const char* hfl_streamed_cuda(const hfl_streamed*) { return kNone; }
+extern "C" const char* hfl_tables_cuda(const hfl_tables*) { return kNone; }
 extern "C" int64_t hfl_linear_scratch(const hfl_linear*) { return 0; }
 extern "C" const char* hfl_quantize_cuda(const hfl_quantize*) { return kNone; }
 extern "C" const char* hfl_linear_cuda(const hfl_linear*) { return kNone; }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -41,22 +41,37 @@ class Obstacles:
     plan: Plan
     reason: str | None
     hooks: list[Mapping[int, Any]]
+    _met: _Met = field(default_factory=lambda: _Met([], None, []), init=False, repr=False, compare=False)
 
     def now(self) -> str | None:
         """What stands in the way at this time, or None."""
-        if self.reason is None:
-            for hook in self._foreign():
-                if _guest(hook) is None:
-                    return f"a module has a hook ({getattr(hook, '__qualname__', type(hook).__name__)})"
-        return self.reason
+        return self.reason or self._look().reason
 
     def guests(self) -> list[Guest]:
         """Whose hooks there are."""
-        found = (_guest(hook) for hook in self._foreign())
-        return list({id(guest): guest for guest in found if guest is not None}.values())
+        return self._look().guests
 
-    def _foreign(self) -> list[Any]:
-        return foreign_hooks(self.hooks)
+    def _look(self) -> _Met:
+        """Hooks are asked again when some came or went: there may be hundreds, and each step begins with this."""
+        numbers = [number for hooks in self.hooks if hooks for number in hooks]
+        met = self._met
+        if numbers != met.numbers:
+            foreign = foreign_hooks(self.hooks)
+            each = [_guest(hook) for hook in foreign]
+            met.guests = list({id(guest): guest for guest in each if guest is not None}.values())
+            odd = next((hook for hook, guest in zip(foreign, each, strict=True) if guest is None), None)
+            name = getattr(odd, "__qualname__", type(odd).__name__)
+            met.numbers, met.reason = numbers, None if odd is None else f"a module has a hook ({name})"
+        return met
+
+
+@dataclass(eq=False)
+class _Met:
+    """What is known of hooks, by the numbers that torch gives them, none of them twice."""
+
+    numbers: list[int]
+    reason: str | None
+    guests: list[Guest]
 
 
 def foreign_hooks(found: Iterable[Mapping[int, Any]]) -> list[Any]:

@@ -75,15 +75,13 @@ class Gated(ShortCut):
     """In place of the `forward` of an MLP that is `down(silu(gate(x)) * up(x))`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Two launches for few rows; for many, the layers and one launch between them; or the MLP's own."""
+        """Two launches for few rows; for many, or layers with hooks, these and one launch between; or the MLP's own."""
         parts: list[Any] = [getattr(self.module, name, None) for name in _GATED]
         if len(args) != 1 or kwargs or not self.due() or not all(isinstance(x, nn.Module) for x in parts):
             return self.stock(*args, **kwargs)
         x, (gate, up, down) = args[0], parts
-        if not self.due(few=True):
+        if not self.due(few=True) or not all(_plain(layer) for layer in parts) or not _few(x, *parts):
             return down(gated(gate(x), up(x)))
-        if not all(_plain(layer) for layer in parts) or not _few(x, *parts):
-            return self.stock(*args, **kwargs)
         inner = project_gated(x.reshape(-1, x.shape[-1]), gate.weight, up.weight)
         return _product(down, inner).view(*x.shape[:-1], -1)
 

@@ -76,14 +76,16 @@ struct StreamPlace {
 template <int EACH, bool BF16>
 struct Streamer {
   static constexpr int NT = EACH > 2 ? 2 : 1;
+  static constexpr bool EARLY = EACH == 1;  // parts are loaded anew as soon as they are used
   struct Batch {
     uint4 weights[4][2], bits[EACH][2];
   };
   const StreamTask& p;
   const StreamBoard& board;
-  int lane, begin, mine;          // quarters: the first, and how many are this rank's
-  uint32_t x_at, planes_at, some;  // some: bit r: row r has bits
-  float* deltas;  // this lane's, 32 apart, as `base`
+  int lane, side;                  // side: of the board, and of what is known of x
+  uint32_t x_at, planes_at, some;  // of this phase; some: bit r: row r has bits
+  float* deltas;                   // this lane's, 32 apart, as `base`
+  StreamShare share;
   float base[NT][4];
 
   __device__ __forceinline__ int part_of(int tile) const { return (tile >= p.ends[0]) + (tile >= p.ends[1]); }
@@ -98,61 +100,55 @@ struct Streamer {
     const uint16_t* weight = static_cast<const uint16_t*>(one_of(p.a.weight, at.part));
     const int output = min(first + lane / 4, outputs - 1), on = min(8, outputs - 1 - output);
     const int64_t stride = one_of(p.a.weight_r, at.part);
-    at.weights = weight + output * stride + begin * QUARTER + lane % 4 * 8;
+    at.weights = weight + output * stride + share.begin * QUARTER + lane % 4 * 8;
     at.weights_on = on * static_cast<int>(stride);
-    at.bits = one_of(p.a.bits, at.part) + static_cast<int64_t>(output) * words + (begin + lane % 4) * 4;
+    at.bits = one_of(p.a.bits, at.part) + static_cast<int64_t>(output) * words + (share.begin + lane % 4) * 4;
     at.bits_on = on * words, at.apart = outputs * words;
     return at;
   }
 
+  __device__ __forceinline__ void load_weight(Batch& to, int i, const StreamPlace& at, int quarter) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      to.weights[i][h] = weights_if(at.weights + h * at.weights_on + quarter * QUARTER + i * 32, quarter < share.mine);
+    }
+  }
+  __device__ __forceinline__ void load_row(Batch& to, int e, const StreamPlace& at, int quarter) const {
+    const int row = quarter * EACH + e;
+    const bool there = (some >> row & 1) && lane % 4 < share.mine;
+    const int32_t* from = at.bits + static_cast<int64_t>(board.slots[row]) * at.apart;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) to.bits[e][h] = bits_if(from + h * at.bits_on, there);
+  }
   __device__ __forceinline__ void load_weights(Batch& to, const StreamPlace& at, int quarter) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        to.weights[i][h] = weights_if(at.weights + h * at.weights_on + quarter * QUARTER + i * 32, quarter < mine);
-      }
+    for (int i = 0; i < 4; ++i) load_weight(to, i, at, quarter);
   }
   __device__ __forceinline__ void load_bits(Batch& to, const StreamPlace& at, int quarter) const {
 #pragma unroll
-    for (int e = 0; e < EACH; ++e) {
-      const int row = quarter % 4 * EACH + e, step = quarter / 4;
-      const bool there = (some >> row & 1) && step * 4 + lane % 4 < mine;
-      const int64_t from = static_cast<int64_t>(board.slots[row]) * at.apart + step * (STEP / WORD);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) to.bits[e][h] = bits_if(at.bits + from + h * at.bits_on, there);
-    }
-  }
-  __device__ __forceinline__ void load(Batch& to, const StreamPlace& at, int quarter) const {
-    load_weights(to, at, quarter);
-    load_bits(to, at, quarter);
+    for (int e = 0; e < EACH; ++e) load_row(to, e, at, quarter);
   }
 
-  // Products of 128 inputs with the weights. Lane 4 g + t has inputs 32 i + 8 t to + 7 of output g, and of row g.
-  __device__ __forceinline__ void multiply(const Batch& own, int quarter) {
-    if (quarter >= mine) return;
+  // Products of 32 of 128 inputs with the weights. Lane 4 g + t has inputs 8 t to + 7 of output g, and of row g.
+  __device__ __forceinline__ void multiply(const Batch& own, int i, int quarter) {
+    const uint4 w = own.weights[i][0], v = own.weights[i][1];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint4 w = own.weights[i][0], v = own.weights[i][1];
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        const uint4 x = load_shared(x_at + static_cast<uint32_t>(n * 8 * p.x_bytes() + quarter * QUARTER * 2 + i * 64));
-        if (BF16) {
-          mma_bf16(base[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
-          mma_bf16(base[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
-        } else {
-          mma_f16(base[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
-          mma_f16(base[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
-        }
+    for (int n = 0; n < NT; ++n) {
+      const uint4 x = load_shared(x_at + static_cast<uint32_t>(n * 8 * X_BYTES + quarter * QUARTER * 2 + i * 64));
+      if (BF16) {
+        mma_bf16(base[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
+        mma_bf16(base[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
+      } else {
+        mma_f16(base[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
+        mma_f16(base[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
       }
     }
   }
 
   // Sums of a row's whole numbers where its bits are set, over 512 inputs: a lane's share, of outputs g and g + 8.
-  __device__ __forceinline__ void count(float (&sum)[2], const uint4 (&bits)[2], int row, int step,
-                                        float factor) const {
+  __device__ __forceinline__ void count(float (&sum)[2], const uint4 (&bits)[2], int row, float factor) const {
     int both[PLACES / 8][4] = {};
-    const uint32_t from = planes_at + static_cast<uint32_t>((row * p.steps + step) * STEP_BYTES);
+    const uint32_t from = planes_at + static_cast<uint32_t>(row * STEP_BYTES);
 #pragma unroll
     for (int n = 0; n < PLACES / 8; ++n) {
       const uint4 x = load_shared(from + static_cast<uint32_t>(n * 512));
@@ -169,11 +165,10 @@ struct Streamer {
   }
 
   // A row's share, or nothing where it has no bits.
-  __device__ __forceinline__ void count_row(float (&sum)[2], const uint4 (&bits)[2], int row, int step,
-                                            int part) const {
+  __device__ __forceinline__ void count_row(float (&sum)[2], const uint4 (&bits)[2], int row, int part) const {
     sum[0] = sum[1] = 0.0f;
     if (!(some >> row & 1)) return;
-    count(sum, bits, row, step, board.factors[part][row] * static_cast<float>(1 << lane % 4 * 2));
+    count(sum, bits, row, board.factors[side][part][row] * static_cast<float>(1 << lane % 4 * 2));
   }
   // Two rows' shares, added up over four lanes in two steps: the first lanes get those of the first row.
   __device__ __forceinline__ static float add_far(float low, float high, bool upper) {
@@ -183,20 +178,21 @@ struct Streamer {
     return (is_odd ? odd : even) + __shfl_xor_sync(0xffffffffu, is_odd ? even : odd, 1);
   }
 
-  // Products of a quarter's bits, of the rows from `first` on. Lane t of four gets the sum of row t of four.
-  __device__ __forceinline__ void add_deltas(const Batch& own, int first, int step, int part) {
-    if (!(some >> first & ((1u << EACH) - 1))) return;
+  // Products of a quarter's bits, of the rows from `first` on. Lane t of four gets the sum of row t of four. What was
+  // used is loaded anew with `load(e)`.
+  template <typename Load>
+  __device__ __forceinline__ void add_deltas(const Batch& own, int first, int part, Load load) {
     const bool upper = lane & 2, odd = lane & 1, later = first & 2, one_later = first & 1;
     float low[2], high[2] = {}, even[2], sums[2];
-    count_row(low, own.bits[0], first, step, part);
-    if constexpr (EACH == 4) count_row(high, own.bits[2], first + 2, step, part);
+    count_row(low, own.bits[0], first, part), load(0);
+    if constexpr (EACH == 4) count_row(high, own.bits[2], first + 2, part), load(2);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       even[h] = EACH < 4 && later ? add_far(0.0f, low[h], upper) : add_far(low[h], high[h], upper);
     }
     if constexpr (EACH > 1) {
-      count_row(low, own.bits[1], first + 1, step, part);
-      if constexpr (EACH == 4) count_row(high, own.bits[3], first + 3, step, part);
+      count_row(low, own.bits[1], first + 1, part), load(1);
+      if constexpr (EACH == 4) count_row(high, own.bits[3], first + 3, part), load(3);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float of_odd = EACH < 4 && later ? add_far(0.0f, low[h], upper) : add_far(low[h], high[h], upper);
@@ -212,8 +208,9 @@ struct Streamer {
     for (int h = 0; h < 2; ++h) deltas[(first / 8 * 4 + first / 4 % 2 + 2 * h) * 32] += sums[h];
   }
 
-  // All of a tile in a phase, whose first weights are in `own`; kept: this lane's sums of the phases before, or NULL.
-  __device__ __forceinline__ void run(Batch& own, const StreamPlace& at, const float4* kept) {
+  // All of a tile in a phase, whose first quarter is in `own`; then there is that of tile `next`, if it is one, and `at`
+  // is its place. kept: this lane's sums of the phases before, or NULL.
+  __device__ __forceinline__ void run(Batch& own, StreamPlace& at, int next, const float4* kept) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const float4 before = kept ? kept[n * 32] : float4{};
@@ -221,13 +218,27 @@ struct Streamer {
 #pragma unroll
       for (int j = 0; j < 4; ++j) deltas[(n * 4 + j) * 32] = 0.0f;
     }
-    const int quarters = (mine + 3) / 4 * 4;
+    const int part = at.part;
 #pragma unroll 1
-    for (int quarter = 0; quarter < quarters; ++quarter) {
-      if (quarter) load_weights(own, at, quarter);
-      load_bits(own, at, quarter);
-      multiply(own, quarter);
-      add_deltas(own, quarter % 4 * EACH, quarter / 4, at.part);
+    for (int quarter = 0; quarter < EACH_RANK; ++quarter) {
+      const bool last = quarter + 1 == EACH_RANK, more = !last || next >= 0;
+      const int then = last ? 0 : quarter + 1;
+      if (last && more) at = place_of(next);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (quarter < share.mine) multiply(own, i, quarter);
+        if constexpr (EARLY) {
+          if (more) load_weight(own, i, at, then);
+        }
+      }
+      add_deltas(own, quarter * EACH, part, [&](int e) {
+        if constexpr (EARLY) {
+          if (more) load_row(own, e, at, then);
+        }
+      });
+      if constexpr (!EARLY) {
+        if (more) load_weights(own, at, then), load_bits(own, at, then);
+      }
     }
   }
 
@@ -236,7 +247,7 @@ struct Streamer {
     float out[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      out[j] = base[n][j] + (deltas[(n * 4 + j) * 32] - board.minus[part][n * 8 + j % 2 * 4 + lane % 4]);
+      out[j] = base[n][j] + (deltas[(n * 4 + j) * 32] - board.minus[side][part][n * 8 + j % 2 * 4 + lane % 4]);
     }
     return make_float4(out[0], out[1], out[2], out[3]);
   }
@@ -280,8 +291,7 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   const int first = border(group), tiles = border(group + 1) - first, owned = (tiles - rank + RANKS - 1) / RANKS;
   const uint32_t slots = shared_address(stream_shared), kept = static_cast<uint32_t>(p.owned * p.owned_bytes()),
                  deltas = kept + static_cast<uint32_t>(p.owned * p.kept_bytes()),
-                 x_at = slots + deltas + static_cast<uint32_t>(p.deltas_bytes()),
-                 planes_at = x_at + static_cast<uint32_t>(p.columns() * p.x_bytes());
+                 x_at = deltas + static_cast<uint32_t>(p.deltas_bytes());
   if (threadIdx.x == 0) {
     for (int i = 0; i < owned; ++i) barrier_init(board.sent[i], 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -291,36 +301,41 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   using S = Streamer<EACH, BF16>;
   const int g = lane / 4, t = lane % 4;
-  S own = {p, board, lane, 0, 0, x_at + static_cast<uint32_t>((g / 2 + g % 2 * 4) * p.x_bytes() + t * 16),
-           planes_at + static_cast<uint32_t>(lane * 16), 0,
-           reinterpret_cast<float*>(stream_shared + deltas) + warp * S::NT * 4 * 32 + lane, {}};
+  const auto x_of = [&](int side) { return stream_shared + x_at + side * p.phase_bytes(); };
+  const auto planes_of = [&](int side) { return x_of(side) + p.columns() * X_BYTES; };
+  S own = {p, board, lane, 0, 0, 0, 0, reinterpret_cast<float*>(stream_shared + deltas) + warp * S::NT * 4 * 32 + lane,
+           StreamShare(p, 0, rank), {}};
   typename S::Batch batch = {};
+  StreamPlace place = own.place_of(first + min(warp, tiles - 1));
+  if (warp < tiles) own.load_weights(batch, place, 0);
+  wait_for_previous(warp);
+  const StreamRow row(p, board);
+  row.fetch(p, own.share, x_of(0));
+  __syncthreads();
+  for (int i = 0; i < STREAM_ROWS; ++i) own.some |= (board.slots[i] >= 0 ? 1u : 0u) << i;
+  if (warp < tiles) own.load_bits(batch, place, 0);
+  row.know(p, board, 0, own.share, x_of(0), planes_of(0));
+  __syncthreads();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #pragma unroll 1
   for (int phase = 0; phase < p.phases; ++phase) {
-    own.begin = min((phase * RANKS + rank) * p.each, p.quarters), own.mine = min(p.each, p.quarters - own.begin);
-    if (warp < tiles) own.load_weights(batch, own.place_of(first + warp), 0);
-    if (phase) {
-      __syncthreads();  // nobody reads what was known in the phase before
-    } else {
-      wait_for_previous(warp);
-    }
-    know_rows(p, board, own.begin, own.mine, stream_shared + (x_at - slots), stream_shared + (planes_at - slots));
-    if (!phase) {
-      for (int row = 0; row < STREAM_ROWS; ++row) own.some |= (board.slots[row] >= 0 ? 1u : 0u) << row;
-      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    }
+    own.side = phase % 2;
+    own.x_at = shared_address(x_of(own.side)) + static_cast<uint32_t>((g / 2 + g % 2 * 4) * X_BYTES + t * 16);
+    own.planes_at = shared_address(planes_of(own.side)) + static_cast<uint32_t>(lane * 16);
+    const bool last = phase + 1 == p.phases;
+    const StreamShare ahead(p, min(phase + 1, p.phases - 1), rank);
+    if (!last) row.fetch(p, ahead, x_of(1 - own.side));
 #pragma unroll 1
     for (int tile = warp; tile < tiles; tile += STREAM_WARPS) {
-      const StreamPlace place = own.place_of(first + tile);
-      if (tile > warp) own.load_weights(batch, place, 0);
+      const int part = place.part;
       float4* before = reinterpret_cast<float4*>(stream_shared + kept) + tile * S::NT * 32 + lane;
-      own.run(batch, place, phase ? before : nullptr);
+      own.run(batch, place, tile + STREAM_WARPS < tiles ? first + tile + STREAM_WARPS : -1, phase ? before : nullptr);
       const int owner = tile % RANKS, slot = tile / RANKS;
       const uint32_t to = slots + static_cast<uint32_t>(slot * p.owned_bytes() + (rank * S::NT * 32 + lane) * 16);
 #pragma unroll
       for (int n = 0; n < S::NT; ++n) {
-        const float4 sums = own.sums_of(n, place.part);
-        if (phase + 1 < p.phases) {
+        const float4 sums = own.sums_of(n, part);
+        if (!last) {
           before[n * 32] = sums;
         } else {
           send(over_there(to + static_cast<uint32_t>(n * 512), owner),
@@ -328,6 +343,11 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
         }
       }
     }
+    if (last) break;
+    own.share = ahead, place = own.place_of(first + min(warp, tiles - 1));
+    if (warp < tiles) own.load_weights(batch, place, 0), own.load_bits(batch, place, 0);
+    row.know(p, board, 1 - own.side, ahead, x_of(1 - own.side), planes_of(1 - own.side));
+    __syncthreads();
   }
 #pragma unroll 1
   for (int slot = warp; slot < owned; slot += STREAM_WARPS) {

@@ -43,6 +43,7 @@ OPS = (
     "delta_linear",
     "linear_with_delta",
     "linears_with_delta",
+    "linear_of_rows",
     "quantize_tokens",
     "quantize_norm",
     "quantize_gated",

@@ -127,6 +127,11 @@ def linears_with_delta(x: Tensor, weights: Sequence[Tensor], *others: Any) -> li
     return [linear_with_delta(x, weight) for weight in weights]
 
 
+def linear_of_rows(x: Tensor, weights: Any, scales: Any, table_of_row: Any, width: int) -> Tensor:
+    """`[R, width]`."""
+    return x.new_empty(x.shape[0], width)
+
+
 def quantize_tokens(x: Tensor, *others: Any) -> Tokens:
     """Of `quantize_tokens` and `quantize_gated`."""
     scale, sums = (x.new_empty(x.shape[0], dtype=dtype) for dtype in (torch.float32, torch.int32))

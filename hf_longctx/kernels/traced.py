@@ -75,6 +75,7 @@ TABLE = {
     "delta_linear": Row(outputs.delta_linear),
     "linear_with_delta": Row(outputs.linear_with_delta),
     "linears_with_delta": Row(outputs.linears_with_delta, "Tensor[]"),
+    "linear_of_rows": Row(outputs.linear_of_rows),
     "quantize_tokens": Row(outputs.quantize_tokens, _THREE),
     "quantize_norm": Row(outputs.quantize_norm, _FOUR),
     "quantize_gated": Row(outputs.quantize_tokens, _THREE),

@@ -128,6 +128,8 @@ def _products(device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
     weight = test_layers.random(64, 256).to(device, BF16)
     yield "linears_with_delta", (x, [weight] * 2, [None, None], [bits] * 2, [scales] * 2, slots[:, None])
     yield "linear_with_delta", (x, weight, None, bits, scales, slots[:, None])
+    codes, worth = torch.ones(70, 256, dtype=torch.int8, device=device), torch.rand(70, 1, device=device)
+    yield "linear_of_rows", (x, [weight, codes], [None, worth], [0, 1, 1, 0], 72)
     wide = test_layers.random(5, 128).to(device, BF16)
     yield "quantize_tokens", (wide,)
     yield "quantize_norm", (wide, wide[0].contiguous(), 1e-5, 0.0, True)

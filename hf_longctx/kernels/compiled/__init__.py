@@ -21,6 +21,7 @@ from . import (
     step,
     store,
     streamed,
+    tables,
 )
 
 OPS = {
@@ -36,6 +37,7 @@ OPS = {
     **project.OPS,
     **delta.OPS,
     **streamed.OPS,
+    **tables.OPS,
     **linear.OPS,
     **rotary.OPS,
     **step.OPS,

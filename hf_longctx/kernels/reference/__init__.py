@@ -19,6 +19,7 @@ from .rotate import rotate, rotate_heads
 from .score import score_antidiagonal, score_pages
 from .selected import attend_mass
 from .step import attend_layer
+from .tables import linear_of_rows
 
 OPS = {
     "attend_blocks": Implementation(attend_blocks),
@@ -46,6 +47,7 @@ OPS = {
     "delta_linear": Implementation(delta_linear),
     "linear_with_delta": Implementation(linear_with_delta),
     "linears_with_delta": Implementation(linears_with_delta),
+    "linear_of_rows": Implementation(linear_of_rows),
     "quantize_tokens": Implementation(quantize_tokens),
     "quantize_norm": Implementation(quantize_norm),
     "quantize_gated": Implementation(quantize_gated),

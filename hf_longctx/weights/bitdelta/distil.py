@@ -19,11 +19,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from .attach import install, remove
 from .bits import Matrix
+from .embeddings import Table
 from .experts import EXPERT, Experts
 from .format import Delta
 from .message import say
 from .signs import Signs
-from .tables import Norm, Table, Weights
+from .tables import Norm, Weights
 from .tenants import Deltas
 
 _PUPIL = "pupil"
@@ -87,9 +88,11 @@ def distil(
         raise ValueError(
             say("delta distil", f"a text of at least {lessons.tokens} tokens", len(ids), "Pass a longer one")
         )
+    began = delta
     if lessons.train == "all":
         delta = _whole(delta, teacher)
-    state = install(base, {_PUPIL: delta}, 1)
+        began = replace(delta, dense={name: delta.weight(name) for name in delta.dense}, int8={})
+    state = install(base, {_PUPIL: began}, 1)
     wanted = [x.requires_grad for x in base.parameters()]
     training = base.training, teacher.training
     try:
@@ -159,17 +162,19 @@ def _trained(state: Deltas, train: str) -> Iterator[nn.Parameter]:
     for key, hook in state.hooks.items():
         if isinstance(hook, Experts):
             yield from hook.trained(state.parts(next(iter(state.tenants)), key))
-        if isinstance(hook, Signs) and hook.scales is not None:
-            hook.scales = _parameter(hook.scales)
-            yield hook.scales
+        if isinstance(hook, Signs) and 0 in hook.shapes:
+            grain = hook.shapes[0][1:]
+            hook.scales[grain] = made = _parameter(hook.scales[grain])
+            yield made
         if train == "scales":
             continue
         if isinstance(hook, Signs) and hook.bias is not None:
             hook.bias = nn.Parameter(hook.bias)
             yield hook.bias
-        elif isinstance(hook, Table) and hook.table is not None:
-            hook.table = nn.Parameter(hook.table)
-            yield hook.table
+        elif isinstance(hook, Table):
+            for rows in hook.kinds.values():
+                rows.values = nn.Parameter(rows.values)
+                yield rows.values
         elif isinstance(hook, Norm) and hook.tables is not None:
             hook.tables = {name: nn.Parameter(x) for name, x in hook.tables.items()}
             yield from hook.tables.values()  # type: ignore[misc]
@@ -194,17 +199,19 @@ def _taken(state: Deltas, delta: Delta) -> Delta:
         held: dict[str, Tensor] = {}
         if isinstance(hook, Signs):
             name = f"{key}.weight"
-            if hook.scales is not None and name in matrices:
+            if 0 in hook.shapes and name in matrices:
                 bits = matrices[name].bits
-                matrices[name] = Matrix(bits, hook.scales[0, : len(bits)].cpu().clone())
+                matrices[name] = Matrix(bits, hook.scales[hook.shapes[0][1:]][0, : len(bits)].cpu().clone())
             if isinstance(hook.bias, nn.Parameter):
                 own: Any = getattr(hook.module, "bias", None)
                 held["bias"] = hook.bias[1] + (0 if own is None else own.float())
         elif isinstance(hook, Experts):
             found = hook.taught(state.parts(next(iter(state.tenants)), key))
             matrices |= {f"{key}.{name}.weight": matrix for name, matrix in found.items()}
-        elif isinstance(hook, Table) and isinstance(hook.table, nn.Parameter):
-            held["weight"] = hook.table[0, : hook.own[0]]
+        elif isinstance(hook, Table):
+            for rows in hook.kinds.values():
+                if isinstance(rows.values, nn.Parameter):
+                    held["weight"] = rows.values[0, : rows.own[0]]
         elif isinstance(hook, Norm) and hook.tables is not None:
             held = {part: x[1] for part, x in hook.tables.items() if isinstance(x, nn.Parameter)}
         elif isinstance(hook, Weights):

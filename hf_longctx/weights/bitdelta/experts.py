@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -15,7 +16,6 @@ from ...kernels.delta import delta_linear
 from .bits import Matrix
 from .hooks import Hook, wide
 from .route import Route
-from .signs import finer, finest
 
 EXPERT = re.compile(r"(?P<module>.+\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.weight")
 """The name of one matrix of one expert in a file."""
@@ -163,7 +163,8 @@ class Experts(Hook):
         if name not in self.bits:
             return out
         bits, scales = self.bits[name][number].flatten(0, 1), self.scales[name][number].flatten(0, 1)
-        slots = route.slots_of(total, self.bits[name].shape[2], x.device)[rows]
+        planes = self.bits[name].shape[2]
+        slots = route.slots_of(total, route.planes, planes, planes, x.device)[rows]
         return delta_linear(x, out, bits, scales.double() if x.dtype == torch.float64 else scales, slots)
 
     def _gate(self, both: Tensor) -> Tensor:
@@ -197,3 +198,17 @@ def _shared(grad: Tensor, mask: Tensor, alike: Mapping[tuple[int, int, torch.Siz
         cells = part.reshape(len(numbers), planes, rows, part.shape[2] // rows, groups, part.shape[3] // groups)
         grad[numbers, 0, :planes, start:stop] = cells.sum((3, 5), keepdim=True).expand_as(cells).reshape(part.shape)
     return grad
+
+
+def finest(held: Tensor | None, matrix: Matrix) -> torch.Size:
+    """Shape `[P, 1 or N, groups]` into which scales that there are, `[S, P, 1 or N, groups]`, and a matrix's fit."""
+    planes, rows, groups = matrix.scales.shape
+    if held is not None:
+        planes, rows, groups = max(planes, held.shape[1]), max(rows, held.shape[2]), math.lcm(groups, held.shape[3])
+    return torch.Size((planes, rows, groups))
+
+
+def finer(scales: Tensor, shape: torch.Size) -> Tensor:
+    """Scales `[..., P, 1 or N, groups]` said for the finer rows and groups of a shape; planes as they are."""
+    repeated = scales.repeat_interleave(shape[-1] // scales.shape[-1], -1)
+    return repeated.expand(*repeated.shape[:-2], shape[-2], shape[-1])

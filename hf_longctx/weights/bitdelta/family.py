@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from ...kernels.delta import FEW, joined
+from ...kernels.delta import FEW, delta_linear, joined
 
 if TYPE_CHECKING:
     from .route import Route
-    from .signs import Signs
+    from .signs import Kind, Signs
 
 _NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Of layers beside each other, in the order in which models call them."""
@@ -50,10 +51,10 @@ class Family:
         self.given, self.route, self.waiting = None, route, {}
         first = hook is self.members[0] and input.shape[:-1].numel() <= FEW
         members = [x for x in self.members if x.bits is not None and x.part is None] if first else [hook]
-        made = _joined(members, input, route)
+        made = _outputs(members, input, route)
         if made is None and len(members) > 1:
             members = [hook]
-            made = _joined(members, input, route)
+            made = _outputs(members, input, route)
         if made is None:
             return None
         if len(made) > 1:
@@ -79,13 +80,33 @@ def families(hooks: Mapping[str, Any], key: str, kind: type[Signs]) -> None:
                 x.family = family
 
 
-def _joined(members: list[Signs], input: Tensor, route: Route) -> list[Tensor] | None:
-    flat, layers = input.reshape(-1, input.shape[-1]), [x.module._parameters for x in members]
-    arguments = [x.arguments(route, flat) for x in members]
-    slots = arguments[0][2]
-    if any(own[2] is not slots for own in arguments):
+def _outputs(members: list[Signs], input: Tensor, route: Route) -> list[Tensor] | None:
+    """What layers give, or None: no backend joins the products of any kind of rows, or kinds are not the same."""
+    kinds = members[0].kinds(route)
+    if any(x.kinds(route) != kinds for x in members):
+        return None
+    flat = input.reshape(-1, input.shape[-1])
+    each = [_joined(members, flat, route, kind) for kind in kinds]
+    if all(made is None for made in each) or (len(members) > 1 and None in each):
+        return None
+    out: list[Tensor] = []
+    for kind, made in zip(kinds, each, strict=True):
+        if made is None:
+            base = members[0].base(input)
+            base = base.reshape(len(flat), base.shape[-1])
+            made = (delta_linear(flat, base, *members[0].arguments(route, flat, kind)),)
+        if out:
+            mine = route.those(len(flat), tuple(own > 0 for own in kind.own), flat.device)[:, None]
+            made = tuple(torch.where(mine, new, old) for new, old in zip(made, out, strict=True))
+        out = list(made)
+    return [x.reshape(*input.shape[:-1], -1) for x in out]
+
+
+def _joined(members: list[Signs], flat: Tensor, route: Route, kind: Kind) -> tuple[Tensor, ...] | None:
+    """What layers give rows of a kind; the others' are of no use."""
+    layers = [x.module._parameters for x in members]
+    bits, scales, slots = zip(*(x.arguments(route, flat, kind) for x in members), strict=True)
+    if any(own is not slots[0] for own in slots):
         return None  # other numbers of planes
     weights: Any = [own["weight"] for own in layers]
-    biases = [own.get("bias") for own in layers]
-    made = joined(flat, weights, biases, [own[0] for own in arguments], [own[1] for own in arguments], slots)
-    return None if made is None else [x.reshape(*input.shape[:-1], -1) for x in made]
+    return joined(flat, weights, [own.get("bias") for own in layers], bits, scales, slots[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +21,7 @@ from .route import Route
 from .split import Part
 
 if TYPE_CHECKING:
-    from .tables import Table
+    from .embeddings import Table
 
 
 class Where(Protocol):
@@ -120,6 +121,58 @@ class Hook(ABC):
 @between_graphs("tenants differ from call to call, and a graph keeps those of its first")
 def _outside(hook: Hook, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     return hook.routed(args, kwargs, out)
+
+
+class Ahead(Hook):
+    """What is hung on a linear layer, and may do the layer's product itself, before anything of the base is computed.
+
+    Attributes:
+        done: it has done so in the call that is running.
+    """
+
+    def __init__(self, module: nn.Module, where: Where) -> None:
+        super().__init__(module, where)
+        self.done = False
+        self._forward = _Forward(self, vars(module).get("forward"))
+        before = self._forward.before
+        if type(module) is nn.Linear and (before is None or hasattr(before, "stock")):
+            module.__dict__["forward"] = self._forward
+
+    def remove(self) -> None:
+        """As above."""
+        super().remove()
+        own = self.module.__dict__.pop("forward", None)
+        if isinstance(own, _Forward):
+            own = own.before
+        if own is not None:
+            self.module.__dict__["forward"] = own
+
+    @abstractmethod
+    def instead(self, input: Tensor, route: Route) -> Tensor | None:
+        """The layer's output, each row its tenant's; None: the layer's own comes first, then `after`."""
+
+    def base(self, input: Tensor) -> Tensor:
+        """What the layer computes without tenants."""
+        before, plain = self._forward.before, type(self.module).forward
+        out: Tensor = before(input) if before else plain(self.module, input)
+        return out
+
+
+@dataclass(eq=False)
+class _Forward:
+    """In place of a layer's `forward`."""
+
+    hook: Ahead
+    before: Any  # a short cut that was there
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """The layer's output; with what tenants have, where the hook can."""
+        route = None if torch.compiler.is_compiling() else self.hook.where.route()  # then `after` does it
+        made = None if route is None else self.hook.instead(input, route)
+        if made is None:
+            return self.hook.base(input)
+        self.hook.done = True
+        return made
 
 
 def choose(route: Route, slot: int, found: Any, out: Any) -> Any:

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from .checkpoint import end_names
+from .codes import Codes
+from .embeddings import Table
 from .experts import EXPERT, Experts, find
 from .format import Delta
+from .head import Head
 from .hooks import Hook
 from .message import say
 from .signs import Signs
-from .tables import Head, Norm, Table, Weights
+from .tables import Norm, Weights
 
 _MERGE = "Load it alone with from_pretrained and call merge_delta, or keep a copy of the fine-tune"
 
@@ -37,10 +40,15 @@ class Place:
     def load(self, delta: Delta) -> Mapping[str, Any]:
         """The tensors: a `Matrix` where there are signs."""
         parts: dict[str, Any] = {
-            part: delta.matrices[name] if name in delta.matrices else delta.weight(name)
+            part: delta.matrices[name] if name in delta.matrices else self._dense(delta, name)
             for part, name in self.names.items()
         }
         return {**parts, "tied": True} if self.tied else parts
+
+    def _dense(self, delta: Delta, name: str) -> Tensor | Codes:
+        """A tensor of the fine-tune itself: tables as they are stored."""
+        scale = delta.int8.get(name) if self.kind in (Table, Head) else None
+        return delta.weight(name) if scale is None else Codes(delta.dense[name], scale)
 
 
 def places_of(model: Any, delta: Delta) -> dict[str, Place]:

@@ -29,33 +29,44 @@ class Route:
     names: tuple[str, ...]
     slots: tuple[int, ...]
     planes: tuple[int, ...]
-    _made: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
+    known: dict[Any, Any] = field(default_factory=dict)
+    """What hooks remember of it."""
+    _made: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     @property
     def distinct(self) -> tuple[int, ...]:
         """Slots that occur, without the base."""
         return tuple(sorted({slot for slot in self.slots if slot >= 0}))
 
-    def slots_of(self, rows: int, planes: int, device: torch.device) -> Tensor:
-        """The places of each row's planes where a slot has `planes` of them, `[rows, planes]`, int32; -1 for none.
+    def slots_of(self, rows: int, own: tuple[int, ...], apart: int, width: int, device: torch.device) -> Tensor:
+        """The places of each row's planes where a slot has `apart` of them, `[rows, width]`, int32; -1 for none.
 
         Args:
             rows: of an input, tokens of one row of the batch next to each other.
-            planes: bits that there is room for.
+            own: how many planes each name has.
+            apart: planes that a slot has room for.
+            width: most of them that are asked for.
             device: where the numbers are needed.
         """
-        key = rows, planes, device
+        key = rows, own, apart, width, device
         if key not in self._made:
             places = [
-                [slot * planes + plane if plane < own else -1 for plane in range(planes)]
-                for slot, own in zip(self.slots, self.planes, strict=True)
+                [slot * apart + plane if plane < planes else -1 for plane in range(width)]
+                for slot, planes in zip(self.slots, own, strict=True)
             ]
             self._made[key] = self._spread(places, rows, torch.int32, device)
         return self._made[key]
 
+    def those(self, rows: int, chosen: tuple[bool, ...], device: torch.device) -> Tensor:
+        """Whether the name of each row is one of the chosen, `[rows]`, bool."""
+        key = rows, chosen, device
+        if key not in self._made:
+            self._made[key] = self._spread(list(chosen), rows, torch.bool, device)
+        return self._made[key]
+
     def index(self, rows: int, device: torch.device) -> Tensor:
         """The slot of each row, `[rows]`, int64; -1 for the base."""
-        key = rows, 0, device
+        key = rows, device
         if key not in self._made:
             self._made[key] = self._spread(list(self.slots), rows, torch.int64, device)
         return self._made[key]

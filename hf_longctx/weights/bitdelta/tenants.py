@@ -10,16 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from .checkpoint import end_names
+from .embeddings import Table
 from .family import families
 from .fit import Known, check
 from .format import Delta
+from .head import Head
 from .hooks import Hook
 from .message import say
 from .places import Place, places_of
 from .route import BASE, Route
 from .signs import Signs
 from .split import Part, check_split, part_of
-from .tables import Head, Norm, Table
+from .tables import Norm
 
 _KEPT = 64
 """Routes that are remembered: a service has other names in every batch."""
@@ -48,6 +50,7 @@ class Deltas:
         self._known = Known(model)
         self._calls: list[tuple[str, ...]] = []
         self._routes: dict[tuple[str, ...], Route] = {}
+        self._read: list[Tensor] | None = None
         self._places: dict[str, dict[str, Place]] = {}
         self._first = end_names(model)[0].removesuffix(".weight")
         self._here = decoder.device, decoder.dtype
@@ -231,7 +234,7 @@ class Deltas:
             self._make(key, self._places[name][key], own)
         for key, hook in self.hooks.items():
             hook.put(slot, parts.get(key, {}))
-        self.resident[name] = slot
+        self.resident[name], self._read = slot, None
 
     def _make(self, key: str, place: Place, parts: Mapping[str, Any]) -> None:
         """A hook on a layer, with memory that a tenant fits into."""
@@ -265,7 +268,8 @@ class Deltas:
         """Tensors that hooks read in a call of one token a row."""
         route = self.route()
         made = [] if route is None else route.buffers(self.batch)
-        return [*made, *(x for hook in self.hooks.values() for x in hook.buffers())]
+        self._read = self._read or [x for hook in self.hooks.values() for x in hook.buffers()]  # hundreds, in each step
+        return [*made, *self._read]
 
     def _follow(self) -> None:
         """Begin anew on the device where the model is now, in its type."""
@@ -281,6 +285,7 @@ class Deltas:
     def _changed(self) -> None:
         """What was remembered of slots holds no more."""
         self._routes.clear()
+        self._read = None
 
     def remove(self) -> None:
         """Take every hook off."""

@@ -51,6 +51,13 @@ def wide_pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     return llamas(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=256)
 
 
+@pytest.fixture(scope="session")
+def eighth_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """One more of `wide_pairs`, with embeddings in int8."""
+    base = pairs.make("llama", hidden_size=128, intermediate_size=256)
+    return Pair(tmp_path_factory.mktemp("eighth"), "llama", pairs.tune(base, 5, vocabulary=70), base, dense="int8")
+
+
 @pytest.fixture
 def make_pair(tmp_path: Path) -> Callable[..., Pair]:
     def made(family: str = "llama", seed: int = 1, facts: dict[str, Any] | None = None, **settings: Any) -> Pair:

@@ -10,6 +10,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 import hf_longctx as lc
+from hf_longctx.kernels import dispatch
+from hf_longctx.weights.bitdelta.attach import state_of
+from hf_longctx.weights.bitdelta.format import read
 
 from .test_tenants import NAMES, TOLERANCE, Watch, batch, dense
 
@@ -17,7 +20,7 @@ pytestmark = pytest.mark.cuda
 
 
 def on_gpu(pairs: dict[str, Any], dtype: torch.dtype, slots: int | None = None) -> Any:
-    base = LlamaForCausalLM.from_pretrained(pairs["law"].base_folder, dtype=dtype).cuda()
+    base = LlamaForCausalLM.from_pretrained(next(iter(pairs.values())).base_folder, dtype=dtype).cuda()
     return lc.deltas.load(base, {name: pair.folder for name, pair in pairs.items()}, slots=slots)
 
 
@@ -47,6 +50,43 @@ def test_a_row_does_not_depend_on_the_others(llama_pairs: dict[str, Any], dtype:
     one = model(**first, adapter_names=["law", "code", "__base__", "maths"]).logits[0]
     for names in (["law"] * 4, ["law", "poems", "maths", "code"], ["law", "__base__", "__base__", "__base__"]):
         assert torch.equal(one[:, :64], model(**second, adapter_names=names).logits[0, :, :64]), names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [3, 9, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_row_does_not_depend_on_who_is_on_the_device(
+    wide_pairs: dict[str, Any], eighth_pair: Any, dtype: torch.dtype, length: int
+) -> None:
+    """Few rows, many, and between; whose tenant has one bit, two, tables in int8."""
+    everyone = {**wide_pairs, "eighth": eighth_pair}
+    model, first, second = on_gpu(everyone, dtype), there(batch(4, length)), there(batch(4, length, seed=1))
+    second["input_ids"][0] = first["input_ids"][0]
+    for name in ("law", "poems", "eighth"):
+        wanted = on_gpu({name: everyone[name]}, dtype)(**first, adapter_names=[name] * 4).logits[0]
+        for others in ([name] * 3, ["poems", "maths", "eighth"], ["__base__", "law", "code"]):
+            found = model(**second, adapter_names=[name, *others]).logits[0, :, : wanted.shape[-1]]
+            assert torch.equal(found, wanted), (name, others)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_heads_of_all_tenants_are_one_product(wide_pairs: dict[str, Any], eighth_pair: Any, dtype: torch.dtype) -> None:
+    everyone = {**wide_pairs, "eighth": eighth_pair}
+    model, names = on_gpu(everyone, dtype), ["law", "__base__", "eighth", "code"]
+    hidden = torch.randn(4, 1, 128, device="cuda", dtype=dtype)
+    with state_of(model).calling(names):
+        logits = model.lm_head(hidden)[:, 0].double()
+    assert dispatch.last_used()["linear_of_rows"] == "compiled"
+    assert logits.shape == (4, 70)
+    for row, name in enumerate(names):
+        own = (
+            model.lm_head.weight if name == "__base__" else read(everyone[name].folder).weight("lm_head.weight").cuda()
+        )
+        weight = own if name == "eighth" else own.to(dtype)  # codes are multiplied as they are
+        wanted = weight.double() @ hidden[row, 0].double()
+        torch.testing.assert_close(logits[row, : len(weight)], wanted, rtol=torch.finfo(dtype).eps, atol=1e-5)
+        assert (logits[row, len(weight) :] == -torch.inf).all()
 
 
 @torch.no_grad()

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_longctx as lc
 from hf_longctx.kernels import reference
 from hf_longctx.kernels.delta import MANY
 from hf_longctx.weights.bitdelta import family
+from hf_longctx.weights.bitdelta.attach import state_of
+from hf_longctx.weights.bitdelta.embeddings import Table
 
 TOLERANCE = 5e-6
 """Of logits, float32: sums run in another order than in the merged model."""
@@ -81,7 +83,7 @@ def test_many_rows_are_as_few(model: Any, llama_pairs: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def test_layers_that_get_the_same_rows_are_one_call(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, names, layers = batch(3, length=4), ["law", "__base__", "poems"], []
+    inputs, names, layers = batch(3, length=4), ["law", "__base__", "maths"], []
     wanted = model(**inputs, adapter_names=names).logits
 
     def joined(x: torch.Tensor, weights: Any, *others: Any) -> tuple[torch.Tensor, ...]:
@@ -93,6 +95,10 @@ def test_layers_that_get_the_same_rows_are_one_call(model: Any, monkeypatch: pyt
     torch.testing.assert_close(model(**inputs, adapter_names=names).logits, wanted, atol=TOLERANCE, rtol=0)
     of_layer = [3, 1, 2, 1]  # queries, keys and values; their output; both halves of the gate; down
     assert layers == of_layer * model.config.num_hidden_layers
+    layers.clear()
+    names[1] = "poems"  # has two bits a weight: a kind of its own
+    model(**inputs, adapter_names=names)
+    assert layers == [count for count in of_layer for _ in range(2)] * model.config.num_hidden_layers
 
 
 @torch.no_grad()
@@ -259,6 +265,52 @@ def test_with_a_patched_model(model: Any, llama_pairs: dict[str, Any], method: s
         lc.unpatch(merged)
         assert out[row].tolist() == wanted[0].tolist(), name
     assert lc.report(model).method == method
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen2, biases, tied", "gemma2, scaled embeddings"])
+def test_embeddings_in_int8_stay_so_beside_others(make_pair: Any, family: str) -> None:
+    """A tenant reads what it stores, and the device holds no more; the tables of the others are in 16 bits."""
+    facts = {} if family == "llama" else {"vocab_size": 64}
+    small, plain = (make_pair(family, seed, facts, dense=dense) for seed, dense in ((1, "int8"), (2, "native")))
+
+    def served(**pairs: Any) -> Any:
+        return lc.deltas.load(AutoModelForCausalLM.from_pretrained(small.base_folder), pairs)
+
+    model, inputs = served(plain=plain.folder, small=small.folder), batch(3)
+    logits = model(**inputs, adapter_names=["small", "plain", "__base__"]).logits
+    merged = served(small=small.folder).merge_delta("small")
+    alone = {key: x[:1] for key, x in inputs.items()}
+    torch.testing.assert_close(logits[:1], merged(**alone).logits, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        logits[1], plain.stands_for()(**{key: x[1:2] for key, x in inputs.items()}).logits[0], atol=TOLERANCE, rtol=0
+    )
+    table = next(hook for hook in state_of(model).hooks.values() if isinstance(hook, Table))
+    assert {x.dtype for x in table.buffers() if x.ndim == 3 and x.shape[-1] > 1} == {torch.int8, torch.float32}
+    for one in (served(small=small.folder), served(plain=plain.folder)):  # a row does not know who else is there
+        name = next(iter(one.deltas()))
+        wanted = model(**inputs, adapter_names=[name] * 3).logits
+        assert torch.equal(one(**inputs, adapter_names=[name] * 3).logits, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{"bits": 2}, {"scales": "row"}, {"scales": "32"}])
+def test_a_row_does_not_depend_on_what_tenants_there_are(
+    llama_pairs: dict[str, Any], make_pair: Any, settings: dict[str, Any]
+) -> None:
+    """In rows of kinds of their own, each as if all were of its kind."""
+    finer, inputs = make_pair("llama", 7, **settings), batch(3)
+
+    def served(**pairs: Any) -> Any:
+        base = LlamaForCausalLM.from_pretrained(finer.base_folder, dtype=torch.bfloat16)
+        return lc.deltas.load(base, {name: pair.folder for name, pair in pairs.items()})
+
+    mixed = served(law=llama_pairs["law"], finer=finer)
+    both = mixed(**inputs, adapter_names=["law", "finer", "law"]).logits
+    for name, pair, row in (("law", llama_pairs["law"], 0), ("finer", finer, 1)):
+        wanted = served(**{name: pair})(**inputs, adapter_names=[name] * 3).logits
+        assert torch.equal(mixed(**inputs, adapter_names=[name] * 3).logits, wanted)
+        assert torch.equal(both[row], wanted[row])
 
 
 @torch.no_grad()
