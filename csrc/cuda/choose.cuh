@@ -135,7 +135,8 @@ struct Chooser {
     return static_cast<uint32_t>(first - bin);
   }
 
-  // What to do with each of a thread's candidates of ranks base to base + above.
+  // What to do with each of a thread's candidates of ranks base to base + above. No score has one of the 2^22 largest
+  // ranks, so that bins of up to that width do not begin anew with 0.
   template <typename Do>
   __device__ __forceinline__ void each_of(uint32_t base, uint32_t above, const Do& what) const {
 #pragma unroll 1

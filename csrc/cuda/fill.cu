@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(THREADS, 2) fill_kernel(const Fill f) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const hfl_rows& rows = keys ? a.k : a.v;
   const bool active = lane * 8 < (keys ? a.dim : a.v_dim);
-  wait_for_previous(warp);
+  wait_alone(warp);
   const Row row = row_of(f, b);
   if (static_cast<int>(blockIdx.x) >= f.runs) return clear(f, keys, b, h, row);
   const int64_t head = f.fill.heads ? f.fill.heads[h] : h;

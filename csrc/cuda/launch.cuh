@@ -19,6 +19,14 @@ __device__ __forceinline__ void wait_for_previous(int prepared) {
 #endif
 }
 
+// The same, but that the next one is set up once this one is done: for what writes more of a store than the last few
+// tokens, which a step of a layer would take to stand.
+__device__ __forceinline__ void wait_alone(int prepared) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .pred p;\nsetp.ge.s32 p, %0, 0;\n@p griddepcontrol.wait;\n}" ::"r"(prepared) : "memory");
+#endif
+}
+
 // Whether the code that the current device runs waits so. What was compiled for an earlier architecture does not, on
 // whatever device it runs; all kernels of the library are compiled for the same ones.
 inline bool waits(const void* kernel) {

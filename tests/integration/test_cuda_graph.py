@@ -135,13 +135,13 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     """A wait for the device in the model's own code ends the recording; the tokens are the same."""
     model = LLAMA.make().cuda()
     expected = generate(lc.patch(model, "dense", cuda_graph=False), moved(batch(LLAMA))).sequences
-    mlp = type(model.model.layers[0].mlp)
-    forward = mlp.forward
+    layer = type(model.model.layers[0])
+    forward = layer.forward
 
-    def waits(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return forward(self, x) if float(x.sum()) < torch.inf else x
+    def waits(self: Any, x: torch.Tensor, **kwargs: Any) -> Any:
+        return forward(self, x, **kwargs) if float(x.sum()) < torch.inf else x
 
-    monkeypatch.setattr(mlp, "forward", waits)
+    monkeypatch.setattr(layer, "forward", waits)
     lc.patch(model, "dense")
     assert torch.equal(generate(model, moved(batch(LLAMA))).sequences, expected)
     assert "could not be recorded" in (lc.report(model).eager or "")

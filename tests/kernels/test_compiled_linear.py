@@ -177,7 +177,7 @@ def stored_weight(form: str, rows: int, columns: int) -> PackedWeight:
     scale, groups = torch.rand(rows, device="cuda", generator=made) * 1e-2, None
     if form == "group 128":
         shape = (full // linear.ROWS, columns // 128, linear.ROWS, 2)
-        groups = torch.randint(1, 18, shape, dtype=torch.uint8, device="cuda", generator=made)
+        groups = torch.randint(1, 16, shape, dtype=torch.uint8, device="cuda", generator=made)
         groups[..., 1] = 128 - groups[..., 0] * 7
     return PackedWeight(codes, scale, 7 * scale if form == "channel" else None, groups, columns)
 

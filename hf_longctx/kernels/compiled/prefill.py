@@ -36,6 +36,8 @@ def reject(
         return reason
     if 0 in (q.numel(), k.shape[2]):
         return "takes no empty tensors"
+    if k.shape[2] < q.shape[2] and (see.q_pos is None or see.k_pos is not None):
+        return "takes no more queries than keys, where columns say which query stands at which key"
     inputs = [x for x in (q, k, v, logits.sink_logits, logits.slopes) if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return "computes no gradients"
