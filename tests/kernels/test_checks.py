@@ -129,7 +129,7 @@ def test_the_variable_turns_it_on() -> None:
     code = "from hf_longctx.kernels import dispatch; print(dispatch._CHECKED)"
     said = subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "HF_LONGCTX_DEBUG": "1"})
     assert said.decode().strip() == "True"
-    assert dispatch._CHECKED == bool(os.environ.get("HF_LONGCTX_DEBUG"))
+    assert bool(os.environ.get("HF_LONGCTX_DEBUG")) == dispatch._CHECKED
 
 
 @pytest.mark.parametrize("device", DEVICES)
