@@ -88,9 +88,9 @@ def attention(
     """
     layer, name = int(module.layer_idx), type(module).__name__  # type: ignore[arg-type]
     if torch.compiler.is_compiling():
-        from . import graphed
+        from .graphed import attention as in_graph
 
-        return graphed.attention(name, layer, query, key, value, scaling, dropout, kwargs), None
+        return in_graph(name, layer, query, key, value, scaling, dropout, kwargs), None
     return attend(hf_longctx or current(), name, layer, query, key, value, scaling, dropout, kwargs), None
 
 
