@@ -158,7 +158,7 @@ def layer_rows(
         must, met = (None, None) if line.must is None else (f">= {line.must}x", base / value >= line.must)
         found = row(line.name, line.tokens, value, name, base, must, met, read)
         if count > LEAST_LAYERS:
-            each = dense_of_others(line.tokens, count)[best]
+            each = min(dense_of_others(line.tokens, count).values())
             found |= {"baseline_in_a_row": round(each, 3), "ratio_in_a_row": round(each / value, 3)}
         yield found
         if line.tokens == 128 * K and line.topics:
