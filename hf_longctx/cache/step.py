@@ -65,12 +65,12 @@ class Step:
             look: wait for the device to see whether rows that were alike stay so.
 
         Raises:
-            ValueError: no token; a mask of another width, or (looked for in calls of several tokens only, as
-                it waits for the device) the cached part of it says something else than it said.
+            ValueError: a mask of another width, no token, or (looked for in calls of several tokens only, as it waits
+                for the device) the cached part of the mask says something else than it said.
         """
+        real = None if mask is None else _own(mask, columns, tokens, lengths)
         if not tokens:
             raise ValueError("hf_longctx: expected at least one token in a call; got none. Leave the call out.")
-        real = None if mask is None else _own(mask, columns, tokens, lengths)
         if real is not None and tokens > 1 and bool(real.all()):
             real = None
         if real is not None and look and tokens == 1 and lengths is None and bool(real.all()):
