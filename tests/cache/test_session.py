@@ -128,6 +128,19 @@ def test_stores_and_their_indexes_are_put_together_again(
             assert torch.equal(decoded(one)[row, :, : len(tokens)], decoded(other)[row, :, : len(tokens)])
 
 
+def test_what_was_taken_back_whole_is_put_together_again() -> None:
+    policy = lc.HeadPolicy(KEEP, HERE, None, BOUNDS, None, HostLRU(2))
+    text, twin = Text(policy, rows=2), Text(policy, rows=2)
+    step, k, v = text.draw(torch.ones(2, 1, dtype=torch.bool))
+    text.store.append(k, v, step)
+    text.cache.commit(step)
+    text.crop(1)
+    twin.cache = parts_of.put_together(text.cache.plan, *parts_of.take_apart(text.cache), [CPU])
+    step, k, v = text.draw(torch.ones(2, 3, dtype=torch.bool))
+    for store in (text.store, twin.store):
+        assert_reads(text, store.append(k, v, step), step)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "chat.safetensors"
