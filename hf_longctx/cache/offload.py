@@ -233,10 +233,8 @@ class OffloadedStore:
         real = torch.arange(k.shape[2]) < torch.tensor(values["ends"])[:, None]
         for rows, stored in ((self._keys, k), (self._values, v)):
             rows.reserve(stored, values["slots"])
-        if not k.shape[2]:  # all of the text was taken back
-            return
-        for _ in self._pieces(k, v, Step.of(0, k.shape[2], k.device, None, real)):
-            pass
+        if k.shape[2]:  # not all of the text was taken back
+            list(self._pieces(k, v, Step.of(0, k.shape[2], k.device, None, real)))
 
     # the keys as the index reads them ------------------------------------------------------------------------------
 
