@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_longctx as lc
-from hf_longctx.kernels.compiled import library
+
+from ..kernels.built import need
 
 TOKENS = 300
 """Of the prompt: of InfLLM one block of queries."""
@@ -75,8 +76,7 @@ def stock() -> int:
 @pytest.mark.parametrize("kv", [None, "int8", "int4"])
 @pytest.mark.parametrize("name", METHODS)
 def test_operations_of_a_layer(name: str, kv: str | None, stock: int) -> None:
-    if not library.path().exists():
-        pytest.skip("without the library there are more")
+    need("cpu")  # without the library there are more
     method, beyond = METHODS[name]
     count(1, method, kv)  # makes what is made once
     assert count(2, method, kv) - count(1, method, kv) <= stock + beyond
