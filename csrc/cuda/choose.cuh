@@ -28,7 +28,7 @@ struct alignas(16) ChooseRoom {
     if (threadIdx.x == 0) few = 0;
   }
 };
-static_assert(ChooseRoom::BINS == 4 * CHOOSERS, "four bins a thread");
+static_assert(ChooseRoom::BINS == 4 * CHOOSERS && MOST_EACH / 4 <= 32, "four bins a thread, bits of a word");
 
 template <typename T>
 __device__ __forceinline__ T sum_up_to(T x, int lane) {
@@ -43,15 +43,16 @@ __device__ __forceinline__ T sum_up_to(T x, int lane) {
 struct Chooser {
   using R = ChooseRoom;
   R& room;
-  uint4* own;     // a thread's blocks in order; once `range` has been there, 0: no candidate
-  int each, at;   // how many, a multiple of 4; the first
+  uint4* own;          // a thread's blocks in order; once `range` has been there, 0: no candidate
+  int each, at;        // how many, a multiple of 4; the first
+  uint32_t fours;      // a bit for each four of them that may still be taken
   int warp, lane;
 
   // ranks: room for CHOOSERS * each.
   __device__ Chooser(R& room_, uint32_t* ranks, int each_)
       : room(room_), each(each_), at(static_cast<int>(threadIdx.x) * each_), warp(static_cast<int>(threadIdx.x) / 32),
         lane(static_cast<int>(threadIdx.x) % 32) {
-    own = reinterpret_cast<uint4*>(ranks + at);
+    own = reinterpret_cast<uint4*>(ranks + at), fours = (1u << each / 4) - 1;
   }
 
   // Those of the `take` best candidates, 0 < take < candidates, which are blocks `first` to `last` - 1, that stand at
@@ -85,9 +86,11 @@ struct Chooser {
   // Some rank that at least `take` candidates do not fall below, and the largest.
   __device__ __forceinline__ void range(int first, int last, uint32_t take, uint32_t& base, uint32_t& most) {
     uint32_t least = UINT32_MAX, best = 0, second = 0;
+    uint4 next = own[0];
 #pragma unroll 1
     for (int i = 0; i < each / 4; ++i) {
-      uint4 four = own[i];
+      uint4 four = next;
+      next = own[min(i + 1, each / 4 - 1)];
       const int from = at + 4 * i;
       if (from < first || from + 4 > last) {
         const auto there = [&](int block) { return block >= first && block < last; };
@@ -137,17 +140,27 @@ struct Chooser {
 
   // What to do with each of a thread's candidates of ranks base to base + above. No score has one of the 2^22 largest
   // ranks, so that bins of up to that width do not begin anew with 0.
+  // Calls follow with the same or a higher `base`: fours that lie below are not looked at again.
   template <typename Do>
-  __device__ __forceinline__ void each_of(uint32_t base, uint32_t above, const Do& what) const {
+  __device__ __forceinline__ void each_of(uint32_t base, uint32_t above, const Do& what) {
+    if (!fours) return;
+    int i = __ffs(static_cast<int>(fours)) - 1;
+    uint4 four = own[i];
 #pragma unroll 1
-    for (int i = 0; i < each / 4; ++i) {
-      const uint4 four = own[i];
+    for (uint32_t left = fours & (fours - 1);; left &= left - 1) {
+      const int after = left ? __ffs(static_cast<int>(left)) - 1 : i;
+      const uint4 next = own[after];
       const uint32_t x[4] = {four.x - base, four.y - base, four.z - base, four.w - base};
-      if (min(min(x[0], x[1]), min(x[2], x[3])) > above) continue;
+      if (max(max(four.x, four.y), max(four.z, four.w)) < base) {
+        fours &= ~(1u << i);
+      } else {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (x[j] <= above) what(x[j], at + 4 * i + j);
+        for (int j = 0; j < 4; ++j) {
+          if (x[j] <= above) what(x[j], at + 4 * i + j);
+        }
       }
+      if (!left) break;
+      i = after, four = next;
     }
   }
 

@@ -130,6 +130,7 @@ __global__ void __launch_bounds__(STREAM_WARPS * 32, 2) score_stream_kernel(cons
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint64_t bars[STREAM_WARPS][STREAM_STAGES];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  touch(p);
   const auto share = [&](unsigned block) { return static_cast<int>(static_cast<int64_t>(p.all) * block / gridDim.x); };
   const int first = share(blockIdx.x), end = share(blockIdx.x + 1);
   Stream stream = {p, shared + warp * STREAM_STAGES * STREAM_TILE, bars[warp], 0, lane};

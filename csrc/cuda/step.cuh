@@ -26,6 +26,18 @@ struct Heads {
 
 enum class Turn { alone, first, later };  // of a kernel: outside a step, and in it
 
+// Read a kernel's arguments once, a line of them a time, by all warps: else each line is waited for where it is needed.
+template <typename P>
+__device__ __forceinline__ void touch(const P& arguments) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
+  const uint64_t base = __cvta_generic_to_grid_constant(&arguments);
+#pragma unroll 1
+  for (int line = warp; line * 64 < static_cast<int>(sizeof(P)); line += warps) {
+    uint32_t x;
+    asm volatile("ld.param.u32 %0, [%1];" : "=r"(x) : "l"(base + line * 64));
+  }
+}
+
 // Comes where `wait_for_previous` does.
 __device__ __forceinline__ void begin_turn(Turn turn, int prepared) {
   if (turn != Turn::later) {
