@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(THREADS, 2) choose_kernel(const __grid_constan
 }
 
 // Which of the parts a block has, read anew where registers are short; blocks behind all parts have none, and one of
-// them for each row and KV head stores its token.
+// them for each row and KV head stores its token. They come before all parts where these wait for what they store.
 struct Part {
   int split, problem, b, head;
   bool stores = false;
@@ -50,7 +50,8 @@ struct Part {
   __device__ __forceinline__ explicit Part(const ListTask& p) {
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(split));
     asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(problem));
-    if (problem >= p.problems) problem = (problem - p.problems) * p.splits.by + split, stores = true;
+    problem -= p.before, stores = problem < 0 || problem >= p.problems;
+    if (stores) problem = (problem + (problem < 0 ? p.before : -p.problems)) * p.splits.by + split;
     b = p.kv_heads.divide(problem), head = problem - b * p.kv_heads.by;
   }
 };
@@ -259,8 +260,9 @@ const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn, void* s
   error = allow(kernel, std::max(room, ListShared::start() + choose_bytes(MOST_EACH)));
   if (error != cudaSuccess) return cudaGetErrorString(error);
   void* arguments[] = {&p};
-  const int rows = p.problems + (p.problems - 1) / p.splits.by + 1;
-  const dim3 grid(static_cast<unsigned>(p.splits.by), static_cast<unsigned>(rows));
+  const int more = (p.problems - 1) / p.splits.by + 1;
+  p.before = p.appended ? more : 0;
+  const dim3 grid(static_cast<unsigned>(p.splits.by), static_cast<unsigned>(p.problems + more));
   error = launch(kernel, grid, THREADS, static_cast<size_t>(room), stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

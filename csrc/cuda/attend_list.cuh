@@ -24,6 +24,7 @@ struct ListTask {
   int tiles;
   int group, problems, slabs;  // query heads of a KV head; rows and KV heads; slabs of each
   Divisor splits, each, kv_heads;  // parts of its slabs, slabs of a block
+  int before;                      // rows of the grid before those of the parts, where the parts wait for tokens
   bool ahead;                      // the second slab of a warp is read as early as the first one
   hfl_append append;
   Heads heads;

@@ -81,7 +81,7 @@ struct ListWarp4 {
   __device__ void load_last(const ListTask& p, int at) {
     const int g = lane >> 2, c = lane & 3, last = p.a.stored - 1;
     if (lane == 0 && limit >= at && limit < at + LIST_SLAB && limit <= last) {
-      wait_until(p.appended + static_cast<int>(blockIdx.y), 1);
+      wait_until(p.appended + static_cast<int>(blockIdx.y) - p.before, 1);
     }
     __syncwarp();
     const auto key = [&](int row) { return static_cast<int64_t>(min(at + row, last)); };
