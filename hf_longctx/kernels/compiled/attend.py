@@ -111,8 +111,11 @@ def attend_pages(
     return out
 
 
-def split(block: HflAttend, device: torch.device) -> list[Tensor]:
-    """Cut the columns into parts for a device; returns what must live as long as the argument block."""
+def split(block: HflAttend, device: torch.device, beside: HflAttend | None = None) -> list[Tensor]:
+    """Cut the columns into parts for a device; returns what must live as long as the argument block.
+
+    `beside`: the block of a call that runs at the same time.
+    """
     with torch.cuda.device(device):
         splits = ctypes.c_int32()
         scratch_bytes = library.library().hfl_attend_scratch(ctypes.byref(block), ctypes.byref(splits))
@@ -120,8 +123,10 @@ def split(block: HflAttend, device: torch.device) -> list[Tensor]:
         if splits.value <= 1:
             return []
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
-        count = library.library().hfl_attend_counters(ctypes.byref(block))
-        block.scratch, block.counters = scratch.data_ptr(), library.counters(device, count).data_ptr()
+        past = 0 if beside is None else library.library().hfl_attend_counters(ctypes.byref(beside))
+        count = past + library.library().hfl_attend_counters(ctypes.byref(block))
+        block.scratch = scratch.data_ptr()
+        block.counters = library.counters(device, count).data_ptr() + past * 4
         return [scratch]
 
 
