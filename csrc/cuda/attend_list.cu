@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(THREADS, 2) choose_kernel(const __grid_constan
   int32_t* to = p.a.ids + static_cast<int64_t>(problem) * p.a.chosen;
   choose_part(p.a, p.each, p.turn.scored, p.tiles, memory, b, problem, 0, p.a.chosen, to);
   __syncthreads();
+  clear_scores(p.a.scores, p.each, problem);
   if (threadIdx.x == 0) {
     p.turn.scored[problem] = 0;
     store_in_order(p.turn.picked + problem, p.turn.readers);
@@ -71,6 +72,7 @@ __device__ __forceinline__ void merge(const ListTask& p, ListShared& shared, uns
   __syncthreads();
   if (shared.arrived != p.splits.by - 1) return;
   if (thread == 0) p.a.counters[part.problem] = 0;
+  if (choice) clear_scores(p.pick.scores, p.chooses, part.problem);
   if (thread == 0 && choice) p.scored[part.problem] = 0;
   if (thread == 0 && p.appended) {
     wait_until(p.appended + part.problem, 1);
@@ -104,42 +106,47 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) attend_list_kernel(const __g
     return id < 0 ? -1 : id * a.block + (slab - p.each.divide(slab) * p.each.by) * LIST_SLAB;
   };
   const auto find = [&](int slab) { return slab < end ? key_of(slab, shared.list[p.each.divide(slab)]) : -1; };
-  const int32_t* ids = a.ids + part.b * a.ids_b + (a.select_heads == 1 ? 0 : part.head) * a.ids_h + start;
-  using T = typename W::T;
-  W mine(p, part.b, part.head, room + warp * ListShared::warp_bytes(p.group), lane);
-  int at = -1, second = -1;
+  int limit = -1;
+  const auto prepare = [&] {  // by other warps each, so that none waits for one before it asks for the next
+    using T = typename W::T;
+    if (CHOICE || thread == THREADS - 1) {
+      limit = static_cast<int>(min(a.q_pos[part.b * a.q_pos_b], static_cast<int64_t>(a.stored)));
+      if (!CHOICE) shared.limit = limit;
+    }
+    if (warp < LIST_DIM / 32) {
+      uint4 q = make_uint4(0, 0, 0, 0);
+      const int head = p.heads.of(part.head) * p.group + (lane >> 2);
+      const T* of = static_cast<const T*>(a.q) + part.b * a.q_b + head * a.q_h;
+      if ((lane >> 2) < p.group) q = W::operands(*reinterpret_cast<const uint4*>(of + W::channel(warp, lane & 3)));
+      shared.queries[warp][lane] = q;
+    }
+  };
   if constexpr (CHOICE) {
     reinterpret_cast<ChooseRoom*>(room)->clear();
-  } else {
+    if (p.turn != Turn::later) wait_for_previous(first);
+    prepare();
+    choose_part(p.pick, p.chooses, p.scored, p.tiles, room, part.b, part.problem, start, start + entries, shared.list);
+    __syncthreads();
+  }
+  W mine(p, part.b, part.head, room + warp * ListShared::warp_bytes(p.group), lane);
+  int at = -1, second = -1;
+  if constexpr (!CHOICE) {
+    const int32_t* ids = a.ids + part.b * a.ids_b + (a.select_heads == 1 ? 0 : part.head) * a.ids_h + start;
     if (first < end) at = key_of(first, __ldcg(ids + p.each.divide(first)));
     if (at >= 0 && at + LIST_SLAB <= a.stored) mine.load(at);
     if (p.ahead && first + LIST_WARPS < end) {
       second = key_of(first + LIST_WARPS, __ldcg(ids + p.each.divide(first + LIST_WARPS)));
     }
     if (second >= 0 && second + LIST_SLAB <= a.stored) mine.load_ahead(second, p.group);
-  }
-  begin_turn(p.turn, at + 1);
-  if (!CHOICE) {
+    begin_turn(p.turn, at + 1);
+    prepare();
 #pragma unroll 1
-    for (int i = thread; i < entries; i += THREADS) shared.list[i] = __ldcg(ids + i);
-  }
-  mine.limit = static_cast<int>(min(a.q_pos[part.b * a.q_pos_b], static_cast<int64_t>(a.stored)));
-  if (warp < LIST_DIM / 32) {
-    uint4 q = make_uint4(0, 0, 0, 0);
-    const int head = p.heads.of(part.head) * p.group + (lane >> 2);
-    const T* of = static_cast<const T*>(a.q) + part.b * a.q_b + head * a.q_h;
-    if ((lane >> 2) < p.group) q = W::operands(*reinterpret_cast<const uint4*>(of + W::channel(warp, lane & 3)));
-    shared.queries[warp][lane] = q;
-  }
-  if constexpr (CHOICE) {
-    choose_part(p.pick, p.chooses, p.scored, p.tiles, room, part.b, part.problem, start, start + entries, shared.list);
-    __syncthreads();
-    int32_t* to = p.pick.ids + static_cast<int64_t>(part.problem) * a.chosen + start;
-#pragma unroll 1
-    for (int i = thread; i < entries; i += THREADS) to[i] = shared.list[i];
-  } else {
+    for (int i = THREADS - 33 - thread; i < entries; i += THREADS) {
+      if (i >= 0) shared.list[i] = __ldcg(ids + i);
+    }
     __syncthreads();
   }
+  mine.limit = CHOICE ? limit : shared.limit;
   {
     const int again = find(first);
     const bool stands = !CHOICE && again == at && mine.whole(at + RECENT);
@@ -149,6 +156,11 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) attend_list_kernel(const __g
       __syncwarp();
     }
     if (!stands && mine.whole(at)) mine.load(at);
+  }
+  if constexpr (CHOICE) {
+    int32_t* to = p.pick.ids + static_cast<int64_t>(part.problem) * a.chosen + start;
+#pragma unroll 1
+    for (int i = thread; i < entries; i += THREADS) to[i] = shared.list[i];
   }
   mine.prepare(shared.queries);
   bool early = !CHOICE && second >= 0 && find(first + LIST_WARPS) == second && mine.whole(second + RECENT);

@@ -47,7 +47,7 @@ constexpr int RECENT = 8;                              // last tokens that the k
 struct ListShared {
   uint4 queries[LIST_DIM / 32][32];
   int list[MOST_SHARE + 1];
-  int arrived;
+  int arrived, limit;
   float2 states[LIST_WARPS][LIST_ROWS];
 
   // Behind it each warp has room for the values of a slab and then for its results, or all have room for a choice, or

@@ -49,6 +49,13 @@ __device__ __forceinline__ void begin_turn(Turn turn, int prepared) {
 #endif
 }
 
+// Let the next kernel be set up: where that comes later, what it reads early is not in the way of what this one waits for.
+__device__ __forceinline__ void let_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // The last that a block does.
 __device__ __forceinline__ void end_turn(Turn turn) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -123,8 +123,12 @@ def split(block: HflAttend, device: torch.device, beside: HflAttend | None = Non
         if splits.value <= 1:
             return []
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
-        past = 0 if beside is None else library.library().hfl_attend_counters(ctypes.byref(beside))
-        count = past + library.library().hfl_attend_counters(ctypes.byref(block))
+        units = library.library().hfl_attend_counters(ctypes.byref(block))
+        past = 0
+        if beside is not None:  # both have places on the device at a time
+            past = library.library().hfl_attend_counters(ctypes.byref(beside))
+            block.splits = max(1, splits.value - -(-past * beside.splits // units))
+        count = past + units
         block.scratch = scratch.data_ptr()
         block.counters = library.counters(device, count).data_ptr() + past * 4
         return [scratch]
