@@ -57,28 +57,25 @@ struct Part {
   }
 };
 
-// What the warps left, to scratch, and what all blocks did to the output, by the last one.
+// What the warps left, for the block of the last part, which waits for all and brings it to the output.
 template <typename W>
 __device__ __forceinline__ void merge(const ListTask& p, ListShared& shared, unsigned char* room, bool choice) {
   const int thread = static_cast<int>(threadIdx.x), all = p.group * (LIST_DIM / 2);
   const Part part(p);
 #pragma unroll 1
   for (int i = thread; i < all; i += THREADS) {
-    float* to = scratch_of(p, part.problem, part.split);
+    float* to = parts_of(p, part.problem) + part.split * p.group * LIST_OUT;
     merge_warps(room, shared, p.group, i / (LIST_DIM / 2), i % (LIST_DIM / 2) * 2, to);
   }
-  __syncthreads();
-  if (thread == 0) shared.arrived = add_in_order(p.a.counters + part.problem, 1);
-  __syncthreads();
-  if (shared.arrived != p.splits.by - 1) return;
-  if (thread == 0) p.a.counters[part.problem] = 0;
+  if (part.split != p.splits.by - 1) return;
+  __syncthreads();  // what the warps left is read
+  merge_parts<W>(p, shared, room, part.b, part.head, part.problem);
   if (choice) clear_scores(p.pick.scores, p.chooses, part.problem);
   if (thread == 0 && choice) p.scored[part.problem] = 0;
   if (thread == 0 && p.appended) {
     wait_until(p.appended + part.problem, 1);
     p.appended[part.problem] = 0;
   }
-  merge_parts<W>(p, shared, room, part.b, part.head, part.problem);
 }
 
 template <typename W, bool CHOICE>
@@ -246,14 +243,14 @@ bool list_takes(const hfl_layer_group& g) {
   return !g.score.scores || (chooses(g) && g.score.dtype == a.dtype);
 }
 
-int64_t list_scratch(const hfl_layer_group& g) {
+int64_t list_parts(const hfl_layer_group& g) {
   const ListTask p = task_of(g);
-  return static_cast<int64_t>(g.attend.batch) * g.attend.kv_heads * p.splits.by * p.group * LIST_OUT * 4;
+  return static_cast<int64_t>(g.attend.batch) * g.attend.kv_heads * p.splits.by * p.group * LIST_OUT;
 }
 
 const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn, void* stream) {
   ListTask p = task_of(g);
-  p.a.scratch = turn.scratch, p.a.counters = turn.arrived, p.heads = turn.heads, p.turn = turn.turn;
+  p.parts = turn.parts, p.heads = turn.heads, p.turn = turn.turn;
   p.pick = g.pick, p.pick.scores = turn.scores, p.scored = turn.scored;
   if (g.score.scores) p.tiles = score_tiles(g.score);
   p.chooses = chosen_each(g);

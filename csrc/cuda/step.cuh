@@ -92,11 +92,10 @@ struct StreamTurn {
 struct ListTurn {
   Turn turn = Turn::alone;
   Heads heads;
-  int* arrived = nullptr;   // [B * Hkv]
   int* appended = nullptr;  // [B * Hkv]
   int* scored = nullptr;   // as above
   const float* scores = nullptr;
-  void* scratch = nullptr;
+  float* parts = nullptr;  // room for what parts leave, zero before and after
 };
 
 struct PickTurn {
@@ -131,7 +130,7 @@ const char* choose_in_turn(const hfl_layer_group& g, const float* scores, const 
 
 // A group's step over a list in two kernels, or in one where the list stands; where it fits, and what it takes.
 bool list_takes(const hfl_layer_group& g);
-int64_t list_scratch(const hfl_layer_group& g);  // bytes
+int64_t list_parts(const hfl_layer_group& g);  // numbers
 const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn, void* stream);
 
 // What is needed of them before.
