@@ -1,13 +1,16 @@
 // A step over a list of blocks, for one query a row of 16 bits and 128 channels: the list is chosen where it is read.
 //
-// Work: the slabs of 16 keys of a list are cut into `splits` parts, a block each, whose 8 warps take every 8th slab of
-//   it. Where the list is chosen, each block finds all of the choice, and the entries of its own part, which it also
-//   writes down for later steps. Where it stands, it and the keys it names are read before the kernels before this one
-//   are done, and what these may have written is read again: the list, and keys of the last tokens. The step's own
-//   token comes from where it is fresh; a block beside the parts stores it. The last block of a KV head merges all, in
-//   their order: results do not depend on timing.
-// Grid: (1 + splits, B * Hkv); 256 threads. Shared memory: 19 to 36 KiB.
-// Bound by: latency. Two blocks of a multiprocessor keep 128 KiB on their way.
+// Work: the slabs of 16 keys of a list are cut into `splits` parts, as alike as can be, a block each, whose 8 warps take
+//   every 8th slab of it. Where the list is chosen, each block finds all of the choice, and the entries of its own part,
+//   which it also writes down for later steps; the next kernel is set up once it has the scores, as what that reads early
+//   would be in their way. Where the list stands, it and the keys it names for the first two slabs of each warp are read
+//   before the kernels before this one are done, and what these may have written is read again: the list, and keys of
+//   the last tokens. The step's own token comes from where it is fresh; blocks behind all parts store it, which find a
+//   place on the device last, or before them if parts wait for that. The block of a KV head's last part waits for what
+//   the others leave and merges all, in their order: results do not depend on timing.
+// Grid: (splits, B * Hkv, and rows for blocks that store); 256 threads. Shared memory: 36 to 78 KiB, or 100 KiB where
+//   second slabs are read early.
+// Bound by: latency. Two blocks of a multiprocessor keep 128 KiB on their way, and twice that of lists that stand.
 #include <algorithm>
 
 #include "attend_list4.cuh"

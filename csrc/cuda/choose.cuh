@@ -2,8 +2,8 @@
 //
 // Paper: the top-k of Quest (arXiv:2406.10774) section 3.3, as pick.cu defines it. Scores of a row lie in shared
 // memory, those of a thread side by side. That `take` of them do not lie below some score is known from the two best of
-// each thread, mostly; a histogram of what does not finds the bin of the last one taken, and of the few in that bin
-// each warp finds it for itself.
+// those that each thread brings, mostly; a histogram of what does not finds the bin of the last one taken, and of the
+// few in that bin each warp finds it for itself. Each pass looks only where the one before has found some.
 #pragma once
 #include <limits.h>
 

@@ -4,7 +4,8 @@
 // up. Each of the others is set up once all blocks of the one before it run or are done, so what it waits for is always
 // on its way, and no block that waits can be in the way of one that works. Where kernels cannot follow each other like
 // that, they come one after the other, and all that they wait for is there.
-// Counters are zero before and after a step. In the end each kernel waits for the one before it, which is done by then:
+// Counters are zero before and after a step, and so is what else is waited for that way: scores, and what parts of a
+// list leave, each of which is there once it is not 0. In the end each kernel waits for the one before it, which is done by then:
 // whoever waits for the last one has waited for all.
 #pragma once
 #include "../hf_longctx.h"
@@ -38,22 +39,20 @@ __device__ __forceinline__ void touch(const P& arguments) {
   }
 }
 
-// Comes where `wait_for_previous` does.
-__device__ __forceinline__ void begin_turn(Turn turn, int prepared) {
-  if (turn != Turn::later) {
-    wait_for_previous(prepared);
-    return;
-  }
+// Let the next kernel be set up.
+__device__ __forceinline__ void let_next() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Let the next kernel be set up: where that comes later, what it reads early is not in the way of what this one waits for.
-__device__ __forceinline__ void let_next() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+// Comes where `wait_for_previous` does.
+__device__ __forceinline__ void begin_turn(Turn turn, int prepared) {
+  if (turn != Turn::later) {
+    wait_for_previous(prepared);
+  } else {
+    let_next();
+  }
 }
 
 // The last that a block does.
