@@ -2,12 +2,12 @@
 //
 // Work: the slabs of 16 keys of a list are cut into `splits` parts, as alike as can be, a block each, whose 8 warps take
 //   every 8th slab of it. Where the list is chosen, each block finds all of the choice, and the entries of its own part,
-//   which it also writes down for later steps; the next kernel is set up once it has the scores, as what that reads early
-//   would be in their way. Where the list stands, it and the keys it names for the first two slabs of each warp are read
-//   before the kernels before this one are done, and what these may have written is read again: the list, and keys of
-//   the last tokens. The step's own token comes from where it is fresh; blocks behind all parts store it, which find a
-//   place on the device last, or before them if parts wait for that. The block of a KV head's last part waits for what
-//   the others leave and merges all, in their order: results do not depend on timing.
+//   which it also writes down for later steps; the next step's kernel is set up once it has the scores, as what that
+//   reads early would be in their way. Where the list stands, it and the keys it names for the first two slabs of each
+//   warp are read before the kernels before this one are done, and what these may have written is read again: the list,
+//   and keys of the last tokens. The step's own token comes from where it is fresh; blocks behind all parts store it,
+//   which find a place on the device last, or before them if parts wait for that. The last block of a KV head to be done
+//   merges all, in their order: results do not depend on timing.
 // Grid: (splits, B * Hkv, and rows for blocks that store); 256 threads. Shared memory: 36 to 78 KiB, or 100 KiB where
 //   second slabs are read early.
 // Bound by: latency. Two blocks of a multiprocessor keep 128 KiB on their way, and twice that of lists that stand.
@@ -60,25 +60,28 @@ struct Part {
   }
 };
 
-// What the warps left, for the block of the last part, which waits for all and brings it to the output.
+// What the warps left, to scratch, and what all blocks did to the output, by the last one.
 template <typename W>
 __device__ __forceinline__ void merge(const ListTask& p, ListShared& shared, unsigned char* room, bool choice) {
   const int thread = static_cast<int>(threadIdx.x), all = p.group * (LIST_DIM / 2);
   const Part part(p);
 #pragma unroll 1
   for (int i = thread; i < all; i += THREADS) {
-    float* to = parts_of(p, part.problem) + part.split * p.group * LIST_OUT;
+    float* to = scratch_of(p, part.problem, part.split);
     merge_warps(room, shared, p.group, i / (LIST_DIM / 2), i % (LIST_DIM / 2) * 2, to);
   }
-  if (part.split != p.splits.by - 1) return;
-  __syncthreads();  // what the warps left is read
-  merge_parts<W>(p, shared, room, part.b, part.head, part.problem);
+  __syncthreads();
+  if (thread == 0) shared.arrived = add_in_order(p.a.counters + part.problem, 1);
+  __syncthreads();
+  if (shared.arrived != p.splits.by - 1) return;
+  if (thread == 0) p.a.counters[part.problem] = 0;
   if (choice) clear_scores(p.pick.scores, p.chooses, part.problem);
   if (thread == 0 && choice) p.scored[part.problem] = 0;
   if (thread == 0 && p.appended) {
     wait_until(p.appended + part.problem, 1);
     p.appended[part.problem] = 0;
   }
+  merge_parts<W>(p, shared, room, part.b, part.head, part.problem);
 }
 
 template <typename W, bool CHOICE>
@@ -123,7 +126,7 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) attend_list_kernel(const __g
   };
   if constexpr (CHOICE) {
     reinterpret_cast<ChooseRoom*>(room)->clear();
-    if (p.turn != Turn::later) wait_for_previous(first);
+    if (p.followed || p.turn != Turn::later) begin_turn(p.turn, first);
     prepare();
     choose_part(p.pick, p.chooses, p.scored, p.tiles, room, part.b, part.problem, start, start + entries, shared.list);
     __syncthreads();
@@ -204,7 +207,8 @@ ListTask task_of(const hfl_layer_group& g) {
   p.each = Divisor(a.block / LIST_SLAB), p.kv_heads = Divisor(a.kv_heads);
   p.slabs = a.chosen * p.each.by;
   p.problems = a.batch * a.kv_heads;
-  const int parts = std::max(128 / p.problems, 4), least = std::max((p.slabs - 1) / MOST_PARTS + 1, LIST_WARPS);
+  const int parts = std::max((g.score.scores && a.k.bits ? 64 : 128) / p.problems, 4);
+  const int least = std::max((p.slabs - 1) / MOST_PARTS + 1, LIST_WARPS);
   const int share = std::clamp((p.slabs - 1) / parts + 1, least, std::max(MOST_SHARE, least));
   p.splits = Divisor((p.slabs - 1) / share + 1);
   return p;
@@ -246,14 +250,15 @@ bool list_takes(const hfl_layer_group& g) {
   return !g.score.scores || (chooses(g) && g.score.dtype == a.dtype);
 }
 
-int64_t list_parts(const hfl_layer_group& g) {
+int64_t list_scratch(const hfl_layer_group& g) {
   const ListTask p = task_of(g);
-  return static_cast<int64_t>(g.attend.batch) * g.attend.kv_heads * p.splits.by * p.group * LIST_OUT;
+  return static_cast<int64_t>(g.attend.batch) * g.attend.kv_heads * p.splits.by * p.group * LIST_OUT * 4;
 }
 
 const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn, void* stream) {
   ListTask p = task_of(g);
-  p.parts = turn.parts, p.heads = turn.heads, p.turn = turn.turn;
+  p.a.scratch = turn.scratch, p.a.counters = turn.arrived, p.heads = turn.heads, p.turn = turn.turn;
+  p.followed = turn.followed;
   p.pick = g.pick, p.pick.scores = turn.scores, p.scored = turn.scored;
   if (g.score.scores) p.tiles = score_tiles(g.score);
   p.chooses = chosen_each(g);
@@ -262,7 +267,7 @@ const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn, void* s
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  p.ahead = !p.chooses && !g.attend.k.bits && 2 * (needed + 1024) <= most;
+  p.ahead = !p.chooses && !g.attend.k.bits && 2 * (needed + 1024) <= most;  // two blocks of a multiprocessor
   const int room = p.ahead ? needed
                    : std::max(ListShared::bytes(p.group), p.chooses ? ListShared::start() + choose_bytes(p.chooses) : 0);
   const void* kernel = g.attend.k.bits ? kernel_of<ListWarp4>(p.chooses > 0)

@@ -19,7 +19,6 @@ struct ListTask {
   hfl_attend a;
   hfl_pick pick;  // of a choice, whose scores are as score_order.cuh says
   int chooses;    // blocks of a thread that chooses, 0: the list stands
-  float* parts;   // what parts leave
   int* appended;  // [B * Hkv], whether the token is stored; nullptr: nobody waits for it
   int* scored;    // [B * Hkv], tiles of scores that are there, of `tiles`
   int tiles;
@@ -27,6 +26,7 @@ struct ListTask {
   Divisor splits, each, kv_heads;  // parts of its slabs, slabs of a block
   int before;                      // rows of the grid before those of the parts, where the parts wait for tokens
   bool ahead;                      // the second slab of a warp is read as early as the first one
+  bool followed;                   // by another kernel of the step
   hfl_append append;
   Heads heads;
   Turn turn;
@@ -48,7 +48,7 @@ constexpr int RECENT = 8;                              // last tokens that the k
 struct ListShared {
   uint4 queries[LIST_DIM / 32][32];
   int list[MOST_SHARE + 1];
-  int limit;
+  int arrived, limit;
   float2 states[LIST_WARPS][LIST_ROWS];
 
   // Behind it each warp has room for the values of a slab and then for its results, or all have room for a choice, or

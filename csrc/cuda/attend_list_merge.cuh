@@ -4,29 +4,9 @@
 
 namespace hfl {
 
-// What blocks leave for the last one: for each part and row LIST_DIM sums, and the largest logit and the total. All are
-// zero until they are there, and again once they are read; a zero is left as -0.
-__device__ __forceinline__ float* parts_of(const ListTask& p, int problem) {
-  return p.parts + static_cast<int64_t>(problem) * p.splits.by * p.group * LIST_OUT;
-}
-__device__ __forceinline__ void leave_pair(float* to, const float2& x) {
-  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x.x == 0.0f ? -0.0f : x.x),
-               "f"(x.y == 0.0f ? -0.0f : x.y)
-               : "memory");
-}
-__device__ __forceinline__ uint2 look_for_pair(const float* from) {
-  uint2 x;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from) : "memory");
-  return x;
-}
-__device__ __forceinline__ float2 take_pair(float* from, uint2 seen) {
-#pragma unroll 1
-  for (int polls = 0; seen.x == 0 || seen.y == 0; ++polls) {
-    if (polls == 1 << 24) __trap();
-    seen = look_for_pair(from);
-  }
-  *reinterpret_cast<uint2*>(from) = make_uint2(0, 0);
-  return make_float2(__uint_as_float(seen.x), __uint_as_float(seen.y));
+// What a block leaves for the last one: for each of its rows LIST_DIM sums, and the largest logit and the total.
+__device__ __forceinline__ float* scratch_of(const ListTask& p, int problem, int split) {
+  return static_cast<float*>(p.a.scratch) + (static_cast<int64_t>(problem) * p.splits.by + split) * p.group * LIST_OUT;
 }
 
 __device__ __forceinline__ void add(float2& sum, float weight, const float2& x) {
@@ -48,8 +28,8 @@ __device__ __forceinline__ void merge_warps(const unsigned char* room, const Lis
     const float* outs = reinterpret_cast<const float*>(room + w * ListShared::warp_bytes(rows));
     add(sum, weight, *reinterpret_cast<const float2*>(outs + row * LIST_OUT + channel));
   }
-  leave_pair(to + row * LIST_OUT + channel, sum);
-  if (channel == 0) leave_pair(to + row * LIST_OUT + LIST_DIM, state);
+  *reinterpret_cast<float2*>(to + row * LIST_OUT + channel) = sum;
+  if (channel == 0) *reinterpret_cast<float2*>(to + row * LIST_OUT + LIST_DIM) = state;
 }
 
 // Two channels of a row of the output: what is left is to divide, with the share of the sink logit.
@@ -71,7 +51,7 @@ __device__ __forceinline__ void finish(const ListTask& p, int b, int head, int r
 }
 
 // What each part counts in a row: to `weights`, and the row's largest logit and total to `state`. By a warp.
-__device__ __forceinline__ void weigh_parts(const ListTask& p, float* from, float* weights, float2& state) {
+__device__ __forceinline__ void weigh_parts(const ListTask& p, const float* from, float* weights, float2& state) {
   const int lane = static_cast<int>(threadIdx.x) % 32, stride = p.group * LIST_OUT;
   float2 own[MOST_PARTS / 32];
   float top = NOTHING, total = 0.0f;
@@ -79,8 +59,7 @@ __device__ __forceinline__ void weigh_parts(const ListTask& p, float* from, floa
   for (int i = 0; i < MOST_PARTS / 32; ++i) {
     const int part = i * 32 + lane;
     own[i] = make_float2(NOTHING, 0.0f);
-    float* at = from + part * stride + LIST_DIM;
-    if (part < p.splits.by) own[i] = take_pair(at, look_for_pair(at));
+    if (part < p.splits.by) own[i] = __ldcg(reinterpret_cast<const float2*>(from + part * stride + LIST_DIM));
     top = fmaxf(top, own[i].x);
   }
 #pragma unroll
@@ -102,20 +81,18 @@ __device__ __forceinline__ void merge_parts(const ListTask& p, ListShared& share
                                             int problem) {
   constexpr int BATCH = 8;
   const int thread = static_cast<int>(threadIdx.x), stride = p.group * LIST_OUT;
-  float* from = parts_of(p, problem);
+  const float* from = scratch_of(p, problem, 0);
   float* weights = reinterpret_cast<float*>(room);
-  uint2 parts[BATCH];
-  const auto place = [&](int i, int first) {
-    return from + i / (LIST_DIM / 2) * LIST_OUT + i % (LIST_DIM / 2) * 2 + first * stride;
-  };
-  const auto look = [&](int i, int first) {
-    const float* own = place(i, first);
+  float2 parts[BATCH];
+  const auto load = [&](int i, int first) {
+    const float* own = from + i / (LIST_DIM / 2) * LIST_OUT + i % (LIST_DIM / 2) * 2 + first * stride;
 #pragma unroll
     for (int part = 0; part < BATCH; ++part) {
-      if (first + part < p.splits.by) parts[part] = look_for_pair(own + part * stride);
+      parts[part] = make_float2(0.0f, 0.0f);
+      if (first + part < p.splits.by) parts[part] = __ldcg(reinterpret_cast<const float2*>(own + part * stride));
     }
   };
-  if (thread < p.group * (LIST_DIM / 2)) look(thread, 0);
+  if (thread < p.group * (LIST_DIM / 2)) load(thread, 0);
 #pragma unroll 1
   for (int row = thread / 32; row < p.group; row += LIST_WARPS) {
     weigh_parts(p, from + row * LIST_OUT, weights + row * MOST_PARTS, shared.states[0][row]);
@@ -127,12 +104,9 @@ __device__ __forceinline__ void merge_parts(const ListTask& p, ListShared& share
     float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll 1
     for (int first = 0; first < p.splits.by; first += BATCH) {
-      if (first > 0 || i >= CHOOSERS) look(i, first);
+      if (first > 0 || i >= CHOOSERS) load(i, first);
 #pragma unroll
-      for (int part = 0; part < BATCH; ++part) {
-        if (first + part >= p.splits.by) break;
-        add(sum, weights[row * MOST_PARTS + first + part], take_pair(place(i, first + part), parts[part]));
-      }
+      for (int part = 0; part < BATCH; ++part) add(sum, weights[row * MOST_PARTS + first + part], parts[part]);
     }
     finish<W>(p, b, head, row, i % (LIST_DIM / 2) * 2, sum, shared.states[0][row]);
   }

@@ -4,8 +4,8 @@
 // up. Each of the others is set up once all blocks of the one before it run or are done, so what it waits for is always
 // on its way, and no block that waits can be in the way of one that works. Where kernels cannot follow each other like
 // that, they come one after the other, and all that they wait for is there.
-// Counters are zero before and after a step, and so is what else is waited for that way: scores, and what parts of a
-// list leave, each of which is there once it is not 0. In the end each kernel waits for the one before it, which is done by then:
+// Counters are zero before and after a step, and so are scores that are chosen from where they are read, each of which is
+// there once it is not 0. In the end each kernel waits for the one before it, which is done by then:
 // whoever waits for the last one has waited for all.
 #pragma once
 #include "../hf_longctx.h"
@@ -91,10 +91,12 @@ struct StreamTurn {
 struct ListTurn {
   Turn turn = Turn::alone;
   Heads heads;
+  int* arrived = nullptr;   // [B * Hkv]
   int* appended = nullptr;  // [B * Hkv]
   int* scored = nullptr;   // as above
   const float* scores = nullptr;
-  float* parts = nullptr;  // room for what parts leave, zero before and after
+  void* scratch = nullptr;
+  bool followed = false;  // by another kernel of the step, which is set up at once
 };
 
 struct PickTurn {
@@ -129,7 +131,7 @@ const char* choose_in_turn(const hfl_layer_group& g, const float* scores, const 
 
 // A group's step over a list in two kernels, or in one where the list stands; where it fits, and what it takes.
 bool list_takes(const hfl_layer_group& g);
-int64_t list_parts(const hfl_layer_group& g);  // numbers
+int64_t list_scratch(const hfl_layer_group& g);  // bytes
 const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn, void* stream);
 
 // What is needed of them before.
