@@ -73,18 +73,30 @@ const void* kernel_for(int dtype) {
                            : reinterpret_cast<const void*>(&merged_wgmma_kernel<false, PLAIN>);
 }
 
-const char* run(const hfl_merged& a) {
+const char* check(const hfl_joined& a) {
+  if (a.parts < 1 || a.parts > HFL_JOINED_PARTS) return "linears_with_delta: expected 1 to 3 layers";
+  int64_t tiles = 0;
+  for (int i = 0; i < a.parts; ++i) {
+    const hfl_merged of = MergedTask::layer_of(a, i);
+    const char* message = check(of);
+    if (message) return message;
+    tiles += of.delta.outputs / 128 + 1;
+  }
+  return tiles * a.first.delta.rows > INT32_MAX ? "linears_with_delta: expected fewer tiles" : nullptr;
+}
+
+const char* run(const hfl_joined& a) {
   using S = MergedStages;
-  const void* kernel = a.delta.planes > 1 || a.delta.groups > 1 ? kernel_for<false>(a.delta.dtype)
-                                                                : kernel_for<true>(a.delta.dtype);
-  MergedTask task = {a, MergedRows(a.delta), (a.delta.outputs - 1) / S::OUTPUTS + 1};
+  const hfl_delta& d = a.first.delta;
+  const void* kernel = d.planes > 1 || d.groups > 1 ? kernel_for<false>(d.dtype) : kernel_for<true>(d.dtype);
+  MergedTask task(a);
   CUtensorMap map;
   cudaFuncAttributes found;
   cudaError_t error = cudaFuncGetAttributes(&found, kernel);
   if (error != cudaSuccess || !found.sharedSizeBytes)
     return "linear_with_delta: expected a device of sm_90, and code for it";
-  const int64_t inputs = a.delta.inputs, rows = a.delta.rows;
-  if (!map_rows(map, a.delta.dtype == HFL_BF16, task.rows.x, {inputs, rows, 1, 1},
+  const int64_t inputs = d.inputs, rows = d.rows;
+  if (!map_rows(map, d.dtype == HFL_BF16, task.rows.x, {inputs, rows, 1, 1},
                 {inputs, inputs * rows, inputs * rows}, S::ROWS)) {
     return "linear_with_delta: expected a driver that makes tensor maps";
   }
@@ -93,18 +105,18 @@ const char* run(const hfl_merged& a) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const size_t kinds = static_cast<size_t>(a.delta.slots + 2) * 2 * sizeof(int);
-  void* of_rows[] = {&task.a.delta, &task.rows};
-  error = launch(reinterpret_cast<const void*>(&sort_kernel), dim3(1), ROW_THREADS, kinds, a.delta.stream, of_rows);
+  const size_t kinds = static_cast<size_t>(d.slots + 2) * 2 * sizeof(int);
+  void* of_rows[] = {&task.delta, &task.rows};
+  error = launch(reinterpret_cast<const void*>(&sort_kernel), dim3(1), ROW_THREADS, kinds, d.stream, of_rows);
   if (error == cudaSuccess) {
     error = launch(reinterpret_cast<const void*>(&order_kernel), dim3(static_cast<unsigned>(rows)), COPY_THREADS, 0,
-                   a.delta.stream, of_rows);
+                   d.stream, of_rows);
   }
   void* arguments[] = {&task, &map};
   const int64_t blocks = std::min<int64_t>(processors, rows * task.tiles);
   if (error == cudaSuccess) {
     error = launch(kernel, dim3(static_cast<unsigned>(blocks)), S::THREADS, static_cast<size_t>(S::BYTES),
-                   a.delta.stream, arguments);
+                   d.stream, arguments);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -114,7 +126,13 @@ const char* run(const hfl_merged& a) {
 
 extern "C" int64_t hfl_merged_scratch(const hfl_merged* a) { return hfl::MergedRows(a->delta).bytes; }
 
-extern "C" const char* hfl_merged_cuda(const hfl_merged* a) {
+extern "C" const char* hfl_joined_cuda(const hfl_joined* a) {
   const char* message = hfl::check(*a);
   return message ? message : hfl::run(*a);
+}
+
+extern "C" const char* hfl_merged_cuda(const hfl_merged* a) {
+  hfl_joined one = {};
+  one.first = *a, one.parts = 1;
+  return hfl_joined_cuda(&one);
 }
