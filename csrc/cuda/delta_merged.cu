@@ -1,12 +1,13 @@
-// ops.linear_with_delta: a linear layer of many rows, each with the weights of its tenant, on sm_90.
+// ops.linears_with_delta: up to three linear layers of the same many rows, each with the weights of its tenant, on
+// sm_90.
 //
 // Shapes: x [R, K], weight [N, K], bits [S, N, K / 32], out [R, N]; K a multiple of 64.
 // A product of all rows with the signs alone would cost as much as the layer itself. So it is one product, of weights
 //   that become those of the rows' tenant on their way into the tensor cores: weight + scale * sign, in float32,
 //   rounded to the dtype of the weights, as if they had been merged.
-// Three launches. The first sorts rows into pieces of at most 256 that have the same slots, the second copies them in
-//   that order. Blocks of the third, as many as multiprocessors, take one item after the other: 128 outputs of a piece;
-//   the pieces of some outputs follow each other, since they share the weights.
+// Three launches for all layers. The first sorts rows into pieces of at most 256 that have the same slots, the second
+//   copies them in that order. Blocks of the third, as many as multiprocessors, take one item after the other: 128
+//   outputs of a layer and a piece; the pieces of some outputs follow each other, since they share the weights.
 // Block: 384 threads. One copies 64 inputs of 256 rows at a time; two groups of four warps have 64 outputs each. They
 //   merge the next weights in registers while they multiply the ones before. So that a lane reads 8 inputs of a weight
 //   at once and has what a product wants of it, the inputs of the rows were put in another order.
