@@ -64,6 +64,9 @@ __device__ __forceinline__ void wait_for_cluster(uint64_t& bar, int parity) {
                : "memory");
 }
 
+// Four warps side by side meet.
+__device__ __forceinline__ void meet(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+
 // Where a lane's first weights and bits of a tile lie, of two outputs 8 apart.
 struct StreamPlace {
   const uint16_t* weights;
@@ -72,16 +75,47 @@ struct StreamPlace {
   int apart, part;          // words from slot to slot
 };
 
+// What a warp does next: some quarters of a tile of the cluster; or nothing.
+struct StreamWork {
+  int tile, begin, end;
+
+  __device__ __forceinline__ bool there() const { return tile >= 0; }
+};
+
+// Who does which tiles: each warp one after the other, all quarters; of the last ones, if they are so few that warps
+// would have none, four warps do one together, a quarter each.
+struct StreamDeal {
+  int tiles, whole;  // whole: those that a warp does alone
+
+  __device__ __forceinline__ StreamDeal(int tiles_, bool together) : tiles(tiles_), whole(tiles_) {
+    const int left = tiles % STREAM_WARPS;
+    if (together && left <= STREAM_WARPS - STREAM_WARPS / 4) whole -= left;
+  }
+  __device__ __forceinline__ StreamWork at(int tile, int warp) const {
+    if (tile < whole) return {tile, 0, EACH_RANK};
+    return tile < tiles ? StreamWork{tile, warp % 4, warp % 4 + 1} : StreamWork{-1, 0, 0};
+  }
+  __device__ __forceinline__ StreamWork first(int warp) const {
+    return at(warp < whole ? warp : whole + warp / 4, warp);
+  }
+  __device__ __forceinline__ StreamWork after(const StreamWork& now, int warp) const {
+    if (now.tile >= whole) return at(now.tile + STREAM_WARPS / 4, warp);
+    return at(now.tile + STREAM_WARPS < whole ? now.tile + STREAM_WARPS : whole + warp / 4, warp);
+  }
+};
+
 // EACH: rows whose bits come with a quarter of a step: all of them with four.
 template <int EACH, bool BF16>
 struct Streamer {
   static constexpr int NT = EACH > 2 ? 2 : 1;
+  static constexpr bool TOGETHER = EACH == 4;  // four warps can do a tile together
   static constexpr bool EARLY = EACH == 1;  // parts are loaded anew as soon as they are used
   struct Batch {
     uint4 weights[4][2], bits[EACH][2];
   };
   const StreamTask& p;
   const StreamBoard& board;
+  int origin;                      // the cluster's first tile
   int lane, side;                  // side: of the board, and of what is known of x
   uint32_t x_at, planes_at, some;  // of this phase; some: bit r: row r has bits
   float* deltas;                   // this lane's, 32 apart, as `base`
@@ -130,17 +164,17 @@ struct Streamer {
   }
 
   // Products of 32 of 128 inputs with the weights. Lane 4 g + t has inputs 8 t to + 7 of output g, and of row g.
-  __device__ __forceinline__ void multiply(const Batch& own, int i, int quarter) {
+  __device__ __forceinline__ void multiply(float (&sums)[NT][4], const Batch& own, int i, int quarter) const {
     const uint4 w = own.weights[i][0], v = own.weights[i][1];
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const uint4 x = load_shared(x_at + static_cast<uint32_t>(n * 8 * X_BYTES + quarter * QUARTER * 2 + i * 64));
       if (BF16) {
-        mma_bf16(base[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
-        mma_bf16(base[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
+        mma_bf16(sums[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
+        mma_bf16(sums[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
       } else {
-        mma_f16(base[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
-        mma_f16(base[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
+        mma_f16(sums[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
+        mma_f16(sums[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
       }
     }
   }
@@ -205,32 +239,41 @@ struct Streamer {
       }
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) deltas[(first / 8 * 4 + first / 4 % 2 + 2 * h) * 32] += sums[h];
+    for (int h = 0; h < 2; ++h) {
+      float& to = deltas[(first / 8 * 4 + first / 4 % 2 + 2 * h) * 32];
+      to = EACH == 4 ? sums[h] : to + sums[h];  // of 16 rows each has a place of its own
+    }
   }
 
-  // All of a tile in a phase, whose first quarter is in `own`; then there is that of tile `next`, if it is one, and `at`
-  // is its place. kept: this lane's sums of the phases before, or NULL.
-  __device__ __forceinline__ void run(Batch& own, StreamPlace& at, int next, const float4* kept) {
+  // Quarters of a tile in a phase, the first of which is in `own`; then there is that of `next`, and `at` is its place.
+  // kept: this lane's sums of the phases before, or NULL.
+  __device__ __forceinline__ void run(Batch& own, StreamPlace& at, const StreamWork& now, const StreamWork& next,
+                                      const float4* kept) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const float4 before = kept ? kept[n * 32] : float4{};
       base[n][0] = before.x, base[n][1] = before.y, base[n][2] = before.z, base[n][3] = before.w;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) deltas[(n * 4 + j) * 32] = 0.0f;
+      for (int j = 0; EACH < 4 && j < 4; ++j) deltas[(n * 4 + j) * 32] = 0.0f;
     }
     const int part = at.part;
 #pragma unroll 1
-    for (int quarter = 0; quarter < EACH_RANK; ++quarter) {
-      const bool last = quarter + 1 == EACH_RANK, more = !last || next >= 0;
-      const int then = last ? 0 : quarter + 1;
-      if (last && more) at = place_of(next);
+    for (int quarter = now.begin; quarter < now.end; ++quarter) {
+      const bool last = quarter + 1 == now.end, more = !last || next.there();
+      const int then = last ? next.begin : quarter + 1;
+      if (last && more) at = place_of(origin + next.tile);
+      float sums[NT][4] = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (quarter < share.mine) multiply(own, i, quarter);
+        if (quarter < share.mine) multiply(sums, own, i, quarter);
         if constexpr (EARLY) {
           if (more) load_weight(own, i, at, then);
         }
       }
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) base[n][j] += sums[n][j];
       add_deltas(own, quarter * EACH, part, [&](int e) {
         if constexpr (EARLY) {
           if (more) load_row(own, e, at, then);
@@ -240,6 +283,23 @@ struct Streamer {
         if (more) load_weights(own, at, then), load_bits(own, at, then);
       }
     }
+  }
+
+  // Of four warps that do a tile together, the first adds up the products of all, in the order of the quarters.
+  __device__ __forceinline__ void gather(float4* mine, int warp) {
+    if (warp % 4) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n) mine[n * 32] = make_float4(base[n][0], base[n][1], base[n][2], base[n][3]);
+    }
+    meet(warp / 4);
+    if (warp % 4) return;
+#pragma unroll
+    for (int other = 1; other < 4; ++other)
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const float4 more = mine[(other * NT + n) * 32];
+        base[n][0] += more.x, base[n][1] += more.y, base[n][2] += more.z, base[n][3] += more.w;
+      }
   }
 
   // Sums of this rank and phase.
@@ -303,17 +363,19 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   const int g = lane / 4, t = lane % 4;
   const auto x_of = [&](int side) { return stream_shared + x_at + side * p.phase_bytes(); };
   const auto planes_of = [&](int side) { return x_of(side) + p.columns() * X_BYTES; };
-  S own = {p, board, lane, 0, 0, 0, 0, reinterpret_cast<float*>(stream_shared + deltas) + warp * S::NT * 4 * 32 + lane,
-           StreamShare(p, 0, rank), {}};
+  float* const mine = reinterpret_cast<float*>(stream_shared + deltas) + warp * S::NT * 4 * 32;
+  S own = {p, board, first, lane, 0, 0, 0, 0, mine + lane, StreamShare(p, 0, rank), {}};
+  const StreamDeal deal(tiles, S::TOGETHER);
   typename S::Batch batch = {};
-  StreamPlace place = own.place_of(first + min(warp, tiles - 1));
-  if (warp < tiles) own.load_weights(batch, place, 0);
+  StreamWork now = deal.first(warp);
+  StreamPlace place = own.place_of(first + max(now.tile, 0));
+  if (now.there()) own.load_weights(batch, place, now.begin);
   wait_for_previous(warp);
   const StreamRow row(p, board);
   row.fetch(p, own.share, x_of(0));
   __syncthreads();
   for (int i = 0; i < STREAM_ROWS; ++i) own.some |= (board.slots[i] >= 0 ? 1u : 0u) << i;
-  if (warp < tiles) own.load_bits(batch, place, 0);
+  if (now.there()) own.load_bits(batch, place, now.begin);
   row.know(p, board, 0, own.share, x_of(0), planes_of(0));
   __syncthreads();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -326,11 +388,17 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
     const StreamShare ahead(p, min(phase + 1, p.phases - 1), rank);
     if (!last) row.fetch(p, ahead, x_of(1 - own.side));
 #pragma unroll 1
-    for (int tile = warp; tile < tiles; tile += STREAM_WARPS) {
+    for (StreamWork next; now.there(); now = next) {
+      next = deal.after(now, warp);
       const int part = place.part;
-      float4* before = reinterpret_cast<float4*>(stream_shared + kept) + tile * S::NT * 32 + lane;
-      own.run(batch, place, tile + STREAM_WARPS < tiles ? first + tile + STREAM_WARPS : -1, phase ? before : nullptr);
-      const int owner = tile % RANKS, slot = tile / RANKS;
+      const bool together = S::TOGETHER && now.tile >= deal.whole, leads = !together || warp % 4 == 0;
+      float4* before = reinterpret_cast<float4*>(stream_shared + kept) + now.tile * S::NT * 32 + lane;
+      own.deltas = mine + lane - (together ? warp % 4 * S::NT * 4 * 32 : 0);
+      if (together) meet(warp / 4);  // nobody reads what they had together before
+      own.run(batch, place, now, next, phase && leads ? before : nullptr);
+      if (together) own.gather(reinterpret_cast<float4*>(mine) + lane, warp);
+      if (!leads) continue;
+      const int owner = now.tile % RANKS, slot = now.tile / RANKS;
       const uint32_t to = slots + static_cast<uint32_t>(slot * p.owned_bytes() + (rank * S::NT * 32 + lane) * 16);
 #pragma unroll
       for (int n = 0; n < S::NT; ++n) {
@@ -344,8 +412,8 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
       }
     }
     if (last) break;
-    own.share = ahead, place = own.place_of(first + min(warp, tiles - 1));
-    if (warp < tiles) own.load_weights(batch, place, 0), own.load_bits(batch, place, 0);
+    now = deal.first(warp), own.share = ahead, place = own.place_of(first + max(now.tile, 0));
+    if (now.there()) own.load_weights(batch, place, now.begin), own.load_bits(batch, place, now.begin);
     row.know(p, board, 1 - own.side, ahead, x_of(1 - own.side), planes_of(1 - own.side));
     __syncthreads();
   }
