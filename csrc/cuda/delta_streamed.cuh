@@ -108,7 +108,8 @@ struct StreamDeal {
 template <int EACH, bool BF16>
 struct Streamer {
   static constexpr int NT = EACH > 2 ? 2 : 1;
-  static constexpr bool TOGETHER = EACH == 4;  // four warps can do a tile together
+  static constexpr bool TOGETHER = EACH != 2;  // four warps can do a tile together; of 5 to 8 rows registers are short
+  static constexpr bool PLACED = EACH == 4;   // each row's sums have a place of their own, else four share it
   static constexpr bool EARLY = EACH == 1;  // parts are loaded anew as soon as they are used
   struct Batch {
     uint4 weights[4][2], bits[EACH][2];
@@ -215,7 +216,7 @@ struct Streamer {
   // Products of a quarter's bits, of the rows from `first` on. Lane t of four gets the sum of row t of four. What was
   // used is loaded anew with `load(e)`.
   template <typename Load>
-  __device__ __forceinline__ void add_deltas(const Batch& own, int first, int part, Load load) {
+  __device__ __forceinline__ void add_deltas(const Batch& own, int first, int part, float* of_tile, Load load) {
     const bool upper = lane & 2, odd = lane & 1, later = first & 2, one_later = first & 1;
     float low[2], high[2] = {}, even[2], sums[2];
     count_row(low, own.bits[0], first, part), load(0);
@@ -240,8 +241,8 @@ struct Streamer {
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float& to = deltas[(first / 8 * 4 + first / 4 % 2 + 2 * h) * 32];
-      to = EACH == 4 ? sums[h] : to + sums[h];  // of 16 rows each has a place of its own
+      float& to = of_tile[(first / 8 * 4 + first / 4 % 2 + 2 * h) * 32];
+      to = PLACED ? sums[h] : to + sums[h];
     }
   }
 
@@ -254,7 +255,7 @@ struct Streamer {
       const float4 before = kept ? kept[n * 32] : float4{};
       base[n][0] = before.x, base[n][1] = before.y, base[n][2] = before.z, base[n][3] = before.w;
 #pragma unroll
-      for (int j = 0; EACH < 4 && j < 4; ++j) deltas[(n * 4 + j) * 32] = 0.0f;
+      for (int j = 0; !PLACED && j < 4; ++j) deltas[(n * 4 + j) * 32] = 0.0f;
     }
     const int part = at.part;
 #pragma unroll 1
@@ -274,7 +275,7 @@ struct Streamer {
       for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int j = 0; j < 4; ++j) base[n][j] += sums[n][j];
-      add_deltas(own, quarter * EACH, part, [&](int e) {
+      add_deltas(own, quarter * EACH, part, deltas - (PLACED ? now.begin * WARP_FLOATS : 0), [&](int e) {
         if constexpr (EARLY) {
           if (more) load_row(own, e, at, then);
         }
@@ -285,21 +286,27 @@ struct Streamer {
     }
   }
 
-  // Of four warps that do a tile together, the first adds up the products of all, in the order of the quarters.
-  __device__ __forceinline__ void gather(float4* mine, int warp) {
-    if (warp % 4) {
+  // Of four warps that do a tile together, the first adds up what all have, products in the order of the quarters.
+  // Of a warp's floats the last are for products where the first are for deltas. quarter: this warp's.
+  __device__ __forceinline__ void gather(int quarter, int group) {
+    constexpr int FIRST = PLACED ? 0 : WARP_FLOATS / 2;
+    float4* products = reinterpret_cast<float4*>(deltas - lane + FIRST) + lane;
+    if (quarter) {
 #pragma unroll
-      for (int n = 0; n < NT; ++n) mine[n * 32] = make_float4(base[n][0], base[n][1], base[n][2], base[n][3]);
+      for (int n = 0; n < NT; ++n) products[n * 32] = make_float4(base[n][0], base[n][1], base[n][2], base[n][3]);
     }
-    meet(warp / 4);
-    if (warp % 4) return;
+    meet(group);
+    if (quarter) return;
 #pragma unroll
-    for (int other = 1; other < 4; ++other)
+    for (int other = 1; other < 4; ++other) {
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        const float4 more = mine[(other * NT + n) * 32];
+        const float4 more = products[other * (WARP_FLOATS / 4) + n * 32];
         base[n][0] += more.x, base[n][1] += more.y, base[n][2] += more.z, base[n][3] += more.w;
       }
+#pragma unroll
+      for (int j = 0; !PLACED && j < 4; ++j) deltas[j * 32] += deltas[other * WARP_FLOATS + j * 32];
+    }
   }
 
   // Sums of this rank and phase.
@@ -363,8 +370,8 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   const int g = lane / 4, t = lane % 4;
   const auto x_of = [&](int side) { return stream_shared + x_at + side * p.phase_bytes(); };
   const auto planes_of = [&](int side) { return x_of(side) + p.columns() * X_BYTES; };
-  float* const mine = reinterpret_cast<float*>(stream_shared + deltas) + warp * S::NT * 4 * 32;
-  S own = {p, board, first, lane, 0, 0, 0, 0, mine + lane, StreamShare(p, 0, rank), {}};
+  S own = {p, board, first, lane, 0, 0, 0, 0, reinterpret_cast<float*>(stream_shared + deltas) + warp * WARP_FLOATS + lane,
+           StreamShare(p, 0, rank), {}};
   const StreamDeal deal(tiles, S::TOGETHER);
   typename S::Batch batch = {};
   StreamWork now = deal.first(warp);
@@ -391,12 +398,11 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
     for (StreamWork next; now.there(); now = next) {
       next = deal.after(now, warp);
       const int part = place.part;
-      const bool together = S::TOGETHER && now.tile >= deal.whole, leads = !together || warp % 4 == 0;
+      const bool together = S::TOGETHER && now.tile >= deal.whole, leads = now.begin == 0;
       float4* before = reinterpret_cast<float4*>(stream_shared + kept) + now.tile * S::NT * 32 + lane;
-      own.deltas = mine + lane - (together ? warp % 4 * S::NT * 4 * 32 : 0);
       if (together) meet(warp / 4);  // nobody reads what they had together before
       own.run(batch, place, now, next, phase && leads ? before : nullptr);
-      if (together) own.gather(reinterpret_cast<float4*>(mine) + lane, warp);
+      if (together) own.gather(now.begin, warp / 4);
       if (!leads) continue;
       const int owner = now.tile % RANKS, slot = now.tile / RANKS;
       const uint32_t to = slots + static_cast<uint32_t>(slot * p.owned_bytes() + (rank * S::NT * 32 + lane) * 16);
