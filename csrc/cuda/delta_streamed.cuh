@@ -370,8 +370,8 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   const int g = lane / 4, t = lane % 4;
   const auto x_of = [&](int side) { return stream_shared + x_at + side * p.phase_bytes(); };
   const auto planes_of = [&](int side) { return x_of(side) + p.columns() * X_BYTES; };
-  S own = {p, board, first, lane, 0, 0, 0, 0, reinterpret_cast<float*>(stream_shared + deltas) + warp * WARP_FLOATS + lane,
-           StreamShare(p, 0, rank), {}};
+  float* const sums_at = reinterpret_cast<float*>(stream_shared + deltas) + warp * WARP_FLOATS + lane;
+  S own = {p, board, first, lane, 0, 0, 0, 0, sums_at, StreamShare(p, 0, rank), {}};
   const StreamDeal deal(tiles, S::TOGETHER);
   typename S::Batch batch = {};
   StreamWork now = deal.first(warp);
