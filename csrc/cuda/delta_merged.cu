@@ -29,23 +29,30 @@ __global__ void __launch_bounds__(ROW_THREADS) sort_kernel(const hfl_delta a, co
   sort_rows(a, to, MergedStages::ROWS, kinds, kinds + a.slots + 2);
 }
 
-// A row in its place, 32 inputs by each thread.
+// Four numbers of each of four lanes side by side, transposed.
+__device__ __forceinline__ uint4 transposed(uint4 x) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  const auto swap = [](uint32_t& low, uint32_t& high, bool second, int apart) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, second ? low : high, apart);
+    (second ? low : high) = other;
+  };
+  swap(x.x, x.y, odd, 1), swap(x.z, x.w, odd, 1);
+  swap(x.x, x.z, upper, 2), swap(x.y, x.w, upper, 2);
+  return x;
+}
+
+// A row in its place; four threads have 32 inputs, each of them a pair of each eight.
 __global__ void __launch_bounds__(COPY_THREADS) order_kernel(const hfl_delta a, const MergedRows to) {
   wait_for_previous(a.rows);
   const int64_t row = to.order[blockIdx.x];
   const uint4* from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(a.x) + row * a.x_r);
   uint4* at = reinterpret_cast<uint4*>(to.x + static_cast<int64_t>(blockIdx.x) * a.inputs);
-  for (int word = static_cast<int>(threadIdx.x); word < a.inputs / WORD; word += COPY_THREADS) {
-    uint32_t pairs[16];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint4 four = from[word * 4 + i];
-      pairs[4 * i] = four.x, pairs[4 * i + 1] = four.y, pairs[4 * i + 2] = four.z, pairs[4 * i + 3] = four.w;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // s = i / 2, h = i % 2: pairs 2 s + h of the four fours
-      at[word * 4 + i] = make_uint4(pairs[i], pairs[4 + i], pairs[8 + i], pairs[12 + i]);
-    }
+  const int parts = a.inputs / 8;
+#pragma unroll 4
+  for (int first = 0; first < parts; first += COPY_THREADS) {
+    const int i = first + static_cast<int>(threadIdx.x);
+    const uint4 x = transposed(i < parts ? from[i] : uint4{});  // s = i / 2 % 2, h = i % 2: pairs 2 s + h of the four
+    if (i < parts) at[i] = x;
   }
 }
 

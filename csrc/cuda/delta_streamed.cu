@@ -44,8 +44,7 @@ const char* check(const hfl_streamed& a) {
 
 template <bool BF16>
 const void* kernel_for(int rows) {
-  if (rows > 8) return reinterpret_cast<const void*>(&streamed_kernel<4, BF16>);
-  return rows > 4 ? reinterpret_cast<const void*>(&streamed_kernel<2, BF16>)
+  return rows > 4 ? reinterpret_cast<const void*>(&streamed_kernel<4, BF16>)
                   : reinterpret_cast<const void*>(&streamed_kernel<1, BF16>);
 }
 

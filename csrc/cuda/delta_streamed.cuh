@@ -87,9 +87,9 @@ struct StreamWork {
 struct StreamDeal {
   int tiles, whole;  // whole: those that a warp does alone
 
-  __device__ __forceinline__ StreamDeal(int tiles_, bool together) : tiles(tiles_), whole(tiles_) {
+  __device__ __forceinline__ explicit StreamDeal(int tiles_) : tiles(tiles_), whole(tiles_) {
     const int left = tiles % STREAM_WARPS;
-    if (together && left <= STREAM_WARPS - STREAM_WARPS / 4) whole -= left;
+    if (left <= STREAM_WARPS - STREAM_WARPS / 4) whole -= left;
   }
   __device__ __forceinline__ StreamWork at(int tile, int warp) const {
     if (tile < whole) return {tile, 0, EACH_RANK};
@@ -108,7 +108,6 @@ struct StreamDeal {
 template <int EACH, bool BF16>
 struct Streamer {
   static constexpr int NT = EACH > 2 ? 2 : 1;
-  static constexpr bool TOGETHER = EACH != 2;  // four warps can do a tile together; of 5 to 8 rows registers are short
   static constexpr bool PLACED = EACH == 4;   // each row's sums have a place of their own, else four share it
   static constexpr bool EARLY = EACH == 1;  // parts are loaded anew as soon as they are used
   struct Batch {
@@ -372,7 +371,7 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   const auto planes_of = [&](int side) { return x_of(side) + p.columns() * X_BYTES; };
   float* const sums_at = reinterpret_cast<float*>(stream_shared + deltas) + warp * WARP_FLOATS + lane;
   S own = {p, board, first, lane, 0, 0, 0, 0, sums_at, StreamShare(p, 0, rank), {}};
-  const StreamDeal deal(tiles, S::TOGETHER);
+  const StreamDeal deal(tiles);
   typename S::Batch batch = {};
   StreamWork now = deal.first(warp);
   StreamPlace place = own.place_of(first + max(now.tile, 0));
@@ -398,7 +397,7 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
     for (StreamWork next; now.there(); now = next) {
       next = deal.after(now, warp);
       const int part = place.part;
-      const bool together = S::TOGETHER && now.tile >= deal.whole, leads = now.begin == 0;
+      const bool together = now.tile >= deal.whole, leads = now.begin == 0;
       float4* before = reinterpret_cast<float4*>(stream_shared + kept) + now.tile * S::NT * 32 + lane;
       if (together) meet(warp / 4);  // nobody reads what they had together before
       own.run(batch, place, now, next, phase && leads ? before : nullptr);

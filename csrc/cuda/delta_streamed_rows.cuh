@@ -27,7 +27,7 @@ struct StreamTask {
   }
   // Columns of results, of rows in memory; bytes of what a block knows of the inputs of a phase, and of each tile that
   // it sums up.
-  __host__ __device__ int columns() const { return a.rows > 8 ? 16 : 8; }
+  __host__ __device__ int columns() const { return a.rows > 4 ? 16 : 8; }
   __host__ __device__ static int deltas_bytes() { return STREAM_WARPS * WARP_FLOATS * 4; }
   __host__ __device__ int phase_bytes() const { return columns() * X_BYTES + a.rows * STEP_BYTES; }
   __host__ __device__ int known_bytes() const { return deltas_bytes() + (phases > 1 ? 2 : 1) * phase_bytes(); }
