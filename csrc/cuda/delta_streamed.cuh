@@ -104,12 +104,12 @@ struct StreamDeal {
   }
 };
 
-// EACH: rows whose bits come with a quarter of a step: all of them with four.
+// EACH: rows whose bits come with a quarter of a step, 1 or 4: all of up to 4 or 16 with four.
 template <int EACH, bool BF16>
 struct Streamer {
-  static constexpr int NT = EACH > 2 ? 2 : 1;
-  static constexpr bool PLACED = EACH == 4;   // each row's sums have a place of their own, else four share it
-  static constexpr bool EARLY = EACH == 1;  // parts are loaded anew as soon as they are used
+  static constexpr int NT = EACH == 4 ? 2 : 1;
+  static constexpr bool PLACED = EACH == 4;  // each row's sums have a place of their own, else four share it
+  static constexpr bool EARLY = EACH == 1;   // parts are loaded anew as soon as they are used
   struct Batch {
     uint4 weights[4][2], bits[EACH][2];
   };
@@ -216,26 +216,22 @@ struct Streamer {
   // used is loaded anew with `load(e)`.
   template <typename Load>
   __device__ __forceinline__ void add_deltas(const Batch& own, int first, int part, float* of_tile, Load load) {
-    const bool upper = lane & 2, odd = lane & 1, later = first & 2, one_later = first & 1;
-    float low[2], high[2] = {}, even[2], sums[2];
+    const bool upper = lane & 2, odd = lane & 1;
+    float low[2], high[2], even[2], sums[2];
     count_row(low, own.bits[0], first, part), load(0);
-    if constexpr (EACH == 4) count_row(high, own.bits[2], first + 2, part), load(2);
+    if constexpr (EACH == 4) {
+      count_row(high, own.bits[2], first + 2, part), load(2);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      even[h] = EACH < 4 && later ? add_far(0.0f, low[h], upper) : add_far(low[h], high[h], upper);
-    }
-    if constexpr (EACH > 1) {
+      for (int h = 0; h < 2; ++h) even[h] = add_far(low[h], high[h], upper);
       count_row(low, own.bits[1], first + 1, part), load(1);
-      if constexpr (EACH == 4) count_row(high, own.bits[3], first + 3, part), load(3);
+      count_row(high, own.bits[3], first + 3, part), load(3);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float of_odd = EACH < 4 && later ? add_far(0.0f, low[h], upper) : add_far(low[h], high[h], upper);
-        sums[h] = add_near(even[h], of_odd, odd);
-      }
+      for (int h = 0; h < 2; ++h) sums[h] = add_near(even[h], add_far(low[h], high[h], upper), odd);
     } else {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        sums[h] = one_later ? add_near(0.0f, even[h], odd) : add_near(even[h], 0.0f, odd);
+        even[h] = first & 2 ? add_far(0.0f, low[h], upper) : add_far(low[h], 0.0f, upper);
+        sums[h] = first & 1 ? add_near(0.0f, even[h], odd) : add_near(even[h], 0.0f, odd);
       }
     }
 #pragma unroll
