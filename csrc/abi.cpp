@@ -1,6 +1,7 @@
 // What the library is; and, built without CUDA, operations that say so.
 #include "beside.h"
 #include "fill.h"
+#include "joined.h"
 #include "linear.h"
 #include "project.h"
 #include "streamed.h"
@@ -43,6 +44,7 @@ extern "C" const char* hfl_prefill_cuda(const hfl_prefill*) { return kNone; }
 extern "C" const char* hfl_layer_cuda(const hfl_layer*) { return kNone; }
 extern "C" const char* hfl_delta_cuda(const hfl_delta*) { return kNone; }
 extern "C" const char* hfl_merged_cuda(const hfl_merged*) { return kNone; }
+extern "C" const char* hfl_joined_cuda(const hfl_joined*) { return kNone; }
 extern "C" const char* hfl_project_cuda(const hfl_project*) { return kNone; }
 extern "C" const char* hfl_streamed_cuda(const hfl_streamed*) { return kNone; }
 extern "C" const char* hfl_tables_cuda(const hfl_tables*) { return kNone; }
