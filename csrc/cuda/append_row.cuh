@@ -67,7 +67,8 @@ __device__ __forceinline__ void append_row(const hfl_append& a, int from, int b,
   for (int warp = 1; warp < WARPS; ++warp) {
     bound_eight<T>(low, high, lows[warp * CHUNKS + chunk], highs[warp * CHUNKS + chunk]);
   }
-  T* to = static_cast<T*>(a.bounds) + b * a.bounds_b + head * a.bounds_h + static_cast<int64_t>(entry) * 256 + chunk * 8;
+  const int64_t at = b * a.bounds_b + head * a.bounds_h + static_cast<int64_t>(entry) * 256 + chunk * 8;
+  T* to = static_cast<T*>(a.bounds) + at;
   *reinterpret_cast<uint4*>(to) = low, *reinterpret_cast<uint4*>(to + 128) = high;
 }
 

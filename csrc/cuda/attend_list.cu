@@ -36,12 +36,12 @@ __global__ void __launch_bounds__(THREADS, 2) choose_kernel(const __grid_constan
   int32_t* to = p.a.ids + static_cast<int64_t>(problem) * p.a.chosen;
   choose_part(p.a, p.each, p.turn.scored, p.tiles, memory, b, problem, 0, p.a.chosen, to);
   __syncthreads();
-  clear_scores(p.a.scores, p.each, problem);
   if (threadIdx.x == 0) {
     p.turn.scored[problem] = 0;
     store_in_order(p.turn.picked + problem, p.turn.readers);
   }
   end_turn(p.turn.turn);
+  clear_scores(p.a.scores, p.each, problem);
 #endif
 }
 
@@ -75,8 +75,11 @@ __device__ __forceinline__ void merge(const ListTask& p, ListShared& shared, uns
   __syncthreads();
   if (shared.arrived != p.splits.by - 1) return;
   if (thread == 0) p.a.counters[part.problem] = 0;
-  if (choice) clear_scores(p.pick.scores, p.chooses, part.problem);
-  if (thread == 0 && choice) p.scored[part.problem] = 0;
+  if (choice) {
+    end_turn(p.turn);  // all scores are there
+    clear_scores(p.pick.scores, p.chooses, part.problem);
+    if (thread == 0) p.scored[part.problem] = 0;
+  }
   if (thread == 0 && p.appended) {
     wait_until(p.appended + part.problem, 1);
     p.appended[part.problem] = 0;

@@ -130,7 +130,8 @@ struct Chooser {
               [&](const uint4&, uint32_t bits, int i) {
 #pragma unroll 1
                 for (; bits; bits &= bits - 1, ++place) {
-                  if (place >= start && place < end) list[place - start] = at + 4 * i + __ffs(static_cast<int>(bits)) - 1;
+                  const int block = at + 4 * i + __ffs(static_cast<int>(bits)) - 1;
+                  if (place >= start && place < end) list[place - start] = block;
                 }
               });
   }
@@ -311,7 +312,8 @@ struct ListShape {
   }
 };
 
-// For the scores of the next step, by all threads.
+// For the scores of the next step, by all threads, once all of these are there, also those that nobody looked at: when
+// the kernel that writes them is done.
 __device__ __forceinline__ void clear_scores(const float* scores, int each, int problem) {
   float4* to = reinterpret_cast<float4*>(const_cast<float*>(scores) + static_cast<int64_t>(problem) * CHOOSERS * each);
 #pragma unroll 1
