@@ -1,6 +1,6 @@
 // w4a8_experts of few tokens for each expert: no two blocks share a row of a weight. experts.cu says what it computes.
 //
-// Work: units of 16 or 32 rows of the weight of one expert, with up to 8 or 16 of its tokens; of all units, counted
+// Work: units of 32 rows of the weight of one expert, with up to 8 or 16 of its tokens; of all units, counted
 //   through expert by expert, every block has equally many in a row, so that it seldom changes the expert.
 // Block: of a unit, every warp has each 8th chunk of columns; it copies the codes, scales and tokens of those itself,
 //   some chunks ahead and over the end of a unit, and waits for no other warp but once a unit, when sums are added in
@@ -12,18 +12,19 @@
 
 namespace hfl {
 
-template <Form F, int MT, int TILES_>
+template <Form F, int MT>
 struct ExpertsRoom {
   static constexpr int WARPS = 8, THREADS = WARPS * 32;
-  static constexpr int TILES = TILES_, ROWS = 16 * TILES, TOKENS = 8 * MT;  // of a unit
+  static constexpr int TILES = 2, ROWS = 16 * TILES, TOKENS = 8 * MT;         // of a unit
   static constexpr int CHUNK = F == Form::BYTES ? 64 : 128;                 // columns, and bytes of a token
   static constexpr int LEVELS = F == Form::GROUP ? 32 : F == Form::FINE ? 128 : 0;  // of a tile
-  static constexpr int TILE = 1024 + LEVELS, CODES = TILES * TILE, STAGE = CODES + TOKENS * CHUNK;
-  static constexpr int FIT = 104 * 1024 / (WARPS * STAGE), STAGES = FIT < 6 ? FIT : 6;
-  static constexpr int RING = WARPS * STAGES * STAGE;
+  static constexpr int TILE = 1024 + LEVELS, CODES = TILES * TILE, VALUES = TOKENS * CHUNK;  // of a stage
+  static constexpr int FIT = 104 * 1024 / (WARPS * (CODES + VALUES)), STAGES = FIT < 6 ? FIT : 6;
+  static constexpr int RING = WARPS * STAGES * CODES, LATER = RING + WARPS * STAGES * VALUES;
+  static_assert(RING % 128 == 0, "tokens begin where their order in 128 bytes does");
   static constexpr int LINE = ROWS + 4, SUMS = TOKENS * LINE;  // of a token, so that banks differ; of a unit
   static constexpr int EACH = (TOKENS * ROWS + THREADS - 1) / THREADS;  // results of a thread
-  static constexpr int BYTES = RING + 2 * SUMS * 4;
+  static constexpr int BYTES = LATER + 2 * SUMS * 4;
   static constexpr int PIECES = CHUNK / 16, APART = 32 / PIECES;  // of 16 bytes, of a token; tokens copied at a time
   static constexpr int TIMES = TOKENS / APART;
 };
@@ -74,25 +75,22 @@ struct ExpertsCursor {
   }
 };
 
-template <Form F, int MT, int TILES>
+template <Form F, int MT>
 struct ExpertsBlock {
-  using R = ExpertsRoom<F, MT, TILES>;
+  using R = ExpertsRoom<F, MT>;
+  static constexpr int TILES = R::TILES;
   static constexpr int SETS = MT == 1 ? 2 : 1;  // of sums: those of two chunks at a time do not wait for each other
   const ExpertsTask& p;
-  uint32_t ring, sums;  // of this warp; of the block
-  uint32_t row[MT];     // where this thread finds its part of operand b in a stage
+  uint32_t ring, tokens, sums;  // of this warp; of this warp; of the block
+  uint32_t row;                 // where this thread finds its part of operand b in a stage, of the first eight tokens
   int warp, lane;
   int acc[SETS][TILES][MT][4];
 
   __device__ ExpertsBlock(const ExpertsTask& p_, uint32_t base)
-      : p(p_), ring(base), sums(base + R::RING), warp(static_cast<int>(threadIdx.x) / 32),
+      : p(p_), ring(base), tokens(base + R::RING), sums(base + R::LATER), warp(static_cast<int>(threadIdx.x) / 32),
         lane(static_cast<int>(threadIdx.x) % 32) {
-    ring += warp * R::STAGES * R::STAGE;
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-      const int token = m * 8 + lane % 8;
-      row[m] = ring + R::CODES + token * R::CHUNK + (lane / 8 ^ turn(token)) * 16;
-    }
+    ring += warp * R::STAGES * R::CODES, tokens += warp * R::STAGES * R::VALUES;
+    row = tokens + lane % 8 * R::CHUNK + (lane / 8 ^ turn(lane % 8)) * 16;
     clear();
   }
 
@@ -111,7 +109,7 @@ struct ExpertsBlock {
   }
 
   __device__ __forceinline__ void copy(int stage, const ExpertsCursor<R>& from) const {
-    const uint32_t at = ring + stage * R::STAGE, to = at + lane * 16;
+    const uint32_t at = ring + stage * R::CODES, to = at + lane * 16;
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
       copy_async(to + i * R::TILE, from.codes + i * 1024, true);
@@ -131,7 +129,7 @@ struct ExpertsBlock {
       const int m = lane / R::PIECES + i * R::APART;
       if (m < from.count) {
         const int64_t place = inside ? static_cast<int64_t>(from.tokens[i]) * p.a.columns + column : 0;
-        copy_async(at + R::CODES + m * R::CHUNK + (piece ^ turn(m)) * 16, p.a.values + place, inside);
+        copy_async(tokens + stage * R::VALUES + m * R::CHUNK + (piece ^ turn(m)) * 16, p.a.values + place, inside);
       }
     }
   }
@@ -159,23 +157,21 @@ struct ExpertsBlock {
   }
 
   __device__ __forceinline__ void multiply(int (&to)[TILES][MT][4], int stage) {
-    const uint32_t from = ring + stage * R::STAGE;
-    uint32_t by[TILES];
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) by[i] = F == Form::GROUP ? levels(from + i * R::TILE, 0) : 0;
+    const uint32_t from = ring + stage * R::CODES;
 #pragma unroll
     for (int half = 0; half < R::CHUNK / 64; ++half) {
-      uint32_t a[TILES][8];
+      uint32_t b[MT][4];
 #pragma unroll
-      for (int i = 0; i < TILES; ++i) codes(a[i], from + i * R::TILE, half, Levels(by[i]));
+      for (int m = 0; m < MT; ++m) load_matrices(b[m], (row + stage * R::VALUES + m * 8 * R::CHUNK) ^ half * 64);
 #pragma unroll
-      for (int m = 0; m < MT; ++m) {
-        uint32_t b[4];
-        load_matrices(b, (row[m] + stage * R::STAGE) ^ half * 64);
+      for (int i = 0; i < TILES; ++i) {
+        const uint32_t tile = from + i * R::TILE;
+        uint32_t a[8];
+        codes(a, tile, half, Levels(F == Form::GROUP ? levels(tile, 0) : 0));
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) mma_u8(to[i][m], a[i], b[0], b[1]);
+        for (int m = 0; m < MT; ++m) mma_u8(to[i][m], a, b[m][0], b[m][1]);
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) mma_u8(to[i][m], a[i] + 4, b[2], b[3]);
+        for (int m = 0; m < MT; ++m) mma_u8(to[i][m], a + 4, b[m][2], b[m][3]);
       }
     }
   }
@@ -199,14 +195,16 @@ struct ExpertsBlock {
 };
 
 // What a thread writes of a unit: of some tokens, one row of the weight.
-template <class R>
+template <Form F, class R>
 struct ExpertsResults {
+  static constexpr int BIAS = F == Form::CHANNEL ? 0 : 128;  // what stored integers are too large by
   const ExpertsTask& p;
-  OfToken of[R::EACH];
-  OfRow row;
+  int token_sum[R::EACH];
+  float token_scale[R::EACH];
+  float scale, shift;
   int n;
 
-  __device__ explicit ExpertsResults(const ExpertsTask& p_) : p(p_), row{}, n(0) {}
+  __device__ explicit ExpertsResults(const ExpertsTask& p_) : p(p_), scale(0.0f), shift(0.0f), n(0) {}
 
   __device__ __forceinline__ static int token(int i) {
     return static_cast<int>(threadIdx.x) / R::ROWS + i * (R::THREADS / R::ROWS);
@@ -214,14 +212,15 @@ struct ExpertsResults {
   __device__ __forceinline__ void of_tile(const ExpertsTile& tile) {
 #pragma unroll
     for (int i = 0; i < R::EACH; ++i) {
-      const int at = token_at(p.a, tile.first + min(token(i), tile.count - 1)), sum = p.a.sums[at];
-      of[i] = {p.a.token_scale[at], __int2float_rn(sum), p.bias * sum};
+      const int at = token_at(p.a, tile.first + min(token(i), tile.count - 1));
+      token_sum[i] = p.a.sums[at], token_scale[i] = p.a.token_scale[at];
     }
   }
   __device__ __forceinline__ void of_unit(const ExpertsTile& tile, int own) {
     n = own * R::ROWS + static_cast<int>(threadIdx.x) % R::ROWS;
     const int64_t at = static_cast<int64_t>(tile.expert) * p.a.rows + min(n, p.a.rows - 1);
-    row = {p.a.scale[at], p.a.shift ? p.a.shift[at] : 0.0f, 0.0f};
+    scale = p.a.scale[at];
+    if (F == Form::CHANNEL) shift = p.a.shift[at];
   }
   // Sums become zero.
   __device__ __forceinline__ void write(uint32_t from, const ExpertsTile& tile) const {
@@ -230,7 +229,8 @@ struct ExpertsResults {
       const int m = token(i);
       if (m >= tile.count) break;
       const uint32_t at = from + (m * R::LINE + n % R::ROWS) * 4;
-      const float y = result(static_cast<int>(load_word(at)), of[i], row);
+      const OfToken of = {token_scale[i], __int2float_rn(token_sum[i]), BIAS * token_sum[i]};
+      const float y = result<F == Form::CHANNEL>(static_cast<int>(load_word(at)), of, {scale, shift, 0.0f});
       store_word(at, 0);
       if (n >= p.a.rows) continue;
       const uint32_t pair = p.a.dtype == HFL_BF16 ? pack_bf16(y, 0.0f) : pack_f16(y, 0.0f);
@@ -240,15 +240,15 @@ struct ExpertsResults {
   }
 };
 
-template <Form F, int MT, int TILES>
-__global__ void __launch_bounds__(ExpertsRoom<F, MT, TILES>::THREADS, 2) experts_rows_kernel(
+template <Form F, int MT>
+__global__ void __launch_bounds__(ExpertsRoom<F, MT>::THREADS, 2) experts_rows_kernel(
     const __grid_constant__ ExpertsTask p) {
-  using R = ExpertsRoom<F, MT, TILES>;
+  using R = ExpertsRoom<F, MT>;
   static_assert(R::STAGES >= 3 && R::BYTES + sizeof(ExpertsBoard) <= 112 * 1024, "two blocks fit");
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ ExpertsBoard board;
   let_next_begin();
-  ExpertsBlock<F, MT, TILES> block(p, shared_address(shared));
+  ExpertsBlock<F, MT> block(p, shared_address(shared));
   block.clear_sums();
   wait_for_last();
   if (block.warp == 0) board.fill(p.a, R::TOKENS, block.lane);
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(ExpertsRoom<F, MT, TILES>::THREADS, 2) experts
     }
     copy_commit();
   }
-  ExpertsResults<R> results(p);
+  ExpertsResults<F, R> results(p);
   ExpertsTile tile = {0, 0, 0};
   int stage = 0, turn = 0, number = -1;
   const auto refill = [&] {

@@ -29,7 +29,7 @@ def chosen_linears(model: PreTrainedModel, config: QoQConfig) -> list[str]:
     found = []
     for name, module in inside:
         fused = [key for key, x in module.named_parameters(recurse=False) if x.ndim > 2]
-        if fused and not _is_known(module):
+        if fused and not is_known(module):
             raise UnsupportedError(
                 f"QoQConfig: expected experts as linear layers, or as those of Mixtral; got {name}.{fused[0]} in "
                 f"'{model.config.model_type}'. Leave them as they are: modules_to_not_convert=['experts']."
@@ -51,7 +51,7 @@ def chosen_linears(model: PreTrainedModel, config: QoQConfig) -> list[str]:
 
 def chosen_experts(model: PreTrainedModel, config: QoQConfig) -> list[str]:
     """Names of the modules of experts that are quantized, after `chosen_linears` has found no fault with them."""
-    return [name for name, module in _inside(model, config) if _is_known(module)]
+    return [name for name, module in _inside(model, config) if is_known(module)]
 
 
 def _inside(model: PreTrainedModel, config: QoQConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -66,7 +66,7 @@ def _inside(model: PreTrainedModel, config: QoQConfig) -> Iterator[tuple[str, nn
             yield name, module
 
 
-def _is_known(module: Any) -> bool:
+def is_known(module: Any) -> bool:
     """True for a module of experts with `gate_up_proj` `[E, 2I, H]` and `down_proj` `[E, H, I]`, gated as Mixtral's."""
     from transformers.integrations import moe
 
