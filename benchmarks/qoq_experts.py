@@ -23,7 +23,7 @@ from hf_longctx.kernels.linear import quantize_gated, quantize_tokens
 
 MODELS = {"Mixtral 8x7B": (8, 2, 4096, 14336), "Qwen3 30B-A3B": (128, 8, 2048, 768)}
 """Experts, of which each token has so many; channels, and those between the two products."""
-MUST = {1: 1.5, 16: 2.0, 64: 1.5, 512: 1.0, 4096: 1.0}
+MUST = {1: 3.0, 16: 3.0, 64: 3.0, 512: 2.0, 4096: 1.8}
 
 
 def random_experts(count: int, rows: int, columns: int, bits: int, group: int) -> PackedExperts:
