@@ -283,3 +283,12 @@ def table(report: dict[str, Any]) -> Table:
         means = [sum(each[column] ** 2 for each in found) / len(found) for column in columns]
         shown.add_row(name, *(f"{mean**0.5:.4f}" for mean in means))
     return shown
+
+
+def unreached(report: dict[str, Any]) -> str:
+    """A sentence about experts to which no text came; "" where there are none."""
+    found = [f"{layer['layer']}.{name}" for layer in report["layers"] for name in layer.get("unreached", ())]
+    if not found:
+        return ""
+    shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return f"No token reached {len(found)} experts, which are rounded to the nearest: {shown}. A longer text may help."

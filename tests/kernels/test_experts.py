@@ -107,7 +107,7 @@ def test_products_are_those_of_each_row(form: str, shape: tuple[int, ...], devic
 @pytest.mark.parametrize("times", [0, 2])
 @pytest.mark.parametrize("rows", [2, 18, 30, 130, 500, 1100])
 def test_products_of_more_rows(form: str, rows: int, times: int) -> None:
-    """Few and many rows for each expert, parts of tiles, rows of no expert, and many experts of which most have none."""
+    """Few and many rows for each expert, parts of tiles, rows of no expert, and many experts without any."""
     need("cuda")
     for size, outputs, columns in ((3, 200, 384), (70, 136, 1664 if times else 256)):
         tokens, weight = (

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..dispatch import Implementation
 from ..experts import PackedExperts, Sorted
 from ..linear import Tokens
-from ..reference.experts import taken
+from ..reference.experts import one_by_one, taken
 from . import library
 from .linear import reject_linear, w4a8_linear
 
@@ -88,9 +88,9 @@ def _reject_experts(tokens: Tokens, weight: PackedExperts, by: Sorted, times: in
 def w4a8_experts(tokens: Tokens, weight: PackedExperts, by: Sorted, times: int, dtype: torch.dtype) -> Tensor:
     """`experts.w4a8_experts`."""
     device, count = tokens.values.device, len(by.order)
+    if device.type == "cpu":  # where a loop costs nothing
+        return one_by_one(w4a8_linear, tokens, weight, by, times, dtype)
     out = torch.empty(count, weight.scale.shape[1], dtype=dtype, device=device)
-    if device.type == "cpu":
-        return _one_by_one(taken(tokens, by, times), weight, by, out)
     experts, rows = weight.scale.shape
     block = HflExperts(count, rows, weight.columns, weight.bits, weight.group or 0, library.DTYPES[dtype], experts)
     block.times, block.most = times, -(-count // times) if times else count
@@ -104,17 +104,6 @@ def w4a8_experts(tokens: Tokens, weight: PackedExperts, by: Sorted, times: int, 
     block.values, block.token_scale = tokens.values.data_ptr(), tokens.scale.data_ptr()
     block.sums = tokens.sums.data_ptr()
     library.run("experts", block, device)
-    return out
-
-
-def _one_by_one(tokens: Tokens, weight: PackedExperts, by: Sorted, out: Tensor) -> Tensor:
-    """On the host, where a loop costs nothing."""
-    first = 0
-    for expert, end in enumerate(by.ends.tolist()):
-        if end > first:
-            own = Tokens(tokens.values[first:end], tokens.scale[first:end], tokens.sums[first:end])
-            out[first:end] = w4a8_linear(own, weight.of(expert), None, out.dtype)
-        first = end
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,17 +30,29 @@ def taken(tokens: Tokens, by: Sorted, times: int) -> Tokens:
     return Tokens(tokens.values[at], tokens.scale[at], tokens.sums[at])
 
 
-def w4a8_experts(tokens: Tokens, weight: PackedExperts, by: Sorted, times: int, dtype: torch.dtype) -> Tensor:
-    """The definition of `experts.w4a8_experts`: expert by expert; rows of none are zero."""
+def one_by_one(
+    product: Callable[..., Tensor],
+    tokens: Tokens,
+    weight: PackedExperts,
+    by: Sorted,
+    times: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`experts.w4a8_experts` by a function for one weight, as `linear.w4a8_linear`; rows of no expert are zero."""
     tokens = taken(tokens, by, times)
     out = torch.zeros(len(tokens.values), weight.scale.shape[1], dtype=dtype, device=tokens.values.device)
     first = 0
     for expert, end in enumerate(by.ends.tolist()):
         if end > first:
             own = Tokens(tokens.values[first:end], tokens.scale[first:end], tokens.sums[first:end])
-            out[first:end] = w4a8_linear(own, weight.of(expert), None, dtype)
+            out[first:end] = product(own, weight.of(expert), None, dtype)
         first = end
     return out
+
+
+def w4a8_experts(tokens: Tokens, weight: PackedExperts, by: Sorted, times: int, dtype: torch.dtype) -> Tensor:
+    """The definition of `experts.w4a8_experts`."""
+    return one_by_one(w4a8_linear, tokens, weight, by, times, dtype)
 
 
 def combine_experts(rows: Tensor, by: Sorted, weights: Tensor) -> Tensor:

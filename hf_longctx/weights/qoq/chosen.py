@@ -24,7 +24,7 @@ def chosen_linears(model: PreTrainedModel, config: QoQConfig) -> list[str]:
         ValueError: there is nothing to quantize, or one whose channels do not fit; it is named.
         UnsupportedError: experts in one tensor, of another form than Mixtral's.
     """
-    inside = list(_inside(model, config))
+    inside, head = list(_inside(model, config)), model.get_output_embeddings()  # type: ignore[no-untyped-call]
     routers = {name for parent, count in _mixtures(model) for name in _routers(model, parent, count)}
     found = []
     for name, module in inside:
@@ -35,12 +35,11 @@ def chosen_linears(model: PreTrainedModel, config: QoQConfig) -> list[str]:
                 f"'{model.config.model_type}'. Leave them as they are: modules_to_not_convert=['experts']."
             )
         if fused:
-            _check_fit(name, module.gate_up_proj.shape[2], config)  # type: ignore[index,union-attr]
-            _check_fit(name, module.down_proj.shape[2], config)  # type: ignore[index,union-attr]
-        elif isinstance(module, nn.Linear) and name not in routers:
-            if module is not model.get_output_embeddings():  # type: ignore[no-untyped-call]
-                _check_fit(name, module.in_features, config)
-                found.append(name)
+            _check_fit(name, module.gate_up_proj.shape[2], config)
+            _check_fit(name, module.down_proj.shape[2], config)
+        elif isinstance(module, nn.Linear) and name not in routers and module is not head:
+            _check_fit(name, module.in_features, config)
+            found.append(name)
     if not found and not chosen_experts(model, config):
         raise ValueError(
             f"QoQConfig: expected linear layers in the decoder of '{model.config.model_type}'; got none to quantize. "
@@ -54,7 +53,7 @@ def chosen_experts(model: PreTrainedModel, config: QoQConfig) -> list[str]:
     return [name for name, module in _inside(model, config) if is_known(module)]
 
 
-def _inside(model: PreTrainedModel, config: QoQConfig) -> Iterator[tuple[str, nn.Module]]:
+def _inside(model: PreTrainedModel, config: QoQConfig) -> Iterator[tuple[str, Any]]:
     """Modules of the decoder's layers that are not left out."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 

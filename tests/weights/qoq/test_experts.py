@@ -11,6 +11,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import hf_longctx as lc
 from hf_longctx.errors import UnsupportedError
 from hf_longctx.kernels.dispatch import use_backend
 from hf_longctx.weights.qoq.config import QoQConfig
@@ -200,13 +201,29 @@ def test_what_is_refused(tmp_path: Path) -> None:
     save_file({k: x for k, x in tensors.items() if k != key}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"got none for model.layers.1.mlp.experts.down.weight_groups"):
         load(tmp_path / "quantized")
-    save_file({**tensors, key: tensors[key][:2]}, file, {"format": "pt"})
-    with pytest.raises((ValueError, RuntimeError), match="experts.down.weight_groups"):
-        load(tmp_path / "quantized")
     facts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
     hf.GptOssForCausalLM(hf.GptOssConfig(**{**SIZES, **facts})).save_pretrained(tmp_path / "other")
     with pytest.raises(UnsupportedError, match=r"or as those of Mixtral; got model.layers.0.mlp.experts.gate_up_proj"):
         load(tmp_path / "other", quantization_config=G32)
+
+
+def test_experts_on_the_disk(tmp_path: Path) -> None:
+    dense("Mixtral").save_pretrained(tmp_path / "plain")
+    load(tmp_path / "plain", quantization_config=G32).save_pretrained(tmp_path / "quantized")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = load(tmp_path / "quantized", device_map=places, offload_folder=tmp_path / "disk")
+    assert model.model.layers[1].mlp.experts.down.weight.is_meta
+    assert torch.equal(logits(model), logits(load(tmp_path / "quantized")))
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe"])
+def test_a_patched_model(name: str, tmp_path: Path) -> None:
+    dense(name).save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=QoQConfig(8))
+    how = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(IDS, **how)
+    assert torch.equal(lc.patch(model, "dense").generate(IDS, **how), expected)
 
 
 @pytest.mark.cuda

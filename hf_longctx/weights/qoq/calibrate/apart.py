@@ -40,7 +40,8 @@ class Experts(nn.ModuleList):
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What tokens `[T, H]` get of their experts `[T, k]`; of those that have tokens alone."""
         out, act = torch.zeros_like(hidden), self.was[0].act_fn
-        for number, expert in enumerate(self):
+        each: Any = self
+        for number, expert in enumerate(each):
             token, place = torch.where(top_k_index == number)
             if len(token):
                 gate, up = expert.gate_up(hidden[token]).chunk(2, -1)

@@ -151,7 +151,7 @@ def block_of(layer: nn.Module, name: str, config: Any) -> Block:
     return Block(name, layer, norms, q, k, v, o, mlps, routers, q_norm, k_norm, heads, kv, width)
 
 
-def _mlps(mlp: nn.Module, need: Any) -> tuple[tuple[Mlp, ...], tuple[Any, ...]]:
+def _mlps(mlp: Any, need: Any) -> tuple[tuple[Mlp, ...], tuple[Any, ...]]:
     """The MLPs of a module, and what tells tokens which of them to take."""
     if not isinstance(getattr(mlp, "experts", None), Experts):
         return (_mlp("", mlp, need),), ()
