@@ -132,6 +132,8 @@ class QoQQuantizer(HfQuantizer):
             raise ValueError(
                 f"QoQ checkpoint: expected a tensor for each part of each weight; got none for {shown}. {_ADVICE}"
             )
+        if self._experts:
+            require_whole_model(model, "from_pretrained with experts")
         self._split.apply(model)
         if self._published:
             from . import published

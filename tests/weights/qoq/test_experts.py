@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import hf_longctx as lc
 from hf_longctx.errors import UnsupportedError
 from hf_longctx.kernels.dispatch import use_backend
+from hf_longctx.weights.qoq import split
 from hf_longctx.weights.qoq.config import QoQConfig
 from hf_longctx.weights.qoq.experts import QoQExperts, put, rounded
 from hf_longctx.weights.qoq.linear import QoQLinear
@@ -205,6 +207,14 @@ def test_what_is_refused(tmp_path: Path) -> None:
     hf.GptOssForCausalLM(hf.GptOssConfig(**{**SIZES, **facts})).save_pretrained(tmp_path / "other")
     with pytest.raises(UnsupportedError, match=r"or as those of Mixtral; got model.layers.0.mlp.experts.gate_up_proj"):
         load(tmp_path / "other", quantization_config=G32)
+
+
+def test_processes_that_share_experts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would cut their tensors, and add up what each process makes of its part."""
+    dense("Mixtral").save_pretrained(tmp_path)
+    monkeypatch.setattr(split, "mesh_of", lambda model: SimpleNamespace(size=lambda: 2))
+    with pytest.raises(UnsupportedError, match="with experts: .* got one over 2 processes"):
+        load(tmp_path, quantization_config=G32)
 
 
 def test_experts_on_the_disk(tmp_path: Path) -> None:
