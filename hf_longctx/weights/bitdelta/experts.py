@@ -33,6 +33,12 @@ class Spot(NamedTuple):
     number: int
     start: int
     stop: int
+    inputs: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)`."""
+        return self.stop - self.start, self.inputs
 
     def view(self, module: Any) -> Tensor:
         """It, in the module's own memory."""
@@ -42,16 +48,24 @@ class Spot(NamedTuple):
 
 def spot(module: Any, number: int, part: str) -> Spot | None:
     """Where a matrix is in a module of experts; None: it has no such thing, or holds it in another form."""
-    both: Any = getattr(module, "gate_up_proj", None)
-    down: Any = getattr(module, "down_proj", None)
+    both, down = sizes_of(module, "gate_up_proj"), sizes_of(module, "down_proj")
     plain = not getattr(module, "is_transposed", False) and getattr(module, "is_concatenated", True)
-    known = isinstance(both, nn.Parameter) and isinstance(down, nn.Parameter) and both.ndim == down.ndim == 3
-    if not known or not plain or getattr(module, "has_bias", False) or number >= len(both):
+    if both is None or down is None or not plain or getattr(module, "has_bias", False) or number >= both[0]:
         return None
     if part in _DOWN:
-        return Spot("down_proj", number, 0, down.shape[1])
-    half = both.shape[1] // 2
-    return Spot("gate_up_proj", number, _HALF[part] * half, (_HALF[part] + 1) * half) if part in _HALF else None
+        return Spot("down_proj", number, 0, *down[1:])
+    half = both[1] // 2
+    here = part in _HALF
+    return Spot("gate_up_proj", number, _HALF[part] * half, (_HALF[part] + 1) * half, both[2]) if here else None
+
+
+def sizes_of(module: Any, tensor: str) -> tuple[int, int, int] | None:
+    """`(E, N, K)` of what is a tensor of a module of experts, in floating point or, with `sizes`, of few bits."""
+    own: Any = getattr(module, tensor, None)
+    if isinstance(own, nn.Parameter):
+        return (*own.shape,) if own.ndim == 3 else None
+    found: tuple[int, int, int] | None = getattr(module, "sizes", {}).get(tensor)
+    return found
 
 
 def find(model: Any, name: str) -> tuple[Any, Spot] | None:
@@ -96,13 +110,14 @@ class Experts(Hook):
         slots = self.where.slots
         for at, matrix in self._spots(parts):
             held = self.scales.get(at.tensor)
-            whole: Tensor = getattr(self.module, at.tensor)
+            whole = sizes_of(self.module, at.tensor)
+            assert whole is not None
             planes, _, groups = finest(None if held is None else held[0], matrix)
             if held is not None and held.shape[2::2] == (planes, groups):
                 continue
-            experts, rows, inputs = whole.shape
-            bits = torch.zeros(experts, slots, planes, rows, inputs // 32, dtype=torch.int32, device=whole.device)
-            scales = torch.zeros(experts, slots, planes, rows, groups, device=whole.device)
+            (experts, rows, inputs), device = whole, self._place
+            bits = torch.zeros(experts, slots, planes, rows, inputs // 32, dtype=torch.int32, device=device)
+            scales = torch.zeros(experts, slots, planes, rows, groups, device=device)
             if held is not None:
                 bits[:, :, : held.shape[2]] = self.bits[at.tensor]
                 scales[:, :, : held.shape[2]] = finer(held, scales.shape)
@@ -123,9 +138,10 @@ class Experts(Hook):
         """As `Hook` says."""
         names = ("hidden_states", "top_k_index", "top_k_weights")
         x, index, weights = (args[n] if n < len(args) else kwargs[name] for n, name in enumerate(names))
-        made = torch.zeros_like(x)
+        made, sizes = torch.zeros_like(x), sizes_of(self.module, "gate_up_proj")
+        assert sizes is not None
         for number in index.unique().tolist():
-            if number < len(self.module.gate_up_proj):  # type: ignore[arg-type]
+            if number < sizes[0]:
                 token, choice = torch.where(index == number)
                 inner = self._gate(self._linear("gate_up_proj", number, x[token], token, route, len(x)))
                 each = self._linear("down_proj", number, inner, token, route, len(x)) * weights[token, choice, None]
@@ -159,7 +175,8 @@ class Experts(Hook):
 
     def _linear(self, name: str, number: int, x: Tensor, rows: Tensor, route: Route, total: int) -> Tensor:
         """One product of one expert for some rows of the input, each with the signs of its tenant."""
-        out = F.linear(x, getattr(self.module, name)[number])
+        weight, module = getattr(self.module, name, None), self.module
+        out: Tensor = module.product(name, number, x) if weight is None else F.linear(x, weight[number])  # type: ignore[operator]
         if name not in self.bits:
             return out
         bits, scales = self.bits[name][number].flatten(0, 1), self.scales[name][number].flatten(0, 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ...kernels.experts import PackedExperts, Sorted, combine_experts, sort_experts, w4a8_experts
-from ...kernels.linear import COLUMNS, ROWS, Tokens, quantize_gated, quantize_tokens
+from ...kernels.linear import COLUMNS, ROWS, Tokens, quantize_gated, quantize_tokens, w4a8_linear
 from .config import QoQConfig
 from .grids import nearest_grid
 from .linear import dequantized, fixed, keep_float32, packed_tensors
@@ -116,6 +116,17 @@ class QoQExperts(nn.Module):
         inner = quantize_gated(gate, up) if self._is_silu else quantize_tokens(self.act_fn(gate) * up)
         rows = self.down(inner, by, 0, x.dtype)
         return combine_experts(rows, by, top_k_weights.contiguous()).view(hidden_states.shape)
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int, int]]:
+        """`(E, N, K)` of what the tensors of transformers' module stood for."""
+        each = {name: getattr(self, own) for name, own in FUSED.items()}
+        return {name: (self.num_experts, x.out_features, x.in_features) for name, x in each.items()}
+
+    def product(self, tensor: str, expert: int, x: Tensor) -> Tensor:
+        """`[T, K]` times the weight of one expert, `[T, N]`; `tensor` as in `sizes`."""
+        matrices: QoQMatrices = getattr(self, FUSED[tensor])
+        return w4a8_linear(quantize_tokens(x), matrices.packed.of(expert), None, x.dtype)
 
     @property
     def _is_silu(self) -> bool:

@@ -213,7 +213,7 @@ def test_processes_that_share_experts_are_refused(tmp_path: Path, monkeypatch: p
     """transformers would cut their tensors, and add up what each process makes of its part."""
     dense("Mixtral").save_pretrained(tmp_path)
     monkeypatch.setattr(split, "mesh_of", lambda model: SimpleNamespace(size=lambda: 2))
-    with pytest.raises(UnsupportedError, match="with experts: .* got one over 2 processes"):
+    with pytest.raises(UnsupportedError, match=r"with experts: .* got one over 2 processes"):
         load(tmp_path, quantization_config=G32)
 
 
