@@ -96,7 +96,7 @@ def test_experts_are_refused(qoq: Any) -> None:
     class FusedMoE(nn.Module):
         """As vLLM names it."""
 
-    with pytest.raises(UnsupportedError, match="without experts; got model.layers.0.mlp.experts"):
+    with pytest.raises(UnsupportedError, match=r"without experts; got model.layers.0.mlp.experts"):
         qoq.QoQ(QoQConfig(8)).get_quant_method(FusedMoE(), "model.layers.0.mlp.experts")
 
 

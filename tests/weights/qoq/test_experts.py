@@ -248,3 +248,20 @@ def test_on_cuda_it_is_the_definition(form: str, tokens: int) -> None:
         with use_backend("reference"):
             expected = made(x.bfloat16(), ids, weights)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe"])
+def test_steps_on_cuda_are_recorded(name: str, tmp_path: Path) -> None:
+    """A graph of a decode step serves tokens that choose other experts: the very logits of a step that is none."""
+    dense(name, num_attention_heads=2, num_key_value_heads=1).save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=G32, dtype=torch.bfloat16, device_map={"": 0})
+    found = []
+    for on in (True, False):
+        lc.patch(model, "dense", cuda_graph=on)
+        how = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        out = model.generate(IDS.cuda(), attention_mask=torch.ones_like(IDS).cuda(), **how)
+        found.append(torch.stack(out.logits, 1))
+        assert (lc.report(model).graphs > 0) is on, lc.report(model).eager
+        lc.unpatch(model)
+    assert torch.equal(*found)
