@@ -128,6 +128,12 @@ class QoQExperts(nn.Module):
         matrices: QoQMatrices = getattr(self, FUSED[tensor])
         return w4a8_linear(quantize_tokens(x), matrices.packed.of(expert), None, x.dtype)
 
+    def products(self, tensor: str, x: Tensor, by: Sorted) -> Tensor:
+        """`product` of rows `[S, K]` in the order of experts, each with its own."""
+        matrices: QoQMatrices = getattr(self, FUSED[tensor])
+        out: Tensor = matrices(quantize_tokens(x), by, 0, x.dtype)
+        return out
+
     @property
     def _is_silu(self) -> bool:
         return isinstance(self.act_fn, nn.SiLU) or type(self.act_fn).__name__ == "SiLUActivation" or self.act_fn is silu
