@@ -108,9 +108,11 @@ def test_recorded_steps_give_the_same(wide_pairs: dict[str, Any], dtype: torch.d
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [16, 4])
-@pytest.mark.parametrize("family", ["qwen3-moe, experts", "mixtral, experts"])
-def test_recorded_steps_of_experts(make_pair: Any, family: str, bits: int) -> None:
-    pair, inputs = make_pair(family), there(batch(4, length=16))
+@pytest.mark.parametrize(
+    ("family", "inner"), [("qwen3-moe, experts", "moe_intermediate_size"), ("mixtral, experts", "intermediate_size")]
+)
+def test_recorded_steps_of_experts(make_pair: Any, family: str, inner: str, bits: int) -> None:
+    pair, inputs = make_pair(family, facts={"hidden_size": 128, inner: 128}), there(batch(4, length=16))
     knobs: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
     config = None if bits == 16 else lc.QoQConfig(4, 32)
     models = []
