@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .linear import COLUMNS, LAYOUT, ROWS, PackedWeight, Tokens
+from .linear import COLUMNS, LAYOUT, PackedWeight, Tokens
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def w4a8_experts(tokens: Tokens, weight: PackedExperts, by: Sorted, times: int, 
             f"w4a8_experts: expected {count} tokens of {weight.columns} channels, or one for {times} rows each; got "
             f"{list(got)}. Pass tokens that were made for these weights."
         )
-    if by.ends.shape[0] != weight.scale.shape[0] or weight.codes.shape[1] % ROWS:
+    if by.ends.shape[0] != weight.scale.shape[0]:
         raise ValueError(
             f"w4a8_experts: expected rows sorted by {weight.scale.shape[0]} experts; got {by.ends.shape[0]}. "
             "Sort them by the experts that there are."

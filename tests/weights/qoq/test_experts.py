@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from hf_longctx.weights.qoq import split
 from hf_longctx.weights.qoq.config import QoQConfig
 from hf_longctx.weights.qoq.experts import QoQExperts, put, rounded
 from hf_longctx.weights.qoq.linear import QoQLinear
+from hf_longctx.weights.qoq.lora import lora_on_qoq
 
 SIZES: dict[str, Any] = {
     **{"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -178,6 +180,20 @@ def test_gradients_are_those_of_the_dequantized_weights() -> None:
     for mine, theirs in zip(*found, strict=True):
         assert (mine - theirs).norm() <= 0.03 * theirs.norm()
     assert all(p.grad is None for p in made.parameters())
+
+
+def test_adapters_train_beside_experts_and_not_on_them(tmp_path: Path) -> None:
+    dense("Mixtral").save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=G32)
+    for name in ("mlp.experts.gate_up_proj", "experts.down.weight"):
+        config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=[name])
+        with pytest.raises(ValueError, match=rf"got target_parameters with {name}"):
+            lora_on_qoq(model, config)
+    lora = get_peft_model(model, lora_on_qoq(model, LoraConfig(r=4, target_modules="all-linear")))
+    lora(IDS, labels=IDS).loss.backward()
+    grads = [x.grad for name, x in lora.named_parameters() if "lora_B" in name]
+    assert len(grads) == 8
+    assert all(grad is not None and bool(grad.abs().max() > 0) for grad in grads)
 
 
 def test_scales_stay_float32() -> None:
