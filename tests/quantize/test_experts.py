@@ -11,8 +11,10 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from hf_longctx.errors import UnsupportedError
 from hf_longctx.quantize import run as room
 from hf_longctx.quantize.saving import save_model
+from hf_longctx.weights.qoq.calibrate import layer as rounds
 from hf_longctx.weights.qoq.calibrate.recipe import Recipe
 from hf_longctx.weights.qoq.config import QoQConfig
 from hf_longctx.weights.qoq.experts import QoQExperts, rounded
@@ -110,3 +112,20 @@ def test_a_resumed_run_with_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     first, second = whole.state_dict(), again.state_dict()
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_another_expert_for_a_token_is_no_other_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are as likely, and rounding decides; but a layer that computes something else is refused."""
+    check, seen = rounds._check_equal, []
+
+    def turned(block: Any, got: Tensor, expected: Tensor) -> None:
+        got = got.clone()
+        got.view(-1, got.shape[-1])[7] *= 1.2
+        seen.append(block.name)
+        check(block, got, expected)
+        with pytest.raises(UnsupportedError, match="to compute the same"):
+            check(block, got * 1.01, expected)
+
+    monkeypatch.setattr(rounds, "_check_equal", turned)
+    quantize(family("Mixtral", **SIZES, **FAMILIES["Mixtral"]), replace(Recipe(QoQConfig(8)), gptq=False), tmp_path)
+    assert len(seen) == 2

@@ -215,8 +215,10 @@ def _check_finite(block: Block, seen: dict[str, Seen]) -> None:
 
 def _check_equal(block: Block, got: Tensor, expected: Tensor) -> None:
     """Nothing above may change what a layer computes; a family that is built otherwise shows here."""
-    scale = expected.square().mean().sqrt().clamp(min=1e-20)
-    apart = float((got - expected).square().mean().sqrt() / scale)
+    change, scale = (x.square().mean(-1).flatten() for x in (got - expected, expected))
+    if block.routers:  # of two experts that are as likely, rounding may choose the other for a token
+        change = change.sort().values[: len(change) - len(change) // 100 - 1]
+    apart = float((change.mean() / scale.mean().clamp(min=1e-40)).sqrt())
     if not apart <= _EQUAL:
         raise UnsupportedError(
             f"quantize: expected {block.name} to compute the same when rotated and smoothed; got a relative difference "
