@@ -83,8 +83,6 @@ def obstacle(forward: Forward, stores: Sequence[Any], q: Tensor) -> str | None:
         return "reads keys at their places in the text alone"
     if torch.is_grad_enabled() and q.requires_grad:
         return "computes no gradients"
-    if len(stores) == 1 and _chooses(stores[0][0], forward.step) is None:
-        return "saves nothing where one group reads all that it sees"
     return next(filter(None, (_obstacle_of_group(forward, *stored) for stored in stores)), None)
 
 
