@@ -15,9 +15,12 @@ from hf_longctx.errors import UnsupportedError
 from hf_longctx.quantize import run as room
 from hf_longctx.quantize.saving import save_model
 from hf_longctx.weights.qoq.calibrate import layer as rounds
+from hf_longctx.weights.qoq.calibrate.flow import Seen
 from hf_longctx.weights.qoq.calibrate.recipe import Recipe
+from hf_longctx.weights.qoq.calibrate.rounding import fit, gptq, output_error
 from hf_longctx.weights.qoq.config import QoQConfig
 from hf_longctx.weights.qoq.experts import QoQExperts, rounded
+from hf_longctx.weights.qoq.grids import nearest_grid
 from hf_longctx.weights.qoq.linear import QoQLinear
 
 from .test_run import IDS, TASK, error, family, logits
@@ -129,3 +132,20 @@ def test_another_expert_for_a_token_is_no_other_layer(tmp_path: Path, monkeypatc
     monkeypatch.setattr(rounds, "_check_equal", turned)
     quantize(family("Mixtral", **SIZES, **FAMILIES["Mixtral"]), replace(Recipe(QoQConfig(8)), gptq=False), tmp_path)
     assert len(seen) == 2
+
+
+def test_a_few_tokens_say_little_of_an_expert() -> None:
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 64, generator=made) * torch.rand(64, generator=made).mul(3).exp()
+    weight = torch.randn(32, 64, generator=made)
+    config, apart = QoQConfig(4, 64), []
+    every = x.T @ x / len(x)
+    for shrunk in (True, False):
+        seen = Seen(torch.zeros(64, 64), torch.zeros(64))
+        seen.add(x[:4])
+        grid = fit(weight, config, moments := rounds._of_expert(seen) if shrunk else seen.moments)
+        change = grid.values(gptq(weight, grid, moments)) - weight
+        apart.append(float(output_error(change, every).sum()))
+    plain = nearest_grid(weight, config)
+    nearest = float(output_error(plain.values(plain.codes(weight)) - weight, every).sum())
+    assert apart[0] < 1.05 * nearest < apart[1]

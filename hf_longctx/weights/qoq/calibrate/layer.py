@@ -33,6 +33,10 @@ _EQUAL = 2e-3
 """Largest relative difference of a layer's output that a change which should not matter may make, in float32."""
 
 
+_ALIKE = 128
+"""Tokens that an expert's own must outnumber: a few say how large its inputs are, little of how they go together."""
+
+
 @dataclass(frozen=True)
 class LinearReport:
     """Relative error of a linear layer's outputs on the texts: root of the mean squared change over the mean square.
@@ -109,7 +113,7 @@ def quantize_layer(
     reports = []
     for name, (linear, place) in places.items():
         reached = seen[place].tokens > 0
-        moments = seen[place].moments if reached else torch.eye(linear.in_features, device=device)
+        moments = _of_expert(seen[place]) if block.routers and "." in place else seen[place].moments
         nearest = _nearest(plain.pop(name), carry.get(place.rpartition(".")[2]), moments, recipe)
         if place in changes:
             moments = changes[place].moments(moments)
@@ -135,6 +139,15 @@ def _places(block: Block) -> dict[str, tuple[nn.Linear, str]]:
             "Load it with QoQConfig instead, which rounds weights to the nearest."
         )
     return {name: (x, reads[x]) for name, x in found.items()}
+
+
+def _of_expert(seen: Seen) -> Tensor:
+    """Moments of the inputs of an expert: the fewer tokens it got, the more as if inputs had nothing in common."""
+    if not seen.tokens:
+        return torch.eye(len(seen.size), device=seen.size.device)
+    moments = seen.moments * (seen.tokens / (seen.tokens + _ALIKE))
+    moments.diagonal().copy_(seen.moments.diagonal())
+    return moments
 
 
 def _rotate(block: Block, turn: Tensor | None) -> dict[str, Callable[[Tensor], Tensor]]:
