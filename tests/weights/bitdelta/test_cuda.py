@@ -112,7 +112,7 @@ def test_recorded_steps_give_the_same(wide_pairs: dict[str, Any], dtype: torch.d
     ("family", "inner"), [("qwen3-moe, experts", "moe_intermediate_size"), ("mixtral, experts", "intermediate_size")]
 )
 def test_recorded_steps_of_experts(make_pair: Any, family: str, inner: str, bits: int) -> None:
-    pair, inputs = make_pair(family, facts={"hidden_size": 128, inner: 128}), there(batch(4, length=16))
+    pair, inputs = make_pair(family, facts={"hidden_size": 128, "head_dim": 32, inner: 128}), there(batch(4, length=16))
     knobs: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
     config = None if bits == 16 else lc.QoQConfig(4, 32)
     models = []
