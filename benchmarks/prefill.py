@@ -1,6 +1,7 @@
 """Prefill at the speed of tensor cores: attention over blocks, and the time to the first token, as JSON.
 
-python benchmarks/prefill.py attention layers generate --out benchmarks/results/prefill-h200.json
+python benchmarks/prefill.py attention --out benchmarks/results/prefill-h200.json, and in the same way `layers` to
+prefill-xattention-h200.json, `generate` to prefill-generate-h200.json and `lengths` to prefill-lengths-h200.json.
 """
 
 from __future__ import annotations

@@ -124,9 +124,26 @@ def steps() -> Iterator[Step]:
     yield Step("append_pages, 1 token and its bounds", append, KV_HEADS * DIM * 2 * 22, append, "reference")
 
 
+def prompts() -> Iterator[Step]:
+    """Storing a piece of a prompt."""
+    tokens, page = 16 * K, 16
+    fresh = torch.randn(2, 1, tokens, KV_HEADS, DIM, dtype=DTYPE, device=DEVICE).transpose(2, 3)
+    pos = torch.arange(tokens, device=DEVICE)[None]
+    for bits in (16, 4):
+        stores = [x.contiguous() if bits == 16 else packed(x, bits) for x in fresh]
+        bounds = fresh.new_empty(1, KV_HEADS, tokens // page, 2, DIM)
+        group = ops.GroupFill(*stores, 0, None, bounds, page)
+        moved = fresh.nbytes * (1 + 1.5 * bits / 16) + bounds.nbytes
+
+        def fill(group: ops.GroupFill = group) -> None:
+            ops.fill_pages([group], *fresh, pos, 0, blank=True)
+
+        yield Step(f"fill_pages, 16K tokens of {bits} bits and bounds of page 16", fill, moved, fill, "reference")
+
+
 def step_rows() -> Iterator[dict[str, Any]]:
     """Microseconds of recorded calls."""
-    for step in steps():
+    for step in (*steps(), *prompts()):
         value = recorded_us([step.call] * 4)
         with use_backend("reference"):
             before = recorded_us([step.before])
