@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import banded, products
@@ -42,7 +46,10 @@ def attend_blocks(
     turns: Turns | None,
     selection: Selection | None = None,
 ) -> Tensor:
-    """`ops.attend_blocks`; causal attention in one call, a window in blocks of queries, with gradients all at once."""
+    """`ops.attend_blocks`; causal attention in one call, a window in blocks of queries, with gradients all at once.
+
+    So are queries that follow keys where flash attention takes them: elsewhere torch would make a mask of T * S.
+    """
     k, v = values_of(k), values_of(v)
     stored, tokens = k.shape[2], q.shape[2]
     if torch.is_grad_enabled() and see.window is not None and banded.fits(see, tokens, stored):
@@ -51,14 +58,22 @@ def attend_blocks(
         beyond = banded.attend_beyond(q, k, v, logits.scale, see.sink, see.window)
         return torch.cat((first, beyond), 2)
     unbounded = see.window is None or see.window >= stored
+    grouped = q.shape[1] != k.shape[1]
     if see.aligned and unbounded and stored == tokens:
-        grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, scale=logits.scale, enable_gqa=grouped)
+    if see.aligned and unbounded and stored > tokens and can_use_flash_attention(_said(q, k, v, grouped)):
+        mask: Any = causal_lower_right(tokens, stored)  # says what it is; nothing is made
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=logits.scale, enable_gqa=grouped)
     parts = (
         (rows, attend_pages(q[:, :, rows], take_columns(k, cols), take_columns(v, cols), logits, part, None))
         for rows, cols, part, _ in blocks(q, k, see, None)
     )
     return join(parts, empty_out(q, v.shape[3]))
+
+
+def _said(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> SDPAParams:
+    """The call without its mask, of which torch says whether its flash attention takes it."""
+    return SDPAParams(q, k, v, None, 0.0, False, grouped)
 
 
 def attend_pages(
