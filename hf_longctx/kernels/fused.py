@@ -10,7 +10,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import banded, products
+from . import antidiagonals, banded, products
 from .dispatch import Implementation
 from .reference import recent as recently
 from .reference.attend import blocks, take_columns, values_of
@@ -147,6 +147,7 @@ OPS = {
     "attend_recent": Implementation(attend_recent, reject_recent),
     "attend_blocks": Implementation(attend_blocks, reject),
     "attend_pages": Implementation(attend_pages, reject),
+    "score_antidiagonal": Implementation(antidiagonals.score_antidiagonal, antidiagonals.reject),
     "w4a8_linear": Implementation(products.w4a8_linear, products.reject),
     "w4a8_linears": Implementation(products.w4a8_linears, products.reject_all),
 }
