@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import antidiagonals, banded, products
@@ -61,9 +60,10 @@ def attend_blocks(
     grouped = q.shape[1] != k.shape[1]
     if see.aligned and unbounded and stored == tokens:
         return scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, scale=logits.scale, enable_gqa=grouped)
-    if see.aligned and unbounded and stored > tokens and can_use_flash_attention(_said(q, k, v, grouped)):
-        mask: Any = causal_lower_right(tokens, stored)  # says what it is; nothing is made
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=logits.scale, enable_gqa=grouped)
+    if see.aligned and unbounded and stored > tokens and _flashes(q, k, v, grouped):
+        # causal means here that the last query stands at the last key, as torch.nn.attention.bias says it
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return cast("Tensor", flash(q, k, v, 0.0, True, scale=logits.scale)[0])
     parts = (
         (rows, attend_pages(q[:, :, rows], take_columns(k, cols), take_columns(v, cols), logits, part, None))
         for rows, cols, part, _ in blocks(q, k, see, None)
@@ -71,9 +71,9 @@ def attend_blocks(
     return join(parts, empty_out(q, v.shape[3]))
 
 
-def _said(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> SDPAParams:
-    """The call without its mask, of which torch says whether its flash attention takes it."""
-    return SDPAParams(q, k, v, None, 0.0, False, grouped)
+def _flashes(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
+    """True if torch's flash attention takes them, and adds no channels."""
+    return q.shape[3] % 8 == 0 and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, grouped))
 
 
 def attend_pages(
