@@ -137,7 +137,7 @@ def alike(q: Tensor, k: Tensor, scores: str) -> float:
 
 
 def busy_of(call: Callable[[], Any]) -> float:
-    """Milliseconds that the GPU works in a call: of a short text the host takes longer, as it has nothing else to do."""
+    """Milliseconds that the GPU works in a call: of a short text the host takes longer, if it does nothing else."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         call()
         torch.cuda.synchronize()
