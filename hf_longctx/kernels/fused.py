@@ -72,8 +72,10 @@ def attend_blocks(
 
 
 def _flashes(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
-    """True if torch's flash attention takes them, and adds no channels."""
-    return q.shape[3] % 8 == 0 and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, grouped))
+    """True if torch's flash attention takes them, adds no channels, and was seen to begin where the keys end."""
+    if not q.is_cuda or torch.version.hip is not None or q.shape[3] % 8:
+        return False
+    return bool(can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, grouped)))
 
 
 def attend_pages(
