@@ -152,4 +152,5 @@ OPS = {
     "score_antidiagonal": Implementation(antidiagonals.score_antidiagonal, antidiagonals.reject),
     "w4a8_linear": Implementation(products.w4a8_linear, products.reject),
     "w4a8_linears": Implementation(products.w4a8_linears, products.reject_all),
+    "w4a8_experts": Implementation(products.w4a8_experts, products.reject_experts),
 }
