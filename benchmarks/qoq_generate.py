@@ -26,10 +26,8 @@ from hf_longctx.weights.qoq.quantizer import chosen_linears, declare
 CONTEXT, PROMPT = 4096, 1024
 LIMIT = 48 * 10**9
 """Bytes of the GPU that throughput may use."""
-AT_ONCE = 32768
-"""Tokens of all rows that are read in one call of a prompt."""
-SPARE = 3 * 10**9
-"""Bytes beside weights, keys and values: what a layer computes for `AT_ONCE` tokens, and logits."""
+SPARE = 25 * 10**8
+"""Bytes beside weights, keys and values: what a layer computes for the tokens that one call reads, and logits."""
 
 
 def quantized(model: Any) -> Any:
@@ -62,7 +60,6 @@ def throughput(model: Any, rows: int, new: int) -> dict[str, Any]:
     """New tokens a second of a batch, its prompt included; and what that took."""
     ids = torch.randint(0, 128256, (rows, PROMPT), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
-    settings |= {"prefill_chunk_size": max(32, AT_ONCE // rows // 32 * 32)}
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()

@@ -9,6 +9,9 @@
 // Roundings are those of the definition, but for the sum of squares, which is added up as in norm.cu, and the
 //   exponential, which is torch's.
 #include "../linear.h"
+
+#include <array>
+
 #include "eight.cuh"
 #include "linear.cuh"
 #include "silu.cuh"
@@ -17,7 +20,7 @@ namespace hfl {
 namespace {
 
 constexpr int WARP = 32, MOST_THREADS = 1024, MOST_CHANNELS = 32768;
-constexpr float LEAST = 0x1p-100f;
+constexpr float LEAST = 0x1p-100f, ROUNDS = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
 
 struct Largest {
   __device__ __forceinline__ float operator()(float x, float y) const {
@@ -48,6 +51,10 @@ __device__ __forceinline__ T of_block(T x, Both both, T nothing) {
   return x;
 }
 
+__device__ __forceinline__ uint32_t low_bytes(const uint32_t* of) {
+  return __byte_perm(__byte_perm(of[0], of[1], 0x0040), __byte_perm(of[2], of[3], 0x0040), 0x5410);
+}
+
 template <int PIECES>
 struct Row {
   const hfl_quantize& a;
@@ -73,14 +80,27 @@ struct Row {
 #pragma unroll
     for (int p = 0; p < PIECES; ++p) {
       x[p] = make_uint4(0, 0, 0, 0);
-      if (channel(p) >= a.columns) continue;
-      x[p] = load(a.x, row * a.x_row + channel(p), a.dtype).low;
-      if (a.kind != HFL_OF_GATE) continue;
-      const Eight up = unpack(load(a.y, row * a.y_row + channel(p), a.dtype), a.dtype);
-      Eight gate = eight(p);
+      if (channel(p) < a.columns) x[p] = load(a.x, row * a.x_row + channel(p), a.dtype).low;
+    }
+  }
+
+  __device__ __forceinline__ void multiply(int64_t row) {
+    constexpr int AT_ONCE = PIECES < 2 ? PIECES : 2;  // on their way before one is waited for
 #pragma unroll
-      for (int i = 0; i < 8; ++i) gate.x[i] = __fmul_rn(silu(gate.x[i], a.dtype), up.x[i]);
-      keep(p, gate);
+    for (int first = 0; first < PIECES; first += AT_ONCE) {
+      Raw other[AT_ONCE] = {};
+#pragma unroll
+      for (int p = 0; p < AT_ONCE; ++p) {
+        if (channel(first + p) < a.columns) other[p] = load(a.y, row * a.y_row + channel(first + p), a.dtype);
+      }
+#pragma unroll
+      for (int p = 0; p < AT_ONCE; ++p) {
+        const Eight up = unpack(other[p], a.dtype);
+        Eight gate = eight(first + p);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) gate.x[i] = __fmul_rn(silu(gate.x[i], a.dtype), up.x[i]);
+        keep(first + p, gate);
+      }
     }
   }
 
@@ -126,28 +146,34 @@ struct Row {
 #pragma unroll
     for (int p = 0; p < PIECES; ++p) {
       if (channel(p) >= a.columns) continue;
-      const Eight y = eight(p);
-      uint32_t words[2] = {};
+      uint2 words = make_uint2(0, 0);
+      if (up != 0.0f) {
+        const Eight y = eight(p);
+        uint32_t values[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int value = up == 0.0f ? 0 : max(-127, min(127, __float2int_rn(__fmul_rn(y.x[i], up))));
-        sum += value;
-        words[i / 4] |= (static_cast<uint32_t>(value) & 0xffu) << i % 4 * 8;
+        for (int i = 0; i < 8; ++i) {
+          const float value = fminf(fmaxf(__fmul_rn(y.x[i], up), -127.0f), 127.0f);
+          values[i] = __float_as_uint(__fadd_rn(value, ROUNDS));  // its low byte is the integer
+        }
+        words = make_uint2(low_bytes(values), low_bytes(values + 4));
+        sum = __dp4a(static_cast<int>(words.x), 0x01010101, sum);
+        sum = __dp4a(static_cast<int>(words.y), 0x01010101, sum);
       }
-      *reinterpret_cast<uint2*>(a.values + row * a.columns + channel(p)) = make_uint2(words[0], words[1]);
+      *reinterpret_cast<uint2*>(a.values + row * a.columns + channel(p)) = words;
     }
     return sum;
   }
 };
 
-template <int PIECES>
+template <int PIECES, int KIND>
 __global__ void __launch_bounds__(MOST_THREADS) quantize_kernel(const __grid_constant__ hfl_quantize a) {
   const int64_t row = blockIdx.x;
   let_next_begin();
   wait_for_last();
   Row<PIECES> x(a);
   x.read(row);
-  if (a.kind == HFL_OF_NORM) x.normalize(row);
+  if (KIND == HFL_OF_GATE) x.multiply(row);
+  if (KIND == HFL_OF_NORM) x.normalize(row);
   const float most = x.largest();
   const bool finite = most < INFINITY;  // and no NaN
   const float up = !finite || most < LEAST ? 0.0f : __fdiv_rn(127.0f, most);
@@ -156,6 +182,14 @@ __global__ void __launch_bounds__(MOST_THREADS) quantize_kernel(const __grid_con
     a.scale[row] = finite ? __fdiv_rn(most, 127.0f) : __int_as_float(0x7fc00000);
     a.sums[row] = sum;
   }
+}
+
+// With 8 channels a thread once, twice, four times.
+template <int KIND>
+std::array<const void*, 3> kernels_of() {
+  return {reinterpret_cast<const void*>(&quantize_kernel<1, KIND>),
+          reinterpret_cast<const void*>(&quantize_kernel<2, KIND>),
+          reinterpret_cast<const void*>(&quantize_kernel<4, KIND>)};
 }
 
 const char* check(const hfl_quantize& a) {
@@ -183,9 +217,9 @@ const char* check(const hfl_quantize& a) {
 extern "C" const char* hfl_quantize_cuda(const hfl_quantize* a) {
   if (const char* message = hfl::check(*a)) return message;
   const int warps = (a->columns / 8 + hfl::WARP - 1) / hfl::WARP, most = hfl::MOST_THREADS / hfl::WARP;
-  const void* kernels[] = {reinterpret_cast<const void*>(&hfl::quantize_kernel<1>),
-                           reinterpret_cast<const void*>(&hfl::quantize_kernel<2>),
-                           reinterpret_cast<const void*>(&hfl::quantize_kernel<4>)};
+  const auto kernels = a->kind == HFL_OF_ROWS   ? hfl::kernels_of<HFL_OF_ROWS>()
+                       : a->kind == HFL_OF_NORM ? hfl::kernels_of<HFL_OF_NORM>()
+                                                : hfl::kernels_of<HFL_OF_GATE>();
   // Of few rows, more threads are done sooner; of many, smaller blocks are more rows at a time. Squares are added up in
   // the order of norm.cu.
   int which = a->kind != HFL_OF_NORM && a->tokens >= 512 && warps >= 4 ? 2 : 0;
@@ -193,8 +227,8 @@ extern "C" const char* hfl_quantize_cuda(const hfl_quantize* a) {
   const int threads = (warps + (1 << which) - 1) / (1 << which) * hfl::WARP;
   hfl_quantize copy = *a;
   void* arguments[] = {&copy};
-  cudaError_t error = hfl::keep_shared(kernels[which]);
+  cudaError_t error = hfl::keep_shared(kernels[static_cast<size_t>(which)]);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  error = hfl::launch(kernels[which], dim3(static_cast<unsigned>(a->tokens)), threads, 0, a->stream, arguments);
+  error = hfl::launch(kernels[static_cast<size_t>(which)], dim3(static_cast<unsigned>(a->tokens)), threads, 0, a->stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -7,7 +7,7 @@ length alone; there is no table to keep in step. Padding is never stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -134,15 +134,13 @@ class Store:
         if self.k is None or not step.decodes or isinstance(self.index, Marks) or step.tokens > (self._ring or FEW):
             self._fill(k, v, step, turns)
             return
-        bounds, sub = self._make_room(k, step)
-        first = None if step.ragged else step.columns
-        ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, first)
+        where = (self.retention.sink, self._ring, *self._make_room(k, step), None if step.ragged else step.columns)
+        ops.append_pages(*self.memory, k, v, step.pos, *where)
 
     def place(self, k: Tensor, step: Step) -> tuple[Place, View]:
         """Make room for a decode call of one token a row, which others store: say where, and what it sees then."""
         self._fit(step)
-        bounds, sub = self._make_room(k, step)
-        return Place(self._ring, bounds, sub), self._in_place(step)
+        return Place(self._ring, *self._make_room(k, step)), self._in_place(step)
 
     def prepare(self, step: Step) -> None:
         """Let nothing move while one-token calls follow that `step` has room for."""
@@ -196,6 +194,10 @@ class Store:
     def record(self) -> None:
         """Hold `ROLLBACK` tokens beyond the window from the next call on, so that `crop` can take tokens back."""
         self._rollback = ROLLBACK
+
+    def lend(self, to: Store, share: Callable[[Rows], Rows]) -> None:
+        """Let an empty store have what `share` makes of this one's rows."""
+        to._keys, to._values = share(self._keys), share(self._values)
 
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`; pick: `[B']`, int64."""
