@@ -1,4 +1,4 @@
-"""Short cuts where QoQ layers follow: what they read becomes integers in the launch that makes it, of a step and of a prompt.
+"""Short cuts where QoQ layers follow: what they read becomes integers in the launch that makes it.
 
 A norm gives its result and, beside, the 8-bit form that the layers after it would make of it; a gate and what it is
 multiplied with go to the layer after them in that form alone. The bits are those of the model's own code.

@@ -31,6 +31,11 @@ many rows some are read after the others, so that none is cut into short pieces,
 stores hold more than keys and values, all rows go together, a quarter of such a piece of each at least."""
 
 
+def rows_at_once(cache: LongContextCache, rows: int, columns: int) -> int:
+    """How many rows of a prompt are read together, unless the caller or somebody who watches must have all."""
+    return min(rows, max(1, PIECE // columns)) if shareable(cache) else rows
+
+
 @dataclass(eq=False)
 class Prefill:
     """In place of the model's `_prefill`: a long prompt is read in pieces, unless the caller has set how.
@@ -54,10 +59,10 @@ class Prefill:
         cache.expected = columns
         if input_ids.device.type in RECORDERS and self.state.recorder.on:  # the first recorded step would grow it so
             cache.asked = min(room_after(columns + 1), max(columns, generation_config.max_length or 0))
-        each, looked_at = max(1, PIECE // columns), (self.state.watch or self.state.tap) is not None
-        apart = generation_config.prefill_chunk_size is None and model_kwargs.get("logits_to_keep") == 1
+        free = generation_config.prefill_chunk_size is None and (self.state.watch or self.state.tap) is None
+        each = rows_at_once(cache, rows, columns) if free and model_kwargs.get("logits_to_keep") == 1 else rows
         try:
-            if each < rows and apart and not looked_at and shareable(cache):
+            if each < rows:
                 return self._read_apart(each, input_ids, generation_config, model_kwargs, *args, **kwargs)
             return self._read_together(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:

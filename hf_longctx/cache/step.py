@@ -136,6 +136,11 @@ class Step:
         return max(self.width, self.expected, self.asked)
 
     @property
+    def first(self) -> int | None:
+        """Position of the first token of all rows; None: they differ, or only the device knows."""
+        return None if self.ragged else self.columns
+
+    @property
     def decodes(self) -> bool:
         """True for a call of a few tokens that follow others."""
         return self.columns > 0 and self.tokens <= FEW

@@ -134,8 +134,8 @@ class Store:
         if self.k is None or not step.decodes or isinstance(self.index, Marks) or step.tokens > (self._ring or FEW):
             self._fill(k, v, step, turns)
             return
-        where = (self.retention.sink, self._ring, *self._make_room(k, step), None if step.ragged else step.columns)
-        ops.append_pages(*self.memory, k, v, step.pos, *where)
+        bounds, sub = self._make_room(k, step)
+        ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, step.first)
 
     def place(self, k: Tensor, step: Step) -> tuple[Place, View]:
         """Make room for a decode call of one token a row, which others store: say where, and what it sees then."""
@@ -266,8 +266,7 @@ class Store:
         return (None, 1) if self.index is None else (self.index.reserve(k, step), self.index.sub)
 
     def _fill(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None, read: tuple[Tensor, ...] = ()) -> None:
-        first = None if step.ragged else step.columns
-        ops.fill_pages([self.begin(k, v, step)], k, v, step.pos, first, read, step.columns == 0)
+        ops.fill_pages([self.begin(k, v, step)], k, v, step.pos, step.first, read, step.columns == 0)
         if isinstance(self.index, Marks):
             self.index.follow(self._keys, k, step, turns)
 
