@@ -14,6 +14,7 @@ from hf_longctx.kernels.ops import Selection
 from hf_longctx.patch import state_of
 
 from ..methods.cases import gates
+from .again import recorders
 from .cases import BY_NAME
 
 INF = {"init": 4, "local": 8, "block": 4, "topk": 1, "representatives": 2, "q_block": 16, "offload": False}
@@ -143,6 +144,26 @@ def test_stores_grow_once_for_a_prompt_in_pieces(method: str, monkeypatch: pytes
     model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
     assert grown
     assert len(grown) == len(set(grown))
+
+
+@pytest.mark.parametrize(("new", "slots"), [(200, 320), (9, 128), (1000, 512)])
+def test_there_is_room_for_the_answer_at_once(new: int, slots: int) -> None:
+    """Where steps are recorded: as much as was asked for, but no more than the first recorded step would want."""
+    model, ids = lc.patch(BY_NAME["llama"].make(), "dense"), BY_NAME["llama"].prompt(100, rows=2)
+    seen: list[Any] = []
+
+    def look(*_: Any) -> None:
+        state = state_of(model)
+        cache = None if state is None or state.cache is None else state.cache()
+        assert cache is not None
+        seen.append(cache.stacks[0].stores[0][1].k)
+
+    model.model.layers[1].register_forward_hook(look)
+    with recorders():
+        stop: Any = [lambda ids, _: torch.full((2,), ids.shape[1] == 104)]
+        model.generate(ids, max_new_tokens=new, do_sample=False, pad_token_id=0, stopping_criteria=stop)
+    assert seen[0].shape[2] == slots
+    assert all(x is seen[0] for x in seen)
 
 
 def said(model: Any, ids: torch.Tensor, mask: torch.Tensor, **knobs: Any) -> torch.Tensor:
