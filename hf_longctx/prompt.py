@@ -81,15 +81,19 @@ class Prefill:
         cache, (rows, columns), facts = model_kwargs[CACHE], input_ids.shape, self.state.facts
         check_room(facts, self.state.plan, cache, rows, columns, self.state.decoder.dtype, input_ids.device)
         caches, outputs = [], []
-        for first in range(0, rows, each):
-            these = slice(first, min(rows, first + each))
-            caches.append(lend(cache, first, these.stop, rows))
-            given = {
-                name: value[these] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
-                for name, value in model_kwargs.items()
-            }
-            given[CACHE] = caches[-1]
-            outputs.append(self._read_together(input_ids[these], generation_config, given, *args, **kwargs))
+        try:
+            for first in range(0, rows, each):
+                these = slice(first, min(rows, first + each))
+                caches.append(lend(cache, first, these.stop, rows))
+                given = {
+                    name: value[these] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+                    for name, value in model_kwargs.items()
+                }
+                given[CACHE] = caches[-1]
+                outputs.append(self._read_together(input_ids[these], generation_config, given, *args, **kwargs))
+        except BaseException:
+            cache.reset()  # it holds some rows, which nobody counted
+            raise
         join(cache, caches)
         self.state.ledger, self.state.cache = cache.ledger, ref(cache)
         logits = torch.cat([out.logits for out in outputs])

@@ -9,6 +9,7 @@ import torch
 
 import hf_longctx as lc
 from hf_longctx import memory, prompt
+from hf_longctx.cache.cache import LongContextCache
 from hf_longctx.cache.rows import Rows
 from hf_longctx.kernels.ops import Selection
 from hf_longctx.patch import state_of
@@ -110,6 +111,26 @@ def test_a_prompt_that_goes_on_is_read_together(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(prompt, "PIECE", 45)
     model.generate(ids, past_key_values=cache, max_new_tokens=1, do_sample=False, pad_token_id=0)
     assert {rows for rows, _ in calls} == {2}
+
+
+def test_a_cache_of_which_rows_were_not_read_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = lc.patch(BY_NAME["llama"].make(), "dense"), BY_NAME["llama"].prompt(30, rows=3)
+    cache, calls = LongContextCache(lc.report(model).plan), [0]
+    monkeypatch.setattr(prompt, "PIECE", 45)
+
+    def fail(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(fail)
+    settings: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, past_key_values=cache, **settings)
+    hook.remove()
+    assert (cache.get_seq_length(), cache.kv_bytes) == (0, 0)
+    got = model.generate(ids[:2], past_key_values=cache, **settings)
+    assert torch.equal(got, model.generate(ids[:2], **settings))
 
 
 def test_more_rows_than_there_is_memory_for_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
