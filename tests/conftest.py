@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from hf_longctx import cli
 from hf_longctx.evals import assets, clip
@@ -16,6 +17,9 @@ from . import operators  # noqa: F401  before what imports transformers
 from .evals import tiny_folder
 
 torch.set_num_threads(1)
+# How long a draw takes is the machine's.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -157,7 +157,7 @@ def test_the_library_refuses(values: dict[str, int], outputs: tuple[int, ...], m
     block = project.HflProject(**{**FINE, **values})
     block.outputs = (ctypes.c_int32 * project.MOST_PARTS)(*outputs)
     with pytest.raises(RuntimeError, match=message):
-        library.run("project", block, torch.device("cuda"))
+        library.run("project", block, torch.device("cuda", 0))
 
 
 def test_on_a_cpu_they_are_left_to_torch() -> None:
