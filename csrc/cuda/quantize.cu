@@ -159,6 +159,8 @@ struct Row {
 #pragma unroll
     for (int p = 0; p < PIECES; ++p) {
       if (channel(p) >= a.columns) continue;
+      // unpacked anew: what was unpacked for the squares is not kept, as there is no room for it
+      asm volatile("" : "+r"(x[p].x), "+r"(x[p].y), "+r"(x[p].z), "+r"(x[p].w));
       const Raw stored = load(a.weight, channel(p), a.weight_dtype);
       const Eight scale = a.weight_dtype == HFL_F32 ? unpack(stored, HFL_F32) : unpack(stored, DTYPE);
       Eight y = eight(p);
@@ -208,7 +210,7 @@ struct Row {
 };
 
 template <int PIECES, int KIND, int DTYPE>
-__global__ void __launch_bounds__(MOST_THREADS) quantize_kernel(const __grid_constant__ hfl_quantize a) {
+__global__ void __launch_bounds__(MOST_THREADS, 1) quantize_kernel(const __grid_constant__ hfl_quantize a) {
   const int64_t row = blockIdx.x;
   let_next_begin();
   wait_for_last();
