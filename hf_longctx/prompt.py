@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .cache.cache import LongContextCache
-from .cache.share import join, lend, shareable
+from .cache.share import begin, join, lend, shareable
 from .cache.step import FEW, TAIL
 from .graph import RECORDERS
 from .limits import reads_all_to
@@ -79,9 +79,12 @@ class Prefill:
     ) -> Any:
         """Read some rows after the others, each prompt to its end; what the calls gave, of all rows."""
         cache, (rows, columns), facts = model_kwargs[CACHE], input_ids.shape, self.state.facts
-        check_room(facts, self.state.plan, cache, rows, columns, self.state.decoder.dtype, input_ids.device)
+        dtype, places = self.state.decoder.dtype, facts.places or (input_ids.device,) * len(facts.layers)
+        check_room(facts, self.state.plan, cache, rows, columns, dtype, input_ids.device)
         caches, outputs = [], []
         try:
+            heads = zip(facts.layers, places, strict=True)
+            begin(cache, rows, [torch.empty(1, 1, 1, x.head_dim, dtype=dtype, device=place) for x, place in heads])
             for first in range(0, rows, each):
                 these = slice(first, min(rows, first + each))
                 caches.append(lend(cache, first, these.stop, rows))

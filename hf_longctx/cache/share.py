@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .cache import LongContextCache
 from .ledger import Ledger
-from .rows import Rows, Stored, part
+from .rows import PAGE, Rows, Stored, part, room
 from .store import Store
 
 
@@ -27,8 +28,12 @@ class SharedRows(Rows):
         return self._whole.nbytes * (self._last - self._first) // self._total
 
     def begin(self, x: Tensor, slots: int) -> None:
-        """Make room in the whole, unless other rows have done so."""
-        self._whole.begin(x[:1].expand(self._total, -1, -1, -1), slots)
+        """Make room in the whole, unless there is."""
+        whole = self._whole
+        heads, dim = x.shape[1], x.shape[3]
+        if whole.data is not None and not _holds(whole.data, (self._total, heads, dim), x):
+            whole.data = None  # made for something else than what has come
+        whole.begin(x[:1].expand(self._total, -1, -1, -1), slots)
         self.data = part(self._whole.filled, slice(self._first, self._last), 0, self._whole.slots)
 
     def reserve(self, like: Stored, slots: int) -> None:
@@ -41,6 +46,32 @@ def shareable(cache: LongContextCache) -> bool:
     stores = [store for layer in cache.stacks for _, store in layer.stores]
     plain = all(type(store) is Store and store.index is None and store.limit is None for store in stores)
     return plain and not cache.ledger.columns and cache.angles is None and not cache.floors
+
+
+def begin(cache: LongContextCache, rows: int, like: Sequence[Tensor]) -> None:
+    """Make room for all rows before anything is computed: between what layers compute it would lie in pieces.
+
+    Args:
+        cache: that is `shareable`.
+        rows: of the batch.
+        like: of each layer `[1, 1, 1, D]`, of the dtype and on the device of its keys.
+    """
+    slots = room(0, max(cache.expected, cache.asked), PAGE)
+    for layer, x in zip(cache.stacks, like, strict=True):
+        for group, store in layer.stores:
+            assert isinstance(store, Store)
+            store.lend(store, partial(_begun, x=x.expand(rows, len(group.kv_heads), 1, -1), slots=slots))
+
+
+def _begun(rows: Rows, x: Tensor, slots: int) -> Rows:
+    rows.begin(x, slots)
+    return rows
+
+
+def _holds(data: Stored, sizes: tuple[int, int, int], x: Tensor) -> bool:
+    """True if what a store has is for tokens like x in so many rows, heads and channels."""
+    shape = data.shape
+    return (shape[0], shape[1], shape[3]) == sizes and data.dtype == x.dtype and data.device == x.device
 
 
 def lend(cache: LongContextCache, first: int, last: int, total: int) -> LongContextCache:

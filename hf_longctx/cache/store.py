@@ -196,7 +196,7 @@ class Store:
         self._rollback = ROLLBACK
 
     def lend(self, to: Store, share: Callable[[Rows], Rows]) -> None:
-        """Let an empty store have what `share` makes of this one's rows."""
+        """Let an empty store, or this one, have what `share` makes of this one's rows."""
         to._keys, to._values = share(self._keys), share(self._values)
 
     def map_rows(self, pick: Tensor) -> None:

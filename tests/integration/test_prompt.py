@@ -103,6 +103,31 @@ def test_rows_that_are_read_apart_stand_together(kv: str, padded: bool, monkeypa
     assert apart.past_key_values.get_seq_length() == 31
 
 
+@pytest.mark.parametrize("kv", ["native", "int4"])
+def test_room_is_made_before_anything_is_computed(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the configuration says; and anew, where the model makes keys of another kind."""
+    model, ids = lc.patch(BY_NAME["llama"].make(), "dense", kv=kv), BY_NAME["llama"].prompt(30, rows=3)
+    monkeypatch.setattr(prompt, "PIECE", 30)
+    made: list[tuple[int, ...]] = []
+    before, own = Rows.begin, prompt.begin
+
+    def noted(rows: Rows, x: torch.Tensor, slots: int) -> None:
+        had = rows.data
+        before(rows, x, slots)
+        if rows.data is not had:
+            made.append((*x.shape[:2], slots, x.shape[3]))
+
+    monkeypatch.setattr(Rows, "begin", noted)
+    settings: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **settings)
+    layers = model.config.num_hidden_layers
+    assert made == [(3, 2, 64, model.config.head_dim)] * 2 * layers
+    made.clear()
+    monkeypatch.setattr(prompt, "begin", lambda cache, rows, like: own(cache, rows, [x[..., :8] for x in like]))
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert [x[3] for x in made] == [8] * 2 * layers + [model.config.head_dim] * 2 * layers
+
+
 def test_a_prompt_that_goes_on_is_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = lc.patch(BY_NAME["llama"].make(), "dense"), BY_NAME["llama"].prompt(60, rows=2)
     cache = model(ids[:, :30], use_cache=True).past_key_values
