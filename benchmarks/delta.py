@@ -3,7 +3,8 @@
 python benchmarks/delta.py linears generate --out benchmarks/results/delta-h200.json
 
 A case is all linear layers of a decoder layer in a row, in one CUDA graph: `fused` has 4 (q, k, v together and gate, up
-together), `apart` 7, as transformers has them. Weights and bits of all are far more than the L2 holds.
+together), `apart` 7, as transformers has them; with deltas, those that get the same rows are one call, as hooks on a
+model make it. Weights and bits of all are far more than the L2 holds.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from delta_generate import tenant_rows
 from torch import Tensor
 from torch.nn.functional import linear
 
-from hf_longctx.kernels.delta import delta_linear, linear_with_delta
+from hf_longctx.kernels.delta import delta_linear, joined
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 HIDDEN, INNER, KV = 4096, 14336, 1024
@@ -37,6 +38,9 @@ APART = (
     (INNER, HIDDEN),
     (HIDDEN, INNER),
 )
+TOGETHER = ((0, 1, 2), (3,), (4, 5), (6,))
+"""Those of `APART` that get the same rows."""
+
 TENANTS = 16
 
 
@@ -48,10 +52,11 @@ def copy_bandwidth() -> float:
 
 @dataclass(frozen=True)
 class Layer:
-    """Linear layers `[N, K]` of a decoder layer, with deltas of 16 tenants."""
+    """Linear layers `[N, K]` of a decoder layer, with deltas of 16 tenants; together: which get the same rows."""
 
     name: str
     shapes: tuple[tuple[int, int], ...]
+    together: tuple[tuple[int, ...], ...] | None = None
 
     @cached_property
     def weights(self) -> list[Tensor]:
@@ -80,10 +85,13 @@ class Layer:
     def with_deltas(self, rows: int, tenants: int) -> Callable[[], Any]:
         """The layers and their deltas: rows in equal parts of so many tenants, one after the other."""
         x, slots = self.inputs(rows), _slots(rows, tenants)
+        groups = self.together or tuple((i,) for i in range(len(x)))
 
         def run() -> None:
-            for a, w, b in zip(x, self.weights, self.bits, strict=True):
-                linear_with_delta(a, w, None, b, self.scales, slots)
+            for own in groups:
+                parts = [self.weights[i] for i in own], [None] * len(own), [self.bits[i] for i in own]
+                if joined(x[own[0]], *parts, [self.scales] * len(own), slots) is None:
+                    raise RuntimeError("no backend joins these layers")
 
         return run
 
@@ -188,7 +196,7 @@ def main() -> None:
             written["rows"].append(row)
             chosen.out.write_text(json.dumps(written, indent=1) + "\n")
 
-    for layer in (Layer("fused", FUSED), Layer("apart", APART)) if "linears" in chosen.what else ():
+    for layer in (Layer("fused", FUSED), Layer("apart", APART, TOGETHER)) if "linears" in chosen.what else ():
         write(rows_of(layer, bandwidth))
         for line in details(layer) if chosen.details else ():
             print(line, flush=True)

@@ -1,6 +1,8 @@
 // What the library is; and, built without CUDA, operations that say so.
 #include "beside.h"
+#include "experts.h"
 #include "fill.h"
+#include "joined.h"
 #include "linear.h"
 #include "project.h"
 #include "streamed.h"
@@ -43,10 +45,15 @@ extern "C" const char* hfl_prefill_cuda(const hfl_prefill*) { return kNone; }
 extern "C" const char* hfl_layer_cuda(const hfl_layer*) { return kNone; }
 extern "C" const char* hfl_delta_cuda(const hfl_delta*) { return kNone; }
 extern "C" const char* hfl_merged_cuda(const hfl_merged*) { return kNone; }
+extern "C" const char* hfl_joined_cuda(const hfl_joined*) { return kNone; }
 extern "C" const char* hfl_project_cuda(const hfl_project*) { return kNone; }
 extern "C" const char* hfl_streamed_cuda(const hfl_streamed*) { return kNone; }
 extern "C" const char* hfl_tables_cuda(const hfl_tables*) { return kNone; }
 extern "C" int64_t hfl_linear_scratch(const hfl_linear*) { return 0; }
 extern "C" const char* hfl_quantize_cuda(const hfl_quantize*) { return kNone; }
 extern "C" const char* hfl_linear_cuda(const hfl_linear*) { return kNone; }
+extern "C" int32_t hfl_experts_in_order(const hfl_experts*) { return 0; }
+extern "C" const char* hfl_sort_cuda(const hfl_sort*) { return kNone; }
+extern "C" const char* hfl_experts_cuda(const hfl_experts*) { return kNone; }
+extern "C" const char* hfl_combine_cuda(const hfl_combine*) { return kNone; }
 #endif

@@ -48,8 +48,8 @@ class Obstacles:
         return self.reason or self._look().reason
 
     def guests(self) -> list[Guest]:
-        """Whose hooks there are."""
-        return self._look().guests
+        """Whose hooks there are, as `now` has seen it."""
+        return self._met.guests
 
     def _look(self) -> _Met:
         """Hooks are asked again when some came or went: there may be hundreds, and each step begins with this."""

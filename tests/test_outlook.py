@@ -101,7 +101,7 @@ def test_weights_are_counted_once() -> None:
 
 def test_the_most_memory_is_that_which_a_gpu_held() -> None:
     """Prompts of 128K tokens, read in pieces and, unpatched, at once."""
-    rows = json.loads((RESULTS / "prefill-h200.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "prefill-generate-h200.json").read_text())["rows"]
     (row,) = (row for row in rows if row["case"] == "peak memory at 128K, dense plan")
     told = lc.plan(llama_8b(), context=131072, memory="141GB")
     assert told.peak("dense") / 1e9 == pytest.approx(row["value"], rel=0.05)

@@ -147,6 +147,15 @@ cudaError_t blocks_that_fit(const Kernel& kernel, int variants, int& blocks) {
   return cudaSuccess;
 }
 
+// How many blocks a unit may have: one for each place on the device; of 16 bits, half as many where they are ENOUGH, as
+// memory is busy then, and who comes last has less to merge.
+constexpr int64_t ENOUGH = 24;
+
+int most_splits(const hfl_attend& a, int places, int64_t units) {
+  const int64_t all = places / units, most = a.k.bits ? all : std::max(std::min(all, ENOUGH), all / 2);
+  return static_cast<int>(std::clamp<int64_t>(most, 1, MOST_SPLITS));
+}
+
 }  // namespace
 
 int attend_units(const hfl_attend& a) { return check(a) ? 0 : task_of(a).units; }
@@ -162,7 +171,7 @@ int64_t attend_scratch(const hfl_attend& a, int others, int32_t* splits) {
   const int64_t units = hfl_attend_counters(&a);
   const int64_t keys = a.ids ? static_cast<int64_t>(a.chosen) * a.block : a.stored;
   const int slabs = static_cast<int>((keys + kernel.slab - 1) / kernel.slab);
-  const int most = static_cast<int>(std::clamp<int64_t>((fit - others) / units, 1, MOST_SPLITS));
+  const int most = most_splits(a, fit - others, units);
   const int wanted = (slabs + most * kernel.warps - 1) / (most * kernel.warps);
   const int each = slabs_of_warp(slabs, wanted, kernel.warps) * kernel.warps;
   *splits = (slabs + each - 1) / each;

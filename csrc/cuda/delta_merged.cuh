@@ -2,6 +2,7 @@
 // delta_merged.cu says who does what. In code for other architectures the kernel is empty, which shows as one without
 // static shared memory.
 #pragma once
+#include "../joined.h"
 #include "delta_rows.cuh"
 #include "wgmma.cuh"
 
@@ -37,10 +38,49 @@ struct MergedRows {
   }
 };
 
+// A layer, and the first of its tiles of outputs among those of all.
+struct MergedPart {
+  const uint16_t* weight;
+  int64_t weight_r;
+  const uint16_t* bias;
+  const int32_t* bits;
+  const float* scales;
+  uint16_t* out;
+  int32_t outputs, scale_rows, begin;
+};
+
 struct MergedTask {
-  hfl_merged a;
+  hfl_delta delta;  // what holds for all layers
   MergedRows rows;
-  int tiles;  // of outputs
+  int32_t tiles;  // of outputs of all of them
+  MergedPart parts[HFL_JOINED_PARTS];  // those that there are not begin behind the last tile
+
+  explicit MergedTask(const hfl_joined& a) : delta(a.first.delta), rows(a.first.delta), tiles(0) {
+    for (int i = 0; i < HFL_JOINED_PARTS; ++i) {
+      MergedPart& to = parts[i];
+      to = {};
+      if (i < a.parts) {
+        const hfl_merged of = layer_of(a, i);
+        to.weight = static_cast<const uint16_t*>(of.weight), to.weight_r = of.weight_r;
+        to.bias = static_cast<const uint16_t*>(of.bias), to.bits = of.delta.bits, to.scales = of.delta.scales;
+        to.out = static_cast<uint16_t*>(of.delta.out);
+        to.outputs = of.delta.outputs, to.scale_rows = of.delta.scale_rows;
+      }
+      to.begin = tiles;
+      if (i < a.parts) tiles += (to.outputs - 1) / MergedStages::OUTPUTS + 1;
+    }
+  }
+
+  // One of them by itself.
+  static hfl_merged layer_of(const hfl_joined& a, int i) {
+    hfl_merged of = a.first;
+    if (i == 0) return of;
+    const hfl_joined_part& other = a.others[i - 1];
+    of.delta.outputs = other.outputs, of.delta.scale_rows = other.scale_rows;
+    of.delta.bits = other.bits, of.delta.scales = other.scales, of.delta.out = other.out;
+    of.weight = other.weight, of.weight_r = other.weight_r, of.bias = other.bias;
+    return of;
+  }
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -89,7 +129,7 @@ struct MergedGroup {
   uint32_t base;
   int group, warp, lane, filled;  // filled: stages so far
   // of the item
-  int first, count, output,
+  int part, first, count, output,
       slots[2];                // output: of the warp's first row; slots: place in `slots_of_rows`, and the first
   const uint16_t* weights[2];  // of both rows, from this lane's first input on
   const int32_t* bits[2];
@@ -117,29 +157,33 @@ struct MergedGroup {
   };
 
   __device__ __forceinline__ float scale_of(int slot, int row, int input) const {
-    const hfl_delta& d = p.a.delta;
+    const hfl_delta& d = p.delta;
     if (slot < 0) return 0.0f;
     if (slot >= d.slots) return __int_as_float(0x7fffffff);  // there is no such slot
-    const int64_t line = static_cast<int64_t>(slot) * d.scale_rows + (d.scale_rows > 1 ? row : 0);
-    return d.scales[line * d.groups + input / (d.inputs / d.groups)];
+    const int64_t line = static_cast<int64_t>(slot) * own().scale_rows + (own().scale_rows > 1 ? row : 0);
+    return own().scales[line * d.groups + input / (d.inputs / d.groups)];
   }
-  __device__ __forceinline__ int row_of(int i) const { return min(output + i * 8 + lane / 4, p.a.delta.outputs - 1); }
+  __device__ __forceinline__ const MergedPart& own() const { return p.parts[part]; }
+  __device__ __forceinline__ int row_of(int i) const { return min(output + i * 8 + lane / 4, own().outputs - 1); }
   __device__ __forceinline__ int64_t words_at(int slot, int row) const {
-    const hfl_delta& d = p.a.delta;
-    return (static_cast<int64_t>(slot < 0 || slot >= d.slots ? 0 : slot) * d.outputs + row) * (d.inputs / WORD);
+    const hfl_delta& d = p.delta;
+    return (static_cast<int64_t>(slot < 0 || slot >= d.slots ? 0 : slot) * own().outputs + row) * (d.inputs / WORD);
   }
 
   __device__ __forceinline__ void begin(int item, int pieces) {
-    const hfl_delta& d = p.a.delta;
-    const int piece = item % pieces;
+    const hfl_delta& d = p.delta;
+    const int piece = item % pieces, tile = item / pieces;
+    part = 0;
+#pragma unroll
+    for (int i = 1; i < HFL_JOINED_PARTS; ++i) part += tile >= p.parts[i].begin;
     first = p.rows.starts[piece], count = p.rows.starts[piece + 1] - first;
-    output = item / pieces * S::OUTPUTS + group * 64 + warp * 16;
+    output = (tile - own().begin) * S::OUTPUTS + group * 64 + warp * 16;
     slots[0] = p.rows.order[first], slots[1] = d.slots_of_rows[static_cast<int64_t>(slots[0]) * d.planes];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = row_of(i);
-      weights[i] = static_cast<const uint16_t*>(p.a.weight) + row * p.a.weight_r + lane % 4 * 8;
-      bits[i] = d.bits + words_at(slots[1], row);
+      weights[i] = own().weight + row * own().weight_r + lane % 4 * 8;
+      bits[i] = own().bits + words_at(slots[1], row);
       scale[i] = scale_of(slots[1], row, 0);
     }
   }
@@ -162,7 +206,7 @@ struct MergedGroup {
 
   // Weights of 64 inputs and their deltas, as the product takes them.
   __device__ __forceinline__ void merge(uint32_t (&a)[16], const Raw4& raw, int tile) {
-    if (!PLAIN && p.a.delta.groups > 1) {
+    if (!PLAIN && p.delta.groups > 1) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) scale[i] = scale_of(slots[1], row_of(i), tile * S::INPUTS);
     }
@@ -173,7 +217,7 @@ struct MergedGroup {
         const uint4 pairs = raw.weights[half][i];
         float2 two[4] = {as_floats(pairs.x), as_floats(pairs.y), as_floats(pairs.z), as_floats(pairs.w)};
         add(two, half ? raw.words[i].y : raw.words[i].x, scale[i]);
-        if (!PLAIN && p.a.delta.planes > 1) add_planes(two, i, tile * S::INPUTS + half * WORD);
+        if (!PLAIN && p.delta.planes > 1) add_planes(two, i, tile * S::INPUTS + half * WORD);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           a[(half * 2 + j / 2) * 4 + j % 2 * 2 + i] =
@@ -194,11 +238,11 @@ struct MergedGroup {
   }
   // What other planes add.
   __device__ __forceinline__ void add_planes(float2 (&two)[4], int i, int input) const {
-    const hfl_delta& d = p.a.delta;
+    const hfl_delta& d = p.delta;
 #pragma unroll 1
     for (int plane = 1; plane < d.planes; ++plane) {
       const int slot = d.slots_of_rows[static_cast<int64_t>(slots[0]) * d.planes + plane];
-      add(two, static_cast<uint32_t>(d.bits[words_at(slot, row_of(i)) + input / WORD]),
+      add(two, static_cast<uint32_t>(own().bits[words_at(slot, row_of(i)) + input / WORD]),
           scale_of(slot, row_of(i), input));
     }
   }
@@ -224,7 +268,7 @@ struct MergedGroup {
   }
 
   __device__ __forceinline__ void multiply() {
-    const int tiles = p.a.delta.inputs / S::INPUTS;
+    const int tiles = p.delta.inputs / S::INPUTS;
     uint32_t even[16], odd[16];
     constexpr int AHEAD = PLAIN ? 2 : 1;  // tiles; for more there are no registers
     Raw4 raws[AHEAD], &first_raw = raws[0], &last_raw = raws[AHEAD - 1];
@@ -251,10 +295,10 @@ struct MergedGroup {
 
   // Of 8 rows and 16 outputs at a time.
   __device__ __forceinline__ void leave() {
-    const hfl_delta& d = p.a.delta;
-    const uint16_t* bias = static_cast<const uint16_t*>(p.a.bias);
-    const float add[2] = {bias ? to_float(bias[row_of(0)], d.dtype) : 0.0f,
-                          bias ? to_float(bias[row_of(1)], d.dtype) : 0.0f};
+    const uint16_t* bias = own().bias;
+    const int outputs = own().outputs;
+    const float add[2] = {bias ? to_float(bias[row_of(0)], p.delta.dtype) : 0.0f,
+                          bias ? to_float(bias[row_of(1)], p.delta.dtype) : 0.0f};
 #pragma unroll
     for (int n = 0; n < S::ROWS / 8; ++n) {
       const int at = n * 8 + lane / 4;
@@ -265,11 +309,11 @@ struct MergedGroup {
         two[i] = transpose(BF16 ? pack_bf16(low, high) : pack_f16(low, high));
       }
       if (at >= count) continue;
-      uint16_t* to = static_cast<uint16_t*>(d.out) + static_cast<int64_t>(p.rows.order[first + at]) * d.outputs;
+      uint16_t* to = own().out + static_cast<int64_t>(p.rows.order[first + at]) * outputs;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int own = output + i * 8 + lane % 4 * 2;
-        if (own < d.outputs) *reinterpret_cast<uint32_t*>(to + own) = two[i];
+        const int at_output = output + i * 8 + lane % 4 * 2;
+        if (at_output < outputs) *reinterpret_cast<uint32_t*>(to + at_output) = two[i];
       }
     }
   }
@@ -299,7 +343,7 @@ __global__ __launch_bounds__(MergedStages::THREADS,
     int filled = 0;
     for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
       const int first = p.rows.starts[item % pieces];
-      for (int at = 0; at < p.a.delta.inputs; at += S::INPUTS, ++filled) {
+      for (int at = 0; at < p.delta.inputs; at += S::INPUTS, ++filled) {
         const int stage = filled % S::STAGES;
         barrier_wait(board.empty[stage], filled / S::STAGES % 2 ^ 1);
         barrier_expect(board.full[stage], S::TILE);

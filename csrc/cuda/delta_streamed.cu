@@ -5,6 +5,9 @@
 // Grid: clusters of 8 blocks, which read 4096 inputs side by side, then the next ones: so what they have on its way lies
 //   together, and what a block knows of its 512 leaves most of the L1 to that. A cluster has a run of outputs, of which
 //   each of the 16 warps of a block takes 16 after the other; sums of the inputs before wait in shared memory.
+//   An H200 runs 15 clusters at a time, so 4096 outputs are 17 tiles or 18 of each: the last ones, which are fewer than
+//   warps, are done by four warps each, a quarter of the inputs. Products of a quarter are added up by themselves, so
+//   that it does not matter who does it.
 // Of its inputs of a row a block makes whole numbers of 24 bits, as delta_rows.cuh does, and of each 32 of them the
 //   words of each place. So bits of a delta meet bits of x, and a tensor core counts where both are set, 16 outputs x
 //   256 inputs x 8 places at a time: nothing is unpacked. Then sum(+-x) = 2 sum(x where 1) - sum(x). A warp makes those
@@ -41,8 +44,7 @@ const char* check(const hfl_streamed& a) {
 
 template <bool BF16>
 const void* kernel_for(int rows) {
-  if (rows > 8) return reinterpret_cast<const void*>(&streamed_kernel<4, BF16>);
-  return rows > 4 ? reinterpret_cast<const void*>(&streamed_kernel<2, BF16>)
+  return rows > 4 ? reinterpret_cast<const void*>(&streamed_kernel<4, BF16>)
                   : reinterpret_cast<const void*>(&streamed_kernel<1, BF16>);
 }
 

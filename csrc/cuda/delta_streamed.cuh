@@ -64,6 +64,9 @@ __device__ __forceinline__ void wait_for_cluster(uint64_t& bar, int parity) {
                : "memory");
 }
 
+// Four warps side by side meet.
+__device__ __forceinline__ void meet(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+
 // Where a lane's first weights and bits of a tile lie, of two outputs 8 apart.
 struct StreamPlace {
   const uint16_t* weights;
@@ -72,16 +75,47 @@ struct StreamPlace {
   int apart, part;          // words from slot to slot
 };
 
-// EACH: rows whose bits come with a quarter of a step: all of them with four.
+// What a warp does next: some quarters of a tile of the cluster; or nothing.
+struct StreamWork {
+  int tile, begin, end;
+
+  __device__ __forceinline__ bool there() const { return tile >= 0; }
+};
+
+// Who does which tiles: each warp one after the other, all quarters; of the last ones, if they are so few that warps
+// would have none, four warps do one together, a quarter each.
+struct StreamDeal {
+  int tiles, whole;  // whole: those that a warp does alone
+
+  __device__ __forceinline__ explicit StreamDeal(int tiles_) : tiles(tiles_), whole(tiles_) {
+    const int left = tiles % STREAM_WARPS;
+    if (left <= STREAM_WARPS - STREAM_WARPS / 4) whole -= left;
+  }
+  __device__ __forceinline__ StreamWork at(int tile, int warp) const {
+    if (tile < whole) return {tile, 0, EACH_RANK};
+    return tile < tiles ? StreamWork{tile, warp % 4, warp % 4 + 1} : StreamWork{-1, 0, 0};
+  }
+  __device__ __forceinline__ StreamWork first(int warp) const {
+    return at(warp < whole ? warp : whole + warp / 4, warp);
+  }
+  __device__ __forceinline__ StreamWork after(const StreamWork& now, int warp) const {
+    if (now.tile >= whole) return at(now.tile + STREAM_WARPS / 4, warp);
+    return at(now.tile + STREAM_WARPS < whole ? now.tile + STREAM_WARPS : whole + warp / 4, warp);
+  }
+};
+
+// EACH: rows whose bits come with a quarter of a step, 1 or 4: all of up to 4 or 16 with four.
 template <int EACH, bool BF16>
 struct Streamer {
-  static constexpr int NT = EACH > 2 ? 2 : 1;
-  static constexpr bool EARLY = EACH == 1;  // parts are loaded anew as soon as they are used
+  static constexpr int NT = EACH == 4 ? 2 : 1;
+  static constexpr bool PLACED = EACH == 4;  // each row's sums have a place of their own, else four share it
+  static constexpr bool EARLY = EACH == 1;   // parts are loaded anew as soon as they are used
   struct Batch {
     uint4 weights[4][2], bits[EACH][2];
   };
   const StreamTask& p;
   const StreamBoard& board;
+  int origin;                      // the cluster's first tile
   int lane, side;                  // side: of the board, and of what is known of x
   uint32_t x_at, planes_at, some;  // of this phase; some: bit r: row r has bits
   float* deltas;                   // this lane's, 32 apart, as `base`
@@ -130,17 +164,17 @@ struct Streamer {
   }
 
   // Products of 32 of 128 inputs with the weights. Lane 4 g + t has inputs 8 t to + 7 of output g, and of row g.
-  __device__ __forceinline__ void multiply(const Batch& own, int i, int quarter) {
+  __device__ __forceinline__ void multiply(float (&sums)[NT][4], const Batch& own, int i, int quarter) const {
     const uint4 w = own.weights[i][0], v = own.weights[i][1];
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const uint4 x = load_shared(x_at + static_cast<uint32_t>(n * 8 * X_BYTES + quarter * QUARTER * 2 + i * 64));
       if (BF16) {
-        mma_bf16(base[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
-        mma_bf16(base[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
+        mma_bf16(sums[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
+        mma_bf16(sums[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
       } else {
-        mma_f16(base[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
-        mma_f16(base[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
+        mma_f16(sums[n], make_uint4(w.x, v.x, w.y, v.y), x.x, x.y);
+        mma_f16(sums[n], make_uint4(w.z, v.z, w.w, v.w), x.z, x.w);
       }
     }
   }
@@ -181,57 +215,62 @@ struct Streamer {
   // Products of a quarter's bits, of the rows from `first` on. Lane t of four gets the sum of row t of four. What was
   // used is loaded anew with `load(e)`.
   template <typename Load>
-  __device__ __forceinline__ void add_deltas(const Batch& own, int first, int part, Load load) {
-    const bool upper = lane & 2, odd = lane & 1, later = first & 2, one_later = first & 1;
-    float low[2], high[2] = {}, even[2], sums[2];
+  __device__ __forceinline__ void add_deltas(const Batch& own, int first, int part, float* of_tile, Load load) {
+    const bool upper = lane & 2, odd = lane & 1;
+    float low[2], high[2], even[2], sums[2];
     count_row(low, own.bits[0], first, part), load(0);
-    if constexpr (EACH == 4) count_row(high, own.bits[2], first + 2, part), load(2);
+    if constexpr (EACH == 4) {
+      count_row(high, own.bits[2], first + 2, part), load(2);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      even[h] = EACH < 4 && later ? add_far(0.0f, low[h], upper) : add_far(low[h], high[h], upper);
-    }
-    if constexpr (EACH > 1) {
+      for (int h = 0; h < 2; ++h) even[h] = add_far(low[h], high[h], upper);
       count_row(low, own.bits[1], first + 1, part), load(1);
-      if constexpr (EACH == 4) count_row(high, own.bits[3], first + 3, part), load(3);
+      count_row(high, own.bits[3], first + 3, part), load(3);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float of_odd = EACH < 4 && later ? add_far(0.0f, low[h], upper) : add_far(low[h], high[h], upper);
-        sums[h] = add_near(even[h], of_odd, odd);
-      }
+      for (int h = 0; h < 2; ++h) sums[h] = add_near(even[h], add_far(low[h], high[h], upper), odd);
     } else {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        sums[h] = one_later ? add_near(0.0f, even[h], odd) : add_near(even[h], 0.0f, odd);
+        even[h] = first & 2 ? add_far(0.0f, low[h], upper) : add_far(low[h], 0.0f, upper);
+        sums[h] = first & 1 ? add_near(0.0f, even[h], odd) : add_near(even[h], 0.0f, odd);
       }
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) deltas[(first / 8 * 4 + first / 4 % 2 + 2 * h) * 32] += sums[h];
+    for (int h = 0; h < 2; ++h) {
+      float& to = of_tile[(first / 8 * 4 + first / 4 % 2 + 2 * h) * 32];
+      to = PLACED ? sums[h] : to + sums[h];
+    }
   }
 
-  // All of a tile in a phase, whose first quarter is in `own`; then there is that of tile `next`, if it is one, and `at`
-  // is its place. kept: this lane's sums of the phases before, or NULL.
-  __device__ __forceinline__ void run(Batch& own, StreamPlace& at, int next, const float4* kept) {
+  // Quarters of a tile in a phase, the first of which is in `own`; then there is that of `next`, and `at` is its place.
+  // kept: this lane's sums of the phases before, or NULL.
+  __device__ __forceinline__ void run(Batch& own, StreamPlace& at, const StreamWork& now, const StreamWork& next,
+                                      const float4* kept) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const float4 before = kept ? kept[n * 32] : float4{};
       base[n][0] = before.x, base[n][1] = before.y, base[n][2] = before.z, base[n][3] = before.w;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) deltas[(n * 4 + j) * 32] = 0.0f;
+      for (int j = 0; !PLACED && j < 4; ++j) deltas[(n * 4 + j) * 32] = 0.0f;
     }
     const int part = at.part;
 #pragma unroll 1
-    for (int quarter = 0; quarter < EACH_RANK; ++quarter) {
-      const bool last = quarter + 1 == EACH_RANK, more = !last || next >= 0;
-      const int then = last ? 0 : quarter + 1;
-      if (last && more) at = place_of(next);
+    for (int quarter = now.begin; quarter < now.end; ++quarter) {
+      const bool last = quarter + 1 == now.end, more = !last || next.there();
+      const int then = last ? next.begin : quarter + 1;
+      if (last && more) at = place_of(origin + next.tile);
+      float sums[NT][4] = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (quarter < share.mine) multiply(own, i, quarter);
+        if (quarter < share.mine) multiply(sums, own, i, quarter);
         if constexpr (EARLY) {
           if (more) load_weight(own, i, at, then);
         }
       }
-      add_deltas(own, quarter * EACH, part, [&](int e) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) base[n][j] += sums[n][j];
+      add_deltas(own, quarter * EACH, part, deltas - (PLACED ? now.begin * WARP_FLOATS : 0), [&](int e) {
         if constexpr (EARLY) {
           if (more) load_row(own, e, at, then);
         }
@@ -239,6 +278,29 @@ struct Streamer {
       if constexpr (!EARLY) {
         if (more) load_weights(own, at, then), load_bits(own, at, then);
       }
+    }
+  }
+
+  // Of four warps that do a tile together, the first adds up what all have, products in the order of the quarters.
+  // Of a warp's floats the last are for products where the first are for deltas. quarter: this warp's.
+  __device__ __forceinline__ void gather(int quarter, int group) {
+    constexpr int FIRST = PLACED ? 0 : WARP_FLOATS / 2;
+    float4* products = reinterpret_cast<float4*>(deltas - lane + FIRST) + lane;
+    if (quarter) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n) products[n * 32] = make_float4(base[n][0], base[n][1], base[n][2], base[n][3]);
+    }
+    meet(group);
+    if (quarter) return;
+#pragma unroll
+    for (int other = 1; other < 4; ++other) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const float4 more = products[other * (WARP_FLOATS / 4) + n * 32];
+        base[n][0] += more.x, base[n][1] += more.y, base[n][2] += more.z, base[n][3] += more.w;
+      }
+#pragma unroll
+      for (int j = 0; !PLACED && j < 4; ++j) deltas[j * 32] += deltas[other * WARP_FLOATS + j * 32];
     }
   }
 
@@ -303,17 +365,19 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
   const int g = lane / 4, t = lane % 4;
   const auto x_of = [&](int side) { return stream_shared + x_at + side * p.phase_bytes(); };
   const auto planes_of = [&](int side) { return x_of(side) + p.columns() * X_BYTES; };
-  S own = {p, board, lane, 0, 0, 0, 0, reinterpret_cast<float*>(stream_shared + deltas) + warp * S::NT * 4 * 32 + lane,
-           StreamShare(p, 0, rank), {}};
+  float* const sums_at = reinterpret_cast<float*>(stream_shared + deltas) + warp * WARP_FLOATS + lane;
+  S own = {p, board, first, lane, 0, 0, 0, 0, sums_at, StreamShare(p, 0, rank), {}};
+  const StreamDeal deal(tiles);
   typename S::Batch batch = {};
-  StreamPlace place = own.place_of(first + min(warp, tiles - 1));
-  if (warp < tiles) own.load_weights(batch, place, 0);
+  StreamWork now = deal.first(warp);
+  StreamPlace place = own.place_of(first + max(now.tile, 0));
+  if (now.there()) own.load_weights(batch, place, now.begin);
   wait_for_previous(warp);
   const StreamRow row(p, board);
   row.fetch(p, own.share, x_of(0));
   __syncthreads();
   for (int i = 0; i < STREAM_ROWS; ++i) own.some |= (board.slots[i] >= 0 ? 1u : 0u) << i;
-  if (warp < tiles) own.load_bits(batch, place, 0);
+  if (now.there()) own.load_bits(batch, place, now.begin);
   row.know(p, board, 0, own.share, x_of(0), planes_of(0));
   __syncthreads();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -326,11 +390,16 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
     const StreamShare ahead(p, min(phase + 1, p.phases - 1), rank);
     if (!last) row.fetch(p, ahead, x_of(1 - own.side));
 #pragma unroll 1
-    for (int tile = warp; tile < tiles; tile += STREAM_WARPS) {
+    for (StreamWork next; now.there(); now = next) {
+      next = deal.after(now, warp);
       const int part = place.part;
-      float4* before = reinterpret_cast<float4*>(stream_shared + kept) + tile * S::NT * 32 + lane;
-      own.run(batch, place, tile + STREAM_WARPS < tiles ? first + tile + STREAM_WARPS : -1, phase ? before : nullptr);
-      const int owner = tile % RANKS, slot = tile / RANKS;
+      const bool together = now.tile >= deal.whole, leads = now.begin == 0;
+      float4* before = reinterpret_cast<float4*>(stream_shared + kept) + now.tile * S::NT * 32 + lane;
+      if (together) meet(warp / 4);  // nobody reads what they had together before
+      own.run(batch, place, now, next, phase && leads ? before : nullptr);
+      if (together) own.gather(now.begin, warp / 4);
+      if (!leads) continue;
+      const int owner = now.tile % RANKS, slot = now.tile / RANKS;
       const uint32_t to = slots + static_cast<uint32_t>(slot * p.owned_bytes() + (rank * S::NT * 32 + lane) * 16);
 #pragma unroll
       for (int n = 0; n < S::NT; ++n) {
@@ -344,8 +413,8 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
       }
     }
     if (last) break;
-    own.share = ahead, place = own.place_of(first + min(warp, tiles - 1));
-    if (warp < tiles) own.load_weights(batch, place, 0), own.load_bits(batch, place, 0);
+    now = deal.first(warp), own.share = ahead, place = own.place_of(first + max(now.tile, 0));
+    if (now.there()) own.load_weights(batch, place, now.begin), own.load_bits(batch, place, now.begin);
     row.know(p, board, 1 - own.side, ahead, x_of(1 - own.side), planes_of(1 - own.side));
     __syncthreads();
   }

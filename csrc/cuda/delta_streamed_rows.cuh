@@ -9,7 +9,7 @@ namespace hfl {
 constexpr int RANKS = 8, STREAM_WARPS = 16, STREAM_THREADS = STREAM_WARPS * 32, STREAM_ROWS = HFL_STREAMED_ROWS;
 constexpr int TILE = 16, QUARTER = 128, EACH_RANK = 4, PHASE = RANKS * EACH_RANK;  // EACH_RANK: quarters, PHASE: too
 constexpr int PLACES = 24, STEP_BYTES = PLACES * EACH_RANK * QUARTER / 8, X_BYTES = EACH_RANK * QUARTER * 2 + 16;
-constexpr int MOST_OWNED = 64;
+constexpr int MOST_OWNED = 64, WARP_FLOATS = 256;  // WARP_FLOATS: of sums, TILE x 16 columns
 static_assert(STREAM_ROWS == STREAM_WARPS, "each row has a warp");
 
 struct StreamTask {
@@ -27,8 +27,8 @@ struct StreamTask {
   }
   // Columns of results, of rows in memory; bytes of what a block knows of the inputs of a phase, and of each tile that
   // it sums up.
-  __host__ __device__ int columns() const { return a.rows > 8 ? 16 : 8; }
-  __host__ __device__ int deltas_bytes() const { return STREAM_THREADS * columns() / 2 * 4; }
+  __host__ __device__ int columns() const { return a.rows > 4 ? 16 : 8; }
+  __host__ __device__ static int deltas_bytes() { return STREAM_WARPS * WARP_FLOATS * 4; }
   __host__ __device__ int phase_bytes() const { return columns() * X_BYTES + a.rows * STEP_BYTES; }
   __host__ __device__ int known_bytes() const { return deltas_bytes() + (phases > 1 ? 2 : 1) * phase_bytes(); }
   __host__ __device__ int owned_bytes() const { return RANKS * TILE * columns() * 4; }

@@ -107,7 +107,7 @@ def joined(
         TypeError: likewise.
     """
     trains = (x, *weights, *scales, *(bias for bias in biases if bias is not None))
-    if FEW < len(x) < (MANY if len(weights) == 1 else len(x) + 1) or not len(x):
+    if FEW < len(x) < MANY or not len(x):
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trains):
         return None
@@ -116,10 +116,10 @@ def joined(
     for weight, own_bits, own_scales in zip(weights, bits, scales, strict=True):
         _check(x, x.new_empty(1, 1).expand(len(x), len(weight)), own_bits, own_scales, slot_of_row)
     slots = slot_of_row[:, None] if slot_of_row.ndim == 1 else slot_of_row
-    if len(x) <= FEW:
+    if len(x) <= FEW or len(weights) > 1:
         layers = (x, weights, biases, bits, scales, slots)
-        few = dispatch.chosen("linears_with_delta", *layers) == "compiled"
-        return dispatch.call("linears_with_delta", *layers) if few else None
+        here = dispatch.chosen("linears_with_delta", *layers) == "compiled"
+        return dispatch.call("linears_with_delta", *layers) if here else None
     layer = (x, weights[0], biases[0], bits[0], scales[0], slots)
     many = dispatch.chosen("linear_with_delta", *layer) == "compiled"
     return (dispatch.call("linear_with_delta", *layer),) if many else None

@@ -21,9 +21,6 @@ from .tiny import Case
 
 CASES = [BY_NAME[name] for name in ("llama", "gemma2", "gpt_oss", "mpt")]
 
-ALIKE = (LIMITS[0].name, "streaming_llm")
-"""Rows in which one group of heads reads all that it sees: a layer at once would save nothing."""
-
 
 def counted(row: Row, case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, int]:
     """What is generated, and in how many layers' steps by one operation."""
@@ -51,7 +48,7 @@ def test_at_once_as_one_by_one(row: Row, case: Case, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(layer, "DEVICES", {"cpu"})
     at_once, some = counted(row, case, monkeypatch)
     assert none == 0
-    assert (some > 0) == (not row.in_cache and row.name not in ALIKE)
+    assert (some > 0) == (not row.in_cache)
     assert_same(at_once, one_by_one)
 
 
@@ -77,7 +74,7 @@ def test_on_a_gpu(row: Row, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
         lc.patch(model, row.method(case), cuda_graph=graphs)
         given.append(told(model, ids, calls, mask).float())
         used = dispatch.last_used().get("attend_layer")
-        assert used == ("compiled" if devices and not row.in_cache and row.name not in (*ALIKE, "lserve") else None)
+        assert used == ("compiled" if devices and not row.in_cache and row.name != "lserve" else None)
     one_by_one, at_once, replayed = (
         x[:, :18] if row in (QUEST, LSERVE, *STORED) else x for x in given
     )  # then they choose

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.nn.functional import linear
 
 from hf_longctx.kernels import dispatch, reference
 from hf_longctx.kernels.compiled import delta, library
-from hf_longctx.kernels.delta import MANY, delta_linear, linear_with_delta
+from hf_longctx.kernels.delta import MANY, delta_linear, joined, linear_with_delta
 
 from .built import need
 from .deltas import Case, literal, make
@@ -154,6 +156,43 @@ def test_what_it_does_not_take() -> None:
         assert reason in str(delta.reject_merged(*arguments))
 
 
+def beside(case: Case, outputs: tuple[int, ...], device: str) -> tuple[Any, ...]:
+    """Layers of the same rows, each with outputs, scales and a bias, or none, of its own."""
+    x, _, _, _, _, slots = layer(case, torch.bfloat16, device)
+    each = [layer(replace(case, outputs=n, by_row=not i), torch.bfloat16, device)[1:5] for i, n in enumerate(outputs)]
+    weights, biases, bits, scales = (list(own) for own in zip(*each, strict=True))
+    biases[-1] = None
+    return x, weights, biases, bits, scales, slots
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", [Case(300, 256, 2, 3, 1), Case(520, 384, 2, 2, 3, planes=2)])
+@pytest.mark.parametrize("outputs", [(130, 34), (34, 300, 128)])
+def test_layers_beside_each_other_are_as_they_are_alone(case: Case, outputs: tuple[int, ...]) -> None:
+    need("cuda")
+    x, weights, biases, bits, scales, slots = beside(case, outputs, "cuda")
+    made = joined(x, weights, biases, bits, scales, slots)
+    assert made is not None
+    assert dispatch.last_used()["linears_with_delta"] == "compiled"
+    for own, *one in zip(made, weights, biases, bits, scales, strict=True):
+        assert torch.equal(own, delta.linear_with_delta(x, *one, slots))
+
+
+@pytest.mark.cuda
+def test_layers_that_are_not_joined() -> None:
+    need("cuda")
+    x, weights, biases, bits, scales, slots = beside(Case(300, 256, 2, 3, 1), (64, 66), "cuda")
+    for others, reason in (
+        ((weights * 2, biases * 2, bits * 2, scales * 2), "takes 1 to 3 layers"),
+        ((weights, biases, [bits[0], bits[1][:2]], scales), "as many slots"),
+        ((weights, biases, bits, [scales[0], scales[1].expand(-1, -1, 2)]), "groups of inputs, in all layers"),
+        (([weights[0], weights[1].float()], biases, bits, scales), "needs x, weight and bias"),
+    ):
+        assert reason in str(delta.reject_joined(x, *others, slots))
+    assert joined(x, weights * 2, biases * 2, bits * 2, scales * 2, slots) is None
+
+
 SIZES = {"rows": 2, "inputs": 256, "outputs": 8, "slots": 2, "planes": 1, "groups": 1, "scale_rows": 1, "dtype": 2}
 REFUSED = [
     ({"dtype": 0}, "expected float16 or bfloat16"),
@@ -173,6 +212,20 @@ REFUSED = [
 @pytest.mark.parametrize(("fields", "words"), REFUSED)
 def test_the_library_looks_before_it_launches(fields: dict[str, int], words: str) -> None:
     need("cuda")
-    block: ctypes.Structure = delta.HflMerged(delta.HflDelta(**{**SIZES, **fields}))
+    own = delta.HflDelta(**{**SIZES, **fields})
+    block: ctypes.Structure = delta.HflJoined(delta.HflMerged(own), 1)
     with pytest.raises(RuntimeError, match=words):
-        library.call("hfl_merged_cuda", block)
+        library.call("hfl_joined_cuda", block)
+
+
+@pytest.mark.cuda
+def test_the_library_looks_at_every_layer() -> None:
+    need("cuda")
+    first = delta.HflMerged(delta.HflDelta(**SIZES))
+    for count in (0, 4):
+        with pytest.raises(RuntimeError, match="expected 1 to 3 layers"):
+            library.call("hfl_joined_cuda", delta.HflJoined(first, count))
+    block = delta.HflJoined(first, 2)
+    block.others[0] = delta.HflJoinedPart(7, 1)
+    with pytest.raises(RuntimeError, match="expected an even number of outputs"):
+        library.call("hfl_joined_cuda", block)

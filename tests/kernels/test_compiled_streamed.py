@@ -26,6 +26,8 @@ CASES = [
     Case(9, 4096, 300, 16, 1),
     Case(16, 6144, 2112, 16, 1),
     Case(16, 14336, 100, 16, 1),
+    Case(4, 5120, 4333, 3, 1),
+    Case(16, 5120, 4333, 3, 1),
 ]
 
 
@@ -70,9 +72,10 @@ def test_what_is_defined(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.cuda
-def test_a_row_is_the_same_beside_any_others() -> None:
+@pytest.mark.parametrize("outputs", [200, 4333])
+def test_a_row_is_the_same_beside_any_others(outputs: int) -> None:
     need("cuda")
-    x, weight, bias, bits, scales, slots = layer(Case(16, 6272, 200, 5, 1), torch.bfloat16)
+    x, weight, bias, bits, scales, slots = layer(Case(16, 6272, outputs, 5, 1), torch.bfloat16)
     whole = run(x, weight, bias, bits, scales, slots)
     made = torch.Generator().manual_seed(1)
     for count in (1, 2, 4, 5, 8, 9, 16):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ BLOCK = 128
 HALF_BLOCK = 64
 """The same where weights and deltas are merged."""
 
-MOST_INPUTS, MOST_SLOTS = 1 << 16, 1 << 12
+MOST_INPUTS, MOST_SLOTS, MOST_PARTS = 1 << 16, 1 << 12, 3
 
 
 class HflDelta(ctypes.Structure):
@@ -42,6 +43,25 @@ class HflMerged(ctypes.Structure):
         ("weight_r", ctypes.c_int64),
         ("bias", ctypes.c_void_p),
     )
+
+
+class HflJoinedPart(ctypes.Structure):
+    """`hfl_joined_part`."""
+
+    __slots__ = ()
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("outputs", "scale_rows")),
+        *((name, ctypes.c_void_p) for name in ("bits", "scales", "weight")),
+        ("weight_r", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("bias", "out")),
+    )
+
+
+class HflJoined(ctypes.Structure):
+    """`hfl_joined`."""
+
+    __slots__ = ()
+    _fields_ = (("first", HflMerged), ("parts", ctypes.c_int32), ("others", HflJoinedPart * (MOST_PARTS - 1)))
 
 
 def reject(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slots: Tensor) -> str | None:
@@ -93,6 +113,23 @@ def reject_merged(
     return None
 
 
+def reject_joined(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    bits: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    slots: Tensor,
+) -> str | None:
+    """Why the library does not take these layers of many rows of one input, or None."""
+    if not 1 <= len(weights) <= MOST_PARTS:
+        return f"takes 1 to {MOST_PARTS} layers"
+    if any(len(own) != len(bits[0]) for own in bits) or any(own.shape[2] != scales[0].shape[2] for own in scales):
+        return "needs as many slots, and groups of inputs, in all layers"
+    each = (reject_merged(x, *layer, slots) for layer in zip(weights, biases, bits, scales, strict=True))
+    return next((reason for reason in each if reason is not None), None)
+
+
 def delta_linear(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slots: Tensor) -> Tensor:
     """`delta.delta_linear`; slots: `[R, P]`."""
     x, slots = library.laid_out(x), slots.contiguous()
@@ -115,22 +152,41 @@ def linear_with_delta(
     x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor
 ) -> Tensor:
     """`delta.linear_with_delta`; slots: `[R, P]`."""
-    x, weight, slots = library.laid_out(x), library.laid_out(weight), slots.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    block = HflMerged(HflDelta(*x.shape, len(weight), len(bits), slots.shape[1], scales.shape[2], scales.shape[1]))
-    task = block.delta
+    return linears_with_delta(x, (weight,), (bias,), (bits,), (scales,), slots)[0]
+
+
+def linears_with_delta(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    bits: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    slots: Tensor,
+) -> tuple[Tensor, ...]:
+    """`delta.joined` of many rows; slots: `[R, P]`."""
+    x, slots, weights = library.laid_out(x), slots.contiguous(), [library.laid_out(own) for own in weights]
+    biases = [None if own is None else own.contiguous() for own in biases]
+    outs = tuple(x.new_empty(len(x), len(own)) for own in weights)
+    first, planes, groups = weights[0], slots.shape[1], scales[0].shape[2]
+    one = HflDelta(*x.shape, len(first), len(bits[0]), planes, groups, scales[0].shape[1])
+    block = HflJoined(HflMerged(one, first.data_ptr(), first.stride(0), library.pointer(biases[0])), len(weights))
+    task = block.first.delta
     task.dtype, task.x, task.x_r = library.DTYPES[x.dtype], x.data_ptr(), x.stride(0)
-    task.bits, task.scales, task.slots_of_rows = bits.data_ptr(), scales.data_ptr(), slots.data_ptr()
-    task.out = out.data_ptr()
-    block.weight, block.weight_r, block.bias = weight.data_ptr(), weight.stride(0), library.pointer(bias)
-    size = library.library().hfl_merged_scratch(ctypes.byref(block))
+    task.bits, task.scales, task.slots_of_rows = bits[0].data_ptr(), scales[0].data_ptr(), slots.data_ptr()
+    task.out = outs[0].data_ptr()
+    for i in range(1, len(weights)):
+        own = weights[i]
+        block.others[i - 1] = HflJoinedPart(
+            *(len(own), scales[i].shape[1], bits[i].data_ptr(), scales[i].data_ptr()),
+            *(own.data_ptr(), own.stride(0), library.pointer(biases[i]), outs[i].data_ptr()),
+        )
+    size = library.library().hfl_merged_scratch(ctypes.byref(block.first))
     scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
     task.scratch = scratch.data_ptr()
     with torch.cuda.device(x.device):
         task.stream = library.stream(x.device)
-        library.call("hfl_merged_cuda", block)
-    return out
+        library.call("hfl_joined_cuda", block)
+    return outs
 
 
 OPS = {

@@ -1,4 +1,4 @@
-"""`delta.linears_with_delta` in the compiled library: few rows, and layers that get them."""
+"""`delta.linears_with_delta` in the compiled library: layers that get the same rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Implementation
-from . import library
+from . import delta, library
 
 MOST_ROWS, MOST_PARTS = 16, 3
 
@@ -47,6 +47,8 @@ def reject(
     slots: Tensor,
 ) -> str | None:
     """Why the library does not take these layers of one input, or None; slots: `[R, P]`."""
+    if len(x) > MOST_ROWS:
+        return delta.reject_joined(x, weights, biases, bits, scales, slots)
     reason = library.reason_on_cuda(x, "is for CUDA: elsewhere there is nothing to gain")
     if reason is not None:
         return reason
@@ -63,8 +65,8 @@ def reject(
 
 
 def _reject_sizes(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], slots: Tensor) -> str | None:
-    if not 1 <= len(x) <= MOST_ROWS or not 1 <= len(weights) <= MOST_PARTS or any(not len(own) for own in weights):
-        return f"takes 1 to {MOST_ROWS} rows and 1 to {MOST_PARTS} layers, none of them empty"
+    if not len(x) or not 1 <= len(weights) <= MOST_PARTS or any(not len(own) for own in weights):
+        return f"takes at least one row and 1 to {MOST_PARTS} layers, none of them empty"
     if slots.shape[1] != 1 or any(own.shape[1:] != (1, 1) or not len(own) for own in scales):
         return "takes one slot for each row, and one scale for each slot"
     if x.shape[1] % _BLOCK or not x.shape[1]:
@@ -92,7 +94,9 @@ def linears_with_delta(
     scales: Sequence[Tensor],
     slots: Tensor,
 ) -> tuple[Tensor, ...]:
-    """`delta.linears_with_delta`; slots: `[R, 1]`."""
+    """`delta.linears_with_delta`; slots: `[R, 1]` of few rows, `[R, P]` of many."""
+    if len(x) > MOST_ROWS:
+        return delta.linears_with_delta(x, weights, biases, bits, scales, slots)
     x, weights = library.laid_out(x), [library.laid_out(own) for own in weights]
     out = tuple(x.new_empty(len(x), len(own)) for own in weights)
     block = HflStreamed(*x.shape, len(bits[0]), library.DTYPES[x.dtype], len(weights))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...kernels.delta import FEW, delta_linear, joined
+from ...kernels.delta import FEW, MANY, delta_linear, joined
 
 if TYPE_CHECKING:
     from .route import Route
@@ -49,7 +49,8 @@ class Family:
                 self.given = None
             return out
         self.given, self.route, self.waiting = None, route, {}
-        first = hook is self.members[0] and input.shape[:-1].numel() <= FEW
+        rows = input.shape[:-1].numel()
+        first = hook is self.members[0] and not FEW < rows < MANY
         members = [x for x in self.members if x.bits is not None and x.part is None] if first else [hook]
         made = _outputs(members, input, route)
         if made is None and len(members) > 1:
