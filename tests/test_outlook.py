@@ -81,6 +81,16 @@ def test_so_are_those_of_few_bits_and_several_rows(name: str, kv: str, rows: int
     assert told.kv < 0.8 * seen.dense_kv_bytes
 
 
+def test_what_many_rows_hold_at_a_time() -> None:
+    """Keys and values of all of them, beside what a layer computes for some, where a prompt is read so."""
+    from hf_longctx.forecast import forecast, work_bytes
+
+    facts = inspect_model(LLAMA.make())
+    for name, tokens in (("dense", 16 * 1024), ("streaming_llm", 64 * 1024)):
+        told = forecast(facts, METHODS[name]().plan(facts), 1024, 64)
+        assert told.work == work_bytes(facts, tokens, torch.float32)
+
+
 def test_weights_are_counted_once() -> None:
     config = hf.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                             num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)  # fmt: skip
