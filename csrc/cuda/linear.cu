@@ -7,8 +7,8 @@
 //   values, times that, goes off in the end.
 // Up to 16 tokens: linear_rows.cuh. More on other architectures: linear_few.cuh, 64 at a time. Bound by: bytes of the
 //   weight, but for a matrix of Llama-3-8B as much by kernels that wait for each other.
-// More on sm_90a: linear_spread.cuh where there are no more tiles than multiprocessors, else linear_many.cuh. Bound by:
-//   tensor cores; 1,220 TOP/s with 8192 tokens on an H200; of few tokens as much by kernels that wait for each other.
+// More on sm_90a: up to 256 linear_wide.cuh, else linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens
+//   on an H200; of few tokens as much by kernels that wait for each other.
 #include <algorithm>
 #include <initializer_list>
 
@@ -16,13 +16,13 @@
 #include "linear_many.cuh"
 #include "linear_plan.h"
 #include "linear_rows.cuh"
-#include "linear_spread.cuh"
+#include "linear_wide.cuh"
 #include "tensor_map.cuh"
 
 namespace hfl {
 namespace {
 
-enum class Kind { ROWS, FEW, SPREAD, MANY };
+enum class Kind { ROWS, FEW, SHARED, ALONE, MANY };
 
 struct Kernel {
   const void* function;
@@ -57,10 +57,11 @@ Kernel many() {
   using R = ManyRoom<F, T>;
   return {reinterpret_cast<const void*>(&linear_many_kernel<R>), T, R::THREADS, R::BYTES, Kind::MANY, TILE_ROWS};
 }
-template <Form F, int T>
-Kernel spread() {
-  using R = ManyRoom<F, T, true>;
-  return {reinterpret_cast<const void*>(&linear_spread_kernel<R>), T, R::THREADS, R::BYTES, Kind::SPREAD, TILE_ROWS};
+template <Form F, int T, int RG, bool SUMS>
+Kernel wide() {
+  using R = WideRoom<F, T, RG, SUMS>;
+  return {reinterpret_cast<const void*>(&linear_wide_kernel<R>), T, R::THREADS, R::BYTES,
+          SUMS ? Kind::SHARED : Kind::ALONE, R::ROWS};
 }
 
 // The first that a device has shared memory for.
@@ -76,9 +77,12 @@ Kernel few(const hfl_linear& a, int shared_bytes) {
 }
 template <Form F>
 Kernel many(const ManyPlan& plan) {
-  if (plan.tokens == 64) return plan.shares ? spread<F, 64>() : many<F, 64>();
-  if (plan.tokens == 128) return plan.shares ? spread<F, 128>() : many<F, 128>();
-  return many<F, 256>();
+  if (plan.shares) {
+    if (plan.tokens == 128) return wide<F, 128, 2, true>();
+    return plan.panels == 1 ? wide<F, 64, 1, true>() : wide<F, 64, 2, true>();
+  }
+  if (plan.panels) return plan.tokens == 64 ? wide<F, 64, 4, false>() : wide<F, 128, 4, false>();
+  return plan.tokens == 128 ? many<F, 128>() : many<F, 256>();
 }
 
 struct Device {
@@ -95,7 +99,7 @@ struct Device {
 };
 
 ManyPlan plan_of(const hfl_linear& a, int processors) {
-  return plan_many(a.tokens, (a.rows + TILE_ROWS - 1) / TILE_ROWS, (a.columns + 127) / 128, processors);
+  return plan_many(a.tokens, (a.rows + PANEL - 1) / PANEL, (a.columns + 127) / 128, processors);
 }
 
 template <Form F>
@@ -127,7 +131,7 @@ int add_parts(LinearTask& p, const hfl_linear& a, int rows) {
 
 LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
   LinearTask p = {};
-  const bool many = kernel.kind >= Kind::SPREAD;
+  const bool many = kernel.kind >= Kind::SHARED;
   const ManyPlan plan = plan_of(a, processors);
   p.a = a, p.panels = (a.rows + PANEL - 1) / PANEL;
   p.chunks = chunks_of(a);
@@ -140,7 +144,7 @@ LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
   p.steps = many ? (a.columns + 127) / 128 : (p.chunks + 1) / 2;
   p.split_tiles = many ? plan.split_tiles : kernel.kind == Kind::FEW ? tiles : 0;
   p.whole_tiles = tiles - p.split_tiles;
-  p.shares = kernel.kind == Kind::SPREAD
+  p.shares = kernel.kind == Kind::SHARED
                  ? plan.shares
                  : static_cast<int>(std::min<int64_t>(static_cast<int64_t>(p.split_tiles) * p.steps, processors));
   if (kernel.kind == Kind::ROWS) p.whole_tiles = add_parts(p, a, kernel.rows);
@@ -189,6 +193,12 @@ bool map_tokens(CUtensorMap& map, const hfl_linear& a, int tokens) {
                           CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+int blocks_of(const LinearTask& p, const Kernel& kernel, int processors) {
+  if (kernel.kind == Kind::SHARED) return p.whole_tiles * p.shares;
+  if (kernel.kind == Kind::ALONE) return std::min(p.panels, processors / p.token_tiles) * p.token_tiles;
+  return std::max(p.shares, std::min(p.whole_tiles, processors));
+}
+
 const char* run(const hfl_linear& a, const Device& device) {
   const Kernel kernel = choose(a, device);
   LinearTask p = task_of(a, kernel, device.processors);
@@ -196,20 +206,19 @@ const char* run(const hfl_linear& a, const Device& device) {
     return "w4a8_linear: expected fewer than 2^30 steps of 128 rows and columns";
   }
   CUtensorMap map;
-  if (kernel.kind >= Kind::SPREAD && !map_tokens(map, a, kernel.tokens)) {
+  if (kernel.kind >= Kind::SHARED && !map_tokens(map, a, kernel.tokens)) {
     return "w4a8_linear: the driver makes no map of the tokens";
   }
   if (p.split_tiles && !a.scratch) return "w4a8_linear: expected scratch memory";
   cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes);
   if (error == cudaSuccess) error = keep_shared(kernel.function);
-  const bool spread = kernel.kind == Kind::SPREAD;
-  const int blocks = spread ? p.whole_tiles * p.shares : std::max(p.shares, std::min(p.whole_tiles, device.processors));
+  const int blocks = blocks_of(p, kernel, device.processors);
   void* arguments[] = {&p, &map};  // a kernel of few tokens has one parameter
   for (; error == cudaSuccess && p.tokens_from < a.tokens; p.tokens_from += p.tokens) {
-    if (kernel.kind < Kind::SPREAD) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);
+    if (kernel.kind < Kind::SHARED) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);
     error = launch(kernel.function, dim3(static_cast<unsigned>(blocks)), kernel.threads,
                    static_cast<size_t>(kernel.bytes), a.stream, arguments, a.ahead || p.tokens_from,
-                   spread ? static_cast<unsigned>(p.shares) : 1);
+                   kernel.kind == Kind::SHARED ? static_cast<unsigned>(p.shares) : 1);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

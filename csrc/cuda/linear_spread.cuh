@@ -1,12 +1,6 @@
-// w4a8_linear of 17 tokens and more for sm_90a, where whole tiles would leave multiprocessors without work: as
-// linear_many.cuh, but the blocks of a cluster share the columns of one tile.
-//
-// Grid: a cluster of 1, 2, 4 or 8 blocks for each tile of 128 rows and T tokens, all of them there at once.
-// Block: two groups of four warps with 64 rows each, and a warp that copies: codes of as many stages as there are, then
-//   their tokens, which the kernel before may still make.
-// Sums are left in each block's shared memory; of a tile, each block adds up its part of the tokens, out of the memory
-//   of all, exactly.
-// Shared memory: STAGES times tokens, codes and scales of 128 columns, up to 217 KiB; in the end, sums.
+// Products of one tile by a block of two groups of four warps with 64 rows each, beside a warp that copies; or by the
+// blocks of a cluster, which share its columns. Sums are left in each block's shared memory; of a tile, each block adds
+// up its part of the tokens, out of the memory of all, exactly. experts_many.cuh has such blocks.
 #pragma once
 #include "linear_many.cuh"
 
@@ -14,11 +8,6 @@ namespace hfl {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-__device__ __forceinline__ int rank_in_cluster() {
-  uint32_t x;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
-  return static_cast<int>(x);
-}
 // All threads of all blocks of the cluster; what was written to shared memory before is seen after.
 __device__ __forceinline__ void meet_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -128,25 +117,5 @@ struct SpreadGroup : ManyGroup<R> {
 };
 
 #endif
-
-template <class R>
-__global__ void __launch_bounds__(R::THREADS, 1) linear_spread_kernel(const __grid_constant__ LinearTask p,
-                                                                      const __grid_constant__ CUtensorMap map) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ SpreadBoard<R> board;
-  const uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;  // the same in all blocks
-  let_next_begin();
-  const int tile = static_cast<int>(blockIdx.x) / p.shares, rank = rank_in_cluster();
-  const ManyWork work(p, tile, p.steps * rank / p.shares, p.steps * (rank + 1) / p.shares, -1);
-  if (threadIdx.x == 0) board.init(), fetch_map(&map);
-  __syncthreads();
-  if (warp_of_block() < R::WORKERS / 32) {
-    SpreadGroup<R>(p, board, base).run(work, rank);
-  } else if (warp_of_block() == R::WORKERS / 32) {
-    ManyFeeder<R>(p, map, board, base).run_one(work);
-  }
-#endif
-}
 
 }  // namespace hfl

@@ -29,14 +29,13 @@ devices = pytest.mark.parametrize("device", DEVICES)
 forms = pytest.mark.parametrize("form", FORMS)
 SIXTEEN = [torch.bfloat16, torch.float16]
 PLANNED = [
-    *((17, 133, 5, 64, 0, 0), (17, 1, 128, 64, 1, 0)),
-    *((30, 1, 5, 64, 0, 1), (40, 25, 16, 64, 0, 2), (40, 13, 16, 64, 0, 4), (64, 1, 16, 64, 0, 8)),
-    *((65, 133, 5, 128, 0, 0), (70, 133, 32, 128, 1, 0)),
-    *((70, 67, 5, 128, 0, 1), (100, 34, 32, 128, 0, 2), (100, 13, 16, 128, 0, 4), (100, 7, 32, 128, 0, 8)),
-    *((129, 89, 5, 256, 0, 0), (150, 133, 64, 256, 1, 0)),
+    *((17, 2, 5, 64, 0, 1, 1), (17, 1, 128, 64, 0, 2, 1), (200, 65, 12, 64, 0, 1, 2), (100, 60, 120, 64, 0, 2, 2)),
+    *((250, 130, 9, 128, 0, 1, 2), (200, 60, 40, 128, 0, 2, 2), (40, 301, 9, 64, 0, 0, 4), (100, 301, 9, 128, 0, 0, 4)),
+    *((300, 26, 16, 128, 0, 0, 0), (300, 178, 64, 128, 3, 0, 0), (300, 90, 16, 256, 0, 0, 0)),
+    (2500, 134, 96, 256, 10, 0, 0),
 ]
-"""On 132 multiprocessors, tokens, tiles of 128 rows, steps of 128 columns; and which tiles are computed then: tokens of
-one, how many of them are split, and blocks of a cluster, or 0 where there are no clusters."""
+"""On 132 multiprocessors, tokens, panels of 64 rows, steps of 128 columns; and which tiles are computed then: tokens of
+one, how many of them are split, blocks of a cluster, or 0 where there are none, and panels, or 0 in linear_many.cuh."""
 
 
 def dtypes(device: str) -> list[torch.dtype]:
@@ -189,8 +188,8 @@ def stored_weight(form: str, rows: int, columns: int) -> PackedWeight:
 def test_each_way_to_share_tiles(form: str, planned: tuple[int, ...]) -> None:
     """One after the other, so that they overlap; the last tile has rows that are not there."""
     need("cuda")
-    rows, tiles, steps, *_ = planned
-    weight = stored_weight(form, tiles * 128 - 30, steps * 128)
+    rows, panels, steps, *_ = planned
+    weight = stored_weight(form, panels * 64 - 30, steps * 128)
     tokens = [moved(random_tokens(rows, steps * 128, seed), "cuda") for seed in range(2)]
     with use_backend("reference"):
         expected = [linear.w4a8_linear(each, weight, None, torch.bfloat16) for each in tokens]
@@ -205,16 +204,16 @@ def test_which_tiles_are_split(tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++ on the PATH")
-    shapes = [(m, n, k) for m in (17, 64, 65, 256, 400, 2048, 8192) for n in (1, 17, 48, 224) for k in (1, 9, 32, 112)]
-    shapes += [planned[:3] for planned in PLANNED] + [(8192, 224, 32), (256, 32, 112)]
+    shapes = [(m, n, k) for m in (17, 64, 65, 256, 400, 2048, 8192) for n in (1, 33, 96, 448) for k in (1, 9, 32, 112)]
+    shapes += [planned[:3] for planned in PLANNED] + [(m, 64, 112) for m in (64, 256)]
     code = """
 #include <cstdio>
 #include "linear_plan.h"
 int main() {
-  int tokens, rows, steps;
-  while (std::scanf("%d %d %d", &tokens, &rows, &steps) == 3) {
-    const hfl::ManyPlan plan = hfl::plan_many(tokens, rows, steps, 132);
-    std::printf("%d %d %d\\n", plan.tokens, plan.split_tiles, plan.shares);
+  int tokens, panels, steps;
+  while (std::scanf("%d %d %d", &tokens, &panels, &steps) == 3) {
+    const hfl::ManyPlan plan = hfl::plan_many(tokens, panels, steps, 132);
+    std::printf("%d %d %d %d\\n", plan.tokens, plan.split_tiles, plan.shares, plan.panels);
   }
 }
 """
@@ -224,18 +223,20 @@ int main() {
     asked = "\n".join(" ".join(map(str, shape)) for shape in shapes)
     said = subprocess.run([str(tmp_path / "plan")], input=asked, capture_output=True, text=True, check=True).stdout
     found = {}
-    for (tokens, rows, steps), line in zip(shapes, said.splitlines(), strict=True):
-        tile, split, shares = map(int, line.split())
-        tiles = -(-tokens // tile) * rows
-        assert tile in ((64, 128) if shares else (64, 128, 256))
-        assert split in ((0,) if shares else (0, tiles % 132))
-        assert shares in (0, 1, 2, 4, 8)
+    for (tokens, panels, steps), line in zip(shapes, said.splitlines(), strict=True):
+        tile, split, shares, of_rows = map(int, line.split())
+        tiles = -(-tokens // tile) * -(-panels // (of_rows or 2))
+        assert bool(of_rows) == (tokens <= 256)
+        assert (tile, of_rows) in {(64, 1), (64, 2), (128, 2)} if shares else {(64, 4), (128, 4), (128, 0), (256, 0)}
+        assert split in ((0,) if of_rows else (0, tiles % 132))
+        assert shares in (0, 1, 2)
         assert shares <= steps  # no block is without a step
         assert tiles * shares <= 132
-        found[tokens, rows, steps] = tile, split, shares
+        found[tokens, panels, steps] = tile, split, shares, of_rows
     assert [found[planned[:3]] for planned in PLANNED] == [planned[3:] for planned in PLANNED]
-    assert found[8192, 224, 32] == (256, 0, 0)
-    assert found[256, 32, 112] == (128, 0, 2)
+    assert found[8192, 448, 32] == (256, 0, 0, 0)
+    assert [found[m, 448, 32] for m in (64, 256)] == [(64, 0, 0, 4), (128, 0, 0, 4)]
+    assert [found[m, 64, 112] for m in (64, 256)] == [(64, 0, 2, 1), (128, 0, 2, 2)]
 
 
 @devices

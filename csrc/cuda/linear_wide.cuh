@@ -1,0 +1,287 @@
+// w4a8_linear of 17 to 256 tokens for sm_90a: as linear_many.cuh, but four groups of warps, of which some expand codes
+// while others multiply, and panels of rows shared out evenly. linear.cu says what it computes.
+//
+// Grid: a cluster of 1 or 2 blocks for each tile of 64 RG rows and T tokens, which share its columns; or, where tiles
+//   are not shared, a block for each multiprocessor, which computes its part of the rows, up to RG panels at a time.
+// Block: four groups of four warps, of which RG have 64 rows each, and KG every KG-th stage of columns; beside them a
+//   warp that copies tokens, and two that copy codes and scales, which need not wait for the kernel before.
+// Sums of groups that have the same rows are exchanged in shared memory, so that each has all of a part of the tokens;
+//   then those of both blocks, by writes to the other one's. Exact.
+// Shared memory: STAGES times tokens, codes and scales of S times 128 columns, up to 216 KiB; in the end, sums.
+// Bound by, on an H200: of 64 tokens and 28672 rows bytes of the weight, and the products of multiprocessors that have
+//   four panels, not three; of fewer rows by what goes before the first product and comes after the last.
+#pragma once
+#include "linear_cluster.cuh"
+#include "linear_wide_feed.cuh"
+
+namespace hfl {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// A group that multiplies.
+template <class R>
+struct WideGroup {
+  static constexpr Form F = R::F;
+  static constexpr bool SHIFTED = F == Form::CHANNEL;
+  static constexpr int T = R::T;
+  const LinearTask& p;
+  WideBoard<R>& board;
+  uint32_t base;
+  int group, rows, part, warp, lane;  // rows, part: what the group has of rows and of stages
+  int stage, turn = 0, before = -1;   // before: the stage whose products may be under way, or -1
+  int acc[T / 2];
+
+  __device__ WideGroup(const LinearTask& p_, WideBoard<R>& board_, uint32_t base_)
+      : p(p_), board(board_), base(base_), warp(static_cast<int>(threadIdx.x) / 32 % 4),
+        lane(static_cast<int>(threadIdx.x) % 32) {
+    group = warp_of_block() / 4;
+    rows = group % R::RG, part = group / R::RG;
+    stage = part;
+  }
+
+  __device__ __forceinline__ void skip() {
+    stage += R::KG;
+    if (stage >= R::STAGES) stage -= R::STAGES, turn ^= 1;
+  }
+
+  __device__ __forceinline__ void release() {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(board.empty[before]);
+  }
+
+  // Operand a of 64 columns of a step.
+  __device__ __forceinline__ void codes(uint32_t (&a)[8], uint32_t at, uint32_t levels, int half,
+                                        uint32_t level) const {
+    if constexpr (F == Form::BYTES) {
+      const uint4 x = load_shared(at + half * CHUNK_BYTES), y = load_shared(at + half * CHUNK_BYTES + 512);
+      a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w, a[4] = y.x, a[5] = y.y, a[6] = y.z, a[7] = y.w;
+      return;
+    }
+    const uint4 x = load_shared(at + half * 512);
+    if constexpr (F == Form::CHANNEL) {
+      expand(a, x.x, x.y), expand(a + 4, x.z, x.w);
+    } else if constexpr (F == Form::GROUP) {
+      const Levels by(level);
+      expand(a, x.x, x.y, by), expand(a + 4, x.z, x.w, by);
+    } else if constexpr (F == Form::FINE) {
+      expand(a, x.x, x.y, Levels(load_word(levels + 2 * half * p.groups / 4 * (2 * PANEL))));
+      expand(a + 4, x.z, x.w, Levels(load_word(levels + (2 * half + 1) * p.groups / 4 * (2 * PANEL))));
+    }
+  }
+
+  // 128 columns more. Of two halves each is expanded while the other is multiplied.
+  __device__ __forceinline__ void step(int s, bool release_last) {
+    const uint32_t own = base + stage * R::STAGE;
+    const uint32_t panel = own + R::S * R::TOKENS + rows * R::PANEL_BYTES;
+    const uint32_t at = panel + s * R::CODES + warp * 1024 + lane * 16;
+    const uint32_t levels = panel + R::S * R::CODES + s * (p.groups * 2 * PANEL) + warp * 32 + lane / 4 * 4;
+    const uint64_t b = matrix(own + s * R::TOKENS);
+    const uint32_t level = F == Form::GROUP ? load_word(levels) : 0;
+    uint32_t a[2][8];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      codes(a[half], at, levels, half, level);
+      wgmma_fence();
+      product_u8(acc, a[half], b + 4 * half, 1), product_u8(acc, a[half] + 4, b + 4 * half + 2, 1);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (half == 0 && release_last) release();
+    }
+  }
+
+  // All of this group's stages of a run.
+  __device__ __forceinline__ void multiply(const WideWork& work) {
+    const int count = work.last - work.first;
+#pragma unroll
+    for (int i = 0; i < T / 2; ++i) acc[i] = 0;
+    in_flight(acc);
+    const int stages = (count + R::S - 1) / R::S;
+    before = -1;
+#pragma unroll 1
+    for (int i = part; i < stages; i += R::KG) {
+      barrier_wait(board.full[stage], turn);
+      if (rows >= work.panels) {
+        before = stage, release(), before = -1, skip();
+        continue;
+      }
+      const int own = min(R::S, count - i * R::S);
+      step(0, before >= 0);
+#pragma unroll
+      for (int s = 1; s < R::S; ++s) {
+        if (s < own) step(s, false);
+      }
+      before = stage;
+      skip();
+    }
+    wgmma_wait<0>();
+    in_flight(acc);
+    if (before >= 0) release();
+  }
+
+  // What belongs to tokens, `apart` threads of which this is number `first`.
+  __device__ __forceinline__ void show(int list, int token, int first, int apart) {
+    for (int m = first; m < T; m += apart) {
+      const OfToken of = token_of(p, token + m);
+      board.scale[list][m] = of.scale, board.less[list][m] = SHIFTED ? __float_as_int(of.sum) : of.bias;
+    }
+  }
+  __device__ __forceinline__ static OfToken token_with(float scale, int less) {
+    return {scale, SHIFTED ? __int_as_float(less) : 0.0f, SHIFTED ? 0 : less};
+  }
+
+  // Of the 64 rows from `row` on, of this group.
+  __device__ __forceinline__ void show_rows(int list, int row) {
+    for (int n = warp * 32 + lane; n < 64; n += 128) board.rows[list * 64 + n] = row_of(p, row + n);
+  }
+
+  // Results of 16 rows, and of 2 N tokens from `token` of the tile on. Of two threads that have two tokens and two rows
+  // each, of both eighths of the rows, one gets four rows of the first and one of the second.
+  template <int N>
+  __device__ __forceinline__ void leave(const int (&x)[N], const WideWork& work, int list, int rows_list, int token) {
+    const int row = (work.panel + rows) * 64 + warp * 16;
+    if (work.token + token + 2 * N <= p.tokens && row + 16 <= p.a.rows && p.a.rows % 4 == 0) {
+      leave<true>(x, row, work.token, list, rows_list, token);
+    } else {
+      leave<false>(x, row, work.token, list, rows_list, token);
+    }
+  }
+  template <bool WHOLE, int N>
+  __device__ __forceinline__ void leave(const int (&x)[N], int row, int first_token, int list, int rows_list,
+                                        int token) {
+    const float2* scales = reinterpret_cast<const float2*>(board.scale[list] + token) + lane % 4;
+    const int2* less = reinterpret_cast<const int2*>(board.less[list] + token) + lane % 4;
+    const OfRow of_rows[2] = {board.rows[rows_list * 64 + warp * 16 + lane / 4],
+                              board.rows[rows_list * 64 + warp * 16 + lane / 4 + 8]};
+    const bool odd = lane % 2;
+    const int own = row + (odd ? 8 : 0) + lane % 4 / 2 * 4, first = first_token + token + lane / 4;
+    uint16_t* to = place_of(p, first, own);
+#pragma unroll
+    for (int q = 0; q < N / 4; ++q) {
+      const float2 scale = scales[4 * q];
+      const int2 off = less[4 * q];
+      const OfToken low = token_with(scale.x, off.x), high = token_with(scale.y, off.y);
+      uint32_t two[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        two[h] = transpose(pack_results(p, result<SHIFTED>(x[4 * q + 2 * h], low, of_rows[h]),
+                                        result<SHIFTED>(x[4 * q + 2 * h + 1], high, of_rows[h])));
+      }
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? two[0] : two[1], 1);
+      const uint2 four = odd ? make_uint2(other, two[1]) : make_uint2(two[0], other);
+      if constexpr (WHOLE) {
+        *reinterpret_cast<uint2*>(to) = four;
+        to += 8 * static_cast<int64_t>(p.a.rows);
+      } else if (first + q * 8 < p.tokens) {
+        const uint32_t pairs[4] = {four.x, four.y};
+        store_four(p, first + q * 8, own, pairs);
+      }
+    }
+  }
+
+  // One tile after the other.
+  __device__ __forceinline__ void run_alone() {
+    wait_for_last();
+    int shown = -1;
+    each_wide<R>(p, 0, [&](const WideWork& work) {
+      if (shown < 0) shown = work.token, show(group, work.token, warp * 32 + lane, 128);
+      meet(2 + group, 128);  // nobody needs the rows of the tile before any more
+      show_rows(group, (work.panel + rows) * 64);
+      multiply(work);
+      meet(2 + group, 128);
+      if (rows < work.panels) leave(acc, work, group, group, 0);
+    });
+  }
+
+  // This block's part of a tile.
+  __device__ __forceinline__ void run_shared(int rank) {
+    each_wide<R>(p, rank, [&](const WideWork& work) {
+      if (part == 0) show_rows(rows, (work.panel + rows) * 64);
+      wait_for_last();
+      show(0, work.token, R::WORKERS - 1 - static_cast<int>(threadIdx.x), R::WORKERS);
+      multiply(work);
+      meet(1, R::WORKERS);  // all groups are done with the operands, and what was shown is there
+      if (p.shares == 1) {
+        finish<1>(work, 0);
+      } else {
+        finish<2>(work, rank);
+      }
+    });
+  }
+
+  // Each group gets sums of its part of the tokens, of all groups with the same rows, then of both blocks.
+  template <int SHARES>
+  __device__ __forceinline__ void finish(const WideWork& work, int rank) {
+    constexpr int N = R::OWN, LEFT = N / SHARES, FOUR = 128 * 16;  // bytes of four sums of all threads
+    if (SHARES > 1) come_by_cluster();
+    const uint32_t thread = base + (warp * 32 + lane) * 16;
+    int own[N];
+#pragma unroll
+    for (int k = 0; k < R::KG; ++k) {
+#pragma unroll
+      for (int i = 0; i < N; i += 4) {
+        const uint32_t at = thread + (((k * R::RG + rows) * R::KG + part) * (N / 4) + i / 4) * FOUR;
+        if (k != part) store_sums(at, acc + k * N + i);
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) own[i] = k == 0 || k == part ? acc[k * N + i] : own[i];
+    }
+    meet(1, R::WORKERS);
+#pragma unroll
+    for (int k = 0; k < R::KG; ++k) {
+      if (k == part) continue;
+#pragma unroll
+      for (int i = 0; i < N; i += 4) add_sums(own + i, thread + ((group * R::KG + k) * (N / 4) + i / 4) * FOUR);
+    }
+    if constexpr (SHARES > 1) {
+      int left[LEFT];
+      const uint32_t at = thread + R::EXCHANGED + group * (LEFT / 4) * FOUR;
+      wait_for_cluster();  // the other block is done with its operands, too
+#pragma unroll
+      for (int i = 0; i < LEFT; i += 4) {
+        int away[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          away[j] = rank ? own[i + j] : own[LEFT + i + j], left[i + j] = rank ? own[LEFT + i + j] : own[i + j];
+        }
+        store_at(at + i / 4 * FOUR, rank ^ 1, away);
+      }
+      come_by_cluster(), wait_for_cluster();
+#pragma unroll
+      for (int i = 0; i < LEFT; i += 4) add_sums(left + i, at + i / 4 * FOUR);
+      if (rows < work.panels) leave(left, work, 0, rows, part * (T / R::KG) + rank * 2 * LEFT);
+    } else {
+      if (rows < work.panels) leave(own, work, 0, rows, part * (T / R::KG));
+    }
+  }
+};
+
+#endif
+
+template <class R>
+__global__ void __launch_bounds__(R::BOUND, 1) linear_wide_kernel(const __grid_constant__ LinearTask p,
+                                                                    const __grid_constant__ CUtensorMap map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ WideBoard<R> board;
+  const uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;  // the same in all blocks
+  let_next_begin();
+  const int rank = R::SUMS ? rank_in_cluster() : 0;
+  if (threadIdx.x == 0) board.init(), fetch_map(&map);
+  __syncthreads();
+  if (warp_of_block() < R::WORKERS / 32) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(R::WORKER_REGISTERS));
+    if constexpr (R::SUMS) {
+      WideGroup<R>(p, board, base).run_shared(rank);
+    } else {
+      WideGroup<R>(p, board, base).run_alone();
+    }
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(R::FEEDER_REGISTERS));
+    const int warp = warp_of_block() - R::WORKERS / 32;
+    if (warp == 0) WideFeeder<R>{p, map, board, base}.tokens(rank);
+    if (warp == 1 || warp == 2) WideFeeder<R>{p, map, board, base}.codes(rank, warp - 1);
+  }
+#endif
+}
+
+}  // namespace hfl

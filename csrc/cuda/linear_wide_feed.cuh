@@ -1,0 +1,134 @@
+// What kernels of linear_wide.cuh have in shared memory, and the warps that copy it there.
+#pragma once
+#include "linear_cluster.cuh"
+#include "linear_many_feed.cuh"
+
+namespace hfl {
+
+// SUMS: added up of several groups, and of the blocks of a cluster.
+template <Form F_, int T_, int RG_, bool SUMS_>
+struct WideRoom {
+  static constexpr Form F = F_;
+  static constexpr int T = T_, RG = RG_, S = T == 64 && F != Form::BYTES ? 2 : 1;
+  static constexpr bool SUMS = SUMS_;
+  static constexpr int KG = 4 / RG, ROWS = 64 * RG;
+  static constexpr int WORKERS = 512, FEEDERS = 128, THREADS = WORKERS + FEEDERS;
+  // What registers are cut out for: of 64 tokens they leave room for a small block of the kernel before or after.
+  static constexpr int BOUND = T == 64 ? 896 : THREADS;
+  static constexpr int WORKER_REGISTERS = T == 64 ? 80 : 112, FEEDER_REGISTERS = T == 64 ? 40 : 32;
+  static constexpr int TOKENS = T * 128, CHUNKS = F == Form::BYTES ? 2 : 1;  // of 128 columns
+  static constexpr int CODES = CHUNKS * CHUNK_BYTES, LEVELS = F == Form::GROUP ? 128 : F == Form::FINE ? 512 : 0;
+  static constexpr int PANEL_BYTES = S * (CODES + LEVELS);
+  static constexpr int STAGE = (S * TOKENS + RG * PANEL_BYTES + 1023) / 1024 * 1024;
+  static constexpr int STAGES = 216 * 1024 / STAGE;
+  static constexpr int BYTES = STAGES * STAGE + 1024;   // so that it can begin at a multiple of 1024
+  static constexpr int LISTS = SUMS ? 1 : 4;            // of tokens
+  static constexpr int OWN = T / 2 / KG;                // sums of a thread, of T / KG tokens
+  static constexpr int EXCHANGED = 4 * KG * OWN * 512;  // bytes
+  static_assert(!SUMS || EXCHANGED + 4 * OWN * 256 <= STAGES * STAGE, "sums lie where operands were");
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+template <class R>
+struct WideBoard {
+  uint64_t full[R::STAGES], empty[R::STAGES];
+  // Of the tokens that each group is at, or all are; less: what sums are too large by, or the float of a sum of values.
+  float scale[R::LISTS][R::T];
+  int less[R::LISTS][R::T];
+  OfRow rows[4 * 64];
+  __device__ void init() {
+    for (int s = 0; s < R::STAGES; ++s) barrier_init(full[s], 3), barrier_init(empty[s], 4 * R::RG);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+};
+
+// Up to RG panels of rows, the tokens, and the steps that a block multiplies.
+struct WideWork {
+  int panel, panels, token, first, last;
+};
+
+// What a block computes, one after the other: a share of a tile, or its part of all panels of some tokens.
+template <class R, class Do>
+__device__ __forceinline__ void each_wide(const LinearTask& p, int rank, Do&& run) {
+  if constexpr (R::SUMS) {
+    const int tile = static_cast<int>(blockIdx.x) / p.shares, row_tile = tile / p.token_tiles;
+    const int stages = (p.steps + R::S - 1) / R::S, panel = row_tile * R::RG;
+    run(WideWork{panel, min(R::RG, p.panels - panel), (tile - row_tile * p.token_tiles) * R::T,
+                 stages * rank / p.shares * R::S, min(stages * (rank + 1) / p.shares * R::S, p.steps)});
+  } else {
+    const int block = static_cast<int>(blockIdx.x), apart = static_cast<int>(gridDim.x) / p.token_tiles;
+    const int of_rows = block / p.token_tiles, last = p.panels * (of_rows + 1) / apart;
+#pragma unroll 1
+    for (int panel = p.panels * of_rows / apart; panel < last; panel += R::RG) {
+      run(WideWork{panel, min(R::RG, last - panel), (block - of_rows * p.token_tiles) * R::T, 0, p.steps});
+    }
+  }
+}
+
+template <class R>
+struct WideFeeder {
+  const LinearTask& p;
+  const CUtensorMap& map;
+  WideBoard<R>& board;
+  uint32_t base;
+
+  __device__ __forceinline__ void tokens(int rank) {
+    ManyRing<R> ring;
+    wait_for_last();
+    each_wide<R>(p, rank, [&](const WideWork& work) {
+      const int token = p.tokens_from + work.token;
+#pragma unroll 1
+      for (int step = work.first; step < work.last; step += R::S, ring.next()) {
+        const int count = min(R::S, work.last - step);
+        barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
+        if (elected()) {
+          barrier_expect(board.full[ring.stage], count * R::TOKENS);
+#pragma unroll
+          for (int s = 0; s < R::S; ++s) {
+            if (s < count) {
+              copy_tokens(base + ring.stage * R::STAGE + s * R::TOKENS, &map, board.full[ring.stage], (step + s) * 128,
+                          token);
+            }
+          }
+        }
+      }
+    });
+  }
+
+  // Every other panel.
+  __device__ __forceinline__ void codes(int rank, int which) {
+    constexpr int OWN = (R::RG + 1) / 2;
+    ManyRing<R> ring;
+    const int of_levels = R::LEVELS ? p.groups * 2 * PANEL : 0;
+    each_wide<R>(p, rank, [&](const WideWork& work) {
+      const int own = (max(0, work.panels - which) + 1) / 2;
+      const int64_t apart = p.steps, run = (work.panel + which) * apart + work.first;
+      const uint8_t *codes = p.a.codes + run * R::CODES, *levels = p.a.groups + run * of_levels;
+#pragma unroll 1
+      for (int step = work.first; step < work.last; step += R::S, ring.next()) {
+        const int count = min(R::S, work.last - step);
+        barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
+        const uint32_t to = base + ring.stage * R::STAGE + R::S * R::TOKENS + which * R::PANEL_BYTES;
+        if (elected()) {
+          barrier_expect(board.full[ring.stage], own * count * (R::CODES + of_levels));
+#pragma unroll
+          for (int i = 0; i < OWN; ++i) {
+            if (i >= own) break;
+            copy_bytes(to + 2 * i * R::PANEL_BYTES, codes + 2 * i * apart * R::CODES, count * R::CODES,
+                       board.full[ring.stage]);
+            if constexpr (R::LEVELS != 0) {
+              copy_bytes(to + 2 * i * R::PANEL_BYTES + R::S * R::CODES, levels + 2 * i * apart * of_levels,
+                         count * of_levels, board.full[ring.stage]);
+            }
+          }
+        }
+        codes += R::S * R::CODES, levels += R::S * of_levels;
+      }
+    });
+  }
+};
+
+#endif
+
+}  // namespace hfl
