@@ -29,8 +29,8 @@ DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 L2 = 192 << 20
 """Bytes that a round through all layers reads at least: several times the L2."""
 
-LAYERS, ROOM = 16, 48 << 30
-"""Layers that share what a step does once, fewer than most models have; and bytes that their caches may take."""
+LAYERS, ROOM = 32, 48 << 30
+"""Layers that share what a step does once, as many as a model of 8B has; and bytes that their caches may take."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Prefill at the speed of tensor cores: attention over blocks, and the time to the first token, as JSON.
 
-python benchmarks/prefill.py attention layers generate --out benchmarks/results/prefill-h200.json
+python benchmarks/prefill.py attention --out benchmarks/results/prefill-h200.json, and in the same way `layers` to
+prefill-xattention-h200.json, `generate` to prefill-generate-h200.json, and `lengths`, `chunks` and `pieces` to files of
+these names.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from decode import meta, parse
+from prefill_chunks import chunk_rows, piece_rows
 from prefill_generate import generate_rows
 from prefill_layers import layer_rows
 from prefill_lengths import length_rows
@@ -166,7 +169,7 @@ def attention_rows(fa3: bool) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Measure, and write it down line by line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="+", choices=["attention", "layers", "generate", "lengths"])
+    parser.add_argument("what", nargs="+", choices=["attention", "layers", "generate", "lengths", "chunks", "pieces"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128 * K], help="of prompts to generate() from")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parse(parser)
@@ -176,6 +179,8 @@ def main() -> None:
         "layers": lambda: layer_rows(time_of, partial(dense_of_others, fa3=fa3)),
         "generate": lambda: generate_rows(chosen.tokens),
         "lengths": length_rows,
+        "chunks": lambda: chunk_rows(text, fa3),
+        "pieces": lambda: piece_rows(chosen.tokens[0]),
     }
     written: dict[str, Any] = {"meta": meta(), "rows": []}
     for what in chosen.what:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from decode_layers import DEVICE, DIM, DTYPE, KV_HEADS, Q_HEADS, facts
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import hf_longctx as lc
 from hf_longctx.attention import attention
@@ -134,6 +136,14 @@ def alike(q: Tensor, k: Tensor, scores: str) -> float:
     return float((chosen[0] & chosen[1]).sum() / (chosen[0] | chosen[1]).sum())
 
 
+def busy_of(call: Callable[[], Any]) -> float:
+    """Milliseconds that the GPU works in a call: of a short text the host takes longer, if it does nothing else."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_time for event in seen.events() if event.device_type == DeviceType.CUDA) / 1000
+
+
 @torch.no_grad()
 def layer_rows(
     time_of: Callable[[Callable[[], Any], int], float], dense_of_others: Callable[[int, int], dict[str, float]]
@@ -160,6 +170,7 @@ def layer_rows(
         if count > LEAST_LAYERS:
             each = min(dense_of_others(line.tokens, count).values())
             found |= {"baseline_in_a_row": round(each, 3), "ratio_in_a_row": round(each / value, 3)}
+            found["busy"] = round(busy_of(lambda: prefill(line.method.plan, q, k, v)) / count, 4)  # noqa: B023
         yield found
         if line.tokens == 128 * K and line.topics:
             taken = time_of(lambda: choice(q, k, line.method.scores), 3)  # noqa: B023

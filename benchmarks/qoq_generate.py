@@ -26,10 +26,8 @@ from hf_longctx.weights.qoq.quantizer import chosen_linears, declare
 CONTEXT, PROMPT = 4096, 1024
 LIMIT = 48 * 10**9
 """Bytes of the GPU that throughput may use."""
-AT_ONCE = 32768
-"""Tokens of all rows that are read in one call of a prompt."""
 SPARE = 3 * 10**9
-"""Bytes beside weights, keys and values: what a layer computes for `AT_ONCE` tokens, and logits."""
+"""Bytes beside weights, keys and values: what a layer computes for the tokens that one call reads, and logits."""
 
 
 def quantized(model: Any) -> Any:
@@ -62,7 +60,7 @@ def throughput(model: Any, rows: int, new: int) -> dict[str, Any]:
     """New tokens a second of a batch, its prompt included; and what that took."""
     ids = torch.randint(0, 128256, (rows, PROMPT), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
-    settings |= {"prefill_chunk_size": max(32, AT_ONCE // rows // 32 * 32)}
+    graphs = warmed(model, ids[:8])
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
@@ -77,21 +75,28 @@ def throughput(model: Any, rows: int, new: int) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "peak_bytes": torch.cuda.max_memory_reserved(),
         "kv_bytes": report.kv_bytes,
-        "graphs": report.graphs,
+        "graphs": graphs,
         "eager": report.eager,
     }
 
 
-def largest(model: Any, bytes_each: float, new: int) -> dict[str, Any]:
-    """Throughput of the largest batch within `LIMIT`, which the allocator holds to."""
-    rows = rows_within(model, bytes_each, new)
+def warmed(model: Any, ids: torch.Tensor) -> int:
+    """How many graphs there are after some tokens, for which all that is made once was made."""
+    settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    held = model.generate(ids, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True, **settings)
+    return lc.report(model).graphs if held.sequences.shape[1] == ids.shape[1] + 4 else 0
+
+
+def largest(model: Any, bytes_each: float, new: int, most: int) -> dict[str, Any]:
+    """Throughput of the largest batch within `LIMIT`, which the allocator holds to, of at most so many rows."""
+    rows = min(rows_within(model, bytes_each, new), most)
     while True:
         gc.collect()
         torch.cuda.empty_cache()
         try:
             return throughput(model, rows, new)
         except torch.OutOfMemoryError:
-            rows = rows * 7 // 8 // 8 * 8
+            rows -= 8
 
 
 def row(case: str, value: float, unit: str, base: float, ratio: float, must: str, met: bool, **more: Any) -> Any:
@@ -102,7 +107,7 @@ def row(case: str, value: float, unit: str, base: float, ratio: float, must: str
 
 
 @torch.no_grad()
-def rows(parts: list[str], new: int) -> Iterator[dict[str, Any]]:
+def rows(parts: list[str], new: int, most: int) -> Iterator[dict[str, Any]]:
     """Of the dense model first, then of what becomes of it."""
     model, heads = model_8b(), 32 * 8 * 2
     held = torch.cuda.get_device_properties(0).total_memory
@@ -112,7 +117,7 @@ def rows(parts: list[str], new: int) -> Iterator[dict[str, Any]]:
     if "throughput" in parts:
         torch.cuda.set_per_process_memory_fraction(LIMIT / held)
         lc.patch(model, lc.Dense())
-        dense["throughput"] = largest(model, heads * 256, new)
+        dense["throughput"] = largest(model, heads * 256, new, most)
     quantized(lc.unpatch(model))
     gc.collect()
     torch.cuda.empty_cache()
@@ -123,7 +128,7 @@ def rows(parts: list[str], new: int) -> Iterator[dict[str, Any]]:
         yield row(name, value, "ms/token", base, base / value, "<= 3 ms/token", value <= 3, **more)
     if "throughput" in parts:
         lc.patch(model, lc.Dense())
-        found, base = largest(model, heads * (64 + 4), new), dense["throughput"]
+        found, base = largest(model, heads * (64 + 4), new, most), dense["throughput"]
         value = found.pop("tokens_per_s")
         before = base.pop("tokens_per_s")
         name = f"generate(), 8B, QoQ g128 and KV4, {PROMPT} + {new} tokens, largest batch within {LIMIT // 10**9} GB"
@@ -136,11 +141,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=["decode", "throughput"])
     parser.add_argument("--new", type=int, default=512, help="tokens that each row of throughput makes")
+    parser.add_argument("--rows", type=int, default=1 << 20, help="most rows of a batch")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     found: list[dict[str, Any]] = []
     try:
-        for each in rows(arguments.parts, arguments.new):
+        for each in rows(arguments.parts, arguments.new, arguments.rows):
             print(json.dumps(each), flush=True)
             found.append(each)
     finally:

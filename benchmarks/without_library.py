@@ -124,9 +124,49 @@ def steps() -> Iterator[Step]:
     yield Step("append_pages, 1 token and its bounds", append, KV_HEADS * DIM * 2 * 22, append, "reference")
 
 
+def prompts() -> Iterator[Step]:
+    """Storing a piece of a prompt."""
+    tokens, page = 16 * K, 16
+    fresh = torch.randn(2, 1, tokens, KV_HEADS, DIM, dtype=DTYPE, device=DEVICE).transpose(2, 3)
+    pos = torch.arange(tokens, device=DEVICE)[None]
+    for bits in (16, 4):
+        stores = [x.contiguous() if bits == 16 else packed(x, bits) for x in fresh]
+        bounds = fresh.new_empty(1, KV_HEADS, tokens // page, 2, DIM)
+        group = ops.GroupFill(*stores, 0, None, bounds, page)
+        moved = fresh.nbytes * (1 + 1.5 * bits / 16) + bounds.nbytes
+
+        def fill(group: ops.GroupFill = group) -> None:
+            ops.fill_pages([group], *fresh, pos, 0, blank=True)
+
+        yield Step(f"fill_pages, 16K tokens of {bits} bits and bounds of page 16", fill, moved, fill, "reference")
+
+
+def choice_rows() -> Iterator[dict[str, Any]]:
+    """Milliseconds of the scores that XAttention chooses by, in torch; those of 32K tokens, as the reference waits."""
+    for tokens in (32 * K, TOKENS):
+        q, k, _ = text(tokens)
+        pos = torch.arange(tokens, device=DEVICE)[None]
+        times = {}
+        for backend in ("torch", "reference") if tokens < TOKENS else ("torch",):
+            with use_backend(backend):
+                call = lambda: ops.score_antidiagonal(q, k, pos, 128, 16, DIM**-0.5, True)  # noqa: B023, E731
+                times[backend] = time_of(call, 3)
+        before = times.get("reference")
+        yield {
+            "case": f"score_antidiagonal, stride 16, {tokens // K}K, torch",
+            "value": round(times["torch"], 3),
+            "unit": "ms",
+            "baseline": before and "reference",
+            "baseline_value": before and round(before, 3),
+            "ratio": before and round(before / times["torch"], 3),
+            "must": None,
+            "met": None,
+        }
+
+
 def step_rows() -> Iterator[dict[str, Any]]:
     """Microseconds of recorded calls."""
-    for step in steps():
+    for step in (*steps(), *prompts()):
         value = recorded_us([step.call] * 4)
         with use_backend("reference"):
             before = recorded_us([step.before])
@@ -152,7 +192,7 @@ def main() -> None:
     written: dict[str, Any] = {"meta": meta(), "rows": []}
     shapes = {"rows": 1, "tokens": TOKENS, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "dim": DIM}
     with use_backend("triton"):
-        for rows in (prefill_rows, step_rows):
+        for rows in (prefill_rows, step_rows, choice_rows):
             for row in rows():
                 print(json.dumps(row), flush=True)
                 written["rows"].append({**row, "shapes": shapes})

@@ -1,5 +1,6 @@
 // What the library is; and, built without CUDA, operations that say so.
 #include "beside.h"
+#include "experts.h"
 #include "fill.h"
 #include "joined.h"
 #include "linear.h"
@@ -51,4 +52,8 @@ extern "C" const char* hfl_tables_cuda(const hfl_tables*) { return kNone; }
 extern "C" int64_t hfl_linear_scratch(const hfl_linear*) { return 0; }
 extern "C" const char* hfl_quantize_cuda(const hfl_quantize*) { return kNone; }
 extern "C" const char* hfl_linear_cuda(const hfl_linear*) { return kNone; }
+extern "C" int32_t hfl_experts_in_order(const hfl_experts*) { return 0; }
+extern "C" const char* hfl_sort_cuda(const hfl_sort*) { return kNone; }
+extern "C" const char* hfl_experts_cuda(const hfl_experts*) { return kNone; }
+extern "C" const char* hfl_combine_cuda(const hfl_combine*) { return kNone; }
 #endif

@@ -5,8 +5,9 @@
 extern "C" {
 #pragma GCC visibility push(default)
 
-// Beside hfl_attend without a selection and without turns: call first for the near keys, with `reads` 0, then for the
-// far ones, with `reads` 1 and the same `out` and `sums`, which are then part of the result.
+// Beside hfl_attend without a selection and without turns: call first for the near keys, with `reads` 0, then, as the
+// next on the stream, for the far ones, with `reads` 1 and the same `out` and `sums`, which are then part of the result.
+// Both run at a time: each has scratch and counters of its own.
 typedef struct {
   float* sums;     // [batch, q_heads, tokens]: logarithms, to the base of two, of the sums of weights; -inf: nothing seen
   int32_t reads;   // whether `out` and `sums` are read, else `sums` is written

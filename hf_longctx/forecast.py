@@ -11,7 +11,7 @@ from .cache.cache import LongContextCache
 from .memory import needs
 from .models import ModelFacts
 from .plan import HeadPolicy, Plan
-from .prompt import PIECE
+from .prompt import PIECE, rows_at_once
 
 _LENGTHS = tuple(1024 << i for i in range(11))
 
@@ -48,7 +48,8 @@ def forecast(facts: ModelFacts, plan: Plan, context: int, batch: int) -> Forecas
     dtype: torch.dtype = getattr(torch, facts.dtype)
     cache = LongContextCache(plan)
     held = needs(facts, cache, batch, context, dtype)
-    tokens = batch * min(context, PIECE // min(batch, 4))
+    rows = rows_at_once(cache, batch, context)
+    tokens = rows * min(context, PIECE // min(rows, 4))
     less = (n for n in _LENGTHS if _reads(facts, cache, n, dtype) < _reads(facts, None, n, dtype))
     return Forecast(
         kv=held.device,

@@ -1,4 +1,4 @@
-"""Short cuts of a decode step where QoQ layers follow: what they read becomes integers in the launch that makes it.
+"""Short cuts where QoQ layers follow: what they read becomes integers in the launch that makes it.
 
 A norm gives its result and, beside, the 8-bit form that the layers after it would make of it; a gate and what it is
 multiplied with go to the layer after them in that form alone. The bits are those of the model's own code.
@@ -46,7 +46,7 @@ class IntegerNorm(Norm):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One launch for the norm and the 8-bit form, or as `Norm`."""
         weight: Any = self.module.weight
-        if kwargs or not self.due(few=True) or args[0].is_inference() or not args[0].dtype == weight.dtype in DTYPES:
+        if kwargs or not self.due() or args[0].is_inference() or not args[0].dtype == weight.dtype in DTYPES:
             return super().__call__(*args, **kwargs)
         x = args[0]
         rows, tokens = quantize_norm(x.reshape(-1, x.shape[-1]), weight, self.eps, self.offset, self.early)
@@ -66,7 +66,7 @@ class Gated(ShortCut):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The product, and its 8-bit form, in one launch; or the module's own forward."""
         layers: list[Any] = [self.module._modules.get(name) for name in (self.gate, self.up, self.down)]
-        if kwargs or not self.due(few=True) or not all(map(_plain, layers)) or args[0].dtype not in DTYPES:
+        if kwargs or not self.due() or not all(map(_plain, layers)) or args[0].dtype not in DTYPES:
             return self.stock(*args, **kwargs)
         x, (gate, up, down) = args[0], layers
         tokens = quantize_gated(gate(x).flatten(0, -2), up(x).flatten(0, -2))

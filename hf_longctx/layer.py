@@ -26,6 +26,9 @@ from .select.scorers import UpperBound
 DEVICES = {"cuda"}
 """Types of devices on which layers are read so: there a launch takes longer than what it computes."""
 
+MANY = 1 << 18
+"""Tokens of all rows. Beyond, blocks that only store a token would take the places of some that read all others."""
+
 
 def attend_layer(
     forward: Forward, layer: int, stores: Sequence[Any], q: Tensor, k: Tensor, v: Tensor, logits: ops.Logits
@@ -83,6 +86,10 @@ def obstacle(forward: Forward, stores: Sequence[Any], q: Tensor) -> str | None:
         return "reads keys at their places in the text alone"
     if torch.is_grad_enabled() and q.requires_grad:
         return "computes no gradients"
+    if len(stores) == 1 and _chooses(stores[0][0], forward.step) is None:
+        rows = q.shape[0]
+        if rows > 2 and rows * forward.step.width > MANY:
+            return "saves less than it costs where many long rows read all that they see"
     return next(filter(None, (_obstacle_of_group(forward, *stored) for stored in stores)), None)
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .cache.cache import LongContextCache
+from .cache.share import begin, join, lend, shareable
 from .cache.step import FEW, TAIL
+from .graph import RECORDERS
 from .limits import reads_all_to
+from .memory import check_room
 from .models import CACHE
+from .recording import room_after
 
 if TYPE_CHECKING:
     from .hooks import Patch
@@ -21,7 +27,13 @@ _OF_TEXT = frozenset({CACHE, "attention_mask", "position_ids", "use_cache", "log
 
 PIECE = 16384
 """Tokens that one call reads of a prompt: what a layer computes for them is held, and must not grow with the prompt. Of
-several rows as many together, but a quarter of each at least: shorter pieces take longer."""
+many rows some are read after the others, so that none is cut into short pieces, which read again what is stored. Where
+stores hold more than keys and values, all rows go together, a quarter of such a piece of each at least."""
+
+
+def rows_at_once(cache: LongContextCache, rows: int, columns: int) -> int:
+    """How many rows of a prompt are read together, unless the caller or somebody who watches must have all."""
+    return min(rows, max(1, PIECE // columns)) if shareable(cache) else rows
 
 
 @dataclass(eq=False)
@@ -43,13 +55,59 @@ class Prefill:
         """Read the pieces in their order."""
         if not self._divides(input_ids, generation_config, model_kwargs):
             return self._read([], input_ids, generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs[CACHE]
-        cache.expected = input_ids.shape[1]
+        cache, (rows, columns) = model_kwargs[CACHE], input_ids.shape
+        cache.expected = columns
+        if input_ids.device.type in RECORDERS and self.state.recorder.on:  # the first recorded step would grow it so
+            cache.asked = min(room_after(columns + 1), max(columns, generation_config.max_length or 0))
+        free = generation_config.prefill_chunk_size is None and (self.state.watch or self.state.tap) is None
+        each = rows_at_once(cache, rows, columns) if free and model_kwargs.get("logits_to_keep") == 1 else rows
         try:
-            ends = self._ends(input_ids, generation_config, model_kwargs)
-            return self._read(ends, input_ids, generation_config, model_kwargs, *args, **kwargs)
+            if each < rows:
+                return self._read_apart(each, input_ids, generation_config, model_kwargs, *args, **kwargs)
+            return self._read_together(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             cache.expected = 0
+
+    def _read_apart(
+        self,
+        each: int,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Read some rows after the others, each prompt to its end; what the calls gave, of all rows."""
+        cache, (rows, columns), facts = model_kwargs[CACHE], input_ids.shape, self.state.facts
+        dtype, places = self.state.decoder.dtype, facts.places or (input_ids.device,) * len(facts.layers)
+        check_room(facts, self.state.plan, cache, rows, columns, dtype, input_ids.device)
+        caches, outputs = [], []
+        try:
+            heads = zip(facts.layers, places, strict=True)
+            begin(cache, rows, [torch.empty(1, 1, 1, x.head_dim, dtype=dtype, device=place) for x, place in heads])
+            for first in range(0, rows, each):
+                these = slice(first, min(rows, first + each))
+                caches.append(lend(cache, first, these.stop, rows))
+                given = {
+                    name: value[these] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+                    for name, value in model_kwargs.items()
+                }
+                given[CACHE] = caches[-1]
+                outputs.append(self._read_together(input_ids[these], generation_config, given, *args, **kwargs))
+        except BaseException:
+            cache.reset()  # it holds some rows, which nobody counted
+            raise
+        join(cache, caches)
+        self.state.ledger, self.state.cache = cache.ledger, ref(cache)
+        logits = torch.cat([out.logits for out in outputs])
+        return type(outputs[0])(**{**outputs[0], "logits": logits, CACHE: cache})
+
+    def _read_together(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Read all rows, a piece of each at a time."""
+        ends = self._ends(input_ids, generation_config, model_kwargs)
+        return self._read(ends, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _read(
         self,

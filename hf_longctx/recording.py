@@ -39,6 +39,11 @@ SEEN = 2
 """Calls of one length that come before it is recorded: of those that come once it would cost more than it saves."""
 
 
+def room_after(end: int) -> int:
+    """Columns for which there is room once calls that are recorded come to `end`."""
+    return -(-(end + end // GROWTH) // ROOM) * ROOM
+
+
 class Graph(Protocol):
     """A recorded call; made of the call, its device, and what the graphs of a cache share."""
 
@@ -115,7 +120,7 @@ class Recording:
     def of(cache: LongContextCache, plan: Plan, end: int) -> Recording:
         """An empty one for a call that ends at `end`, and for as many more as may be."""
         points = turning_points(plan)
-        grown = -(-(end + end // GROWTH) // ROOM) * ROOM
+        grown = cache.asked if cache.asked >= end else room_after(end)
         room = int(min([grown, *(p for p in points if p >= end)]))
         both = [(group.policy.decode, store) for layer in cache.stacks for group, store in layer.stores]
         chosen = [(s.kept, d.refresh_every) for d, s in both if d is not None and d.refresh_every > 1]

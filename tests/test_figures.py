@@ -87,3 +87,14 @@ def test_a_figure_that_is_another_is_found() -> None:
     assert found("1,569", "MB", among)
     assert not found("1,669", "MB", among)
     assert not found("1,569", "GB", among)
+
+
+def test_a_case_stands_in_one_file() -> None:
+    """Of what prompts take; else an older file contradicts a newer one."""
+    rows = [
+        (row["case"], path.name)
+        for path in RESULTS.glob("prefill*.json")
+        for row in json.loads(path.read_text())["rows"]
+    ]
+    seen = dict(rows)
+    assert [row for row in rows if seen[row[0]] != row[1]] == []

@@ -81,6 +81,16 @@ def test_so_are_those_of_few_bits_and_several_rows(name: str, kv: str, rows: int
     assert told.kv < 0.8 * seen.dense_kv_bytes
 
 
+def test_what_many_rows_hold_at_a_time() -> None:
+    """Keys and values of all of them, beside what a layer computes for some, where a prompt is read so."""
+    from hf_longctx.forecast import forecast, work_bytes
+
+    facts = inspect_model(LLAMA.make())
+    for name, tokens in (("dense", 16 * 1024), ("streaming_llm", 64 * 1024)):
+        told = forecast(facts, METHODS[name]().plan(facts), 1024, 64)
+        assert told.work == work_bytes(facts, tokens, torch.float32)
+
+
 def test_weights_are_counted_once() -> None:
     config = hf.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                             num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)  # fmt: skip
@@ -91,7 +101,7 @@ def test_weights_are_counted_once() -> None:
 
 def test_the_most_memory_is_that_which_a_gpu_held() -> None:
     """Prompts of 128K tokens, read in pieces and, unpatched, at once."""
-    rows = json.loads((RESULTS / "prefill-h200.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "prefill-generate-h200.json").read_text())["rows"]
     (row,) = (row for row in rows if row["case"] == "peak memory at 128K, dense plan")
     told = lc.plan(llama_8b(), context=131072, memory="141GB")
     assert told.peak("dense") / 1e9 == pytest.approx(row["value"], rel=0.05)

@@ -9,6 +9,7 @@
 //
 // All roundings are those of the definition, in its order; a NaN stays one. Positions are below 2^32.
 #include "append.cuh"
+#include "pack.h"
 #include "step.cuh"
 
 namespace hfl {
@@ -98,6 +99,12 @@ const char* wrong_append(const hfl_append& a) { return check(a); }
 extern "C" const char* hfl_append_cuda(const hfl_append* a) {
   const char* message = hfl::check(*a);
   if (message) return message;
+  if (hfl::packs(*a)) {
+    hfl_fill fill = {};
+    fill.at = *a;
+    const cudaError_t error = hfl::launch_pack(fill, a->stream, true);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  }
   const dim3 grid(static_cast<unsigned>(a->batch) * static_cast<unsigned>(a->kv_heads), 2);
   hfl_append block = *a;
   void* arguments[] = {&block};

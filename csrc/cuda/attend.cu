@@ -13,7 +13,8 @@
 // Grid: (units of a KV head, splits, B * Hkv); 128 threads, 64 for D = 256.
 // Shared memory: ring of about 64 KiB or less, 16 D bytes for each variant of the queries (1, or up to 3 with turns),
 //   1 KiB.
-// ops.attend_recent is two calls: the second one, over keys of few bits, joins what the first left to its own sums.
+// ops.attend_recent is two calls: the second one, over keys of few bits, joins what the first left to its own sums. It
+//   begins once the first one has begun, and waits for it in the end.
 // Bound by: bytes of keys and values. Three blocks of a multiprocessor keep about 140 KiB of bf16 on their way. Of 32
 //   keys of 4 bits with 128 channels, a warp's slab, about 510 instructions stand beside 910 cycles of memory.
 #include <algorithm>
@@ -251,7 +252,9 @@ const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn) { return
 const char* attend_beside(const hfl_attend& a, const hfl_beside& beside) {
   if (!beside.sums || beside.before < 0) return "attend_recent: expected room for sums, and a distance";
   if (a.ids || a.q_before || !a.q_pos) return "attend_recent: expected positions, and neither a selection nor turns";
-  return attend(a, AttendTurn(), beside);
+  AttendTurn turn;
+  if (beside.reads) turn.turn = Turn::later;
+  return attend(a, turn, beside);
 }
 
 }  // namespace hfl

@@ -7,7 +7,7 @@
 // and which channel is which row of p.v follows from that. Pieces of a row of values are permuted, so that lanes that
 // read at a time meet other banks.
 #pragma once
-#include "append.cuh"
+#include "append_row.cuh"
 #include "choose.cuh"
 #include "divide.cuh"
 #include "ptx.cuh"
@@ -22,8 +22,11 @@ struct ListTask {
   int* appended;  // [B * Hkv], whether the token is stored; nullptr: nobody waits for it
   int* scored;    // [B * Hkv], tiles of scores that are there, of `tiles`
   int tiles;
-  int group, splits, share, slabs;  // query heads of a KV head; parts of its slabs, and slabs of a part and of all
-  Divisor each, kv_heads;           // slabs of a block
+  int group, problems, slabs;  // query heads of a KV head; rows and KV heads; slabs of each
+  Divisor splits, each, kv_heads;  // parts of its slabs, slabs of a block
+  int before;                      // rows of the grid before those of the parts, where the parts wait for tokens
+  bool ahead;                      // the second slab of a warp is read as early as the first one
+  bool followed;                   // by another kernel of the step
   hfl_append append;
   Heads heads;
   Turn turn;
@@ -45,7 +48,7 @@ constexpr int RECENT = 8;                              // last tokens that the k
 struct ListShared {
   uint4 queries[LIST_DIM / 32][32];
   int list[MOST_SHARE + 1];
-  int arrived;
+  int arrived, limit;
   float2 states[LIST_WARPS][LIST_ROWS];
 
   // Behind it each warp has room for the values of a slab and then for its results, or all have room for a choice, or
@@ -56,7 +59,8 @@ struct ListShared {
   __host__ __device__ static constexpr int start() {
     return static_cast<int>((sizeof(ListShared) + 127) / 128 * 128);
   }
-  static constexpr int bytes(int rows) { return start() + LIST_WARPS * warp_bytes(rows); }
+  // Where there is room for second slabs, it is behind that.
+  __host__ __device__ static constexpr int bytes(int rows) { return start() + LIST_WARPS * warp_bytes(rows); }
 };
 static_assert(sizeof(ChooseRoom) <= LIST_WARPS * LIST_VALUES && CHOOSERS * 16 * 4 <= LIST_WARPS * LIST_VALUES &&
                   LIST_ROWS * MOST_PARTS * 4 <= LIST_WARPS * LIST_VALUES,
@@ -81,6 +85,7 @@ struct ListWarp {
   using T = T_;
   static constexpr float LIFT = lift(T());
   const T *k, *v;         // rows of the head
+  static constexpr int AHEAD = 2 * LIST_VALUES;  // bytes of a slab that is read ahead of its turn: values, then keys
   unsigned char* values;  // of the slab, in shared memory
   int lane;
   int limit = -1;     // keys before this one are stored, and seen
@@ -97,6 +102,11 @@ struct ListWarp {
     top[0] = top[1] = NOTHING, total[0] = total[1] = 0.0f;
   }
 
+  // The step's token, by a block of its own.
+  __device__ static void store(const ListTask& p, int b, int head, int, void* room) {
+    append_row<T>(p.append, p.heads.of(head), b, head, room);
+  }
+
   // Whether all keys of a slab are there, and none is the step's own.
   __device__ bool whole(int at) const { return at >= 0 && at + LIST_SLAB <= limit; }
 
@@ -107,6 +117,31 @@ struct ListWarp {
 
   // Begin to read such a slab.
   __device__ __forceinline__ void load(int at) { load_keys(at), copy_values(at); }
+  // Likewise of the slab that comes then, to room of its own; and go on to it.
+  __device__ __forceinline__ unsigned char* room_ahead(int rows) const {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    return values + LIST_WARPS * ListShared::warp_bytes(rows) + warp * (AHEAD - ListShared::warp_bytes(rows));
+  }
+  __device__ __forceinline__ void load_ahead(int at, int rows) {
+    unsigned char* to = room_ahead(rows);
+    const T *from_k = k + static_cast<int64_t>(at) * LIST_DIM + lane * 8, *from_v = v + (from_k - k);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      copy_async(to + offset(i), from_v + i * 2 * LIST_DIM, true);
+      copy_async(to + LIST_VALUES + ahead(i * 2 + (lane >> 4), lane & 15), from_k + i * 2 * LIST_DIM, true);
+    }
+    copy_commit();
+  }
+  __device__ __forceinline__ void take_ahead(const unsigned char* from) {
+    copy_wait<0>();
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = lane >> 2, piece = (lane & 3) + 4 * j;
+      low[j] = *reinterpret_cast<const uint4*>(from + LIST_VALUES + ahead(row, piece));
+      high[j] = *reinterpret_cast<const uint4*>(from + LIST_VALUES + ahead(row + 8, piece));
+    }
+  }
   __device__ __forceinline__ void load_keys(int at) {
     const T* from = k + static_cast<int64_t>(at + (lane >> 2)) * LIST_DIM + (lane & 3) * 8;
     load_row(low, from), load_row(high, from + 8 * LIST_DIM);
@@ -139,8 +174,10 @@ struct ListWarp {
     load_row(high, row_of(k, a.fresh_k, a.fk_b, a.fk_h, at + 8 + (lane >> 2)) + (lane & 3) * 8);
   }
 
-  // What has been begun. `next`: the slab where to go on, of which all keys are there, -1: none.
-  __device__ __forceinline__ void attend(const ListTask& p, const uint4 (&queries)[4][32], int at, int next) {
+  // What has been begun. `next`: the slab where to go on, of which all keys are there, -1: none; `early`: it was
+  // read ahead.
+  __device__ __forceinline__ void attend(const ListTask& p, const uint4 (&queries)[4][32], int at, int next,
+                                         bool early) {
     float sums[2][4] = {};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -148,7 +185,11 @@ struct ListWarp {
       multiply(sums[0], make_uint4(low[j].x, high[j].x, low[j].y, high[j].y), q.x, q.y, T());
       multiply(sums[1], make_uint4(low[j].z, high[j].z, low[j].w, high[j].w), q.z, q.w, T());
     }
-    if (next >= 0) load_keys(next);
+    if (early) {
+      take_ahead(room_ahead(p.group));
+    } else if (next >= 0) {
+      load_keys(next);
+    }
     float x[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = (sums[0][i] + sums[1][i]) * (p.a.scale * LOG2E);
@@ -174,11 +215,15 @@ struct ListWarp {
     __syncwarp();
     add_values<0>(first, second), add_values<1>(first, second);
     __syncwarp();  // the values are read
-    if (next >= 0) copy_values(next);
+    if (early) {
+      values = room_ahead(p.group);
+    } else if (next >= 0) {
+      copy_values(next);
+    }
   }
 
-  // Leave the results in shared memory: [rows, LIST_OUT], where the values were.
-  __device__ void leave(float2* states, int rows) {
+  // Leave the results in shared memory: [rows, LIST_OUT], where the first values were.
+  __device__ void leave(float2* states, int rows, unsigned char* room) {
     const int g = lane >> 2;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -187,7 +232,7 @@ struct ListWarp {
       const int row = 2 * (lane & 3) + j;
       if (row >= rows) continue;
       if (g == 0) states[row] = make_float2(top[j], total[j]);
-      float* to = reinterpret_cast<float*>(values) + row * LIST_OUT + g * 8;
+      float* to = reinterpret_cast<float*>(room) + row * LIST_OUT + g * 8;
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         *reinterpret_cast<float4*>(to + i / 4 * 64 + i % 4 * 2) =
@@ -202,8 +247,13 @@ struct ListWarp {
     for (int j = 0; j < 4; ++j) to[j] = __ldcg(reinterpret_cast<const uint4*>(from + j * 32));
   }
   // Where the lane's i-th piece goes: piece lane % 16 of row 2 i + lane / 16.
-  __device__ __forceinline__ unsigned char* place(int i) const {
-    return values + (i * 2 + (lane >> 4)) * (LIST_DIM * 2) + ((lane & 15) ^ ((i & 3) << 1)) * 16;
+  __device__ __forceinline__ unsigned char* place(int i) const { return values + offset(i); }
+  __device__ __forceinline__ int offset(int i) const {
+    return (i * 2 + (lane >> 4)) * (LIST_DIM * 2) + ((lane & 15) ^ ((i & 3) << 1)) * 16;
+  }
+  // Where a piece of a row of keys is, so that lanes that read at a time meet other banks.
+  __device__ __forceinline__ static int ahead(int row, int piece) {
+    return row * (LIST_DIM * 2) + (piece ^ ((row & 1) << 2)) * 16;
   }
   template <int HALF>
   __device__ __forceinline__ void add_values(uint32_t first, uint32_t second) {

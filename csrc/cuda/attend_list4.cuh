@@ -11,6 +11,7 @@ namespace hfl {
 struct ListWarp4 {
   using T = __nv_bfloat16;
   static constexpr float LIFT = 0.0f;
+  static constexpr int AHEAD = 0;
   const unsigned char *k, *v;  // rows of the head
   const __half *k_sides, *v_sides;
   int64_t k_zeros, v_zeros;    // from scales to zeros, in elements
@@ -35,6 +36,12 @@ struct ListWarp4 {
 #pragma unroll
     for (int i = 0; i < 8; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
     top[0] = top[1] = NOTHING, total[0] = total[1] = shift[0] = shift[1] = 0.0f;
+  }
+
+  __device__ void load_ahead(int, int) {}
+  __device__ static void store(const ListTask& p, int b, int head, int problem, void* room) {
+    append_token<CHOOSERS>(p.append, p.heads.of(head), b, head, p.appended ? p.appended + problem : nullptr, 1,
+                           static_cast<float*>(room));
   }
 
   __device__ bool whole(int at) const { return at >= 0 && at + LIST_SLAB <= limit; }
@@ -74,7 +81,7 @@ struct ListWarp4 {
   __device__ void load_last(const ListTask& p, int at) {
     const int g = lane >> 2, c = lane & 3, last = p.a.stored - 1;
     if (lane == 0 && limit >= at && limit < at + LIST_SLAB && limit <= last) {
-      wait_until(p.appended + static_cast<int>(blockIdx.y), 1);
+      wait_until(p.appended + static_cast<int>(blockIdx.y) - p.before, 1);
     }
     __syncwarp();
     const auto key = [&](int row) { return static_cast<int64_t>(min(at + row, last)); };
@@ -91,7 +98,8 @@ struct ListWarp4 {
     if (at + g + 8 > min(limit, last)) v_side[1] = v_side[3] = none;
   }
 
-  __device__ __forceinline__ void attend(const ListTask& p, const uint4 (&queries)[4][32], int at, int next) {
+  __device__ __forceinline__ void attend(const ListTask& p, const uint4 (&queries)[4][32], int at, int next,
+                                         bool) {
     float products[2][4] = {};
     const uint32_t x0[4] = {low.x, low.y, low.z, low.w}, x1[4] = {high.x, high.y, high.z, high.w};
 #pragma unroll
@@ -136,7 +144,7 @@ struct ListWarp4 {
     if (next >= 0) load(next);
   }
 
-  __device__ void leave(float2* states, int count) {
+  __device__ void leave(float2* states, int count, unsigned char*) {
     const int g = lane >> 2;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {

@@ -6,7 +6,7 @@ namespace hfl {
 
 // What a block leaves for the last one: for each of its rows LIST_DIM sums, and the largest logit and the total.
 __device__ __forceinline__ float* scratch_of(const ListTask& p, int problem, int split) {
-  return static_cast<float*>(p.a.scratch) + (static_cast<int64_t>(problem) * p.splits + split) * p.group * LIST_OUT;
+  return static_cast<float*>(p.a.scratch) + (static_cast<int64_t>(problem) * p.splits.by + split) * p.group * LIST_OUT;
 }
 
 __device__ __forceinline__ void add(float2& sum, float weight, const float2& x) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ void weigh_parts(const ListTask& p, const float* from
   for (int i = 0; i < MOST_PARTS / 32; ++i) {
     const int part = i * 32 + lane;
     own[i] = make_float2(NOTHING, 0.0f);
-    if (part < p.splits) own[i] = __ldcg(reinterpret_cast<const float2*>(from + part * stride + LIST_DIM));
+    if (part < p.splits.by) own[i] = __ldcg(reinterpret_cast<const float2*>(from + part * stride + LIST_DIM));
     top = fmaxf(top, own[i].x);
   }
 #pragma unroll
@@ -89,19 +89,21 @@ __device__ __forceinline__ void merge_parts(const ListTask& p, ListShared& share
 #pragma unroll
     for (int part = 0; part < BATCH; ++part) {
       parts[part] = make_float2(0.0f, 0.0f);
-      if (first + part < p.splits) parts[part] = __ldcg(reinterpret_cast<const float2*>(own + part * stride));
+      if (first + part < p.splits.by) parts[part] = __ldcg(reinterpret_cast<const float2*>(own + part * stride));
     }
   };
   if (thread < p.group * (LIST_DIM / 2)) load(thread, 0);
+#pragma unroll 1
   for (int row = thread / 32; row < p.group; row += LIST_WARPS) {
     weigh_parts(p, from + row * LIST_OUT, weights + row * MOST_PARTS, shared.states[0][row]);
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = thread; i < p.group * (LIST_DIM / 2); i += CHOOSERS) {
     const int row = i / (LIST_DIM / 2);
     float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll 1
-    for (int first = 0; first < p.splits; first += BATCH) {
+    for (int first = 0; first < p.splits.by; first += BATCH) {
       if (first > 0 || i >= CHOOSERS) load(i, first);
 #pragma unroll
       for (int part = 0; part < BATCH; ++part) add(sum, weights[row * MOST_PARTS + first + part], parts[part]);

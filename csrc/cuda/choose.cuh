@@ -2,8 +2,8 @@
 //
 // Paper: the top-k of Quest (arXiv:2406.10774) section 3.3, as pick.cu defines it. Scores of a row lie in shared
 // memory, those of a thread side by side. That `take` of them do not lie below some score is known from the two best of
-// each thread, mostly; a histogram of what does not finds the bin of the last one taken, and of the few in that bin
-// each warp finds it for itself.
+// those that each thread brings, mostly; a histogram of what does not finds the bin of the last one taken, and of the
+// few in that bin each warp finds it for itself. Each pass looks only where the one before has found some.
 #pragma once
 #include <limits.h>
 
@@ -28,7 +28,7 @@ struct alignas(16) ChooseRoom {
     if (threadIdx.x == 0) few = 0;
   }
 };
-static_assert(ChooseRoom::BINS == 4 * CHOOSERS, "four bins a thread");
+static_assert(ChooseRoom::BINS == 4 * CHOOSERS && MOST_EACH / 4 <= 32, "four bins a thread, bits of a word");
 
 template <typename T>
 __device__ __forceinline__ T sum_up_to(T x, int lane) {
@@ -40,11 +40,68 @@ __device__ __forceinline__ T sum_up_to(T x, int lane) {
   return x;
 }
 
+// Of ranks, the two largest and the least, less 1, where 0 is none.
+struct Extent {
+  uint32_t best = 0, second = 0, least = UINT32_MAX;
+
+  __device__ __forceinline__ void add(uint32_t x) {
+    second = max(second, min(best, x)), best = max(best, x), least = min(least, x - 1);
+  }
+};
+
+// A row's scores to shared memory, each once it is there, those that are no candidates as 0; and of those that came by
+// this thread, the extent. By all threads.
+__device__ __forceinline__ Extent bring_scores(const uint4* from, uint4* to, int each, int first, int last) {
+  constexpr int BATCH = 9;
+  const int thread = static_cast<int>(threadIdx.x);
+  Extent extent;
+#pragma unroll 1
+  for (int start = 0; start < each / 4; start += BATCH) {
+    uint4 x[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const int at = thread + (start + i) * CHOOSERS;
+      x[i] = make_uint4(0, 0, 0, 0);
+      if (start + i < each / 4 && at * 4 + 4 <= last) x[i] = load_as_it_comes(from + at);
+    }
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      if (start + i >= each / 4) break;
+      const int at = thread + (start + i) * CHOOSERS;
+      if (at * 4 >= first && at * 4 + 4 <= last) {
+#pragma unroll 1
+        while (min(min(x[i].x, x[i].y), min(x[i].z, x[i].w)) == 0) x[i] = load_as_it_comes(from + at);
+        extent.add(x[i].x), extent.add(x[i].y), extent.add(x[i].z), extent.add(x[i].w);
+      } else {
+        x[i] = make_uint4(0, 0, 0, 0);
+      }
+      to[at] = x[i];
+    }
+  }
+  // The last of the first four, and the first of the last four.
+#pragma unroll 1
+  for (int which = 0; which < 2; ++which) {
+    const int at = (which ? last : first) / 4, from_block = max(at * 4, first), to_block = min(at * 4 + 4, last);
+    const bool part = to_block - from_block < 4 && (!which || at > first / 4);
+    if (!part || at % CHOOSERS != thread) continue;
+#pragma unroll 1
+    for (int block = from_block; block < to_block; ++block) {
+      uint32_t x;
+      do {
+        x = load_as_it_comes(reinterpret_cast<const uint32_t*>(from) + block);
+      } while (!x);
+      extent.add(x), reinterpret_cast<uint32_t*>(to)[block] = x;
+    }
+  }
+  return extent;
+}
+
 struct Chooser {
   using R = ChooseRoom;
   R& room;
-  uint4* own;     // a thread's blocks in order; once `range` has been there, 0: no candidate
-  int each, at;   // how many, a multiple of 4; the first
+  uint4* own;          // a thread's blocks in order; 0: no candidate
+  int each, at;        // how many, a multiple of 4; the first
+  uint32_t fours = 0;  // a bit for each four of them that may still be taken
   int warp, lane;
 
   // ranks: room for CHOOSERS * each.
@@ -54,22 +111,29 @@ struct Chooser {
     own = reinterpret_cast<uint4*>(ranks + at);
   }
 
-  // Those of the `take` best candidates, 0 < take < candidates, which are blocks `first` to `last` - 1, that stand at
-  // places `start` to `end` - 1, if the first of them stands at `before`: to `list`, in order. By all threads.
-  __device__ __forceinline__ void choose(int first, int last, int take, int before, int start, int end, int* list) {
+  // Those of the `take` best candidates, 0 < take < candidates, that stand at places `start` to `end` - 1, if the first
+  // of them stands at `before`: to `list`, in order. By all threads.
+  __device__ __forceinline__ void choose(const Extent& extent, int take, int before, int start, int end, int* list) {
     uint32_t rank;
     int block;
-    find(first, last, static_cast<uint32_t>(take), rank, block);
-    const auto taken = [&](uint32_t x, int which) { return x > 0 || which <= block; };
+    find(extent, static_cast<uint32_t>(take), rank, block);
+    const auto taken = [&](const uint4& four, int from) {  // of those of the last rank some blocks come too late
+      const int equal = min(max(block + 1 - from, 0), 4);
+      return among(four, rank + 1, UINT32_MAX - rank - 1) | (among(four, rank, 0) & ((1u << equal) - 1));
+    };
     int count = 0;
-    each_of(rank, UINT32_MAX - rank, [&](uint32_t x, int which) { count += taken(x, which) ? 1 : 0; });
+    each_four(taken, [&](const uint4& four) { return max(max(four.x, four.y), max(four.z, four.w)) >= rank; },
+              [&](const uint4&, uint32_t bits, int) { count += __popc(bits); });
     int place = before + sum_before(count, room.counts[0]);
     if (place >= end || place + count <= start) return;
-    each_of(rank, UINT32_MAX - rank, [&](uint32_t x, int which) {
-      if (!taken(x, which)) return;
-      if (place >= start && place < end) list[place - start] = which;
-      ++place;
-    });
+    each_four(taken, [](const uint4&) { return true; },
+              [&](const uint4&, uint32_t bits, int i) {
+#pragma unroll 1
+                for (; bits; bits &= bits - 1, ++place) {
+                  const int block = at + 4 * i + __ffs(static_cast<int>(bits)) - 1;
+                  if (place >= start && place < end) list[place - start] = block;
+                }
+              });
   }
 
  private:
@@ -83,25 +147,8 @@ struct Chooser {
   }
 
   // Some rank that at least `take` candidates do not fall below, and the largest.
-  __device__ __forceinline__ void range(int first, int last, uint32_t take, uint32_t& base, uint32_t& most) {
-    uint32_t least = UINT32_MAX, best = 0, second = 0;
-#pragma unroll 1
-    for (int i = 0; i < each / 4; ++i) {
-      uint4 four = own[i];
-      const int from = at + 4 * i;
-      if (from < first || from + 4 > last) {
-        const auto there = [&](int block) { return block >= first && block < last; };
-        four.x = there(from) ? four.x : 0u, four.y = there(from + 1) ? four.y : 0u;
-        four.z = there(from + 2) ? four.z : 0u, four.w = there(from + 3) ? four.w : 0u;
-        own[i] = four;
-      }
-      const uint32_t x[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        second = max(second, min(best, x[j])), best = max(best, x[j]);
-        least = min(least, x[j] - 1);  // none: 0 - 1 is the largest
-      }
-    }
+  __device__ __forceinline__ void range(Extent mine, uint32_t take, uint32_t& base, uint32_t& most) {
+    uint32_t best = mine.best, second = mine.second, least = mine.least;
     const int full = 2 * __popc(__ballot_sync(0xffffffffu, second != 0));
     best = __reduce_max_sync(0xffffffffu, best), least = __reduce_min_sync(0xffffffffu, least);
     second = __reduce_min_sync(0xffffffffu, second - 1);
@@ -118,7 +165,7 @@ struct Chooser {
   __device__ __forceinline__ uint32_t find_bin(uint32_t& left, uint32_t& count) const {
     const int low = R::BINS - 32 * (lane + 1);
     uint32_t sum = 0;
-#pragma unroll 2
+#pragma unroll 4
     for (int i = 0; i < 8; ++i) {  // lanes read other banks at a time
       const uint4 four = *reinterpret_cast<const uint4*>(room.bins + low + (i + lane) % 8 * 4);
       sum += four.x + four.y + four.z + four.w;
@@ -135,31 +182,54 @@ struct Chooser {
     return static_cast<uint32_t>(first - bin);
   }
 
-  // What to do with each of a thread's candidates of ranks base to base + above. No score has one of the 2^22 largest
-  // ranks, so that bins of up to that width do not begin anew with 0.
-  template <typename Do>
-  __device__ __forceinline__ void each_of(uint32_t base, uint32_t above, const Do& what) const {
+  // A bit for each of four ranks from `base` to base + above.
+  __device__ __forceinline__ static uint32_t among(const uint4& four, uint32_t base, uint32_t above) {
+    return (four.x - base <= above ? 1u : 0u) | (four.y - base <= above ? 2u : 0u) |
+           (four.z - base <= above ? 4u : 0u) | (four.w - base <= above ? 8u : 0u);
+  }
+
+  // Count ranks from `base` to base + above in bins of 2^shift, without branches: some are in most fours.
+  __device__ __forceinline__ void count_bins(uint32_t base, uint32_t above, int shift) {
+    uint4 next = own[0];
+    const uint32_t bins = shared_address(room.bins);
 #pragma unroll 1
     for (int i = 0; i < each / 4; ++i) {
-      const uint4 four = own[i];
+      const uint4 four = next;
+      next = own[min(i + 1, each / 4 - 1)];
       const uint32_t x[4] = {four.x - base, four.y - base, four.z - base, four.w - base};
-      if (min(min(x[0], x[1]), min(x[2], x[3])) > above) continue;
+      fours |= max(max(four.x, four.y), max(four.z, four.w)) >= base ? 1u << i : 0u;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (x[j] <= above) what(x[j], at + 4 * i + j);
+        asm volatile("{\n.reg .pred p;\nsetp.le.u32 p, %0, %1;\n@p red.shared.add.u32 [%2], 1;\n}" ::"r"(x[j]),
+                     "r"(above), "r"(bins + (x[j] >> shift) * 4)
+                     : "memory");
       }
     }
   }
 
+  // What to do with each four of which `which` says that some bits are not 0: with these, and the first one's block.
+  // Calls follow with fewer of them: fours without a bit that `later` has are not looked at again.
+  template <typename Which, typename Later, typename Do>
+  __device__ __forceinline__ void each_four(const Which& which, const Later& later, const Do& what) {
+#pragma unroll 1
+    for (uint32_t left = fours; left; left &= left - 1) {
+      const int i = __ffs(static_cast<int>(left)) - 1;
+      const uint4 four = own[i];
+      const uint32_t bits = which(four, at + 4 * i);
+      if (!later(four)) fours &= ~(1u << i);
+      if (bits) what(four, bits, i);
+    }
+  }
+
   // The last one taken: its rank, and its block, after which none of that rank is taken.
-  __device__ __forceinline__ void find(int first, int last, uint32_t left, uint32_t& rank, int& block) {
+  __device__ __forceinline__ void find(const Extent& extent, uint32_t left, uint32_t& rank, int& block) {
     uint32_t base, most, count;
-    range(first, last, left, base, most);
+    range(extent, left, base, most);
     int shift = max(22 - __clz(static_cast<int>(most - base)), 0);
     uint32_t above = most - base;
 #pragma unroll 1
     for (;;) {
-      each_of(base, above, [&](uint32_t x, int) { atomicAdd(room.bins + (x >> shift), 1u); });
+      count_bins(base, above, shift);
       __syncthreads();
       const uint32_t bin = find_bin(left, count);
       base += bin << shift, above = (1u << shift) - 1;
@@ -178,10 +248,15 @@ struct Chooser {
 
   __device__ __forceinline__ void last_of_few(uint32_t base, uint32_t above, uint32_t left, uint32_t count,
                                               uint32_t& rank, int& block) {
-    each_of(base, above, [&](uint32_t x, int which) {
-      const int place = atomicAdd(&room.few, 1);
-      room.ranks[place] = x + base, room.blocks[place] = which;
-    });
+    each_four([&](const uint4& four, int) { return among(four, base, above); },
+              [&](const uint4& four) { return max(max(four.x, four.y), max(four.z, four.w)) >= base; },
+              [&](const uint4&, uint32_t bits, int i) {
+#pragma unroll 1
+                for (; bits; bits &= bits - 1) {
+                  const int block = at + 4 * i + __ffs(static_cast<int>(bits)) - 1, place = atomicAdd(&room.few, 1);
+                  room.ranks[place] = reinterpret_cast<const uint32_t*>(own)[block - at], room.blocks[place] = block;
+                }
+              });
     __syncthreads();
     const bool there = lane < static_cast<int>(count);
     const uint32_t mine = there ? room.ranks[lane] : 0;
@@ -198,12 +273,16 @@ struct Chooser {
 
   // The `left`-th block of this rank.
   __device__ __forceinline__ int last_of_equal(uint32_t rank, int left) {
+    const auto equal = [&](const uint4& four, int) { return among(four, rank, 0); };
+    const auto all = [](const uint4&) { return true; };
     int count = 0;
-    each_of(rank, 0, [&](uint32_t, int) { ++count; });
+    each_four(equal, all, [&](const uint4&, uint32_t bits, int) { count += __popc(bits); });
     int before = sum_before(count, room.counts[1]);
     if (before < left && left <= before + count) {
-      each_of(rank, 0, [&](uint32_t, int which) {
-        if (++before == left) room.tie = which;
+      each_four(equal, all, [&](const uint4&, uint32_t bits, int i) {
+        for (; bits; bits &= bits - 1) {
+          if (++before == left) room.tie = at + 4 * i + __ffs(static_cast<int>(bits)) - 1;
+        }
       });
     }
     __syncthreads();
@@ -233,6 +312,16 @@ struct ListShape {
   }
 };
 
+// For the scores of the next step, by all threads, once all of these are there, also those that nobody looked at: when
+// the kernel that writes them is done.
+__device__ __forceinline__ void clear_scores(const float* scores, int each, int problem) {
+  float4* to = reinterpret_cast<float4*>(const_cast<float*>(scores) + static_cast<int64_t>(problem) * CHOOSERS * each);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < CHOOSERS * each / 4; i += CHOOSERS) {
+    to[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+}
+
 // Entries `start` to `end` - 1 of the list of a row and KV head, once its scores are there. By all threads.
 __device__ __forceinline__ void choose_part(const hfl_pick& a, int each, const int* scored, int tiles,
                                             unsigned char* memory, int b, int problem, int start, int end, int* list) {
@@ -242,20 +331,20 @@ __device__ __forceinline__ void choose_part(const hfl_pick& a, int each, const i
   const ListShape shape(a, b);
   if (thread == 0) wait_until(scored + problem, tiles);
   __syncthreads();
-  const float4* from = reinterpret_cast<const float4*>(a.scores + static_cast<int64_t>(problem) * CHOOSERS * each);
-#pragma unroll 1
-  for (int i = thread; i * 4 < shape.last; i += CHOOSERS) copy_async(ranks + 4 * i, from + i, true);
-  copy_commit();
 #pragma unroll 1
   for (int i = start + thread; i < end; i += CHOOSERS) {
     const int block = shape.at(i);
     if (block != -2) list[i - start] = block;
   }
-  copy_wait<0>();
-  if (!shape.chosen()) return;
-  __syncthreads();
+  if (!shape.chosen()) {
+    let_next();
+    return;
+  }
+  const uint4* scores = reinterpret_cast<const uint4*>(a.scores) + static_cast<int64_t>(problem) * CHOOSERS * each / 4;
+  const Extent extent = bring_scores(scores, reinterpret_cast<uint4*>(ranks), each, shape.first, shape.last);
+  let_next();
   Chooser chooser(room, ranks, each);
-  chooser.choose(shape.first, shape.last, shape.taken, shape.first, start, end, list);
+  chooser.choose(extent, shape.taken, shape.first, start, end, list);
 }
 
 }  // namespace hfl

@@ -7,13 +7,14 @@
 // Grid: (runs of positions, then runs of slots to clear; B * Hkv'; keys and values).
 // Block: 256 threads; a warp takes a token at a time, 8 channels a lane, and has loads of FLIGHT of them under way. A
 // run is whole sub-blocks, so that a block reads of the store only what it has written itself, or an earlier call.
-// Shared memory: 16 KiB, bounds of each group of lanes. Bound by: bytes.
+// Shared memory: 16 KiB, bounds of each group of lanes. Bound by: bytes. What pack.cu takes is stored there.
 //
 // All roundings are those of the definition, in its order; a NaN stays one. Positions are below 2^32.
 #include "../fill.h"
 
 #include "append.cuh"
 #include "launch.cuh"
+#include "pack.h"
 
 namespace hfl {
 namespace {
@@ -194,6 +195,11 @@ cudaError_t launch_fill(const hfl_fill& fill, void* stream) {
     if (a.bounds && parts == 0) parts = 1;
   }
   const unsigned problems = static_cast<unsigned>(a.batch) * static_cast<unsigned>(a.kv_heads);
+  if (packs(a)) {
+    const cudaError_t error = launch_pack(fill, stream, false);
+    if (error != cudaSuccess || parts == 0) return error;
+    f.runs = 0;  // what is left is to clear
+  }
   const dim3 grid(static_cast<unsigned>(f.runs) + parts, problems, a.v.data ? 2 : 1);
   void* arguments[] = {&f};
   return launch(reinterpret_cast<const void*>(&fill_kernel), grid, THREADS, 0, stream, arguments);

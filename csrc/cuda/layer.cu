@@ -17,15 +17,17 @@ namespace {
 
 constexpr int MOST_GROUPS = 16;
 
-// Counters of a group, one part after the other: of its units; tokens stored; rows picked; rows scored.
+// Counters of a group, one part after the other: of its units; tokens stored; rows picked; rows scored; scores that are
+// chosen from, which are zero until they are there.
 struct Counters {
-  int64_t problems = 0, units = 0, rows = 0;
+  int64_t problems = 0, units = 0, rows = 0, scores = 0;
 
   explicit Counters(const hfl_layer_group& g)
       : problems(static_cast<int64_t>(g.attend.batch) * g.attend.kv_heads),
         units(problems * attend_units(g.attend)),
-        rows(g.score.scores ? static_cast<int64_t>(g.pick.batch) * g.pick.heads : 0) {}
-  int64_t all() const { return units + problems + 2 * rows; }
+        rows(g.score.scores ? static_cast<int64_t>(g.pick.batch) * g.pick.heads : 0),
+        scores(chooses(g) ? chosen_scores(g) : 0) {}
+  int64_t all() const { return (units + problems + 2 * rows + 31) / 32 * 32 + scores; }
 };
 
 int64_t in_pieces(int64_t bytes) { return (bytes + 127) / 128 * 128; }
@@ -78,10 +80,9 @@ class Step {
       const Counters own(g);
       Group& group = groups_[i];
       group.list = list_takes(g), group.chooses = chooses(g), group.heads = heads_of(g);
-      group.scores = reinterpret_cast<float*>(scratch);
-      if (group.chooses) scratch += in_pieces(chosen_scores(g) * 4);
       group.units = counters, group.appended = counters + own.units, group.picked = group.appended + own.problems;
       group.scored = group.picked + own.rows, counters += own.all();
+      group.scores = reinterpret_cast<float*>(counters - own.scores);
       int64_t bytes = 0;
       group.attend = g.attend, group.attend.splits = 1;
       if (group.list) {
@@ -105,7 +106,7 @@ class Step {
     for (int i = 0; i < layer_.count && !message; ++i) {
       const bool both = i + 1 < layer_.count && !groups_[i].list && !groups_[i + 1].list &&
                         attend_together(groups_[i].attend, groups_[i + 1].attend);
-      message = groups_[i].list ? read_list(layer_.groups[i], groups_[i]) : both ? attend_both(i) : attend(i);
+      message = groups_[i].list ? read_list(i) : both ? attend_both(i) : attend(i);
       i += both ? 1 : 0;
     }
     return message;
@@ -161,8 +162,11 @@ class Step {
     return in;
   }
 
-  const char* read_list(const hfl_layer_group& g, const Group& group) {
+  const char* read_list(int i) {
+    const hfl_layer_group& g = layer_.groups[i];
+    const Group& group = groups_[i];
     ListTurn in;
+    in.followed = i + 1 < layer_.count;
     in.turn = in_turn(), in.heads = group.heads, in.arrived = group.units, in.appended = group.appended;
     in.scored = group.scored, in.scores = group.scores, in.scratch = group.attend.scratch;
     return list_in_turn(g, in, layer_.stream);
@@ -193,7 +197,6 @@ extern "C" int64_t hfl_layer_scratch(const hfl_layer* layer, int64_t* counters) 
     hfl_layer_group& g = layer->groups[i];
     const hfl::Counters own(g);
     *counters += own.all();
-    if (hfl::chooses(g)) bytes += hfl::in_pieces(hfl::chosen_scores(g) * 4);
     if (hfl::list_takes(g)) {
       bytes += hfl::in_pieces(hfl::list_scratch(g));
       continue;

@@ -130,6 +130,7 @@ __global__ void __launch_bounds__(STREAM_WARPS * 32, 2) score_stream_kernel(cons
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint64_t bars[STREAM_WARPS][STREAM_STAGES];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  touch(p);
   const auto share = [&](unsigned block) { return static_cast<int>(static_cast<int64_t>(p.all) * block / gridDim.x); };
   const int first = share(blockIdx.x), end = share(blockIdx.x + 1);
   Stream stream = {p, shared + warp * STREAM_STAGES * STREAM_TILE, bars[warp], 0, lane};
@@ -142,14 +143,18 @@ __global__ void __launch_bounds__(STREAM_WARPS * 32, 2) score_stream_kernel(cons
   }
   begin_turn(p.turn, first);
   StreamQueries<T> queries;
-  int held = -1, stage = 0, round = 0;
+  int held = -1, done = 0, stage = 0, round = 0;
   int64_t pos = -1;
 #pragma unroll 1
   for (int tile = first + warp; tile < end; tile += STREAM_WARPS) {
     int b, head, entry;
     stream.place(tile, b, head, entry);
     const int problem = b * p.by_heads.by + head;
-    if (problem != held) queries.load(p, b, head, lane), held = problem, pos = p.pos[b * p.pos_b];
+    if (problem != held) {
+      if (lane == 0 && done) hint(p.scored + held, done);
+      queries.load(p, b, head, lane), held = problem, done = 0, pos = p.pos[b * p.pos_b];
+    }
+    ++done;
     stream.wait(stage);
     const int64_t from = static_cast<int64_t>(entry) * p.sub;
     if (round < STREAM_STAGES && from <= pos && from + TILE * p.sub + JUST_STORED > pos) {
@@ -171,18 +176,12 @@ __global__ void __launch_bounds__(STREAM_WARPS * 32, 2) score_stream_kernel(cons
     }
     uint32_t* to = reinterpret_cast<uint32_t*>(p.a.scores) + static_cast<int64_t>(problem) * p.row;
     if (lane % 4 == 0 && own % p.a.subs == 0) {
-      if (own < p.a.entries) to[own / p.a.subs] = order_of(best.x);
-      if (own + 8 < p.a.entries) to[(own + 8) / p.a.subs] = order_of(best.y);
+      if (own < p.a.entries) store_as_it_comes(to + own / p.a.subs, order_of(best.x));
+      if (own + 8 < p.a.entries) store_as_it_comes(to + (own + 8) / p.a.subs, order_of(best.y));
     }
     ++round, stage = stage + 1 == STREAM_STAGES ? 0 : stage + 1;
   }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int problem = p.by_tiles.divide(first); problem * p.tiles < end; ++problem) {
-      const int done = min(end, (problem + 1) * p.tiles) - max(first, problem * p.tiles);
-      add_in_order(p.scored + problem, done);
-    }
-  }
+  if (lane == 0 && done) hint(p.scored + held, done);
   end_turn(p.turn);
 #endif
 }

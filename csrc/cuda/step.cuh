@@ -4,7 +4,8 @@
 // up. Each of the others is set up once all blocks of the one before it run or are done, so what it waits for is always
 // on its way, and no block that waits can be in the way of one that works. Where kernels cannot follow each other like
 // that, they come one after the other, and all that they wait for is there.
-// Counters are zero before and after a step. In the end each kernel waits for the one before it, which is done by then:
+// Counters are zero before and after a step, and so are scores that are chosen from where they are read, each of which is
+// there once it is not 0. In the end each kernel waits for the one before it, which is done by then:
 // whoever waits for the last one has waited for all.
 #pragma once
 #include "../hf_longctx.h"
@@ -26,15 +27,32 @@ struct Heads {
 
 enum class Turn { alone, first, later };  // of a kernel: outside a step, and in it
 
+// Read a kernel's arguments once, a line of them a time, by all warps: else each line is waited for where it is needed.
+template <typename P>
+__device__ __forceinline__ void touch(const P& arguments) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
+  const uint64_t base = __cvta_generic_to_grid_constant(&arguments);
+#pragma unroll 1
+  for (int line = warp; line * 64 < static_cast<int>(sizeof(P)); line += warps) {
+    uint32_t x;
+    asm volatile("ld.param.u32 %0, [%1];" : "=r"(x) : "l"(base + line * 64));
+  }
+}
+
+// Let the next kernel be set up.
+__device__ __forceinline__ void let_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Comes where `wait_for_previous` does.
 __device__ __forceinline__ void begin_turn(Turn turn, int prepared) {
   if (turn != Turn::later) {
     wait_for_previous(prepared);
-    return;
+  } else {
+    let_next();
   }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 // The last that a block does.
@@ -78,6 +96,7 @@ struct ListTurn {
   int* scored = nullptr;   // as above
   const float* scores = nullptr;
   void* scratch = nullptr;
+  bool followed = false;  // by another kernel of the step, which is set up at once
 };
 
 struct PickTurn {

@@ -104,6 +104,7 @@ class LongContextCache(Cache):
         self.ledger = Ledger()
         self.floors: dict[Retention, Tensor] = {}
         self.expected = 0  # columns that the calls of one prompt will come to, where it is known
+        self.asked = 0  # columns for which there is room from the first call on, likewise
         self.angles = Angles() if plan.at_read else None
         self.pending: Step | None = None
         self.stacks = [LongContextLayer(layer, self.ledger) for layer in plan.layers]
@@ -130,7 +131,8 @@ class LongContextCache(Cache):
         if look:
             self.ledger.settle()
         step = Step.of(self.ledger.columns, tokens, device, self.ledger.lengths, mask, look)
-        self.pending = replace(step, expected=self.expected) if self.expected else step
+        known = self.expected or self.asked
+        self.pending = replace(step, expected=self.expected, asked=self.asked) if known else step
         return self.pending
 
     def commit(self, step: Step, looked: bool = True) -> None:

@@ -75,7 +75,7 @@ class Ledger:
         """
         key = (phase, ids.device)
         if key not in self.tally:
-            self.tally[key] = torch.zeros(2, dtype=torch.float64, device=ids.device)
+            self.tally[key] = torch.zeros(2, dtype=torch.int64, device=ids.device)
         read, seen = self.tally[key].unbind()
         read += (ids >= 0 if last is None else (ids & _LARGEST) <= last[:, None, :, None]).sum()
         seen.add_(visible, alpha=ids.shape[1])

@@ -122,9 +122,8 @@ class OffloadedStore:
             self._write(k, v, step, turns)
             return
         self._reserve(*self.memory, step)
-        first = None if step.ragged else step.columns
         sinks = self.pages.sinks * self.pages.block
-        ops.append_pages(*self.memory, k, v, step.pos, sinks, self.pages.ring, None, 1, first)
+        ops.append_pages(*self.memory, k, v, step.pos, sinks, self.pages.ring, None, 1, step.first)
         self._save(step)
         if self.index is not None:
             self.index.follow(self, k, step, turns)

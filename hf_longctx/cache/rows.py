@@ -113,11 +113,12 @@ class Rows:
 
     Attributes:
         data: `[B, H, slots, D]`, or None before the first token.
+        bits: of a number; None: those of the model's dtype.
     """
 
     def __init__(self, kv: KVFormat | None) -> None:
         self.data: Stored | None = None
-        self._bits = None if kv is None else kv.bits
+        self.bits = None if kv is None else kv.bits
 
     @property
     def slots(self) -> int:
@@ -138,19 +139,19 @@ class Rows:
 
     def encode(self, x: Tensor) -> Stored:
         """Fresh values in the format; whatever is read of them is what this holds."""
-        return x if self._bits is None else ops.encode_kv(x.detach(), self._bits)
+        return x if self.bits is None else ops.encode_kv(x.detach(), self.bits)
 
     def begin(self, x: Tensor, slots: int) -> None:
         """Make room for `slots` tokens a row like those of `x` `[B, H, T, D]`; what lies there is not to be read."""
         if self.data is not None and slots <= self.slots:
             return
         shape = (*x.shape[:2], slots)
-        if self._bits is None:
+        if self.bits is None:
             self.data = x.new_empty(*shape, x.shape[3]).detach()
             return
-        payload = x.new_empty(*shape, x.shape[3] * self._bits // 8, dtype=torch.uint8)
+        payload = x.new_empty(*shape, x.shape[3] * self.bits // 8, dtype=torch.uint8)
         scale, zero = (x.new_empty(shape, dtype=torch.float16) for _ in range(2))
-        self.data = ops.Packed(payload, scale, zero, self._bits, x.dtype)
+        self.data = ops.Packed(payload, scale, zero, self.bits, x.dtype)
 
     def reserve(self, like: Stored, slots: int) -> None:
         """Make room for `slots` tokens a row, keeping what is there; `like` says what a token is like."""

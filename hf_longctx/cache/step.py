@@ -34,6 +34,7 @@ class Step:
         room: columns for which views and scores are made, at least those after this call; None: just those. A call that
             is recorded and replayed has room for the ones to come.
         expected: columns that the calls of one prompt will come to, so that stores grow once; 0: nobody knows.
+        asked: columns that the text may come to soon after, for which stores make room at once, too; 0: likewise.
     """
 
     columns: int
@@ -44,6 +45,7 @@ class Step:
     ragged: bool
     room: int | None = None
     expected: int = 0
+    asked: int = 0
 
     @staticmethod
     def of(
@@ -131,7 +133,12 @@ class Step:
     @property
     def reserved(self) -> int:
         """Columns that stores have room for after this call, at least."""
-        return max(self.width, self.expected)
+        return max(self.width, self.expected, self.asked)
+
+    @property
+    def first(self) -> int | None:
+        """Position of the first token of all rows; None: they differ, or only the device knows."""
+        return None if self.ragged else self.columns
 
     @property
     def decodes(self) -> bool:

@@ -7,7 +7,7 @@ length alone; there is no table to keep in step. Padding is never stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -135,14 +135,12 @@ class Store:
             self._fill(k, v, step, turns)
             return
         bounds, sub = self._make_room(k, step)
-        first = None if step.ragged else step.columns
-        ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, first)
+        ops.append_pages(*self.memory, k, v, step.pos, self.retention.sink, self._ring, bounds, sub, step.first)
 
     def place(self, k: Tensor, step: Step) -> tuple[Place, View]:
         """Make room for a decode call of one token a row, which others store: say where, and what it sees then."""
         self._fit(step)
-        bounds, sub = self._make_room(k, step)
-        return Place(self._ring, bounds, sub), self._in_place(step)
+        return Place(self._ring, *self._make_room(k, step)), self._in_place(step)
 
     def prepare(self, step: Step) -> None:
         """Let nothing move while one-token calls follow that `step` has room for."""
@@ -196,6 +194,10 @@ class Store:
     def record(self) -> None:
         """Hold `ROLLBACK` tokens beyond the window from the next call on, so that `crop` can take tokens back."""
         self._rollback = ROLLBACK
+
+    def lend(self, to: Store, share: Callable[[Rows], Rows]) -> None:
+        """Let an empty store, or this one, have what `share` makes of this one's rows."""
+        to._keys, to._values = share(self._keys), share(self._values)
 
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`; pick: `[B']`, int64."""
@@ -264,8 +266,7 @@ class Store:
         return (None, 1) if self.index is None else (self.index.reserve(k, step), self.index.sub)
 
     def _fill(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None, read: tuple[Tensor, ...] = ()) -> None:
-        first = None if step.ragged else step.columns
-        ops.fill_pages([self.begin(k, v, step)], k, v, step.pos, first, read, step.columns == 0)
+        ops.fill_pages([self.begin(k, v, step)], k, v, step.pos, step.first, read, step.columns == 0)
         if isinstance(self.index, Marks):
             self.index.follow(self._keys, k, step, turns)
 

@@ -49,6 +49,9 @@ OPS = (
     "quantize_gated",
     "w4a8_linear",
     "w4a8_linears",
+    "sort_experts",
+    "w4a8_experts",
+    "combine_experts",
 )
 
 LACKS = "does not have it"

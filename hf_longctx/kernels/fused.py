@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import banded, products
+from . import antidiagonals, banded, products
 from .dispatch import Implementation
 from .reference import recent as recently
 from .reference.attend import blocks, take_columns, values_of
@@ -42,7 +45,10 @@ def attend_blocks(
     turns: Turns | None,
     selection: Selection | None = None,
 ) -> Tensor:
-    """`ops.attend_blocks`; causal attention in one call, a window in blocks of queries, with gradients all at once."""
+    """`ops.attend_blocks`; causal attention in one call, a window in blocks of queries, with gradients all at once.
+
+    So are queries that follow keys where flash attention takes them: elsewhere torch would make a mask of T * S.
+    """
     k, v = values_of(k), values_of(v)
     stored, tokens = k.shape[2], q.shape[2]
     if torch.is_grad_enabled() and see.window is not None and banded.fits(see, tokens, stored):
@@ -51,14 +57,25 @@ def attend_blocks(
         beyond = banded.attend_beyond(q, k, v, logits.scale, see.sink, see.window)
         return torch.cat((first, beyond), 2)
     unbounded = see.window is None or see.window >= stored
+    grouped = q.shape[1] != k.shape[1]
     if see.aligned and unbounded and stored == tokens:
-        grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, scale=logits.scale, enable_gqa=grouped)
+    if see.aligned and unbounded and stored > tokens and _flashes(q, k, v, grouped):
+        # causal means here that the last query stands at the last key, as torch.nn.attention.bias says it
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return cast("Tensor", flash(q, k, v, 0.0, True, scale=logits.scale)[0])
     parts = (
         (rows, attend_pages(q[:, :, rows], take_columns(k, cols), take_columns(v, cols), logits, part, None))
         for rows, cols, part, _ in blocks(q, k, see, None)
     )
     return join(parts, empty_out(q, v.shape[3]))
+
+
+def _flashes(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
+    """True if torch's flash attention takes them, adds no channels, and was seen to begin where the keys end."""
+    if not q.is_cuda or torch.version.hip is not None or q.shape[3] % 8:
+        return False
+    return bool(can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, grouped)))
 
 
 def attend_pages(
@@ -132,6 +149,8 @@ OPS = {
     "attend_recent": Implementation(attend_recent, reject_recent),
     "attend_blocks": Implementation(attend_blocks, reject),
     "attend_pages": Implementation(attend_pages, reject),
+    "score_antidiagonal": Implementation(antidiagonals.score_antidiagonal, antidiagonals.reject),
     "w4a8_linear": Implementation(products.w4a8_linear, products.reject),
     "w4a8_linears": Implementation(products.w4a8_linears, products.reject_all),
+    "w4a8_experts": Implementation(products.w4a8_experts, products.reject_experts),
 }

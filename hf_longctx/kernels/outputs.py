@@ -151,3 +151,19 @@ def w4a8_linear(tokens: Tokens, weight: PackedWeight, bias: Any, dtype: torch.dt
 def w4a8_linears(tokens: Tokens, weights: Sequence[PackedWeight], biases: Any, dtype: torch.dtype) -> list[Tensor]:
     """`[M, N]` each."""
     return [w4a8_linear(tokens, weight, None, dtype) for weight in weights]
+
+
+def sort_experts(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order and places `[S]`, ends `[E]`."""
+    order, places = (ids.new_empty(ids.shape[0], dtype=torch.int32) for _ in range(2))
+    return order, places, ids.new_empty(experts, dtype=torch.int32)
+
+
+def w4a8_experts(tokens: Tokens, weight: Any, by: Any, times: int, dtype: torch.dtype) -> Tensor:
+    """`[S, N]`."""
+    return tokens.values.new_empty(by.order.shape[0], weight.scale.shape[1], dtype=dtype)
+
+
+def combine_experts(rows: Tensor, by: Any, weights: Tensor) -> Tensor:
+    """`[T, H]`."""
+    return rows.new_empty(weights.shape[0], rows.shape[1])

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .experts import PackedExperts, Sorted
 from .linear import PackedWeight, Tokens
 from .packing import int8_values, unpack
+from .reference.experts import one_by_one
 from .reference.linear import scaled
 
 LEAST_ROWS, STEP = 32, 8
@@ -45,3 +47,13 @@ def w4a8_linears(
 ) -> list[Tensor]:
     """`linear.w4a8_linears`, one after the other."""
     return [w4a8_linear(tokens, weight, bias, dtype) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def reject_experts(tokens: Tokens, weight: PackedExperts, by: Sorted, times: int, dtype: torch.dtype) -> str | None:
+    """As `reject`."""
+    return reject(tokens, weight.of(0), None, dtype)
+
+
+def w4a8_experts(tokens: Tokens, weight: PackedExperts, by: Sorted, times: int, dtype: torch.dtype) -> Tensor:
+    """`experts.w4a8_experts`, one after the other; on a GPU, the host waits for where their tokens end."""
+    return one_by_one(w4a8_linear, tokens, weight, by, times, dtype)

@@ -14,7 +14,7 @@ from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from . import fill, linear, step
+from . import experts, fill, linear, step
 from . import types as values
 from .step import Choice, GroupStep
 from .types import Packed
@@ -29,7 +29,7 @@ _PLAIN: dict[Any, tuple[str, Any]] = {
 }
 """Plain types by those of Python, and what stands in the place of a value that is not there."""
 
-_NAMES = {**vars(values), **vars(step), **vars(linear), **vars(fill)}
+_NAMES = {**vars(values), **vars(step), **vars(linear), **vars(fill), **vars(experts)}
 """Where the names in annotations are found."""
 
 _ELSEWHERE = {(Choice, "summary")}

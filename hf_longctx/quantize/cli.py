@@ -78,5 +78,6 @@ def quantize(
         place = assets.pick_device(device)
         report = room.run(loaded, ids, recipe, task, out, place, resume, console)
         console.print(room.table(report))
+        console.print(room.unreached(report), end="\n" if room.unreached(report) else "", soft_wrap=True)
     save_model(loaded, tokenizer, out, report)
     console.print(f"Model: {out}", soft_wrap=True)

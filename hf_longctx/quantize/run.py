@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ from ..errors import UnsupportedError
 from ..evals import text as texts
 from ..evals.results import meta
 from ..evals.runner import bar, model_name
+from ..weights.qoq.calibrate.apart import put_back, put_together, take_apart
 from ..weights.qoq.calibrate.blocks import Block, block_of, layers_of
 from ..weights.qoq.calibrate.flow import Call, Inputs, calls, embed
 from ..weights.qoq.calibrate.hadamard import rotation
 from ..weights.qoq.calibrate.layer import quantize_layer
 from ..weights.qoq.calibrate.recipe import Recipe
 from ..weights.qoq.calibrate.transforms import gain, set_gain
+from ..weights.qoq.chosen import chosen_experts, chosen_linears, is_known
 from ..weights.qoq.config import QoQConfig
+from ..weights.qoq.experts import FUSED, UP, QoQExperts, put, rounded
 from ..weights.qoq.grids import nearest_grid
 from ..weights.qoq.linear import QoQLinear
-from ..weights.qoq.quantizer import chosen_linears, declare
+from ..weights.qoq.quantizer import declare
 from .saving import finished, load_layer, save_layer
 
 _MOST_SAMPLES = 128
@@ -135,12 +139,18 @@ def round_all(model: Any, config: QoQConfig) -> None:
 
     Raises:
         ValueError: a layer that does not fit.
-        UnsupportedError: fused experts.
+        UnsupportedError: experts of a form that is not known.
     """
     for name in chosen_linears(model, config):
         linear = model.get_submodule(name)
         grid = nearest_grid(linear.weight, config)
         model.set_submodule(name, QoQLinear.of(linear, grid, grid.codes(linear.weight), config))
+    for name in chosen_experts(model, config):
+        old = model.get_submodule(name)
+        made = QoQExperts(old, config)
+        for part, own in FUSED.items():
+            put(getattr(made, own), rounded(getattr(old, part), config))
+        model.set_submodule(name, made)
     declare(model, config)
 
 
@@ -151,7 +161,7 @@ def _blocks(model: Any, recipe: Recipe) -> list[str]:
         raise ValueError(f"quantize: expected weights in floating point; got a quantized model. {advice}.")
     prefix, layers = layers_of(model)
     names = [f"{prefix}.{index}" for index in range(len(layers))]
-    parts = [_block(model, layer, name) for layer, name in zip(layers, names, strict=True)]
+    parts = [_checked(model, layer, name) for layer, name in zip(layers, names, strict=True)]
     if recipe.rotate:
         for block in parts:
             for norm, _ in block.readers:
@@ -161,7 +171,17 @@ def _blocks(model: Any, recipe: Recipe) -> list[str]:
 
 
 def _block(model: Any, layer: nn.Module, name: str) -> Block:
+    """Its parts; experts are to be apart."""
     return block_of(layer, name, model.get_decoder().config)
+
+
+def _checked(model: Any, layer: nn.Module, name: str) -> Block:
+    """The same, of a layer that stays as it is."""
+    take_apart(layer)
+    try:
+        return _block(model, layer, name)
+    finally:
+        put_back(layer)
 
 
 def _make(
@@ -177,9 +197,12 @@ def _make(
     """Quantize one layer, in float32 on the device; it comes back in the model's dtype."""
     home, dtype = next(layer.parameters()).device, model.dtype
     layer.to(device, torch.float32)
+    take_apart(layer)
     block = _block(model, layer, name)
     there = None if turn is None else turn.to(device)
     report = quantize_layer(block, call, hidden, recipe, there, _rotary(model, block.head_dim))
+    del block  # of which the float32 weights are
+    put_together(layer, recipe.config)
     layer.to(home, dtype)
     return report.about
 
@@ -188,7 +211,9 @@ def _restore(layer: nn.Module, path: Path, recipe: Recipe, about: dict[str, Any]
     """Put a finished layer in its place."""
     tensors, report = load_layer(path, about)
     for name, linear in list(layer.named_modules()):
-        if isinstance(linear, nn.Linear):
+        if is_known(linear) and f"{name}.{UP}.weight" in tensors:
+            layer.set_submodule(name, QoQExperts(linear, recipe.config))
+        elif isinstance(linear, nn.Linear) and f"{name}.weight_scale" in tensors:
             bias = linear.bias is not None
             layer.set_submodule(name, QoQLinear(linear.in_features, linear.out_features, bias, recipe.config, "meta"))
     layer.load_state_dict(tensors, assign=True)
@@ -253,8 +278,17 @@ def table(report: dict[str, Any]) -> Table:
     rows: dict[str, list[dict[str, float]]] = {}
     for layer in report["layers"]:
         for linear in layer["linears"]:
-            rows.setdefault(linear["name"], []).append(linear)
+            rows.setdefault(re.sub(r"\.\d+\.", ".*.", linear["name"]), []).append(linear)
     for name, found in rows.items():
         means = [sum(each[column] ** 2 for each in found) / len(found) for column in columns]
         shown.add_row(name, *(f"{mean**0.5:.4f}" for mean in means))
     return shown
+
+
+def unreached(report: dict[str, Any]) -> str:
+    """A sentence about experts to which no text came; "" where there are none."""
+    found = [f"{layer['layer']}.{name}" for layer in report["layers"] for name in layer.get("unreached", ())]
+    if not found:
+        return ""
+    shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return f"No token reached {len(found)} experts, which are rounded to the nearest: {shown}. A longer text may help."

@@ -61,8 +61,12 @@ class QoQ(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes are not k
         """For linear layers; None for all others.
 
         Raises:
-            UnsupportedError: a layer that vLLM makes of several, of which only some are quantized.
+            UnsupportedError: experts; a layer that vLLM makes of several, of which only some are quantized.
         """
+        if any(kind.__name__ == "FusedMoE" for kind in type(layer).__mro__):
+            raise UnsupportedError(
+                f"QoQ in vLLM: expected a model without experts; got {prefix}. Serve it through transformers."
+            )
         if not isinstance(layer, LinearBase):
             return None
         head, _, name = prefix.rpartition(".")

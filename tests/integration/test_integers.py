@@ -57,15 +57,15 @@ def logits(of: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_step(calls: Counter[str], dtype: torch.dtype) -> None:
+def test_a_prompt_and_steps(calls: Counter[str], dtype: torch.dtype) -> None:
     quantized = lc.patch(model(dtype), "dense")
     got = logits(quantized)
-    assert calls == {"quantize_norm": (2 * LAYERS + 1) * (NEW - 1), "quantize_gated": LAYERS * (NEW - 1)}
+    assert calls == {"quantize_norm": (2 * LAYERS + 1) * NEW, "quantize_gated": LAYERS * NEW}
     assert lc.report(quantized).norms == 2 * LAYERS + 1
     with pytest.MonkeyPatch.context() as context:
         context.setattr(shortcut, "DEVICES", set())
         assert torch.equal(got, logits(lc.patch(model(dtype), "dense")))
-    assert sum(calls.values()) == (3 * LAYERS + 1) * (NEW - 1)
+    assert sum(calls.values()) == (3 * LAYERS + 1) * NEW
 
 
 def test_what_is_left_alone(calls: Counter[str]) -> None:
@@ -80,7 +80,7 @@ def test_what_is_left_alone(calls: Counter[str]) -> None:
     watched, seen = lc.patch(model(), "dense"), []
     watched.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
     logits(watched)
-    assert (len(seen), calls["quantize_gated"]) == (NEW, (LAYERS - 1) * (NEW - 1))
+    assert (len(seen), calls["quantize_gated"]) == (NEW, (LAYERS - 1) * NEW)
 
 
 class Swapped(LlamaMLP):
@@ -105,7 +105,7 @@ def test_who_is_who_is_seen(calls: Counter[str], kind: type[nn.Module], gated: i
         context.setattr(shortcut, "DEVICES", set())
         expected = logits(lc.patch(quantized, "dense"))
     got = logits(lc.patch(quantized, "dense"))
-    assert calls["quantize_gated"] == gated * (NEW - 1)
+    assert calls["quantize_gated"] == gated * NEW
     assert torch.equal(got, expected)
 
 

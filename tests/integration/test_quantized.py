@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import hf_longctx as lc
+from hf_longctx import prompt
+from hf_longctx.kernels.types import parts
 from hf_longctx.quantize.run import round_all
 from hf_longctx.testing.models import tiny_llama
 
@@ -71,3 +73,21 @@ def test_recorded_steps_give_the_same_tokens(kv: str, dtype: torch.dtype) -> Non
         assert (lc.report(model).graphs > 0) is graph  # of the cache, which `out` holds
         found.append(out.sequences)
     assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@torch.no_grad()
+def test_rows_of_a_prompt_apart(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers are the same whatever else is computed beside them: so is what the first layer stores."""
+    model, ids = lc.patch(quantized(4).to(device, torch.bfloat16), "dense"), IDS.to(device)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
+    settings |= {"attention_mask": torch.ones_like(ids), "return_dict_in_generate": True}
+    whole = model.generate(ids, **settings)
+    monkeypatch.setattr(prompt, "PIECE", ids.shape[1])
+    apart = model.generate(ids, **settings)
+    for one, other in zip(whole.past_key_values.stacks[0].stores, apart.past_key_values.stacks[0].stores, strict=True):
+        for mine, theirs in zip(one[1].memory, other[1].memory, strict=True):
+            for x, y in zip(parts(mine), parts(theirs), strict=True):
+                assert torch.equal(x[:, :, : ids.shape[1]], y[:, :, : ids.shape[1]])
+    largest = float(whole.logits[0].abs().max())
+    assert float((apart.logits[0] - whole.logits[0]).abs().max()) <= 0.05 * largest

@@ -50,7 +50,7 @@ def test_bytes_and_tokens(row: Row, case: Case) -> None:
     assert report.tokens_stored == (11 if row is LOSSY[0] and not case.sliding else 16 if row is LOSSY[0] else 50)
     assert row.name.startswith(report.method)
     assert report.plan == cache.plan
-    assert {"attend_blocks", "append"} <= report.backends.keys()
+    assert {"attend_blocks", "fill_pages"} <= report.backends.keys()
     model(case.prompt(1, rows=3), past_key_values=cache)
     assert lc.report(model).tokens_seen == 51
     assert lc.report(model).kv_bytes == live(cache)

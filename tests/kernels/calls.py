@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_longctx.kernels import linear, ops, packing
+from hf_longctx.kernels import experts, linear, ops, packing
 from hf_longctx.kernels.ops import Logits, Visibility
 
 from . import (
@@ -19,6 +19,7 @@ from . import (
     test_compiled_attend,
     test_compiled_select,
     test_compiled_store,
+    test_experts,
     test_fill,
     test_layers,
     test_moves,
@@ -140,6 +141,16 @@ def _products(device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
         bias = torch.rand(70, device=device)
         yield "w4a8_linear", (tokens, packed, bias, BF16)
         yield "w4a8_linears", (tokens, [packed, packed], [bias, None], BF16)
+    yield from _experts(device)
+
+
+def _experts(device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    tokens, ids = weights.moved(weights.random_tokens(5, 128), device), test_experts.drawn(10, 4).to(device)
+    yield "sort_experts", (ids, 4)
+    by = experts.sort_experts(ids, 4)
+    for form in weights.FORMS:
+        yield "w4a8_experts", (tokens, test_experts.there(test_experts.packed(form, 4, 70, 128), device), by, 2, BF16)
+    yield "combine_experts", (test_layers.random(10, 64).to(device, BF16), by, torch.rand(5, 2, device=device))
 
 
 def _on(device: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

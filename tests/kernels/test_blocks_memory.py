@@ -51,3 +51,23 @@ def test_without_a_window_a_block_keeps_its_bound(monkeypatch: pytest.MonkeyPatc
     bound, heads, tokens = 1 << 17, 2, 2048
     monkeypatch.setattr(attend, "LOGITS_PER_BLOCK", bound)
     assert largest("reference", tokens, ops.Visibility(), None) <= max(bound, heads * tokens * 16)
+
+
+@pytest.mark.cuda
+def test_queries_that_follow_keys_are_one_call_where_flash_attention_takes_them() -> None:
+    """Errors are at most twice those of the definition in the same dtype, and 2 ulp; no mask is made."""
+    made = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(2, tokens, heads, 64, generator=made, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for heads, tokens in ((4, 777), (2, 3001), (2, 3001))
+    )
+    see, logits = ops.Visibility(), ops.Logits(0.125)
+    with use_backend("torch"), torch.no_grad(), Largest() as seen:
+        got = ops.attend_blocks(q, k, v, logits, see, None)
+    assert seen.elements < 777 * 3001
+    with use_backend("reference"):
+        same = ops.attend_blocks(q, k, v, logits, see, None)
+        exact = ops.attend_blocks(*(x.double() for x in (q, k, v)), logits, see, None)
+    ulp = torch.finfo(q.dtype).eps * float(exact.abs().max())
+    yardstick = float((same.double() - exact).abs().max())
+    assert float((got.double() - exact).abs().max()) <= 2 * yardstick + 2 * ulp

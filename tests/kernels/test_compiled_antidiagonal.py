@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_longctx.kernels import ops
+from hf_longctx.kernels import antidiagonals, dispatch, ops
 from hf_longctx.kernels.compiled import antidiagonal, select
 from hf_longctx.kernels.dispatch import use_backend
 from hf_longctx.kernels.reference import score
@@ -121,6 +121,45 @@ def test_scores(case: Tiled) -> None:
     assert bool(((got.double() - exact).abs() <= (2 * off + 1e-5) * exact + 1e-6).all())
 
 
+SHORT = [case for case in TILED if max(end for _, end in case.spans) < 2000]
+
+
+@pytest.mark.parametrize(
+    ("case", "device"),
+    [(case, "cpu") for case in SHORT[::4]] + [pytest.param(case, "cuda", marks=pytest.mark.cuda) for case in TILED],
+    ids=str,
+)
+def test_scores_of_torch(case: Tiled, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far off as those of the library, a few blocks of queries at a time; keys of 8 bits, too."""
+    arguments = tuple(x.to(device) if isinstance(x, Tensor) else x for x in tiles(case))
+    q, k, _, _, stride, scale, _ = arguments
+    if device == "cpu":
+        monkeypatch.setattr(antidiagonals, "products", lambda a, b: a.double() @ b.double())
+    else:
+        assert antidiagonals.reject(*arguments) is None
+    monkeypatch.setattr(antidiagonals, "LOGITS", 1 << 20)
+    got = antidiagonals.score_antidiagonal(*arguments)
+    with use_backend("reference"):
+        exact = ops.score_antidiagonal(q.double(), k.double(), *arguments[2:])
+    assert (got.dtype, got.shape) == (torch.float32, exact.shape)
+    lengths = [x.float().nan_to_num(0.0).norm(dim=-1).amax() for x in (q, k)]
+    off = stride * case.dim / 16 * torch.finfo(torch.float32).eps * float(lengths[0] * lengths[1]) * scale
+    assert bool(((got.double() - exact).abs() <= (2 * off + 1e-5) * exact + 1e-6).all())
+    packed = ops.encode_kv(k.nan_to_num(0.0), 8)
+    read = antidiagonals.score_antidiagonal(q, packed, *arguments[2:])
+    assert torch.equal(read, antidiagonals.score_antidiagonal(q, ops.decode_kv(packed), *arguments[2:]))
+
+
+@pytest.mark.cuda
+def test_torch_sums_up_where_there_is_no_library() -> None:
+    arguments = on_cuda(tiles(Tiled()))
+    with use_backend("torch"):
+        ops.score_antidiagonal(*arguments)
+        with pytest.raises(dispatch.UnsupportedError, match="torch: rounds nothing to 8 bits"):
+            ops.score_antidiagonal(*arguments, "int8")
+    assert dispatch.last_used()["score_antidiagonal"] == "torch"
+
+
 def need_eight() -> None:
     need("cuda")
     if torch.cuda.get_device_capability() != (9, 0):
@@ -141,13 +180,13 @@ def test_scores_of_eight_bits(case: Tiled, rounded: str, monkeypatch: pytest.Mon
     assert antidiagonal.reject(*arguments) is None
     got = antidiagonal.score_antidiagonal(*arguments)
     assert torch.equal(got, antidiagonal.score_antidiagonal(*arguments))
-    largest, shares = [], score._shares
+    largest, shares = [], score.shares_of
 
     def seen(x: Tensor, tile: Tensor, causal: bool) -> Tensor:
         largest.append(float(x.abs().amax()))
         return shares(x, tile, causal)
 
-    monkeypatch.setattr(score, "_shares", seen)
+    monkeypatch.setattr(score, "shares_of", seen)
     with use_backend("reference"):
         exact = ops.score_antidiagonal(q.double(), k.double(), *arguments[2:])
     cut = (stride * case.dim / 32 + 8) * 2.0**-13 if rounded == "fp8" else 8 * torch.finfo(torch.float32).eps

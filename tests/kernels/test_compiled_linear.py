@@ -137,7 +137,7 @@ def test_tokens_out_of_a_norm_and_a_gate(columns: int, dtype: torch.dtype) -> No
     """The very bits of the launches that they are in place of; of few rows, and of many."""
     need("cuda")
     made = torch.Generator().manual_seed(columns)
-    for rows in (17, 600):
+    for rows in (17, 600, 2048):
         x, up = (torch.randn(rows, columns, generator=made).to(dtype).cuda() for _ in range(2))
         both, ulp = torch.cat([x, up], 1), torch.finfo(dtype).eps
         for early, offset in ((True, 0.0), (False, 1.0)):

@@ -188,6 +188,24 @@ def test_it_is_what_runs_and_plain_causal_attention_is_not() -> None:
     assert dispatch.last_used()["attend_blocks"] == "torch"
 
 
+@pytest.mark.cuda
+def test_a_long_causal_text_is_read_by_it_on_sm_90() -> None:
+    need("cuda")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("elsewhere torch is faster")
+    q, k, v, logits, see, *_ = made(Case((1, 2, 2, prefill.LONG + 9, prefill.LONG + 9, prefill.WIDE)), "cuda")
+    got = ops.attend_blocks(q, k, v, logits, see, None)
+    assert dispatch.last_used()["attend_blocks"] == "compiled"
+    rows = torch.cat((torch.arange(70), torch.arange(4000, 4070), torch.arange(q.shape[2] - 70, q.shape[2]))).cuda()
+    arguments = (logits, Visibility(q_pos=rows[None]), None)
+    with use_backend("reference"):
+        exact = ops.attend_pages(*(x.double() for x in (q[:, :, rows], k, v)), *arguments)
+        same = ops.attend_pages(q[:, :, rows], k, v, *arguments)
+    ulp = torch.finfo(q.dtype).eps * float(exact.abs().max())
+    yardstick = float((same.double() - exact).abs().max())
+    assert float((got[:, :, rows].double() - exact).abs().max()) <= 2 * yardstick + 2 * ulp
+
+
 class OnCuda(Tensor):
     """A tensor of the host that says that it lies on a GPU."""
 
@@ -222,6 +240,26 @@ def test_what_it_does_not_take(options: dict[str, Any], reason: str | None, monk
     monkeypatch.setattr(library, "reason", lambda device: None)
     q, *rest = made(replace(LISTS, **options), "cpu")
     assert prefill.reject(q, *rest) == "has many queries a row on CUDA only"
+    assert prefill.reject(q.as_subclass(OnCuda), *rest) == reason
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stored", "dim", "tiles", "reason"),
+    [
+        (8192, 8192, 128, True, None),
+        (8191, 8191, 128, True, "leaves plain causal attention to torch"),
+        (8192, 8192, 64, True, "leaves plain causal attention to torch"),
+        (8192, 8192, 128, False, "leaves plain causal attention to torch"),
+        (8, 9, 64, False, None),
+    ],
+)
+def test_which_causal_texts_it_takes(
+    tokens: int, stored: int, dim: int, tiles: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whole ones those that were measured to be faster; queries that follow keys always."""
+    monkeypatch.setattr(library, "reason", lambda device: None)
+    monkeypatch.setattr(prefill, "_has_tiles", lambda device: tiles)
+    q, *rest = made(Case((1, 1, 1, tokens, stored, dim)), "cpu")
     assert prefill.reject(q.as_subclass(OnCuda), *rest) == reason
 
 

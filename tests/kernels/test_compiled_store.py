@@ -66,6 +66,13 @@ CASES = [
     replace(BASE, pos=((62, 63, 64),), first=62, sink=4, ring=60),
     replace(BASE, pos=((37,), (-1,)), sizes=(2, 2, 64, 64, 128), bits=(8, 4), sub=8),
     replace(BASE, sizes=(1, 70, 64, 8, 16), bits=(0, 8), sub=16),
+    *(
+        Case(((37,), (9,)), (2, 3, 64, dim, dim), t, (bits, bits))
+        for dim in (64, 96, 128, 256)
+        for t in DTYPES
+        for bits in (8, 4)
+    ),
+    replace(BASE, pos=((60, 61, 62, 63), (-1, -1, -1, -1), (14, 15, 16, -1)), sizes=(3, 2, 64, 128, 64), bits=(4, 4)),
 ]
 OTHERS = [  # which only the CPU takes
     replace(BASE, sizes=(2, 2, 64, 10, 6), bits=(4, 4), sub=16),

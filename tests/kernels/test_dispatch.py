@@ -96,4 +96,5 @@ def test_table_of_operations_and_backends() -> None:
     assert all(row.available for row in rows if row.backend == "reference")
     assert all(bool(row.reason) != row.available for row in rows)
     with_torch = {row.op for row in rows if row.backend == "torch" and row.available}
-    assert with_torch == {"attend_blocks", "attend_pages", "attend_recent", "w4a8_linear", "w4a8_linears"}
+    attends = {"attend_blocks", "attend_pages", "attend_recent"}
+    assert with_torch == attends | {"score_antidiagonal", "w4a8_linear", "w4a8_linears", "w4a8_experts"}

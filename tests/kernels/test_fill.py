@@ -74,6 +74,17 @@ CASES = [
     replace(RAGGED, sub=None, sink=4, ring=60, slots=64, rows=((500, 100), (3, 70)), blank=False),
     replace(RAGGED, tokens=700, rows=((0, 700), (0, 301)), slots=768, heads=(1,)),
     replace(PACKED, tokens=1000, rows=((0, 1000),), slots=1088, bits=(4, 4), dims=(128, 128)),
+    # nothing is kept but few bits
+    *(
+        replace(PACKED, sub=None, dims=(dim, dim), dtype=dtype, bits=(bits, bits), heads=(2, 0))
+        for dim in (64, 96, 128)
+        for dtype in (torch.bfloat16, torch.float16)
+        for bits in (8, 4)
+    ),
+    replace(PACKED, sub=None, bits=(4, 4), reads=False, rows=((37, 100),), slots=192, blank=False),
+    replace(RAGGED, sub=None, bits=(4, 4)),
+    replace(RAGGED, sub=None, rows=((0, 0), (0, 100))),
+    replace(RAGGED, sub=None, bits=(4, 4), dims=(64, 128), rows=((31, 100), (16, 1)), slots=192, blank=False),
 ]
 
 
@@ -181,6 +192,37 @@ def check(cases: Sequence[Case], device: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_library(case: Case, device: str) -> None:
     check([case], device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_tokens_that_are_hard_to_pack(bits: int, dtype: torch.dtype, device: str) -> None:
+    """Of all sizes that there are, far from zero, alike, and with numbers that are none."""
+    need(device)
+    drawn = torch.Generator().manual_seed(bits)
+    sizes = torch.logspace(-40, 38, 79, dtype=torch.float64)
+    x = torch.randn(4, 79, 64, generator=drawn, dtype=torch.float64) * sizes[:, None]
+    x[1] += sizes[:, None] * 30
+    x[2], x[3, :, ::2] = x[2, :, :1], x[3, :, :1]
+    x = x.to(dtype)
+    beyond = torch.cat((x, x[:, -1:].expand(-1, 4, -1)), 1).clone()
+    for token, number in enumerate((float("inf"), -float("inf"), float("nan"), 0.0)):
+        beyond[:, 79 + token, 3 * token] = number
+    fresh = beyond[None]
+    with use_backend("reference"):
+        expected = ops.encode_kv(fresh, bits)
+        read = ops.decode_kv(expected)
+    got, finite = fill.encode_kv(fresh.to(device), bits), fresh.isfinite().all(-1)
+    for mine, other in zip(got.tensors, expected.tensors, strict=True):
+        assert torch.equal(mine.cpu()[finite], other[finite])
+    there = tuple(torch.empty_like(fresh, device=device) for _ in range(2))
+    store = ops.encode_kv(torch.zeros_like(fresh), bits)
+    group = ops.GroupFill(*on(device, (store, store)), 0, None, None, 1, None)
+    pos = torch.arange(fresh.shape[2], device=device)[None]
+    fill.fill_pages([group], fresh.to(device), fresh.to(device), pos, 0, there, True)
+    for mine in there:
+        torch.testing.assert_close(mine.cpu(), read, atol=0, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -161,6 +161,14 @@ def test_gates(dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@devices
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_gates_of_every_number(dtype: torch.dtype, device: str) -> None:
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    got = ran("gated", device, gate, torch.ones_like(gate))
+    torch.testing.assert_close(got, torch.nn.functional.silu(gate), rtol=0, atol=0, equal_nan=True)
+
+
 def test_gates_that_the_library_leaves_to_others() -> None:
     half = torch.zeros(4, 8, dtype=torch.bfloat16)
     for gate, up in ((half, half), (half.float(), half.float()), (half[:, :4], half[:, 4:]), (half, half.half())):

@@ -106,20 +106,28 @@ def test_blocks_of_queries_are_one_call() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(
-    ("ends", "sinks"), [((1499, 1499), False), ((70, 1499), True), ((-1, 3), True), ((63, 64), False)]
+    ("ends", "sinks", "last"),
+    [
+        ((1499, 1499), False, 64),
+        ((70, 1499), True, 64),
+        ((-1, 3), True, 64),
+        ((63, 64), False, 64),
+        ((1499, 1100), True, 1024),  # near keys, too, are cut into parts
+    ],
 )
-def test_the_library_on_a_gpu(dim: int, dtype: torch.dtype, ends: tuple[int, int], sinks: bool) -> None:
+def test_the_library_on_a_gpu(dim: int, dtype: torch.dtype, ends: tuple[int, int], sinks: bool, last: int) -> None:
     need("cuda")
     made = torch.Generator().manual_seed(dim)
     q, far, near = drawn(made, 2, 2, 1, 1504, dim, dtype, "cuda")
     q_pos = torch.tensor(ends, device="cuda")[:, None]
-    ring = torch.arange(72, device="cuda")  # of the newest tokens, going round
-    near_pos = q_pos - (q_pos - ring) % 72
+    ring = torch.arange(last + 8, device="cuda")  # of the newest tokens, going round
+    near_pos = q_pos - (q_pos - ring) % len(ring)
     close = tuple(ops.take_tokens(x, near_pos.clamp(min=0)) for x in near)
     logits = Logits(dim**-0.5, sink_logits=torch.randn(6, device="cuda") if sinks else None)
-    arguments = (q, *far, *close, logits, Visibility(q_pos=q_pos), near_pos, 64)
+    arguments = (q, *far, *close, logits, Visibility(q_pos=q_pos), near_pos, last)
     assert recent.reject(*arguments) is None
     got = recent.attend_recent(*arguments)
+    assert all(recent.attend_recent(*arguments).equal(got) for _ in range(3))
     with use_backend("reference"):
         expected = ops.attend_recent(q.float(), *far, *(x.float() for x in close), *arguments[5:])
         plain = ops.attend_recent(*arguments)

@@ -79,6 +79,8 @@ CASES = [
     replace(BASE, take=30),
     replace(BASE, sinks=True),
     replace(BASE, kinds=("kept",), sinks=True, group=8),
+    # slabs for some rounds of warps
+    replace(BASE, kinds=("kept",), room=2048, ends=tuple(range(1500, 1516)), take=100),
     *(
         replace(BASE, room=2048, ends=(2000, 1999), channels=c, dtype=t)
         for c, t in ((0, torch.bfloat16), (1, torch.float16))

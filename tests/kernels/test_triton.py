@@ -24,6 +24,7 @@ from . import test_compiled_attend as decodes
 from . import test_compiled_prefill as prefills
 from . import test_compiled_select as selects
 from . import test_compiled_store as stores
+from . import test_fill as fills
 from .prefills import Case, made
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -201,6 +202,34 @@ def test_append_pages(case: stores.Case, device: str) -> None:
     with use_backend("triton"):
         ops.append_pages(*got)
     assert all(map(torch.equal, stores.written(got), stores.written(defined)))
+
+
+FILLED = [replace(case, dtype=F16) if case.dtype == BF16 else case for case in fills.CASES]
+GROUPS = [
+    replace(fills.RAGGED, dtype=F16, sub=16),
+    *(replace(fills.RAGGED, dtype=F16, sub=None, sink=4, ring=r, slots=4 + r) for r in (40, 124)),
+]
+
+
+@pytest.mark.parametrize(
+    ("cases", "device"),
+    [([replace(case, dims=(16, 40))], "cpu") for case in (*FILLED[9:18:2], *FILLED[38:54])]
+    + [([replace(case, heads=(head,)) for head, case in enumerate(GROUPS)], "cpu")]
+    + [pytest.param([case], "cuda", marks=pytest.mark.cuda) for case in (*fills.CASES[:36:2], *fills.CASES[36:])],
+    ids=str,
+)
+def test_fill_pages(cases: list[fills.Case], device: str) -> None:
+    """Bit for bit what is defined, with groups that go through one call."""
+    need(device)
+    more = fills.made(cases[0])[1]
+    both = []
+    for name, target in (("triton", device), ("reference", "cpu")):  # a GPU divides by a number of the host otherwise
+        groups = [fills.there(target, fills.made(case, seed)[0], more)[0] for seed, case in enumerate(cases)]
+        arguments = fills.there(target, groups[0], more)[1]
+        with use_backend(name):
+            ops.fill_pages(groups, **arguments)
+        both.append(fills.written(groups, arguments))
+    assert all(map(torch.equal, *both))
 
 
 @pytest.mark.cuda

@@ -151,7 +151,11 @@ def test_a_resumed_run_is_the_whole_run(tmp_path: Path, monkeypatch: pytest.Monk
         ("Gemma2", {}, "got also pre_feedforward_layernorm, in 'gemma2'"),
         ("GPTNeoX", {"num_key_value_heads": 4}, "input_layernorm|q_proj|qkv_proj|mlp|post"),
         ("StableLm", {}, "RMSNorm to rotate"),
-        ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}, "down_proj in"),
+        (
+            "DeepseekV3",
+            {"num_key_value_heads": 4, "first_k_dense_replace": 2, "head_dim": None},
+            "q_proj or qkv_proj in",
+        ),
     ],
 )
 def test_families_that_are_built_otherwise_are_refused(

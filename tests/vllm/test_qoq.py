@@ -92,6 +92,14 @@ def test_layers_that_vllm_joins_are_quantized_together(qoq: Any, monkeypatch: py
         config.get_quant_method(Linear(), "model.layers.0.mlp.gate_up_proj")
 
 
+def test_experts_are_refused(qoq: Any) -> None:
+    class FusedMoE(nn.Module):
+        """As vLLM names it."""
+
+    with pytest.raises(UnsupportedError, match=r"without experts; got model.layers.0.mlp.experts"):
+        qoq.QoQ(QoQConfig(8)).get_quant_method(FusedMoE(), "model.layers.0.mlp.experts")
+
+
 def test_tensor_parallelism_is_refused(qoq: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qoq, "get_tensor_model_parallel_world_size", lambda: 2)
     with pytest.raises(UnsupportedError, match="tensor parallelism"):

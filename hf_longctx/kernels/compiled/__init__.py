@@ -8,6 +8,7 @@ from . import (
     antidiagonal,
     attend,
     delta,
+    experts,
     fill,
     host,
     library,
@@ -39,6 +40,7 @@ OPS = {
     **streamed.OPS,
     **tables.OPS,
     **linear.OPS,
+    **experts.OPS,
     **rotary.OPS,
     **step.OPS,
 }

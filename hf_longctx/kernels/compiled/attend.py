@@ -111,8 +111,11 @@ def attend_pages(
     return out
 
 
-def split(block: HflAttend, device: torch.device) -> list[Tensor]:
-    """Cut the columns into parts for a device; returns what must live as long as the argument block."""
+def split(block: HflAttend, device: torch.device, beside: HflAttend | None = None) -> list[Tensor]:
+    """Cut the columns into parts for a device; returns what must live as long as the argument block.
+
+    `beside`: the block of a call that runs at the same time.
+    """
     with torch.cuda.device(device):
         splits = ctypes.c_int32()
         scratch_bytes = library.library().hfl_attend_scratch(ctypes.byref(block), ctypes.byref(splits))
@@ -120,8 +123,14 @@ def split(block: HflAttend, device: torch.device) -> list[Tensor]:
         if splits.value <= 1:
             return []
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
-        count = library.library().hfl_attend_counters(ctypes.byref(block))
-        block.scratch, block.counters = scratch.data_ptr(), library.counters(device, count).data_ptr()
+        units = library.library().hfl_attend_counters(ctypes.byref(block))
+        past = 0
+        if beside is not None:  # both have places on the device at a time
+            past = library.library().hfl_attend_counters(ctypes.byref(beside))
+            block.splits = max(1, splits.value - -(-past * beside.splits // units))
+        count = past + units
+        block.scratch = scratch.data_ptr()
+        block.counters = library.counters(device, count).data_ptr() + past * 4
         return [scratch]
 
 

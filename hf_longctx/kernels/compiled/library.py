@@ -130,6 +130,7 @@ _OPS = {
     ),
     **dict.fromkeys(("attend_beside", "antidiagonal", "pick_mass", "prefill", "bring", "copy"), ("cuda",)),
     **dict.fromkeys(("norm", "turn", "gated", "joined", "layer", "project", "streamed", "tables"), ("cuda",)),
+    **dict.fromkeys(("sort", "experts", "combine"), ("cuda",)),
 }
 
 

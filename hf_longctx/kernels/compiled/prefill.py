@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ KEYS = 64
 """A block of a selection holds whole tiles of so many keys."""
 QUERIES = 128
 """A block of queries holds whole tiles of so many."""
+LONG, WIDE = 8192, 128
+"""Queries of a whole causal text, and channels, from which on the kernel of sm_90a is faster than those of torch."""
 PAIRS = 8
 """So many pairs of channels are turned at a time."""
 
@@ -85,11 +89,19 @@ def _reject_dense(
     turns: Turns | None,
     selection: Selection | None,
 ) -> str | None:
-    """Causal attention of a whole text is what torch's kernels are fastest at."""
+    """Causal attention of a whole text is what torch's kernels are fastest at, but for a long one on sm_90."""
     stored = k.shape[2]
     whole = see.aligned and q.shape[2] == stored and (see.window is None or see.window >= stored)
     dense = selection is None and turns is None and whole and logits.plain
+    if dense and isinstance(k, Tensor) and stored >= LONG and q.shape[3] == WIDE and _has_tiles(q.device):
+        return None
     return "leaves plain causal attention to torch" if dense else None
+
+
+@cache
+def _has_tiles(device: torch.device) -> bool:
+    """True if the kernel of sm_90a runs, which multiplies tiles in shared memory."""
+    return "sm_90a" in library.about() and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def attend_blocks(

@@ -55,28 +55,15 @@ def attend_recent(
         q_pos = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[None]
     near = Visibility(0, recent, q_pos, near_pos)
     bare = replace(logits, sink_logits=None)  # whose share is added once
-    _run(out, q, near_k, near_v, bare, near, sums, HflBeside(reads=0, before=0))
-    _run(out, q, k, v, logits, replace(see, q_pos=q_pos), sums, HflBeside(reads=1, before=recent))
-    return out
-
-
-def _run(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor | Packed,
-    v: Tensor | Packed,
-    logits: Logits,
-    see: Visibility,
-    sums: Tensor,
-    beside: HflBeside,
-) -> None:
-    block, held = attend.arguments(out, q, k, v, logits, see, None, None)
-    held += attend.split(block, q.device)
-    beside.sums = sums.data_ptr()
+    first, held = attend.arguments(out, q, near_k, near_v, bare, near, None, None)
+    then, more = attend.arguments(out, q, k, v, logits, replace(see, q_pos=q_pos), None, None)
+    held += more + attend.split(first, q.device) + attend.split(then, q.device, first)
     with torch.cuda.device(q.device):
-        block.stream = library.stream(q.device)
-        library.call("hfl_attend_beside_cuda", block, ctypes.byref(beside))
-    del held  # until here the tensors that the block points to had to live
+        for block, beside in ((first, HflBeside(reads=0, before=0)), (then, HflBeside(reads=1, before=recent))):
+            block.stream, beside.sums = library.stream(q.device), sums.data_ptr()
+            library.call("hfl_attend_beside_cuda", block, ctypes.byref(beside))
+    del held  # until here the tensors that the blocks point to had to live: both run at a time
+    return out
 
 
 OPS = {"attend_recent": Implementation(attend_recent, reject)}

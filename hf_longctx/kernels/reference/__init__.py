@@ -6,6 +6,7 @@ from ..dispatch import Implementation
 from .append import append, append_pages
 from .attend import attend_blocks, attend_pages
 from .delta import delta_linear, linear_with_delta, linears_with_delta
+from .experts import combine_experts, sort_experts, w4a8_experts
 from .fill import fill_pages
 from .heads import attend_heads
 from .host import bring_blocks, copy_blocks
@@ -53,4 +54,7 @@ OPS = {
     "quantize_gated": Implementation(quantize_gated),
     "w4a8_linear": Implementation(w4a8_linear),
     "w4a8_linears": Implementation(w4a8_linears),
+    "sort_experts": Implementation(sort_experts),
+    "w4a8_experts": Implementation(w4a8_experts),
+    "combine_experts": Implementation(combine_experts),
 }

@@ -52,18 +52,18 @@ def score_antidiagonal(
         end = min(columns, max(ends[part]) // stride + 1) if causal else columns
         if end < 1:
             continue
-        queries, row_tile = _query_tiles(q[:, :, first * block : part.stop * block], places[:, part], stride, work)
+        queries, row_tile = query_tiles(q[:, :, first * block : part.stop * block], places[:, part], stride, work)
         grouped = _rounded(queries, rounded, stride).reshape(rows, kv_heads, -1, queries.shape[-1]) * (scale / stride)
         x = torch.empty(*grouped.shape[:3], end, dtype=work, device=q.device)
         for cols, keys in _key_tiles(k, last, stride, end, work):
             x[..., cols] = grouped @ _rounded(keys, rounded, stride).transpose(2, 3)
-        shares = _shares(x.view(rows, heads, -1, tiles, end), row_tile, causal)
+        shares = shares_of(x.view(rows, heads, -1, tiles, end), row_tile, causal)
         shares = torch.unflatten(pad(shares, (0, -end % tiles)), -1, (-1, tiles)).sum(-1)
         out[:, :, part, : shares.shape[-1]] = shares
     return out
 
 
-def _query_tiles(q: Tensor, places: Tensor, stride: int, work: torch.dtype) -> tuple[Tensor, Tensor]:
+def query_tiles(q: Tensor, places: Tensor, stride: int, work: torch.dtype) -> tuple[Tensor, Tensor]:
     """Queries of n blocks at their places, last first in each tile, side by side.
 
     Args:
@@ -126,7 +126,7 @@ def _rounded(x: Tensor, to: str, stride: int) -> Tensor:
     return (eight.to(x.dtype) * (largest / most)).flatten(-2)
 
 
-def _shares(x: Tensor, tile: Tensor, causal: bool) -> Tensor:
+def shares_of(x: Tensor, tile: Tensor, causal: bool) -> Tensor:
     """Softmax of each tile of queries, added up over a block's: `[B, Hq, n, tiles, C]` to `[B, Hq, n, C]`."""
     if causal:
         after = torch.arange(x.shape[-1], device=x.device) > tile[..., None]

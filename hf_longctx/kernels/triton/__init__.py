@@ -64,7 +64,7 @@ def _module(name: str) -> Any:
 
 def _lazy(name: str) -> Implementation:
     def reject(*args: Any) -> str | None:
-        first: Tensor | Packed = args[0]
+        first: Tensor | Packed = args[1] if name == "fill_pages" else args[0]  # there groups come before tokens
         why = reason(first.device)
         return _module(name).reject(*args) if why is None else why
 
@@ -72,4 +72,4 @@ def _lazy(name: str) -> Implementation:
     return Implementation(run, reject)
 
 
-OPS = {name: _lazy(name) for name in ("attend_blocks", "attend_pages", "score_pages", "append_pages")}
+OPS = {name: _lazy(name) for name in ("attend_blocks", "attend_pages", "score_pages", "append_pages", "fill_pages")}

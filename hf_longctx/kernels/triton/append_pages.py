@@ -8,61 +8,13 @@ from torch import Tensor
 
 from ..types import Packed, parts
 from .arguments import LEAST, MOST, bits_of, on, reject_dtypes, rows_of, width_of
+from .rows import bound, extremes, write
 from .tiles import head_of, read
 
 FEW = 16
 """Tokens of a row."""
 LONGEST = 256
 """Tokens of a sub-block."""
-
-
-@triton.jit
-def _nearest(x):
-    """The whole number nearest to x, |x| < 2^22, of two the even one: no float32 beyond 2^23 has a fraction."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _packed(x, steps, scale, zero):
-    return tl.minimum(tl.maximum(_nearest(tl.div_rn(x, scale) + zero), 0.0), steps).to(tl.uint8)
-
-
-@triton.jit
-def _write(head, fresh, slot, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
-    """A row of a KV head, quantized as `encode_kv` does it."""
-    HALF: tl.constexpr = 2 if BITS == 4 else 1
-    channels = tl.arange(0, WIDTH)
-    inside = channels * HALF < DIM
-    row = head[0] + slot * head[3]
-    x = tl.load(fresh + channels * HALF, mask=inside, other=0.0)
-    if BITS == 0:
-        tl.store(row + channels, x, mask=inside)
-    else:
-        x = x.to(tl.float32)
-        other = tl.load(fresh + channels * HALF + (HALF - 1), mask=inside, other=0.0).to(tl.float32)
-        least = tl.min(tl.where(inside, tl.minimum(x, other), float("inf")), 0)
-        largest = tl.max(tl.where(inside, tl.maximum(x, other), float("-inf")), 0)
-        steps = 255.0 if BITS == 8 else 15.0
-        floor = tl.maximum(tl.abs(least), tl.abs(largest)) * (1.0 / 2048)
-        scale = tl.maximum(tl.maximum(tl.div_rn(largest - least, steps), floor), 2.0**-14).to(tl.float16)
-        zero = tl.div_rn(-least, scale.to(tl.float32)).to(tl.float16)
-        payload = _packed(x, steps, scale.to(tl.float32), zero.to(tl.float32))
-        if BITS == 4:
-            payload |= _packed(other, steps, scale.to(tl.float32), zero.to(tl.float32)) << 4
-        tl.store(row + channels, payload, mask=inside)
-        tl.store(head[1] + slot * head[4], scale)
-        tl.store(head[2] + slot * head[4], zero)
-
-
-@triton.jit
-def _bound(to, stored, there, DIM: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr):
-    """Least and largest of the rows that are there, of every EACH-th channel."""
-    channels = tl.arange(0, WIDTH) * EACH
-    x = stored.to(tl.float32)
-    least = tl.min(tl.where(there[:, None], x, float("inf")), 0)
-    largest = tl.max(tl.where(there[:, None], x, float("-inf")), 0)
-    tl.store(to + channels, least.to(stored.dtype), mask=channels < DIM)
-    tl.store(to + DIM + channels, largest.to(stored.dtype), mask=channels < DIM)
 
 
 @triton.jit
@@ -81,8 +33,9 @@ def _kernel(
             slot = at
             if RING:
                 slot = tl.where(at < sink, at, sink + (at - sink) % ring)
-            _write(keys, fresh_k + t * k[3], slot, DIM, WIDTH, K_BITS)
-            _write(values, fresh_v + t * v[3], slot, V_DIM, V_WIDTH, V_BITS)
+            one = tl.zeros((1,), tl.int32)
+            write(keys, fresh_k + t * k[3] + one, slot + one, one == 0, one == 0, DIM, WIDTH, K_BITS)
+            write(values, fresh_v + t * v[3] + one, slot + one, one == 0, one == 0, V_DIM, V_WIDTH, V_BITS)
     if BOUNDED:
         tl.debug_barrier()  # what was written is read again
         few, offsets = tl.arange(0, FEW), tl.arange(0, SUB)
@@ -95,9 +48,11 @@ def _kernel(
                 there = (offsets < sub) & (entry * sub + offsets <= last)
                 some, others = read(keys, entry * sub, offsets, there, like, DIM, WIDTH, K_BITS, True)
                 to = bounds[0] + batch.to(tl.int64) * bounds[1] + head * bounds[2] + entry * (2 * DIM)
-                _bound(to, some, there, DIM, WIDTH, 2 if K_BITS == 4 else 1)
+                least, largest = extremes(some, there)
+                bound(to, least, largest, DIM, WIDTH, 2 if K_BITS == 4 else 1)
                 if K_BITS == 4:
-                    _bound(to + 1, others, there, DIM, WIDTH, 2)
+                    least, largest = extremes(others, there)
+                    bound(to + 1, least, largest, DIM, WIDTH, 2)
 
 
 def reject(
@@ -115,6 +70,21 @@ def reject(
     """Why the kernel does not take these arguments, or None."""
     if k.shape[2] > FEW:
         return f"takes at most {FEW} tokens a row"
+    if bounds is not None and sub > LONGEST:
+        return f"takes at most {LONGEST} tokens of a sub-block"
+    return reject_any(k_store, v_store, k, v, pos, ring, bounds)
+
+
+def reject_any(
+    k_store: Tensor | Packed,
+    v_store: Tensor | Packed,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    ring: int | None,
+    bounds: Tensor | None,
+) -> str | None:
+    """Why tokens, however many, are not stored so, or None."""
     if 0 in (k.numel(), v.numel()):
         return "takes no empty tensors"
     if any(x.device != k.device for x in (k_store, v_store, v, pos)):
@@ -132,8 +102,6 @@ def reject(
         return None
     if ring is not None:
         return "keeps no bounds of a ring"
-    if sub > LONGEST:
-        return f"takes at most {LONGEST} tokens of a sub-block"
     if bounds.dtype != k.dtype or bounds.stride()[2:] != (2 * k.shape[3], k.shape[3], 1):
         return "needs bounds in the dtype of the keys, and side by side"
     return None

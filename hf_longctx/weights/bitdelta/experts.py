@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.delta import delta_linear
+from ...kernels.experts import Sorted, combine_experts, sort_experts
 from .bits import Matrix
 from .hooks import Hook, wide
 from .route import Route
@@ -25,6 +26,11 @@ _HALF = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
 
 _DOWN = ("down_proj", "w2")
 
+DEVICES = {"cuda"}
+"""Types of devices that a host does not wait for."""
+MOST_SLOTS = 4096
+"""Of a call of `delta_linear` on those."""
+
 
 class Spot(NamedTuple):
     """Where in a model a matrix of an expert is."""
@@ -33,6 +39,12 @@ class Spot(NamedTuple):
     number: int
     start: int
     stop: int
+    inputs: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)`."""
+        return self.stop - self.start, self.inputs
 
     def view(self, module: Any) -> Tensor:
         """It, in the module's own memory."""
@@ -42,16 +54,24 @@ class Spot(NamedTuple):
 
 def spot(module: Any, number: int, part: str) -> Spot | None:
     """Where a matrix is in a module of experts; None: it has no such thing, or holds it in another form."""
-    both: Any = getattr(module, "gate_up_proj", None)
-    down: Any = getattr(module, "down_proj", None)
+    both, down = sizes_of(module, "gate_up_proj"), sizes_of(module, "down_proj")
     plain = not getattr(module, "is_transposed", False) and getattr(module, "is_concatenated", True)
-    known = isinstance(both, nn.Parameter) and isinstance(down, nn.Parameter) and both.ndim == down.ndim == 3
-    if not known or not plain or getattr(module, "has_bias", False) or number >= len(both):
+    if both is None or down is None or not plain or getattr(module, "has_bias", False) or number >= both[0]:
         return None
     if part in _DOWN:
-        return Spot("down_proj", number, 0, down.shape[1])
-    half = both.shape[1] // 2
-    return Spot("gate_up_proj", number, _HALF[part] * half, (_HALF[part] + 1) * half) if part in _HALF else None
+        return Spot("down_proj", number, 0, *down[1:])
+    half = both[1] // 2
+    here = part in _HALF
+    return Spot("gate_up_proj", number, _HALF[part] * half, (_HALF[part] + 1) * half, both[2]) if here else None
+
+
+def sizes_of(module: Any, tensor: str) -> tuple[int, int, int] | None:
+    """`(E, N, K)` of what is a tensor of a module of experts, in floating point or, with `sizes`, of few bits."""
+    own: Any = getattr(module, tensor, None)
+    if isinstance(own, nn.Parameter):
+        return (*own.shape,) if own.ndim == 3 else None
+    found: tuple[int, int, int] | None = getattr(module, "sizes", {}).get(tensor)
+    return found
 
 
 def find(model: Any, name: str) -> tuple[Any, Spot] | None:
@@ -67,6 +87,16 @@ def find(model: Any, name: str) -> tuple[Any, Spot] | None:
     return None if place is None else (module, place)
 
 
+class _Rows(NamedTuple):
+    """Tokens of a call, once for each of their experts, sorted by those."""
+
+    by: Sorted
+    token: Tensor
+    expert: Tensor
+    route: Route
+    total: int
+
+
 class Experts(Hook):
     """Adds to each expert's products those with the signs of the row's tenant.
 
@@ -77,12 +107,23 @@ class Experts(Hook):
         scales: likewise `[E, S, P, N, groups]`, float32.
     """
 
-    asks = True
-
     def __init__(self, module: nn.Module, where: Any) -> None:
         super().__init__(module, where)
         self.bits: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
+
+    @property
+    def asks(self) -> bool:
+        """As `Hook` says: expert by expert, it looks whose rows there are."""
+        return not self._at_once
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether the products of all experts are one call, which no value on the host is needed for."""
+        weight, place = getattr(self.module, "gate_up_proj", None), self._place
+        if place.type not in DEVICES or any(math.prod(held.shape[:3]) > MOST_SLOTS for held in self.bits.values()):
+            return False
+        return weight is None or (weight.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"))
 
     def takes(self, parts: Mapping[str, Any]) -> bool:
         """As `Hook` says."""
@@ -96,13 +137,14 @@ class Experts(Hook):
         slots = self.where.slots
         for at, matrix in self._spots(parts):
             held = self.scales.get(at.tensor)
-            whole: Tensor = getattr(self.module, at.tensor)
+            whole = sizes_of(self.module, at.tensor)
+            assert whole is not None
             planes, _, groups = finest(None if held is None else held[0], matrix)
             if held is not None and held.shape[2::2] == (planes, groups):
                 continue
-            experts, rows, inputs = whole.shape
-            bits = torch.zeros(experts, slots, planes, rows, inputs // 32, dtype=torch.int32, device=whole.device)
-            scales = torch.zeros(experts, slots, planes, rows, groups, device=whole.device)
+            (experts, rows, inputs), device = whole, self._place
+            bits = torch.zeros(experts, slots, planes, rows, inputs // 32, dtype=torch.int32, device=device)
+            scales = torch.zeros(experts, slots, planes, rows, groups, device=device)
             if held is not None:
                 bits[:, :, : held.shape[2]] = self.bits[at.tensor]
                 scales[:, :, : held.shape[2]] = finer(held, scales.shape)
@@ -123,14 +165,45 @@ class Experts(Hook):
         """As `Hook` says."""
         names = ("hidden_states", "top_k_index", "top_k_weights")
         x, index, weights = (args[n] if n < len(args) else kwargs[name] for n, name in enumerate(names))
+        sizes = sizes_of(self.module, "gate_up_proj")
+        assert sizes is not None
+        if self._at_once and not torch.is_grad_enabled():
+            made = self._all(route, x, index, weights, sizes[0])
+            return torch.where(wide(route.index(len(out), out.device) < 0, out.ndim), out, made)
         made = torch.zeros_like(x)
         for number in index.unique().tolist():
-            if number < len(self.module.gate_up_proj):  # type: ignore[arg-type]
+            if number < sizes[0]:
                 token, choice = torch.where(index == number)
                 inner = self._gate(self._linear("gate_up_proj", number, x[token], token, route, len(x)))
                 each = self._linear("down_proj", number, inner, token, route, len(x)) * weights[token, choice, None]
                 made.index_add_(0, token, each.to(made.dtype))
         return torch.where(wide(route.index(len(x), x.device) < 0, x.ndim), out, made)
+
+    def _all(self, route: Route, x: Tensor, index: Tensor, weights: Tensor, experts: int) -> Tensor:
+        """The same of all experts at once, rows sorted by them."""
+        ids, top = index.reshape(-1).long(), index.shape[1]
+        by = sort_experts(ids, experts)
+        order = by.order.long()
+        rows = _Rows(by, order // top, ids[order], route, len(x))
+        inner = self._gate(self._sorted("gate_up_proj", x[order // top], rows))
+        return combine_experts(self._sorted("down_proj", inner, rows), by, weights.contiguous())
+
+    def _sorted(self, name: str, x: Tensor, rows: _Rows) -> Tensor:
+        """One product of each expert, for sorted rows; its slots are those of all experts, one behind the other."""
+        weight, module = getattr(self.module, name, None), self.module
+        out: Tensor = (
+            module.products(name, x, rows.by)  # type: ignore[operator]
+            if weight is None
+            else F.grouped_mm(x, weight.transpose(1, 2), offs=rows.by.ends)
+        )
+        if name not in self.bits:
+            return out
+        bits, scales = self.bits[name].flatten(0, 2), self.scales[name].flatten(0, 2)
+        planes = self.bits[name].shape[2]
+        own = rows.route.slots_of(rows.total, rows.route.planes, planes, planes, x.device)[rows.token]
+        first = (rows.expert * (len(bits) // len(self.bits[name])))[:, None]
+        there = (own >= 0) & (first >= 0) & (first < len(bits))  # some rows may be of no expert
+        return delta_linear(x, out, bits, scales, torch.where(there, own + first, -1).int())
 
     def trained(self, parts: Mapping[str, Any]) -> list[nn.Parameter]:
         """Scales of the only slot, as parameters; what a matrix has one scale for gets one gradient, and stays alike.
@@ -159,7 +232,8 @@ class Experts(Hook):
 
     def _linear(self, name: str, number: int, x: Tensor, rows: Tensor, route: Route, total: int) -> Tensor:
         """One product of one expert for some rows of the input, each with the signs of its tenant."""
-        out = F.linear(x, getattr(self.module, name)[number])
+        weight, module = getattr(self.module, name, None), self.module
+        out: Tensor = module.product(name, number, x) if weight is None else F.linear(x, weight[number])  # type: ignore[operator]
         if name not in self.bits:
             return out
         bits, scales = self.bits[name][number].flatten(0, 1), self.scales[name][number].flatten(0, 1)

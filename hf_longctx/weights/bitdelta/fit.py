@@ -81,7 +81,7 @@ def _shape_in(model: Any, name: str, signs: bool) -> tuple[int, ...] | None:
     """The shape that a tensor should have, or None: there is nothing for it."""
     expert, (key, _, part) = find(model, name), name.rpartition(".")
     if expert is not None:
-        return tuple(expert[1].view(expert[0]).shape)
+        return expert[1].shape
     try:
         module = model.get_submodule(key)
     except AttributeError:
@@ -128,6 +128,8 @@ def _check_base(where: str, delta: Delta, known: Known) -> None:
 
 def _is_quantized(model: Any, name: str) -> bool:
     """True if a weight is held in another form by its layer."""
+    if find(model, name) is not None:
+        return True
     try:
         module = model.get_submodule(name.rpartition(".")[0])
     except AttributeError:

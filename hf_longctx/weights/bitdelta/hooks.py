@@ -2,7 +2,7 @@
 
 The layers stay as they are, whatever they are made of: linears of 16 bits or quantized ones compute the base's output,
 and what is here adds or replaces what is a tenant's own. What a hook does depends on shapes and on the route alone, but
-that of experts looks at values, too. A row never depends on another row.
+that of experts looks at values, too, where they are not on a GPU. A row never depends on another row.
 """
 
 from __future__ import annotations
@@ -59,10 +59,7 @@ class Hook(ABC):
     Attributes:
         module: the layer.
         where: asked for the route.
-        asks: whether it looks at values on the host, so that what it does cannot be recorded.
     """
-
-    asks = False
 
     def __init__(self, module: nn.Module, where: Where) -> None:
         self.module, self.where = module, where
@@ -89,6 +86,11 @@ class Hook(ABC):
     def nbytes(self) -> int:
         """Bytes on the device, of all slots."""
         return sum(x.nbytes for x in self.buffers())
+
+    @property
+    def asks(self) -> bool:
+        """Whether it looks at values on the host, so that what it does cannot be recorded."""
+        return False
 
     @property
     def guest(self) -> Where | None:

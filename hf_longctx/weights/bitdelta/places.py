@@ -84,7 +84,8 @@ def weight_of(model: Any, name: str) -> tuple[Tensor, bool] | None:
     """The weight that a file names, in the model's own memory, and whether it is `[K, N]`; None: there is none."""
     expert = find(model, name)
     if expert is not None:
-        return expert[1].view(expert[0]), False
+        module, at = expert
+        return (at.view(module), False) if hasattr(module, at.tensor) else None
     try:
         module = model.get_submodule(name.rpartition(".")[0])
     except AttributeError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,14 +71,14 @@ class QoQLinear(nn.Module):
         self.width = in_features  # input channels that are here: fewer where processes share a layer
         self.wbits, self.group_size = config.wbits, config.group_size
         panels, columns = -(-out_features // ROWS), -(-in_features // COLUMNS) * COLUMNS
-        self.weight = _fixed(torch.empty(panels, ROWS * columns * config.wbits // 8, dtype=torch.uint8, device=device))
+        self.weight = fixed(torch.empty(panels, ROWS * columns * config.wbits // 8, dtype=torch.uint8, device=device))
         scale = torch.empty(out_features, dtype=torch.float32, device=device)
-        self.weight_scale = _fixed(scale)
-        self.weight_shift = _fixed(torch.empty_like(scale)) if config.kind == "channel" else None
+        self.weight_scale = fixed(scale)
+        self.weight_shift = fixed(torch.empty_like(scale)) if config.kind == "channel" else None
         self.weight_groups: nn.Parameter | None = None
         if config.kind == "group":
             shape = (panels, columns // config.group_size, ROWS, 2)
-            self.weight_groups = _fixed(torch.empty(shape, dtype=torch.uint8, device=device))
+            self.weight_groups = fixed(torch.empty(shape, dtype=torch.uint8, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self._next: tuple[QoQLinear, ...] = ()  # layers that were seen to read the same input after this one
 
@@ -93,7 +94,7 @@ class QoQLinear(nn.Module):
         """
         made = cls(linear.in_features, linear.out_features, False, config, "meta")
         for name, tensor in packed_tensors(grid, codes).items():
-            setattr(made, name, _fixed(tensor))
+            setattr(made, name, fixed(tensor))
         made.bias = linear.bias
         return made
 
@@ -105,13 +106,7 @@ class QoQLinear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the weight stands for: `[N, K]`."""
-        codes = unpack(self.packed)
-        values = codes.values.float()
-        if codes.group_scale is not None and codes.group_zero is not None:
-            values = values.view(*codes.group_scale.shape, -1)
-            values = (values * codes.group_scale[..., None] + codes.group_zero[..., None]).flatten(1)
-        values = values * codes.scale[:, None]
-        return (values if codes.shift is None else values - codes.shift[:, None]).to(dtype)
+        return dequantized(self.packed, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., K]` to `[..., N]`, dtype of x."""
@@ -158,14 +153,21 @@ class QoQLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QoQLinear:
         """Move to a device; scales stay float32 whatever dtype the model is brought to."""
-        scales = {name: x for name in ("weight_scale", "weight_shift") if (x := getattr(self, name)) is not None}
-        before = {name: x.data for name, x in scales.items()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            now = getattr(self, name)
-            if now.dtype != torch.float32:
-                setattr(self, name, _fixed(old.to(now.device)))
+        with keep_float32(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+@contextmanager
+def keep_float32(module: nn.Module) -> Iterator[None]:
+    """Scales of a quantized module stay float32 while all of it is brought to another dtype or device."""
+    scales = {name: x for name in ("weight_scale", "weight_shift") if (x := getattr(module, name)) is not None}
+    before = {name: x.data for name, x in scales.items()}
+    yield
+    for name, old in before.items():
+        now = getattr(module, name)
+        if now.dtype != torch.float32:
+            setattr(module, name, fixed(old.to(now.device)))
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -180,6 +182,17 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] @ ctx.linear.dequantized(grads[0].dtype), None
+
+
+def dequantized(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """What a stored weight stands for: `[N, K]`."""
+    codes = unpack(packed)
+    values = codes.values.float()
+    if codes.group_scale is not None and codes.group_zero is not None:
+        values = values.view(*codes.group_scale.shape, -1)
+        values = (values * codes.group_scale[..., None] + codes.group_zero[..., None]).flatten(1)
+    values = values * codes.scale[:, None]
+    return (values if codes.shift is None else values - codes.shift[:, None]).to(dtype)
 
 
 def packed_tensors(grid: Grid, codes: Tensor) -> dict[str, Tensor]:
@@ -219,5 +232,6 @@ def _captured(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _fixed(tensor: Tensor) -> nn.Parameter:
+def fixed(tensor: Tensor) -> nn.Parameter:
+    """A parameter that no training changes."""
     return nn.Parameter(tensor, requires_grad=False)

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 
 from .config import QoQConfig
+from .experts import FUSED, QoQExperts, rounded
 from .grids import nearest_grid
 from .linear import QoQLinear, packed_tensors
 
@@ -32,10 +33,23 @@ class RoundWeight(ConversionOps):
         weight: Tensor = value[0] if isinstance(value, list) else value
         if not bool(weight.isfinite().all()):
             raise ValueError(f"QoQConfig: expected finite weights; got others in {full_layer_name}. Check the file.")
-        name = full_layer_name.removesuffix(".weight")
+        owner, _, kind = full_layer_name.rpartition(".")
+        if kind in FUSED:
+            return self._experts(model, owner, kind, weight, kwargs.get("missing_keys"))
+        name = owner
         old = model.get_submodule(name)
         made = QoQLinear(old.in_features, old.out_features, False, self.config, "meta")
         made.bias = old.bias
         model.set_submodule(name, made)
         grid = nearest_grid(weight, self.config)
         return {f"{name}.{part}": x for part, x in packed_tensors(grid, grid.codes(weight)).items()}
+
+    def _experts(
+        self, model: Any, name: str, kind: str, weights: Tensor, missing: set[str] | None
+    ) -> dict[str, Tensor]:
+        """The same for one of two tensors of experts, of which the first to come has the module replaced."""
+        if not isinstance(model.get_submodule(name), QoQExperts):
+            model.set_submodule(name, QoQExperts(model.get_submodule(name), self.config))
+        if missing is not None:
+            missing.discard(f"{name}.{kind}")
+        return {f"{name}.{FUSED[kind]}.{part}": x for part, x in rounded(weights, self.config).items()}

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 
 from ...errors import UnsupportedError
+from .experts import FUSED, QoQExperts
 from .linear import QoQLinear
 
 C = TypeVar("C", bound=LoraConfig)
@@ -35,14 +36,28 @@ def lora_on_qoq(model: Any, config: C) -> C:
         The same object.
 
     Raises:
-        ValueError: the model has no QoQ layer, or the adapter reads the weight (DoRA).
+        ValueError: the model has no QoQ layer, or the adapter reads the weight (DoRA) or is one of experts.
     """
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, QoQLinear)}
     if not names:
         raise ValueError("lora_on_qoq: expected a QoQ model; got one without a QoQ layer. PEFT takes it as it is.")
     if config.use_dora:
         raise ValueError("lora_on_qoq: expected plain LoRA; got use_dora=True, which reads the weight. Leave it out.")
+    experts = [name for name in getattr(config, "target_parameters", None) or () if _is_of_experts(model, name)]
+    if experts:
+        raise ValueError(
+            f"lora_on_qoq: expected adapters on linear layers; got target_parameters with {experts[0]}, experts of few "
+            "bits. Leave it out, or leave experts as they are: modules_to_not_convert=['experts']."
+        )
     if config.target_modules == "all-linear":
         config.target_modules = sorted(names)
     config._register_custom_module({QoQLinear: QoQLoraLinear})
     return config
+
+
+def _is_of_experts(model: Any, name: str) -> bool:
+    """True if a parameter's name, or the end of it, is one that quantized experts have or had."""
+    owners = [key for key, module in model.named_modules() if isinstance(module, QoQExperts)]
+    known = {f".{key}.{part}" for key in owners for part in FUSED}
+    known |= {f".{key}.{part}.weight" for key in owners for part in FUSED.values()}
+    return any(each.endswith(f".{name}") for each in known)

@@ -10,18 +10,21 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from ...errors import UnsupportedError
 from ..registry import announce
-from .config import PER_CHANNEL, QoQConfig
+from .chosen import chosen_experts, chosen_linears
+from .config import QoQConfig
 from .split import Split, require_whole_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .experts import QoQMatrices
     from .linear import QoQLinear
 
 _ADVICE = "Is it of this model? Convert or quantize it again: hf-longctx quantize"
 _PARTS = ("weight", "weight_scale", "weight_shift", "weight_groups")
+_EXPERTS = ("gate_up_proj", "down_proj")
+"""Tensors of a module of experts."""
 
 
 class QoQQuantizer(HfQuantizer):
@@ -52,7 +55,8 @@ class QoQQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """True for the weight of a linear layer that is rounded as it is loaded."""
         name, _, kind = param_name.rpartition(".")
-        return not self.pre_quantized and kind == "weight" and name in self._chosen
+        chosen = name in self._chosen if kind == "weight" else kind in _EXPERTS and name in self._experts
+        return not self.pre_quantized and chosen
 
     def get_quantize_ops(self) -> Any:
         """What rounds one weight."""
@@ -86,6 +90,7 @@ class QoQQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        from .experts import QoQExperts
         from .linear import QoQLinear
 
         config, tensors = self.quantization_config, {}
@@ -98,6 +103,7 @@ class QoQQuantizer(HfQuantizer):
             published.settle(config, tensors, path)
             self.pre_quantized = self._published = True
         self._chosen = chosen_linears(model, config)
+        self._experts = chosen_experts(model, config)
         self._split = Split.take(model, self._chosen)
         sizes = {}
         if self.pre_quantized:
@@ -107,21 +113,27 @@ class QoQQuantizer(HfQuantizer):
                 sizes[name] = (old.out_features, old.in_features)
                 made = QoQLinear(old.in_features, old.out_features, bias, config, "meta", old.weight.dtype)
                 model.set_submodule(name, made)
+            for name in self._experts:
+                model.set_submodule(name, QoQExperts(model.get_submodule(name), config))
         if self._published:
             published.check(model, tensors, config, sizes)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from .experts import QoQExperts, QoQMatrices
         from .linear import QoQLinear
 
         lost = [f"{name}.weight" for name in self._chosen if isinstance(model.get_submodule(name), nn.Linear)]
+        lost += [name for name in self._experts if not isinstance(model.get_submodule(name), QoQExperts)]
         for name, module in model.named_modules():
-            if isinstance(module, QoQLinear):
+            if isinstance(module, (QoQLinear, QoQMatrices)):
                 lost += [f"{name}.{part}" for part in _unread(module, name, self.quantization_config)]
         if lost:
             shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
             raise ValueError(
                 f"QoQ checkpoint: expected a tensor for each part of each weight; got none for {shown}. {_ADVICE}"
             )
+        if self._experts:
+            require_whole_model(model, "from_pretrained with experts")
         self._split.apply(model)
         if self._published:
             from . import published
@@ -137,6 +149,7 @@ class QoQQuantizer(HfQuantizer):
         return found
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from .experts import QoQExperts
         from .linear import QoQLinear
 
         require_whole_model(model, "dequantize")
@@ -146,18 +159,26 @@ class QoQQuantizer(HfQuantizer):
                 dense.weight = nn.Parameter(module.dequantized(dtype or model.dtype))
                 dense.register_parameter("bias", module.bias)
                 model.set_submodule(name, dense)
+            elif isinstance(module, QoQExperts):
+                model.set_submodule(name, module.plain(dtype or model.dtype))
         return model
 
 
-def _unread(module: QoQLinear, name: str, config: QoQConfig) -> list[str]:
+def _unread(module: QoQLinear | QoQMatrices, name: str, config: QoQConfig) -> list[str]:
     """Parts of a layer that no file had. The loader leaves those empty, with a line in a log.
 
     Raises:
         ValueError: a part of another shape, which some versions of the loader take as it comes.
     """
+    from .experts import QoQMatrices
     from .linear import QoQLinear
 
-    fresh, lost = QoQLinear(module.in_features, module.out_features, False, config, "meta"), []
+    fresh: QoQLinear | QoQMatrices
+    if isinstance(module, QoQMatrices):
+        fresh = QoQMatrices(module.experts, module.in_features, module.out_features, config)
+    else:
+        fresh = QoQLinear(module.in_features, module.out_features, False, config, "meta")
+    lost = []
     for part in _PARTS:
         x, like = getattr(module, part), getattr(fresh, part)
         if like is None:
@@ -171,54 +192,10 @@ def _unread(module: QoQLinear, name: str, config: QoQConfig) -> list[str]:
     return lost
 
 
-def chosen_linears(model: PreTrainedModel, config: QoQConfig) -> list[str]:
-    """Names of the linear layers of a model that are quantized: all of the decoder's layers.
-
-    Raises:
-        ValueError: none, or one whose channels do not fit; it is named.
-        UnsupportedError: experts in one tensor, which nothing here quantizes.
-    """
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    excluded = list(config.modules_to_not_convert or ())
-    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
-    inside = {id(module) for module in getattr(decoder, "layers", decoder).modules()}
-    found = []
-    for name, module in model.named_modules():
-        if id(module) not in inside or not should_convert_module(name, excluded):
-            continue
-        fused = [key for key, x in module.named_parameters(recurse=False) if x.ndim > 2]
-        if fused:
-            raise UnsupportedError(
-                f"QoQConfig: expected experts as linear layers; got {name}.{fused[0]}, all experts in one tensor, in "
-                f"'{model.config.model_type}'. Leave them as they are: modules_to_not_convert=['experts']."
-            )
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():  # type: ignore[no-untyped-call]
-            _check_fit(name, module, config)
-            found.append(name)
-    if not found:
-        raise ValueError(
-            f"QoQConfig: expected linear layers in the decoder of '{model.config.model_type}'; got none to quantize. "
-            "Load the model as it is."
-        )
-    return found
-
-
-def _check_fit(name: str, linear: nn.Linear, config: QoQConfig) -> None:
-    unit = 32 if config.group_size == PER_CHANNEL else config.group_size
-    if linear.in_features % unit == 0:
-        return
-    smaller = [size for size in (64, 32) if size < unit and linear.in_features % size == 0]
-    advice = f"Use group_size={smaller[0]}" if smaller else f"Leave it out: modules_to_not_convert=['{name}']"
-    raise ValueError(
-        f"QoQConfig: expected input channels in multiples of {unit}; got {linear.in_features} in {name}. {advice}."
-    )
-
-
 def declare(model: Any, config: QoQConfig) -> None:
     """Have a model whose layers were replaced here be one that is saved, reported and dequantized as QoQ."""
     quantizer: Any = QoQQuantizer(config, pre_quantized=True)
-    quantizer._chosen = []
+    quantizer._chosen, quantizer._experts = [], []
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method

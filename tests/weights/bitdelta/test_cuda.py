@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_longctx as lc
 from hf_longctx.kernels import dispatch
@@ -104,6 +104,27 @@ def test_recorded_steps_give_the_same(wide_pairs: dict[str, Any], dtype: torch.d
         report = lc.report(patched)
         assert report.eager is None, report.eager
         assert report.graphs, names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(
+    ("family", "inner"), [("qwen3-moe, experts", "moe_intermediate_size"), ("mixtral, experts", "intermediate_size")]
+)
+def test_recorded_steps_of_experts(make_pair: Any, family: str, inner: str, bits: int) -> None:
+    pair, inputs = make_pair(family, facts={"hidden_size": 128, "head_dim": 32, inner: 128}), there(batch(4, length=16))
+    knobs: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    config = None if bits == 16 else lc.QoQConfig(4, 32)
+    models = []
+    for graph in (False, True):
+        how = {"quantization_config": config, "dtype": torch.bfloat16, "device_map": {"": 0}}
+        base = AutoModelForCausalLM.from_pretrained(pair.base_folder, **how)
+        models.append(lc.patch(lc.deltas.load(base, {"law": pair.folder}), "dense", cuda_graph=graph))
+    for names in (["law", "__base__", "__base__", "law"], ["law"] * 4, None):
+        asked = {} if names is None else {"adapter_names": names}
+        wanted, out = (model.generate(**inputs, **asked, **knobs) for model in models)
+        assert torch.equal(out.sequences, wanted.sequences), names
+        assert lc.report(models[1]).graphs, (names, lc.report(models[1]).eager)
 
 
 @torch.no_grad()

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_longctx as lc
+from hf_longctx.weights.bitdelta import experts
+from hf_longctx.weights.bitdelta.attach import state_of
 from hf_longctx.weights.bitdelta.bits import restore
 from hf_longctx.weights.bitdelta.format import read
 
@@ -37,6 +39,32 @@ def test_rows_over_a_quantized_base(llama_pairs: dict[str, Any]) -> None:
     assert not torch.equal(logits[2], logits[0])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("family", ["qwen3-moe, experts", "mixtral, experts"])
+@torch.no_grad()
+def test_experts_over_a_quantized_base(make_pair: Any, family: str, device: str) -> None:
+    """A tenant's row is nearly that of the fine-tune over the base's own weights; a base row is the base's."""
+    pair = make_pair(family)
+    config = lc.QoQConfig(wbits=8, group_size=-1)
+    model, bare, plain = (
+        AutoModelForCausalLM.from_pretrained(pair.base_folder, quantization_config=each).to(device)
+        for each in (config, config, None)
+    )
+    assert type(model.model.layers[0].mlp.experts).__name__ == "QoQExperts"
+    lc.deltas.load(model, {"law": pair.folder})
+    lc.deltas.load(plain, {"law": pair.folder})
+    names, ids = ["law", "__base__", "law"], IDS.to(device)
+    logits, expected = (each(ids, adapter_names=names).logits for each in (model, plain))
+    alone = bare(ids).logits
+    torch.testing.assert_close(logits[1], alone[1], atol=0 if device == "cpu" else 1e-4, rtol=0)
+    apart = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert apart.median() < 0.03  # of some tokens another expert is chosen
+    tenant = (alone - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert tenant[[0, 2]].median() > 0.15
+    with pytest.raises(NotImplementedError, match="merge into the base in 16 bits, then quantize"):
+        model.merge_delta("law")
+
+
 def test_what_can_be_compared_is(llama_pairs: dict[str, Any]) -> None:
     model = quantized(llama_pairs["law"])
     with torch.no_grad():
@@ -50,3 +78,27 @@ def test_it_cannot_be_merged(llama_pairs: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError, match="merge into the base in 16 bits, then quantize"):
         model.merge_delta("law")
     assert model.deltas() == {"law": "device"}
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@torch.no_grad()
+def test_experts_at_once_or_one_by_one(make_pair: Any, monkeypatch: pytest.MonkeyPatch, device: str, bits: int) -> None:
+    """Where the host is not to wait, rows of all experts are one product; some are of no expert."""
+    pair, config = make_pair("mixtral, experts"), lc.QoQConfig(wbits=8, group_size=-1) if bits == 8 else None
+    base = AutoModelForCausalLM.from_pretrained(pair.base_folder, quantization_config=config, dtype=torch.bfloat16)
+    model = lc.deltas.load(base.to(device), {"law": pair.folder})
+    found, made = [], torch.Generator().manual_seed(0)
+    x = torch.randn(8, 64, generator=made).to(device, torch.bfloat16)
+    scores, ids = torch.rand(8, 4, generator=made).to(device).topk(2)
+    for devices in ({device}, set[str]()):
+        monkeypatch.setattr(experts, "DEVICES", devices)
+        with state_of(model).calling(["law", "__base__"]):
+            state_of(model).enter(2)
+            found.append(model.model.layers[0].mlp.experts(x, ids, scores).double())
+        asks = {hook.asks for hook in state_of(model).hooks.values() if isinstance(hook, experts.Experts)}
+        assert asks == {not devices}
+    alone = model.model.layers[0].mlp.experts(x, ids, scores).double()
+    assert torch.equal(found[0][4:], alone[4:])
+    assert (found[0][:4] - alone[:4]).norm() > 0.1 * alone[:4].norm()
+    assert (found[0] - found[1]).norm() < 0.01 * found[1].norm()

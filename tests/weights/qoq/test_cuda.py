@@ -80,6 +80,17 @@ def test_a_calibration_on_the_gpu_is_as_good(tmp_path: Path) -> None:
     assert error(there, expected) < 1.2 * error(here, expected)
 
 
+def test_a_calibration_of_experts_on_the_gpu_is_as_good(tmp_path: Path) -> None:
+    """In float32, where products of experts are torch's."""
+    facts = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 3, "num_experts_per_tok": 2}
+    recipe = Recipe(QoQConfig(group_size=64))
+    here, there = (family("Mixtral", **facts, head_dim=16) for _ in range(2))
+    expected = logits(here)
+    quantize(here, recipe, tmp_path / "cpu")
+    room.run(there, TEXTS, recipe, TASK, tmp_path / "cuda", "cuda", False, None)
+    assert error(there, expected) < 1.2 * error(here, expected)
+
+
 def test_adapters_train(tmp_path: Path) -> None:
     model: Any = tiny_llama(hidden_size=64, intermediate_size=96, head_dim=16)
     round_all(model, QoQConfig(4, 32))

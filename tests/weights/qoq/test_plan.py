@@ -31,8 +31,7 @@ def mixture() -> Any:
 def saved(form: str, model: Any, folder: Path) -> Path:
     bits, group = FORMS[form]
     model.save_pretrained(folder / "dense")
-    excluded = ["experts", "gate"] if hasattr(model.config, "num_experts") else None
-    config = lc.QoQConfig(bits, group, modules_to_not_convert=excluded)
+    config = lc.QoQConfig(bits, group)
     made = hf.AutoModelForCausalLM.from_pretrained(folder / "dense", quantization_config=config)
     made.save_pretrained(folder / "qoq")
     return folder / "qoq"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ....errors import UnsupportedError
+from .apart import Experts
 
 _ATTENTION = ("self_attn", "attention")
 _AFTER = ("post_attention_layernorm",)
@@ -36,6 +37,27 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Mlp:
+    """A gated MLP of a layer: the only one, one expert, or one that all tokens share beside the experts.
+
+    Attributes:
+        name: in the layer's own; "" for the only one.
+        up: rows that are multiplied, whole channel by whole channel, into the input of `down`.
+        gate: rows that go through the activation first.
+        down: its last layer.
+    """
+
+    name: str
+    up: Rows
+    gate: Rows
+    down: nn.Linear
+
+    def place(self, kind: str) -> str:
+        """What `watching` calls the inputs of its `mlp` or `down`."""
+        return f"{self.name}.{kind}" if self.name else kind
+
+
+@dataclass(frozen=True)
 class Block:
     """One decoder layer.
 
@@ -44,9 +66,8 @@ class Block:
         layer: the module.
         norms: before attention and before the MLP.
         q, k, v, o: of attention; `o` reads the heads' outputs.
-        up: rows of the MLP that are multiplied, whole channel by whole channel, into the input of `down`.
-        gate: rows that go through the activation first.
-        down: last layer of the MLP.
+        mlps: the MLP, or all experts.
+        routers: modules that read what MLPs do and stay as they are, but for what its channels stand for.
         q_norm, k_norm: over the channels of each head, None without.
         q_heads, kv_heads, head_dim: of attention.
     """
@@ -58,9 +79,8 @@ class Block:
     k: Rows
     v: Rows
     o: nn.Linear
-    up: Rows
-    gate: Rows
-    down: nn.Linear
+    mlps: tuple[Mlp, ...]
+    routers: tuple[Any, ...]
     q_norm: nn.Module | None
     k_norm: nn.Module | None
     q_heads: int
@@ -68,11 +88,11 @@ class Block:
     head_dim: int
 
     @property
-    def readers(self) -> tuple[tuple[nn.Module, tuple[nn.Linear, ...]], ...]:
-        """Each norm, and the linear layers that read what it gives."""
+    def readers(self) -> tuple[tuple[nn.Module, tuple[Any, ...]], ...]:
+        """Each norm, and the linear layers and routers that read what it gives."""
         attention = dict.fromkeys(rows.linear for rows in (self.q, self.k, self.v))
-        mlp = dict.fromkeys(rows.linear for rows in (self.gate, self.up))
-        return (self.norms[0], tuple(attention)), (self.norms[1], tuple(mlp))
+        mlp = dict.fromkeys(rows.linear for each in self.mlps for rows in (each.gate, each.up))
+        return (self.norms[0], tuple(attention)), (self.norms[1], (*mlp, *self.routers))
 
     @property
     def group(self) -> int:
@@ -120,15 +140,41 @@ def block_of(layer: nn.Module, name: str, config: Any) -> Block:
     width = int(getattr(attention, "head_dim", 0) or config.hidden_size // heads)
     sizes = (heads * width, kv * width, kv * width)
     q, k, v = _parts(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes, need)
-    inner = int(need(mlp, "down_proj").in_features)
-    gate, up = _parts(mlp, ("gate_proj", "up_proj"), "gate_up_proj", (inner, inner), need)
+    mlps, routers = _mlps(mlp, need)
     q_norm, k_norm = (getattr(attention, each, None) for each in ("q_norm", "k_norm"))
-    o, down = need(attention, "o_proj"), need(mlp, "down_proj")
-    found = (q.linear, k.linear, v.linear, o, gate.linear, up.linear, down)
+    o = need(attention, "o_proj")
+    found = [q.linear, k.linear, v.linear, o]
+    found += [x for each in mlps for x in (each.gate.linear, each.up.linear, each.down)]
     odd = [type(x).__name__ for x in found if not isinstance(x, nn.Linear)]
     if odd:
         raise _refused(family, f"linear layers in {name}", odd[0])
-    return Block(name, layer, norms, q, k, v, o, up, gate, down, q_norm, k_norm, heads, kv, width)
+    return Block(name, layer, norms, q, k, v, o, mlps, routers, q_norm, k_norm, heads, kv, width)
+
+
+def _mlps(mlp: Any, need: Any) -> tuple[tuple[Mlp, ...], tuple[Any, ...]]:
+    """The MLPs of a module, and what tells tokens which of them to take."""
+    if not isinstance(getattr(mlp, "experts", None), Experts):
+        return (_mlp("", mlp, need),), ()
+    found = [Mlp(f"experts.{number}", *_halves(each.gate_up), each.down) for number, each in enumerate(mlp.experts)]
+    others, routers = [], []
+    for name, module in mlp.named_children():
+        if hasattr(module, "down_proj"):
+            others.append(_mlp(name, module, need))
+        elif getattr(module, "weight", None) is not None:
+            routers.append(module)
+    return (*found, *others), tuple(routers)
+
+
+def _mlp(name: str, mlp: nn.Module, need: Any) -> Mlp:
+    inner = int(need(mlp, "down_proj").in_features)
+    gate, up = _parts(mlp, ("gate_proj", "up_proj"), "gate_up_proj", (inner, inner), need)
+    return Mlp(name, up, gate, need(mlp, "down_proj"))
+
+
+def _halves(linear: nn.Linear) -> tuple[Rows, Rows]:
+    """Up and gate of an expert's first layer."""
+    half = linear.out_features // 2
+    return Rows(linear, half, 2 * half), Rows(linear, 0, half)
 
 
 def _parts(owner: nn.Module, apart: tuple[str, ...], fused: str, sizes: tuple[int, ...], need: Any) -> list[Rows]:

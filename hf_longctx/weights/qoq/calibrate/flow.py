@@ -132,7 +132,7 @@ def watching(block: Block, rotary: int) -> Iterator[tuple[dict[str, Seen], Keys]
         rotary: channels of a head that are rotated.
 
     Yields:
-        What was seen by `attention`, `o`, `mlp` and `down`, and the keys.
+        What was seen by `attention`, `o`, and `mlp` and `down` of each MLP, and the keys.
     """
     notes: dict[str, Seen] = {}
     keys = Keys(block.o.weight.new_zeros(block.kv_heads, block.head_dim), rotary)
@@ -144,7 +144,10 @@ def watching(block: Block, rotary: int) -> Iterator[tuple[dict[str, Seen], Keys]
         keys.add(out if block.k_norm is not None else out[..., block.k.start : block.k.stop])
 
     handles = [(block.k_norm or block.k.linear).register_forward_hook(note_keys)]
-    for name, linear in (("attention", block.q.linear), ("o", block.o), ("mlp", block.up.linear), ("down", block.down)):
+    places = {"attention": block.q.linear, "o": block.o}
+    for each in block.mlps:
+        places |= {each.place("mlp"): each.up.linear, each.place("down"): each.down}
+    for name, linear in places.items():
         width = linear.in_features
         notes[name] = Seen(linear.weight.new_zeros(width, width), linear.weight.new_zeros(width))
         handles.append(linear.register_forward_pre_hook(note(name)))

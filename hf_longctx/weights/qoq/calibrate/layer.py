@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ _EQUAL = 2e-3
 """Largest relative difference of a layer's output that a change which should not matter may make, in float32."""
 
 
+_ALIKE = 128
+"""Tokens that an expert's own must outnumber: a few say how large its inputs are, little of how they go together."""
+
+
 @dataclass(frozen=True)
 class LinearReport:
     """Relative error of a linear layer's outputs on the texts: root of the mean squared change over the mean square.
@@ -54,16 +58,26 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Errors of a layer: of its linear layers, and `output`, that of what it adds to the residual stream."""
+    """Errors of a layer: of its linear layers, and `output`, that of what it adds to the residual stream.
+
+    Attributes:
+        layer: its name.
+        output: error.
+        linears: one each.
+        unreached: experts to which no token of the texts came: their weights are rounded to the nearest, and errors
+            are those of inputs that are alike.
+    """
 
     layer: str
     output: float
     linears: tuple[LinearReport, ...]
+    unreached: tuple[str, ...] = ()
 
     @property
     def about(self) -> dict[str, Any]:
         """For a JSON file."""
-        return {"layer": self.layer, "output": self.output, "linears": [asdict(each) for each in self.linears]}
+        about = {"layer": self.layer, "output": self.output, "linears": [asdict(each) for each in self.linears]}
+        return {**about, "unreached": list(self.unreached)} if self.unreached else about
 
 
 @torch.no_grad()
@@ -98,22 +112,26 @@ def quantize_layer(
     _check_equal(block, call(block.layer, sample), expected)
     reports = []
     for name, (linear, place) in places.items():
-        moments = seen[place].moments
-        nearest = _nearest(plain.pop(name), carry.get(place), moments, recipe)
+        reached = seen[place].tokens > 0
+        moments = _of_expert(seen[place]) if block.routers and "." in place else seen[place].moments
+        nearest = _nearest(plain.pop(name), carry.get(place.rpartition(".")[2]), moments, recipe)
         if place in changes:
             moments = changes[place].moments(moments)
-        reports.append(_quantize_linear(block.layer, name, linear, moments, recipe, nearest))
+        steps = recipe if reached else replace(recipe, clip=False, gptq=False)
+        reports.append(_quantize_linear(block.layer, name, linear, moments, steps, nearest))
     added = (expected - sample).square().mean().clamp(min=1e-30)
     error = (call(block.layer, sample) - expected).square().mean() / added
-    return LayerReport(block.name, float(error.sqrt()), tuple(reports))
+    unreached = tuple(each.name for each in block.mlps if not seen[each.place("mlp")].tokens)
+    return LayerReport(block.name, float(error.sqrt()), tuple(reports), unreached)
 
 
 def _places(block: Block) -> dict[str, tuple[nn.Linear, str]]:
     """The linear layers of a block by name, and what they read, as `watching` names it."""
-    reads: dict[nn.Module, str] = {block.o: "o", block.down: "down"}
-    for place, (_, readers) in zip(("attention", "mlp"), block.readers, strict=True):
-        reads.update(dict.fromkeys(readers, place))
-    found = {name: x for name, x in block.layer.named_modules() if isinstance(x, nn.Linear)}
+    reads: dict[nn.Module, str] = {block.o: "o", **dict.fromkeys(block.readers[0][1], "attention")}
+    for mlp in block.mlps:
+        reads |= {mlp.gate.linear: mlp.place("mlp"), mlp.up.linear: mlp.place("mlp"), mlp.down: mlp.place("down")}
+    linears = {name: x for name, x in block.layer.named_modules() if isinstance(x, nn.Linear)}
+    found = {name: x for name, x in linears.items() if x not in block.routers}
     other = [name for name, x in found.items() if x not in reads]
     if other:
         raise UnsupportedError(
@@ -121,6 +139,15 @@ def _places(block: Block) -> dict[str, tuple[nn.Linear, str]]:
             "Load it with QoQConfig instead, which rounds weights to the nearest."
         )
     return {name: (x, reads[x]) for name, x in found.items()}
+
+
+def _of_expert(seen: Seen) -> Tensor:
+    """Moments of the inputs of an expert: the fewer tokens it got, the more as if inputs had nothing in common."""
+    if not seen.tokens:
+        return torch.eye(len(seen.size), device=seen.size.device)
+    moments = seen.moments * (seen.tokens / (seen.tokens + _ALIKE))
+    moments.diagonal().copy_(seen.moments.diagonal())
+    return moments
 
 
 def _rotate(block: Block, turn: Tensor | None) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -143,16 +170,19 @@ def _ease(block: Block, seen: dict[str, Seen], keys: Tensor, recipe: Recipe) -> 
     if recipe.smooth_attention:
         smooth_attention(block, keys, recipe.smooth_attention)
     changes, alpha = {}, recipe.smooth_inputs
-    size = seen["down"].size
-    divisor, order = torch.ones_like(size), torch.arange(len(size), device=size.device)
-    if alpha is not None:
-        if not recipe.rotate:
-            spread = smooth_values(block, seen["o"].size, alpha, 1 - alpha)
-            changes["o"] = Change(spread, torch.arange(len(spread), device=size.device))
-        divisor = smooth_down(block, size, alpha, 1 - alpha)
-    if recipe.reorders:
-        order = reorder_down(block, size / divisor)
-    changes["down"] = Change(divisor[order], order)
+    if alpha is not None and not recipe.rotate:
+        spread = smooth_values(block, seen["o"].size, alpha, 1 - alpha)
+        changes["o"] = Change(spread, torch.arange(len(spread), device=spread.device))
+    for mlp in block.mlps:
+        size = seen[mlp.place("down")].size
+        divisor, order = torch.ones_like(size), torch.arange(len(size), device=size.device)
+        if not seen[mlp.place("down")].tokens:
+            continue
+        if alpha is not None:
+            divisor = smooth_down(mlp, size, alpha, 1 - alpha)
+        if recipe.reorders:
+            order = reorder_down(mlp, size / divisor)
+        changes[mlp.place("down")] = Change(divisor[order], order)
     return changes
 
 
@@ -198,8 +228,10 @@ def _check_finite(block: Block, seen: dict[str, Seen]) -> None:
 
 def _check_equal(block: Block, got: Tensor, expected: Tensor) -> None:
     """Nothing above may change what a layer computes; a family that is built otherwise shows here."""
-    scale = expected.square().mean().sqrt().clamp(min=1e-20)
-    apart = float((got - expected).square().mean().sqrt() / scale)
+    change, scale = (x.square().mean(-1).flatten() for x in (got - expected, expected))
+    if block.routers:  # of two experts that are as likely, rounding may choose the other for a token
+        change = change.sort().values[: len(change) - len(change) // 100 - 1]
+    apart = float((change.mean() / scale.mean().clamp(min=1e-40)).sqrt())
     if not apart <= _EQUAL:
         raise UnsupportedError(
             f"quantize: expected {block.name} to compute the same when rotated and smoothed; got a relative difference "

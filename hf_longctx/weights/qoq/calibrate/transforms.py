@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ....errors import UnsupportedError
-from .blocks import Block, Rows
+from .blocks import Block, Mlp, Rows
 from .hadamard import hadamard
 
 _LEAST = 1e-5
@@ -66,7 +66,7 @@ def rotate_block(block: Block, turn: Tensor) -> None:
         for linear in readers:
             linear.weight.copy_((linear.weight * factors) @ turn)
         set_gain(norm, torch.ones_like(factors))
-    for linear in (block.o, block.down):
+    for linear in (block.o, *(each.down for each in block.mlps)):
         Rows(linear, 0, linear.out_features).map(lambda x: turn.T @ x)
 
 
@@ -108,13 +108,13 @@ def smooth_attention(block: Block, size: Tensor, alpha: float) -> None:
         set_gain(norm, gain(norm, len(by)) * by)
 
 
-def smooth_down(block: Block, size: Tensor, alpha: float, beta: float) -> Tensor:
+def smooth_down(mlp: Mlp, size: Tensor, alpha: float, beta: float) -> Tensor:
     """Divide the input channels of `down` by `size^alpha / |W|^beta`, in the rows of `up`; gives the divisors `[K]`."""
-    weight = block.down.weight.abs().amax(0)
+    weight = mlp.down.weight.abs().amax(0)
     divisor = size.clamp(min=_LEAST).pow(alpha) / weight.clamp(min=_LEAST).pow(beta)
     divisor = divisor / divisor.log().mean().exp()
-    block.up.scale(1 / divisor)
-    block.down.weight.mul_(divisor)
+    mlp.up.scale(1 / divisor)
+    mlp.down.weight.mul_(divisor)
     return divisor
 
 
@@ -131,10 +131,10 @@ def smooth_values(block: Block, size: Tensor, alpha: float, beta: float) -> Tens
     return spread
 
 
-def reorder_down(block: Block, size: Tensor) -> Tensor:
+def reorder_down(mlp: Mlp, size: Tensor) -> Tensor:
     """Sort the input channels of `down` by size, the largest first, so that a group holds equals; gives the order."""
     order = size.argsort(descending=True, stable=True)
-    for rows in (block.gate, block.up):
+    for rows in (mlp.gate, mlp.up):
         rows.map(lambda x: x[order])
-    block.down.weight.copy_(block.down.weight[:, order])
+    mlp.down.weight.copy_(mlp.down.weight[:, order])
     return order
