@@ -19,16 +19,7 @@ __device__ __forceinline__ void count_both(int (&c)[4], uint32_t a0, uint32_t a1
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// 16 bytes, or zeros; then nothing is read. The first are read once, the others perhaps by several rows.
-__device__ __forceinline__ uint4 weights_if(const void* from, bool there) {
-  uint4 x;
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-      : "l"(from), "r"(static_cast<int>(there)));
-  return x;
-}
+// As load_once, but that several rows may read them.
 __device__ __forceinline__ uint4 bits_if(const void* from, bool there) {
   uint4 x;
   asm volatile(
@@ -144,7 +135,7 @@ struct Streamer {
   __device__ __forceinline__ void load_weight(Batch& to, int i, const StreamPlace& at, int quarter) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      to.weights[i][h] = weights_if(at.weights + h * at.weights_on + quarter * QUARTER + i * 32, quarter < share.mine);
+      to.weights[i][h] = load_once(at.weights + h * at.weights_on + quarter * QUARTER + i * 32, quarter < share.mine);
     }
   }
   __device__ __forceinline__ void load_row(Batch& to, int e, const StreamPlace& at, int quarter) const {

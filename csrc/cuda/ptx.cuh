@@ -23,7 +23,18 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
   copy_async(shared_address(to), from, there);
 }
 
-// 8 bytes likewise.
+// 16 bytes that are read once, or zeros; then nothing is read.
+__device__ __forceinline__ uint4 load_once(const void* from, bool there) {
+  uint4 x;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+      : "l"(from), "r"(static_cast<int>(there)));
+  return x;
+}
+
+// 8 bytes to shared memory likewise.
 __device__ __forceinline__ void copy_async_8(void* to, const void* from, bool there) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 8 : 0)
                : "memory");

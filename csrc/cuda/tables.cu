@@ -42,16 +42,6 @@ struct TablesTask {
   __host__ __device__ int row_bytes() const { return a.inputs * 2 + 16; }
 };
 
-__device__ __forceinline__ uint4 load_once(const void* from, bool there) {
-  uint4 x;
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-      : "l"(from), "r"(static_cast<int>(there)));
-  return x;
-}
-
 // Four codes as pairs of floats of 16 bits. As bfloat16, 0x43 over seven bits of a code is 128 more than these, and
 // over its sign 128 or 256; as float16, 0x64 over a byte is 1024 more.
 template <bool BF16>
