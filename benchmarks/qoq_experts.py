@@ -30,7 +30,7 @@ MODELS = {"Mixtral 8x7B": (8, 2, 4096, 14336), "Qwen3 30B-A3B": (128, 8, 2048, 7
 """Experts, of which each token has so many; channels, and those between the two products."""
 LAYERS = {"Mixtral 8x7B": 8, "Qwen3 30B-A3B": 16}
 """Of the model whose tokens are timed."""
-TOKEN_MUST = {"Mixtral 8x7B": 2.5, "Qwen3 30B-A3B": 1.3}
+TOKEN_MUST = {"Mixtral 8x7B": 1.5, "Qwen3 30B-A3B": 1.5}
 CONTEXT = 4096
 MUST = {1: 3.0, 16: 3.0, 64: 3.0, 512: 2.0, 4096: 1.8}
 

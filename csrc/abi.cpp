@@ -44,7 +44,6 @@ extern "C" const char* hfl_gated_cuda(const hfl_gated*) { return kNone; }
 extern "C" const char* hfl_prefill_cuda(const hfl_prefill*) { return kNone; }
 extern "C" const char* hfl_layer_cuda(const hfl_layer*) { return kNone; }
 extern "C" const char* hfl_delta_cuda(const hfl_delta*) { return kNone; }
-extern "C" const char* hfl_merged_cuda(const hfl_merged*) { return kNone; }
 extern "C" const char* hfl_joined_cuda(const hfl_joined*) { return kNone; }
 extern "C" const char* hfl_project_cuda(const hfl_project*) { return kNone; }
 extern "C" const char* hfl_streamed_cuda(const hfl_streamed*) { return kNone; }

@@ -296,7 +296,6 @@ const char* hfl_gated_cuda(const hfl_gated* a);
 const char* hfl_prefill_cuda(const hfl_prefill* a);
 const char* hfl_layer_cuda(const hfl_layer* a);
 const char* hfl_delta_cuda(const hfl_delta* a);
-const char* hfl_merged_cuda(const hfl_merged* a);
 
 #ifdef __cplusplus
 }

@@ -138,9 +138,3 @@ extern "C" const char* hfl_joined_cuda(const hfl_joined* a) {
   const char* message = hfl::check(*a);
   return message ? message : hfl::run(*a);
 }
-
-extern "C" const char* hfl_merged_cuda(const hfl_merged* a) {
-  hfl_joined one = {};
-  one.first = *a, one.parts = 1;
-  return hfl_joined_cuda(&one);
-}

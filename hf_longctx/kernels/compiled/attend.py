@@ -125,9 +125,10 @@ def split(block: HflAttend, device: torch.device, beside: HflAttend | None = Non
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
         units = library.library().hfl_attend_counters(ctypes.byref(block))
         past = 0
-        if beside is not None:  # both have places on the device at a time
+        if beside is not None:
             past = library.library().hfl_attend_counters(ctypes.byref(beside))
-            block.splits = max(1, splits.value - -(-past * beside.splits // units))
+            places = -(-past * beside.splits // units)  # of each unit, that the other call takes for a moment
+            block.splits -= places if 8 * places <= splits.value else 0
         count = past + units
         block.scratch = scratch.data_ptr()
         block.counters = library.counters(device, count).data_ptr() + past * 4
