@@ -34,7 +34,7 @@ def plans(draw: Any) -> lc.Plan:
     return lc.Plan("drawn", tuple(layer(draw, positions, retentions) for _ in range(draw(st.integers(1, 4)))))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(plans())
 def test_json_round_trip(plan: lc.Plan) -> None:
     again = lc.Plan.from_json(plan.to_json())
@@ -43,7 +43,7 @@ def test_json_round_trip(plan: lc.Plan) -> None:
     assert again.describe() == plan.describe()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(plans())
 def test_a_lap_holds_every_window(plan: lc.Plan) -> None:
     if not plan.bounded:

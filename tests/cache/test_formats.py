@@ -27,7 +27,7 @@ RETENTIONS = st.one_of(
 
 @pytest.mark.parametrize("kv", FORMATS, ids=["native", "int8", "int4"])
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(data=st.data(), retention=RETENTIONS)
 def test_what_is_read_is_what_was_stored(kv: Any, padded: bool, data: st.DataObject, retention: Any) -> None:
     text = Text(lc.HeadPolicy(retention, lc.Absolute(), kv=kv), rows=data.draw(st.integers(1, 3)))
@@ -41,7 +41,7 @@ def test_what_is_read_is_what_was_stored(kv: Any, padded: bool, data: st.DataObj
 
 @pytest.mark.parametrize("kv", FORMATS, ids=["native", "int8", "int4"])
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_memory_holds_each_position_in_its_column(kv: Any, padded: bool, data: st.DataObject) -> None:
     text = Text(lc.HeadPolicy(lc.KeepAll(), lc.Absolute(), kv=kv), rows=data.draw(st.integers(1, 3)))

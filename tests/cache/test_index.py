@@ -32,7 +32,7 @@ def bounded(block: int, sub: int, kv: Any = None) -> lc.HeadPolicy:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), kv=FORMATS, sub=st.sampled_from([1, 3, 8]))
 def test_bounds_are_those_of_the_stored_keys(padded: bool, data: st.DataObject, kv: Any, sub: int) -> None:
     text, cropped = Text(bounded(2 * sub, sub, kv), rows=data.draw(st.integers(1, 3))), False
@@ -128,7 +128,7 @@ class Attention:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     data=st.data(),
     kv=FORMATS,

@@ -53,7 +53,7 @@ def literal(window: lc.ModalityWindow, spans: list[Span]) -> list[bool]:
     return [stays(span) for span in spans]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(streams(), st.integers(1, 30), st.integers(1, 30), st.floats(0.5, 12), st.none() | st.integers(1, 30))
 def test_what_stays_is_what_the_rules_say(
     spans: list[Span], sink: int, window: int, seconds: float, cap: int | None
@@ -62,7 +62,7 @@ def test_what_stays_is_what_the_rules_say(
     assert list(retention.keep(spans)) == literal(retention, spans)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(streams(), st.integers(1, 30), st.integers(1, 30), st.floats(0.5, 12), st.none() | st.integers(1, 30))
 def test_what_went_is_never_missed_again(
     spans: list[Span], sink: int, window: int, seconds: float, cap: int | None

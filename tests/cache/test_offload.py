@@ -99,7 +99,7 @@ def assert_whole(text: Text) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     data=st.data(),
     kv=FORMATS,
@@ -131,7 +131,7 @@ def test_every_token_is_found_again(
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(data=st.data(), kv=FORMATS, shape=st.sampled_from([(2, 1, 5, 7), (4, 0, 1, 3), (3, 4, 20, 40)]))
 def test_representatives_are_those_of_a_store_on_the_device(
     padded: bool, data: st.DataObject, kv: Any, shape: tuple[int, int, int, int]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_longctx.cache.pieces import Blocks, pieces
@@ -28,7 +28,6 @@ def positions(step: Step) -> list[list[int]]:
     return [[p for p in row if p >= 0] for row in step.pos.tolist()]
 
 
-@settings(deadline=None)
 @given(steps(), st.integers(1, 7))
 def test_blocks_of_queries(step: Step, size: int) -> None:
     blocks = Blocks.of(step, size)
@@ -49,7 +48,6 @@ def test_blocks_of_queries(step: Step, size: int) -> None:
         assert restored[row, 0, : len(own), 0].tolist() == list(range(len(own)))
 
 
-@settings(deadline=None)
 @given(steps(), st.integers(1, 7))
 def test_calls_that_follow_each_other(step: Step, size: int) -> None:
     rows = len(step.lengths)

@@ -89,7 +89,7 @@ def test_going_on_from_the_file_is_going_on_from_the_cache(method: str, padded: 
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     data=st.data(),
     kv=st.sampled_from([None, Int8KV(), Int4KV()]),

@@ -30,7 +30,7 @@ def step_of(real: Tensor, columns: int) -> Step:
     return Step.of(columns, real.shape[1] - columns, CPU, lengths, real.long())
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(texts())
 def test_every_token_stands_where_counting_puts_it(text: tuple[Tensor, int]) -> None:
     real, columns = text
@@ -47,7 +47,7 @@ def test_every_token_stands_where_counting_puts_it(text: tuple[Tensor, int]) -> 
     assert torch.equal(step.lengths_after.expand(rows), real.sum(1))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(texts())
 def test_real_tokens_come_first_and_go_back_to_their_columns(text: tuple[Tensor, int]) -> None:
     real, columns = text
@@ -63,7 +63,7 @@ def test_real_tokens_come_first_and_go_back_to_their_columns(text: tuple[Tensor,
     assert step.spans * (len(counts) // len(step.spans)) == list(zip(firsts, counts, strict=True))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(texts(), st.integers(1, 4))
 def test_parts_of_a_call_are_the_call(text: tuple[Tensor, int], size: int) -> None:
     step = step_of(*text)
@@ -76,7 +76,7 @@ def test_parts_of_a_call_are_the_call(text: tuple[Tensor, int], size: int) -> No
     assert all(part.ragged == step.ragged for part in steps)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_tails_are_what_came_since_the_last_padding(data: st.DataObject) -> None:
     real, _ = data.draw(texts())

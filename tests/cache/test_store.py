@@ -97,7 +97,7 @@ def after(driver: Driver, data: st.DataObject, padded: bool) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), st.lists(RETENTIONS, min_size=1, max_size=3, unique=True))
 def test_stores_show_what_a_list_of_tokens_would(padded: bool, data: st.DataObject, retentions: list[Any]) -> None:
     driver = Driver(cache_of(*retentions))
@@ -119,7 +119,7 @@ def needs_what_is_lost(length: int, longest: int, retention: Any, record: bool) 
     return bool(lost & set(range(max(0, length - retention.window + 1), length)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), RETENTIONS, st.booleans())
 def test_crop_gives_back_the_tokens_or_says_that_it_cannot(data: st.DataObject, retention: Any, record: bool) -> None:
     driver = Driver(cache_of(retention))
@@ -141,7 +141,7 @@ def test_crop_gives_back_the_tokens_or_says_that_it_cannot(data: st.DataObject, 
     driver.call(torch.ones(1, 4, dtype=torch.bool))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), RETENTIONS)
 def test_crop_stops_at_padding(data: st.DataObject, retention: Any) -> None:
     driver = Driver(cache_of(retention))

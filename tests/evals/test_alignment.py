@@ -51,7 +51,7 @@ def test_tolerance() -> None:
     assert align(REFERENCE, late, 2.0).lag_s == pytest.approx(2)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.sampled_from("ab")), min_size=1, max_size=5),
     st.lists(st.tuples(st.integers(0, 12), st.sampled_from("ab")), max_size=5),

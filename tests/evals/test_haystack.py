@@ -9,7 +9,7 @@ from hf_longctx.evals import text
 from hf_longctx.evals.haystack import Haystack
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(depths=st.lists(st.floats(0, 1), max_size=5), room=st.integers(1, 500), start=st.integers(0, 10_000))
 def test_needles_are_where_it_says_and_the_text_around_them_is_whole(
     tiny: tuple[Any, Any], depths: list[float], room: int, start: int

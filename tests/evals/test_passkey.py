@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hf_longctx.evals import passkey, text
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(length=st.integers(300, 900), depth=st.floats(0, 1), seed=st.integers(0, 10_000))
 def test_a_trial_is_as_long_as_asked_and_knows_its_needle(
     tiny: tuple[Any, Any], length: int, depth: float, seed: int

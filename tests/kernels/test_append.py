@@ -18,7 +18,6 @@ def store_and_fresh(rows: int, slots: int, tokens: int, seed: int) -> tuple[torc
     return torch.randn(rows, 2, slots, 3, generator=made), torch.randn(rows, 2, tokens, 3, generator=made)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(0, 9), st.integers(1, 9), st.integers(0, 9))
 def test_from_a_first_slot_on(rows: int, first: int, tokens: int, seed: int) -> None:
     store, fresh = store_and_fresh(rows, 20, tokens, seed)
@@ -29,7 +28,6 @@ def test_from_a_first_slot_on(rows: int, first: int, tokens: int, seed: int) -> 
     assert torch.equal(store[:, :, first + tokens :], before[:, :, first + tokens :])
 
 
-@settings(deadline=None)
 @given(st.data(), st.integers(1, 3), st.integers(1, 6), st.booleans())
 def test_a_slot_per_token(data: st.DataObject, rows: int, tokens: int, all_written: bool) -> None:
     store, fresh = store_and_fresh(rows, 8, tokens, 0)
@@ -89,7 +87,7 @@ def values(x: torch.Tensor | ops.Packed) -> torch.Tensor:
     return (x if isinstance(x, torch.Tensor) else ops.decode_kv(x)).clone()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(decode_calls())
 def test_tokens_of_a_decode_call(call: dict[str, Any]) -> None:
     stores, fresh = [call["k_store"], call["v_store"]], [call["k"], call["v"]]

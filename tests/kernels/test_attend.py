@@ -16,7 +16,7 @@ from hf_longctx.kernels.reference import attend
 
 from .scenes import Scene, scenes, shuffled
 
-MANY = settings(deadline=None, max_examples=150)
+MANY = settings(max_examples=150)
 
 
 def assert_defined(op: Callable[..., torch.Tensor], scene: Scene) -> None:
@@ -48,7 +48,7 @@ def test_attend_pages_in_any_order(scene: Scene, seed: int) -> None:
     assert_defined(ops.attend_pages, shuffled(scene, seed))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(scenes(most=8), st.integers(0, 9))
 def test_attend_pages_of_some_queries(scene: Scene, seed: int) -> None:
     assert_defined(ops.attend_pages, shuffled(scene, seed))

@@ -36,7 +36,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, logits: ops.Logits, scene: Scene) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("op", ["attend_blocks", "attend_pages"])
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(scenes(plain=True))
 def test_errors_are_those_of_the_dtype(op: str, backend: str, dtype: torch.dtype, scene: Scene) -> None:
     q, k, v, logits, see, turns = scene.arguments(dtype)
@@ -69,7 +69,7 @@ def test_a_window_as_long_as_the_text_hides_nothing_and_a_shorter_one_does(
             assert torch.allclose(got, other) == (window >= 8)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(scenes(most=6))
 def test_gradients_of_the_reference_are_right(scene: Scene) -> None:
     q, k, v, logits, see, turns = scene.arguments(torch.float64)
@@ -86,7 +86,7 @@ def test_gradients_of_the_reference_are_right(scene: Scene) -> None:
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(scenes(plain=True))
 def test_gradients_of_the_torch_backend_are_those_of_the_reference(scene: Scene) -> None:
     def gradients(backend: str) -> list[Tensor]:

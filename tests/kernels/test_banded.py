@@ -30,7 +30,7 @@ def results(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, see: Visibility) -
     return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sink=st.integers(0, 200), window=st.integers(1, 1500), more=st.integers(1, 700))
 def test_every_block_has_its_band_behind_the_sinks(sink: int, window: int, more: int) -> None:
     edge = banded.edge_of(sink, window)

@@ -45,7 +45,7 @@ def test_what_it_is(case: Case, dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.double(), want, rtol=torch.finfo(dtype).eps, atol=near)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 12), st.integers(1, 4), st.integers(1, 3), st.booleans())
 def test_any_shape_in_float64(rows: int, groups: int, out: int, slots: int, planes: int, by_row: bool) -> None:
     case = Case(rows, 32 * groups * 2, out, slots, groups, planes, by_row)

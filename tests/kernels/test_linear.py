@@ -20,7 +20,7 @@ from hf_longctx.kernels.linear import Codes, PackedWeight
 
 from .weights import FORMS, moved, random_codes, random_tokens
 
-FEW = settings(deadline=None, max_examples=25)
+FEW = settings(max_examples=25)
 forms = pytest.mark.parametrize("form", FORMS)
 
 

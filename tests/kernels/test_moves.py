@@ -127,7 +127,7 @@ def draw_ids(case: Case, heads: int, width: int, lengths: list[int], seed: int) 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), pool=st.integers(1, 6), bits=st.sampled_from([(0, 0), (8, 8), (4, 8)]))
 def test_the_pool_is_a_list_in_the_order_of_last_use(
     device: str, data: st.DataObject, pool: int, bits: tuple[int, int]
@@ -172,7 +172,7 @@ def test_the_pool_is_a_list_in_the_order_of_last_use(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), out=st.booleans(), bits=st.sampled_from([(0, 0), (8, 8), (4, 8)]))
 def test_a_run_of_blocks_is_copied_and_nothing_else(
     device: str, data: st.DataObject, out: bool, bits: tuple[int, int]

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_longctx.kernels import ops
 from hf_longctx.kernels.reference import pick
 
-MANY = settings(deadline=None, max_examples=120)
+MANY = settings(max_examples=120)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def test_a_share(choice: Choice) -> None:
     assert_defined(choice)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(choices(by_share=True))
 def test_some_blocks_of_queries_at_a_time(choice: Choice) -> None:
     with pytest.MonkeyPatch.context() as patch:

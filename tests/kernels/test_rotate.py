@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,7 +26,6 @@ def turnings(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, bool]:
     return x, delta, torch.rand(rotated, generator=made), draw(st.booleans())
 
 
-@settings(deadline=None)
 @given(turnings())
 def test_definition(turning: tuple[Tensor, Tensor, Tensor, bool]) -> None:
     x, delta, inv_freq, interleaved = turning
@@ -43,7 +42,6 @@ def test_definition(turning: tuple[Tensor, Tensor, Tensor, bool]) -> None:
     torch.testing.assert_close(got, expected, atol=60 * EPS, rtol=0)  # angles below 50, |x| below 5
 
 
-@settings(deadline=None)
 @given(turnings())
 def test_back_and_forth(turning: tuple[Tensor, Tensor, Tensor, bool]) -> None:
     x, delta, inv_freq, interleaved = turning
@@ -52,7 +50,6 @@ def test_back_and_forth(turning: tuple[Tensor, Tensor, Tensor, bool]) -> None:
     torch.testing.assert_close(there.norm(dim=-1), x.norm(dim=-1), atol=16 * EPS, rtol=0)
 
 
-@settings(deadline=None)
 @given(turnings(), st.integers(-50, 50))
 def test_two_turns_are_one(turning: tuple[Tensor, Tensor, Tensor, bool], more: int) -> None:
     x, delta, inv_freq, interleaved = turning

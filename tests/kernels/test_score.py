@@ -17,7 +17,7 @@ from hf_longctx.kernels.reference import score
 
 from .test_blocks_memory import Largest
 
-MANY = settings(deadline=None, max_examples=60)
+MANY = settings(max_examples=60)
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -198,7 +198,7 @@ def test_antidiagonals(budget: int, case: Tiles) -> None:
     torch.testing.assert_close(got, case.result(), atol=1000 * EPS, rtol=0)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(tiles(), st.booleans())
 def test_packed_keys_are_those_that_were_stored(case: Tiles, chunked: bool) -> None:
     packed = ops.encode_kv(case.k, 8)

@@ -19,7 +19,7 @@ from hf_longctx.kernels.reference import selected
 from .selections import Scene, scenes
 from .test_blocks_memory import Largest
 
-MANY = settings(deadline=None, max_examples=60)
+MANY = settings(max_examples=60)
 
 
 @pytest.mark.parametrize("op", [ops.attend_blocks, ops.attend_pages])
@@ -46,7 +46,7 @@ def test_mass(scene: Scene, near: int) -> None:
     torch.testing.assert_close(mass.double(), expected_mass, atol=1e-5, rtol=0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(scenes(shares=("all", "kv_head")), st.sampled_from([1, 500]))
 def test_parts_are_the_whole(scene: Scene, budget: int) -> None:
     whole = ops.attend_mass(*scene.arguments, 5)
@@ -77,7 +77,7 @@ def test_one_large_block_of_queries_is_read_in_parts(tokens: int) -> None:
     torch.testing.assert_close(ops.attend_blocks(*arguments), expected)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(scenes(), st.sampled_from([1, 8]))
 def test_everything_selected_is_dense(scene: Scene, q_block: int) -> None:
     rows, _, tokens, _ = scene.q.shape
@@ -92,7 +92,7 @@ def test_everything_selected_is_dense(scene: Scene, q_block: int) -> None:
     torch.testing.assert_close(got, dense, atol=2 * scene.allowed, rtol=0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(scenes(), st.sampled_from([4, 8]))
 def test_packed_keys_and_values_are_those_that_were_stored(scene: Scene, bits: int) -> None:
     k, v = ops.encode_kv(scene.k, bits), ops.encode_kv(torch.cat((scene.v, scene.v[..., :1]), -1), bits)
@@ -102,7 +102,7 @@ def test_packed_keys_and_values_are_those_that_were_stored(scene: Scene, bits: i
     assert torch.equal(got, expected)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(scenes())
 def test_gradients(scene: Scene) -> None:
     leaves = [x.requires_grad_() for x in (scene.q, scene.k, scene.v)]

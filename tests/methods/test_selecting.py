@@ -165,7 +165,7 @@ def pages_read(selector: lc.Selector, position: int) -> tuple[int, int]:
     return len(forced) + min(len(candidates), selector.budget.tokens // page), here + 1
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(page=st.integers(1, 9), sink=st.integers(0, 20), local=st.integers(1, 25), more=st.integers(1, 4))
 def test_quest_reads_as_many_pages_as_it_says(page: int, sink: int, local: int, more: int) -> None:
     """Whatever is forced, exactly the budget's pages once there are more, and all of them before."""

@@ -35,7 +35,7 @@ PLANS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(PLANS)
 def test_plans_survive_json(drawn: lc.Plan) -> None:
     again = lc.Plan.from_json(drawn.to_json())

@@ -36,19 +36,19 @@ def compare(plan: lc.Plan, text: draws.Text, per_kv: int) -> None:
     assert error <= ALLOWED, f"relative error {error:.2e}"
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(draws.quest(), draws.texts(), GROUPS)
 def test_upper_bounds_in_decode(plan: lc.Plan, text: draws.Text, per_kv: int) -> None:
     compare(plan, text, per_kv)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.data(), draws.texts(), GROUPS)
 def test_antidiagonals_in_prefill(data: st.DataObject, text: draws.Text, per_kv: int) -> None:
     compare(data.draw(draws.xattention(per_kv)), text, per_kv)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(draws.inf_llm(), draws.texts(), GROUPS)
 def test_representatives_and_clamped_positions(plan: lc.Plan, text: draws.Text, per_kv: int) -> None:
     compare(plan, text, per_kv)
@@ -63,19 +63,19 @@ def test_blocks_may_close_before_the_first_key_is_far(calls: list[int]) -> None:
     )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(draws.lserve(), draws.texts(), GROUPS)
 def test_two_groups_of_heads_in_few_bits(plan: lc.Plan, text: draws.Text, per_kv: int) -> None:
     compare(plan, text, per_kv)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(draws.combined() | draws.combined_near(), draws.texts(), GROUPS)
 def test_all_of_it_at_once(plan: lc.Plan, text: draws.Text, per_kv: int) -> None:
     compare(plan, text, per_kv)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(draws.FORMATS, draws.texts(), GROUPS, st.sampled_from(["text", "cache", "clamped"]))
 def test_few_bits_without_a_selector(kv: object, text: draws.Text, per_kv: int, kind: str) -> None:
     """The error of a key depends on the angle that it is stored at."""

@@ -56,7 +56,7 @@ def mpt_logits(ids: Tensor, at: list[Tensor]) -> Tensor:
     return norm(x, MODEL.transformer.norm_f) @ MODEL.lm_head.weight.double().T
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.data(), st.integers(0, 4), st.integers(1, 12))
 def test_distances_are_counted_in_the_cache(data: st.DataObject, sinks: int, window: int) -> None:
     total = data.draw(st.integers(1, 40))

@@ -29,7 +29,7 @@ def chats(draw: st.DrawFn) -> tuple[list[int], dict[int, int], torch.Tensor | No
     return calls, rooms, draw(draws.padding(sum(calls))), sinks, window
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(chats())
 def test_evicted_tokens_are_gone_and_the_rest_closes_up(
     chat: tuple[list[int], dict[int, int], torch.Tensor | None, int, int],

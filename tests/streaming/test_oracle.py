@@ -54,7 +54,7 @@ def streams(draw: st.DrawFn) -> tuple[torch.Tensor | None, torch.Tensor, list[in
     return mask, ids, draw(draws.calls(total))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(streams(), st.sampled_from([1, 2, 4]), st.integers(0, 5), st.integers(1, 20))
 def test_any_chunking_equals_the_oracle(
     stream: tuple[torch.Tensor | None, torch.Tensor, list[int]], groups: int, sinks: int, window: int
@@ -69,7 +69,7 @@ def test_any_chunking_equals_the_oracle(
     assert all(store.k.shape[2] <= sinks + window for stack in cache.layers for _, store in stack.stores)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(streams(), st.integers(0, 5), st.integers(1, 20))
 def test_without_a_cache_too(
     stream: tuple[torch.Tensor | None, torch.Tensor, list[int]], sinks: int, window: int

@@ -21,7 +21,7 @@ def plan_of(sink: int, window: int, wide: int, positions: lc.InCache | lc.Absolu
 
 
 @pytest.mark.parametrize("positions", [lc.Absolute(), lc.InCache()], ids=["text", "cache"])
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data(), st.integers(0, 4), st.integers(1, 8), st.integers(0, 12))
 def test_prompt_sees_the_wide_window_and_steps_the_narrow_one(
     positions: lc.InCache | lc.Absolute, data: st.DataObject, sink: int, window: int, more: int

@@ -33,7 +33,7 @@ MODELS = {kind: one_layer(kind, groups) for kind, groups in (("default", 1), ("y
 
 
 @pytest.mark.parametrize("kind", list(ROPES))
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(st.data(), st.integers(0, 5), st.integers(1, 20))
 def test_every_step_equals_encoding_what_is_left(kind: str, data: st.DataObject, sinks: int, window: int) -> None:
     total = 48

@@ -38,7 +38,7 @@ def plans(draw: st.DrawFn) -> lc.Plan:
 
 
 @pytest.mark.parametrize("backend", ["", "reference"], ids=["automatic", "reference"])
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(plans(), st.data())
 def test_any_split_equals_the_oracle(backend: str, plan: lc.Plan, data: st.DataObject) -> None:
     with lc.use_backend(backend) if backend else nullcontext():
@@ -55,7 +55,7 @@ def compare(plan: lc.Plan, data: st.DataObject) -> None:
     draws.assert_equal(MODEL, got, oracle, total, mask)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.data())
 def test_heads_of_one_cache_may_have_windows_of_any_size(data: st.DataObject) -> None:
     """Positions in the cache, each head's own; a bare window may as well be counted in the text."""

@@ -61,7 +61,7 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("policy", LIMITS.values(), ids=LIMITS)
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(draws.texts())
 def test_dense_at_the_limits(policy: lc.HeadPolicy, text: draws.Text) -> None:
     ids, mask, calls = text
@@ -116,7 +116,7 @@ def test_clamped_keys_are_read_as_if_the_text_had_stood_still(far: int) -> None:
         torch.testing.assert_close(got[0, last], expected, rtol=0, atol=EXACT * float(expected.abs().max()))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.data(), st.sampled_from(["bounds", "tiles", "near", "far"]))
 def test_what_is_read_is_all_that_counts(data: st.DataObject, kind: str) -> None:
     """The stock model is shown only the tokens that each query reads, at their distances."""
@@ -151,7 +151,7 @@ def stock(ids: Tensor, place: Tensor) -> Tensor:
         return ONE(ids, attention_mask=everything, position_ids=place[None], use_cache=False).logits[0, -1]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.data(), st.sampled_from(["kv_head", "all"]))
 def test_a_budget_bounds_what_is_read(data: st.DataObject, share: str) -> None:
     """Forced blocks and no more than the budget beside them; every query reads itself and nothing that comes later."""

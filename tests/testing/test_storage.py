@@ -14,7 +14,7 @@ from .scenes import unturned
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(0, 99), st.sampled_from([1e-3, 1.0, 300.0]), st.sampled_from([0.0, 1.0, 30.0]))
 def test_errors_stay_below_half_a_step(bits: int, seed: int, size: float, offset: float) -> None:
     made = torch.Generator().manual_seed(seed)

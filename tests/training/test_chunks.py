@@ -44,7 +44,7 @@ def test_it_maps_a_batch_of_a_table() -> None:
     assert pieces[0].to_row() == {name: rows[name][0] for name in rows}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(0, 99.999), max_size=30), st.sampled_from([0.5, 1.0, 0.7]), st.floats(0.1, 60))
 def test_every_word_is_said_once_in_its_second(times: list[float], round_s: float, start: float) -> None:
     words = tuple(Word(t, t, f"w{n}") for n, t in enumerate(sorted(start + t / 10 for t in times)))
@@ -65,7 +65,7 @@ def test_silence_questions_and_answers() -> None:
     assert [(r.question, r.reply) for r in rounds] == [("", "one two ..."), ("", " ..."), ("Who?", "She. ...")]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.text("abcdé球", min_size=1, max_size=9), max_size=60), st.integers(0, 20), st.integers(0, 20))
 def test_what_came_before_keeps_its_first_and_last_tokens(words: list[str], sink: int, window: int) -> None:
     text = " ".join(words)

@@ -49,7 +49,7 @@ def literal(mass: Floats, score: Floats, tau: float) -> tuple[int, float]:
     return read, lost
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     blocks=st.integers(1, 9),
@@ -78,7 +78,7 @@ def test_joined_curves_add_up() -> None:
         assert np.array_equal(whole.read(GRID), [whole.read(tau) for tau in GRID])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), blocks=st.integers(1, 7), coverage=st.floats(0.05, 1))
 def test_at_coverage_is_the_share_of_blocks_that_score_as_those_that_matter(
     seed: int, blocks: int, coverage: float
@@ -106,7 +106,7 @@ def options(head: Curve, share: float) -> dict[int, int]:
     return found
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     heads=st.integers(1, 4),
@@ -127,7 +127,7 @@ def test_no_assignment_reads_fewer_blocks(seed: int, heads: int, blocks: int, co
     assert covered(found, taus) >= coverage - 1e-12
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), coverage=st.floats(0.3, 0.99), less=st.floats(0, 0.3), steps=st.integers(1, 200))
 def test_more_freedom_never_reads_more(seed: int, coverage: float, less: float, steps: int) -> None:
     """Half as large shares, or a lower coverage, allow all that was allowed."""

@@ -25,7 +25,7 @@ def test_words_written_out_by_hand() -> None:
 
 
 @given(rows=st.integers(1, 5), words=st.integers(1, 4), seed=st.integers(0, 2**31))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_pack_is_the_literal_layout_and_unpack_its_inverse(rows: int, words: int, seed: int) -> None:
     signs = torch.rand(rows, 32 * words, generator=torch.Generator().manual_seed(seed)) < 0.5
     packed = pack(signs)
@@ -43,7 +43,7 @@ def test_pack_is_the_literal_layout_and_unpack_its_inverse(rows: int, words: int
     grain=st.sampled_from(["matrix", "row", "32", "64"]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_each_plane_is_the_sign_and_mean_of_what_is_left(
     rows: int, groups: int, planes: int, grain: str, seed: int
 ) -> None:

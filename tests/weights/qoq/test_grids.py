@@ -72,7 +72,7 @@ def test_every_range_of_a_group_stays_within_a_signed_byte() -> None:
             assert (grid.values(codes) - weight).abs().max() <= 8.5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**16), group=st.sampled_from([8, 16]), scale=st.sampled_from([1e-4, 1.0, 300.0]))
 def test_group_values_are_whole_multiples_of_the_row_scale(seed: int, group: int, scale: float) -> None:
     weight = drawn(6, 48, seed) * scale
