@@ -17,10 +17,9 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ..errors import UnsupportedError
 from ..kernels.linear import ROWS, PackedWeight, quantize_tokens, w4a8_linear
-from ..weights.qoq.config import QoQConfig
+from ..weights.qoq.config import PARTS, QoQConfig
 from ..weights.qoq.linear import QoQLinear
 
-_PARTS = ("weight", "weight_scale", "weight_shift", "weight_groups")
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 _ADVICE = "Is it of this model? Quantize it again: hf-longctx quantize"
 
@@ -109,7 +108,7 @@ class QoQMethod(LinearMethodBase):  # type: ignore[misc]
             )
         layer.qoq_sizes, layer.qoq_columns, layer.qoq_loaded = output_partition_sizes, input_size, set()
         shapes = [QoQLinear(input_size, size, False, self.settings, "meta") for size in output_partition_sizes]
-        for name in _PARTS:
+        for name in PARTS:
             parts = [getattr(shape, name) for shape in shapes]
             if parts[0] is None:
                 continue
@@ -125,7 +124,7 @@ class QoQMethod(LinearMethodBase):  # type: ignore[misc]
         Raises:
             ValueError: a part that no file had.
         """
-        names = [name for name in _PARTS if hasattr(layer, name)]
+        names = [name for name in PARTS if hasattr(layer, name)]
         sizes: list[int] = layer.qoq_sizes
         lost = {(name, i) for name in names for i in range(len(sizes))} - layer.qoq_loaded
         if lost:
@@ -135,7 +134,7 @@ class QoQMethod(LinearMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[..., K]` to `[..., N]`, dtype of x."""
-        parts = (getattr(layer, name, None) for name in _PARTS)
+        parts = (getattr(layer, name, None) for name in PARTS)
         flat = x.reshape(-1, x.shape[-1])
         out: Tensor = torch.ops.hf_longctx_vllm.qoq_linear(flat, *parts, bias, layer.qoq_pieces)
         return out.view(*x.shape[:-1], -1)

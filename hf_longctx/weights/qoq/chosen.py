@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _FORM = {"is_transposed": False, "has_bias": False, "has_gate": True, "is_concatenated": True}
 """What transformers says of a module of experts that is like Mixtral's."""
+EXPERTS = ("gate_up_proj", "down_proj")
+"""Names of the tensors of such a module."""
 
 
 def chosen_linears(model: PreTrainedModel, config: QoQConfig) -> list[str]:
@@ -73,7 +75,7 @@ def is_known(module: Any) -> bool:
         return False
     names = {name for name, _ in module.named_parameters(recurse=False)}
     gate = getattr(type(module), "_apply_gate", None)
-    return names == {"gate_up_proj", "down_proj"} and gate is getattr(moe, "_default_apply_gate", module)
+    return names == set(EXPERTS) and gate is getattr(moe, "_default_apply_gate", module)
 
 
 def _mixtures(model: PreTrainedModel) -> Iterator[tuple[str, int]]:

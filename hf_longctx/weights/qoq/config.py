@@ -10,6 +10,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ...kernels.linear import GROUPS, LAYOUT
 
 PER_CHANNEL = -1
+PARTS = ("weight", "weight_scale", "weight_shift", "weight_groups")
+"""Names of the tensors that a quantized weight consists of; of some kinds, some are not there."""
 
 
 class QoQConfig(QuantizationConfigMixin):

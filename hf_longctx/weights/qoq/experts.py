@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ...kernels.experts import PackedExperts, Sorted, combine_experts, sort_experts, w4a8_experts
-from ...kernels.linear import COLUMNS, ROWS, Tokens, quantize_gated, quantize_tokens, w4a8_linear
+from ...kernels.linear import ROWS, Tokens, quantize_gated, quantize_tokens, w4a8_linear
+from .chosen import EXPERTS
 from .config import QoQConfig
 from .grids import nearest_grid
-from .linear import dequantized, fixed, keep_float32, packed_tensors
+from .linear import blank, dequantized, fixed, keep_float32, packed_tensors
 
 UP, DOWN = "gate_up", "down"
 """Names of the two in a `QoQExperts`."""
-FUSED = {"gate_up_proj": UP, "down_proj": DOWN}
+FUSED = dict(zip(EXPERTS, (UP, DOWN), strict=True))
 """The same by transformers' names of what they replace."""
 
 
@@ -37,16 +38,8 @@ class QoQMatrices(nn.Module):
         super().__init__()
         self.experts, self.in_features, self.out_features = experts, in_features, out_features
         self.wbits, self.group_size = config.wbits, config.group_size
-        panels, columns = -(-out_features // ROWS), -(-in_features // COLUMNS) * COLUMNS
-        size = ROWS * columns * config.wbits // 8
-        self.weight = fixed(torch.empty(experts, panels, size, dtype=torch.uint8, device=device))
-        scale = torch.empty(experts, out_features, dtype=torch.float32, device=device)
-        self.weight_scale = fixed(scale)
-        self.weight_shift = fixed(torch.empty_like(scale)) if config.kind == "channel" else None
-        self.weight_groups: nn.Parameter | None = None
-        if config.kind == "group":
-            shape = (experts, panels, columns // config.group_size, ROWS, 2)
-            self.weight_groups = fixed(torch.empty(shape, dtype=torch.uint8, device=device))
+        parts = blank(out_features, in_features, config, device, (experts,))
+        self.weight, self.weight_scale, self.weight_shift, self.weight_groups = parts
 
     @property
     def packed(self) -> PackedExperts:

@@ -70,15 +70,8 @@ class QoQLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.width = in_features  # input channels that are here: fewer where processes share a layer
         self.wbits, self.group_size = config.wbits, config.group_size
-        panels, columns = -(-out_features // ROWS), -(-in_features // COLUMNS) * COLUMNS
-        self.weight = fixed(torch.empty(panels, ROWS * columns * config.wbits // 8, dtype=torch.uint8, device=device))
-        scale = torch.empty(out_features, dtype=torch.float32, device=device)
-        self.weight_scale = fixed(scale)
-        self.weight_shift = fixed(torch.empty_like(scale)) if config.kind == "channel" else None
-        self.weight_groups: nn.Parameter | None = None
-        if config.kind == "group":
-            shape = (panels, columns // config.group_size, ROWS, 2)
-            self.weight_groups = fixed(torch.empty(shape, dtype=torch.uint8, device=device))
+        parts = blank(out_features, in_features, config, device)
+        self.weight, self.weight_scale, self.weight_shift, self.weight_groups = parts
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self._next: tuple[QoQLinear, ...] = ()  # layers that were seen to read the same input after this one
 
@@ -156,6 +149,21 @@ class QoQLinear(nn.Module):
         with keep_float32(self):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def blank(
+    rows: int, columns: int, config: QoQConfig, device: Any, each: tuple[int, ...] = ()
+) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter | None, nn.Parameter | None]:
+    """Room for a stored weight `[rows, columns]`, or for one of each of `each`; in the order of `config.PARTS`."""
+    panels, stored = -(-rows // ROWS), -(-columns // COLUMNS) * COLUMNS
+
+    def made(*shape: int, dtype: torch.dtype = torch.uint8) -> nn.Parameter:
+        return fixed(torch.empty(*each, *shape, dtype=dtype, device=device))
+
+    weight, scale = made(panels, ROWS * stored * config.wbits // 8), made(rows, dtype=torch.float32)
+    shift = made(rows, dtype=torch.float32) if config.kind == "channel" else None
+    groups = made(panels, stored // config.group_size, ROWS, 2) if config.kind == "group" else None
+    return weight, scale, shift, groups
 
 
 @contextmanager

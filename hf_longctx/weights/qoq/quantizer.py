@@ -11,8 +11,8 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from ..registry import announce
-from .chosen import chosen_experts, chosen_linears
-from .config import QoQConfig
+from .chosen import EXPERTS, chosen_experts, chosen_linears
+from .config import PARTS, QoQConfig
 from .split import Split, require_whole_model
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from .linear import QoQLinear
 
 _ADVICE = "Is it of this model? Convert or quantize it again: hf-longctx quantize"
-_PARTS = ("weight", "weight_scale", "weight_shift", "weight_groups")
-_EXPERTS = ("gate_up_proj", "down_proj")
-"""Tensors of a module of experts."""
 
 
 class QoQQuantizer(HfQuantizer):
@@ -32,7 +29,7 @@ class QoQQuantizer(HfQuantizer):
 
     quantization_config: QoQConfig
     _published = False
-    serialized_names = {"weight": list(_PARTS)}  # noqa: RUF012 - transformers' own form
+    serialized_names = {"weight": list(PARTS)}  # noqa: RUF012 - transformers' own form
 
     @property
     def quantized_element_size(self) -> float:
@@ -55,7 +52,7 @@ class QoQQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """True for the weight of a linear layer that is rounded as it is loaded."""
         name, _, kind = param_name.rpartition(".")
-        chosen = name in self._chosen if kind == "weight" else kind in _EXPERTS and name in self._experts
+        chosen = name in self._chosen if kind == "weight" else kind in EXPERTS and name in self._experts
         return not self.pre_quantized and chosen
 
     def get_quantize_ops(self) -> Any:
@@ -179,7 +176,7 @@ def _unread(module: QoQLinear | QoQMatrices, name: str, config: QoQConfig) -> li
     else:
         fresh = QoQLinear(module.in_features, module.out_features, False, config, "meta")
     lost = []
-    for part in _PARTS:
+    for part in PARTS:
         x, like = getattr(module, part), getattr(fresh, part)
         if like is None:
             continue

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..chosen import is_known
-from ..config import QoQConfig
+from ..config import PARTS, QoQConfig
 from ..experts import DOWN, UP, QoQExperts, put, stacked
 from ..linear import QoQLinear
-
-_PARTS = ("weight", "weight_scale", "weight_shift", "weight_groups")
 
 
 class Expert(nn.Module):
@@ -75,4 +73,4 @@ def put_together(layer: nn.Module, config: QoQConfig) -> None:
 
 
 def _tensors(linear: QoQLinear) -> dict[str, Tensor]:
-    return {name: x.data for name in _PARTS if (x := getattr(linear, name)) is not None}
+    return {name: x.data for name in PARTS if (x := getattr(linear, name)) is not None}
