@@ -191,11 +191,10 @@ def test_it_is_what_runs_and_plain_causal_attention_is_not() -> None:
 @pytest.mark.cuda
 def test_a_long_causal_text_is_read_by_it_on_sm_90() -> None:
     need("cuda")
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("elsewhere torch is faster")
     q, k, v, logits, see, *_ = made(Case((1, 2, 2, prefill.LONG + 9, prefill.LONG + 9, prefill.WIDE)), "cuda")
     got = ops.attend_blocks(q, k, v, logits, see, None)
-    assert dispatch.last_used()["attend_blocks"] == "compiled"
+    here = torch.cuda.get_device_capability() == (9, 0)  # elsewhere torch is faster
+    assert dispatch.last_used()["attend_blocks"] == ("compiled" if here else "torch")
     rows = torch.cat((torch.arange(70), torch.arange(4000, 4070), torch.arange(q.shape[2] - 70, q.shape[2]))).cuda()
     arguments = (logits, Visibility(q_pos=rows[None]), None)
     with use_backend("reference"):
