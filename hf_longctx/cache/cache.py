@@ -268,6 +268,7 @@ class LongContextCache(Cache):
         ledger.tally.clear()
         self.floors.clear()
         self.angles = Angles() if self.plan.at_read else None
+        self.expected = self.asked = 0
         self.pending = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
