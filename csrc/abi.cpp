@@ -1,5 +1,6 @@
 // What the library is; and, built without CUDA, operations that say so.
 #include "beside.h"
+#include "count.h"
 #include "experts.h"
 #include "fill.h"
 #include "joined.h"
@@ -47,6 +48,7 @@ extern "C" const char* hfl_delta_cuda(const hfl_delta*) { return kNone; }
 extern "C" const char* hfl_joined_cuda(const hfl_joined*) { return kNone; }
 extern "C" const char* hfl_project_cuda(const hfl_project*) { return kNone; }
 extern "C" const char* hfl_streamed_cuda(const hfl_streamed*) { return kNone; }
+extern "C" const char* hfl_count_cuda(const hfl_count*) { return kNone; }
 extern "C" const char* hfl_tables_cuda(const hfl_tables*) { return kNone; }
 extern "C" int64_t hfl_linear_scratch(const hfl_linear*) { return 0; }
 extern "C" const char* hfl_quantize_cuda(const hfl_quantize*) { return kNone; }

@@ -80,7 +80,7 @@ class Forward:
         watch: if given, called with layer, group, selector, positions of the queries and what they read, wherever
             blocks are chosen.
         tap: if given, called with what each group of heads read; what it returns stands for the group's output.
-        reads: in a decode call, what each layer chose, as for `Ledger.count`.
+        reads: in a decode call, what each layer chose, as for `Ledger.count_all`.
         recorded: the decoder replays this call, or records it.
         texts: where rows hold several packed texts: each of them, in the order of rows and columns.
     """
@@ -95,14 +95,14 @@ class Forward:
     tap: Callable[[Read], Tensor] | None = None
     recorded: bool = False
     texts: tuple[Text, ...] = ()
-    reads: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    reads: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def count(self) -> None:
         """Tell the cache's ledger what the layers read of a decode call."""
         for device in {read[0].device for read in self.reads}:
             assert self.cache is not None
-            self.cache.ledger.count_all("decode", [read for read in self.reads if read[0].device == device])
+            self.cache.ledger.count_all([read for read in self.reads if read[0].device == device])
         self.reads.clear()
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:

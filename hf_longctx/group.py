@@ -171,12 +171,12 @@ def _read_chosen(call: Call, selector: Selector, step: Step, q: Tensor, k: Tenso
         last = min(blocks.number, first + each)
         pos = blocks.pos[:, first * blocks.size : last * blocks.size]
         asked = blocks.take(q, first, last)
-        near, visible = forced_near(selector, step, pos, blocks.size, q.shape[0], first)
+        near = forced_near(selector, step, pos, blocks.size, q.shape[0], first)
         look = _look(call, selector, asked, pos, blocks.size, keys, turns, near[0])
         ids = choose(selector, look, near)
         pages = store.locate(ids, selector.block, step) if store is not None and step.decodes else None
         read = ops.Selection(ids, selector.block, blocks.size, pages)
-        note(call, selector, pos, read, near[1], visible)
+        note(call, selector, step, pos, read, first)
         see = ops.Visibility(q_pos=pos)
         attend = ops.attend_pages if step.decodes else ops.attend_blocks
         parts.append(attend(asked, keys, values, call.logits, see, turns, read))
@@ -193,14 +193,14 @@ def _read_in_turn(call: Call, selector: Selector, step: Step, q: Tensor, k: Tens
     for tokens, piece in step.once(("pieces", size), lambda: list(pieces(step, size))):
         asked, fresh_k, fresh_v = (_some(x, tokens) for x in (q, k, v))
         store.write(fresh_k, fresh_v, piece, turns)
-        near, visible = forced_near(selector, piece, piece.pos, piece.tokens, q.shape[0])
+        near = forced_near(selector, piece, piece.pos, piece.tokens, q.shape[0])
         ids = _renew(call, selector, piece, asked, turns, near)
         far = most_far(selector, piece.tokens) if reaches else None
         pages = store.locate(ids, selector.block, piece)
         if pages is not None:
             ids = ids.expand_as(pages)  # every head has places of its own
         read = ops.Selection(ids, selector.block, piece.tokens, pages, far)
-        note(call, selector, piece.pos, read, near[1], visible)
+        note(call, selector, piece, piece.pos, read)
         keys, values = store.memory
         see = ops.Visibility(q_pos=piece.pos)
         if summary is not None and summary.weighs:
@@ -265,8 +265,8 @@ def _put(out: Tensor, tokens: Tensor | slice, piece: Step, part: Tensor) -> None
 
 def forced_near(
     selector: Selector, step: Step, pos: Tensor, size: int, rows: int, first: int = 0
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """What is forced for the blocks of queries from the `first` on, and `[]`, how many blocks they could have seen.
+) -> tuple[Tensor, Tensor]:
+    """What is `forced` for the blocks of queries from the `first` on.
 
     Args:
         selector: that forces.
@@ -277,23 +277,24 @@ def forced_near(
         first: number of the first block in the step.
     """
 
-    def make() -> tuple[tuple[Tensor, Tensor], Tensor]:
-        near = forced(selector, pos, size)
-        if selector.scorer.summary is None and step.tail is not None:
-            near = all_from(selector, near, step.tail)
-        return near, visible_to(near[1], rows)
+    def make() -> tuple[Tensor, Tensor]:
+        near, tail = forced(selector, pos, size), step.tail
+        return near if selector.scorer.summary is not None or tail is None else all_from(selector, near, tail)
 
-    near, visible = step.once(("near", selector, size, rows, first), make)
-    return near, visible
+    near: tuple[Tensor, Tensor] = step.once(("near", selector, size, rows, first), make)
+    return near
 
 
-def note(call: Call, selector: Selector, pos: Tensor, read: ops.Selection, last: Tensor, visible: Tensor) -> None:
-    """Count what is read, and tell whoever watches."""
+def note(call: Call, selector: Selector, step: Step, pos: Tensor, read: ops.Selection, first: int = 0) -> None:
+    """Count what the blocks of queries of a step from the `first` on read, and tell whoever watches."""
     forward = call.forward
     if forward.cache is not None:
         if forward.step.decodes:
-            forward.reads.append((read.ids, last, visible))
+            forward.reads.append((read.ids, pos, selector.block))
         else:  # too many to hold; none was chosen for queries to come
-            forward.cache.ledger.count("prefill", read.ids, None, visible)
+            size, rows = read.q_block, read.ids.shape[0]
+            last = forced_near(selector, step, pos, size, rows, first)[1]
+            visible = step.once(("visible", selector, size, rows, first), lambda: visible_to(last, rows))
+            forward.cache.ledger.count(read.ids, visible)
     if forward.watch is not None:
         forward.watch(call.layer, call.group, selector, pos, read)

@@ -60,8 +60,7 @@ def attend_layer(
         if selector is not None and group.ids is not None:
             if group.choice is not None and selector.refresh_every > 1:
                 call.store.kept.since = step.columns
-            near, visible = forced_near(selector, step, step.pos, 1, q.shape[0])
-            note(call, selector, step.pos, ops.Selection(group.ids, group.block, 1), near[1], visible)
+            note(call, selector, step, step.pos, ops.Selection(group.ids, group.block, 1))
     return out
 
 
@@ -139,9 +138,10 @@ def _choice(call: Call, selector: Selector, step: Step, rows: int) -> tuple[Tens
     kept, again = call.store.kept, selector.refresh_every > 1
     if again and not kept.is_due(selector.refresh_every, step.columns):
         return kept.ids, None
-    low, high = forced_near(selector, step, step.pos, 1, rows)[0]
     if again:
         low, high = step.once(("ahead", selector), lambda: forced_ahead(selector, step.lengths))
+    else:
+        low, high = forced_near(selector, step, step.pos, 1, rows)
     assert selector.budget.tokens is not None
     summary, block = call.store.summaries, selector.block
     numbers = (selector.sink_blocks, selector.budget.tokens // block, most_forced(selector, 1))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_LARGEST = 2**31 - 1
-"""What is left of -1 without its sign: more than any block."""
+from ..kernels.count import count_blocks
 
 
 class Ledger:
@@ -63,36 +63,44 @@ class Ledger:
         """Such blocks that came from the host."""
         return sum(int(both[1]) for both in self.lookups)
 
-    def count(self, phase: str, ids: Tensor, last: Tensor | None, visible: Tensor) -> None:
-        """Count what blocks of queries read.
+    def count(self, ids: Tensor, visible: Tensor) -> None:
+        """Count what blocks of queries of a prompt read.
 
         Args:
-            phase: prefill or decode.
             ids: `[B, Hs, N, K]`, int32, blocks; -1 for none.
-            last: `[B or 1, N]`, int64, the block of the last query; one after it has nothing for it yet. None: there is
-                no such block.
             visible: `[]`, how many blocks each head could have seen.
         """
-        key = (phase, ids.device)
-        if key not in self.tally:
-            self.tally[key] = torch.zeros(2, dtype=torch.int64, device=ids.device)
-        read, seen = self.tally[key].unbind()
-        read += (ids >= 0 if last is None else (ids & _LARGEST) <= last[:, None, :, None]).sum()
+        read, seen = self._tally("prefill", ids.device).unbind()
+        read += (ids >= 0).sum()
         seen.add_(visible, alpha=ids.shape[1])
+
+    def count_all(self, reads: Sequence[tuple[Tensor, Tensor, int]]) -> None:
+        """Count what single queries read in a decode call, in few operations.
+
+        Args:
+            reads: of each choice the blocks, `[B, Hs, N, K]`, int32; where the queries stand, `[B or 1, N]`, int64;
+                and tokens of a block. Places that lie at the same address are the same.
+        """
+        alike: dict[Any, list[tuple[Tensor, Tensor, int]]] = {}
+        for read in reads:
+            ids, pos, block = read
+            key = (pos.data_ptr(), pos.shape, pos.stride(), block, ids.shape[0], ids.shape[2:])
+            alike.setdefault(key, []).append(read)
+        for same in alike.values():
+            _, pos, block = same[0]
+            count_blocks(self._tally("decode", pos.device), [ids for ids, *_ in same], pos, block)
+
+    def _tally(self, phase: str, device: torch.device) -> Tensor:
+        key = (phase, device)
+        if key not in self.tally:
+            self.tally[key] = torch.zeros(2, dtype=torch.int64, device=device)
+        return self.tally[key]
 
     def settle(self) -> None:
         """Look whether rows that were alike still are; waits for the device, if there is a doubt."""
         if self.loose and self.lengths is not None and bool((self.lengths == self.columns).all()):
             self.lengths = self.tail = None
         self.loose = False
-
-    def count_all(self, phase: str, reads: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """As `count` of each, in few operations; those that share `visible` share their selector, too."""
-        alike: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
-        for ids, last, visible in reads:
-            alike.setdefault(visible, []).append((ids, last))
-        for visible, read in alike.items():
-            self.count(phase, torch.cat([ids for ids, _ in read], 1), read[0][1], visible)
 
     def density(self, phase: str | None = None) -> float | None:
         """Share of the visible blocks that were read where heads choose, in one phase or both; None: no choice yet."""

@@ -27,6 +27,7 @@ OPS = (
     "score_pages",
     "score_antidiagonal",
     "pick_blocks",
+    "count_blocks",
     "rotate",
     "rotate_heads",
     "rms_norm",

@@ -59,6 +59,7 @@ TABLE = {
     "score_pages": Row(outputs.score_pages),
     "score_antidiagonal": Row(outputs.score_antidiagonal),
     "pick_blocks": Row(outputs.pick_blocks),
+    "count_blocks": Row(outputs.nothing, "()", frozenset({"tally"})),
     "rotate": Row(outputs.like_first),
     "rotate_heads": Row(outputs.rotate_heads, _TWO),
     "rms_norm": Row(outputs.rms_norm),

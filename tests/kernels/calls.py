@@ -19,6 +19,7 @@ from . import (
     test_compiled_attend,
     test_compiled_select,
     test_compiled_store,
+    test_count,
     test_experts,
     test_fill,
     test_layers,
@@ -77,6 +78,7 @@ def _choosing(device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
     low, high = (torch.tensor([x], device=device) for x in ((3, 5, 9), (4, 6, 11)))
     yield "pick_blocks", (scores, low, high, 1, 3, None, 3)
     yield "pick_blocks", (scores, low, high, 1, None, torch.tensor([0.5, 0.9], device=device), 3)
+    yield "count_blocks", test_count.made(test_count.CASES[1], device)
 
 
 def _storing(device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -7,6 +7,7 @@ import torch
 from . import (
     antidiagonal,
     attend,
+    count,
     delta,
     experts,
     fill,
@@ -31,6 +32,7 @@ OPS = {
     **recent.OPS,
     **prefill.OPS,
     **select.OPS,
+    **count.OPS,
     **store.OPS,
     **fill.OPS,
     **host.OPS,

@@ -129,7 +129,7 @@ _OPS = {
         ("attend", "score", "pick", "append", "fill", "decode", "delta", "quantize", "linear"), ("cpu", "cuda")
     ),
     **dict.fromkeys(("attend_beside", "antidiagonal", "pick_mass", "prefill", "bring", "copy"), ("cuda",)),
-    **dict.fromkeys(("norm", "turn", "gated", "joined", "layer", "project", "streamed", "tables"), ("cuda",)),
+    **dict.fromkeys(("count", "norm", "turn", "gated", "joined", "layer", "project", "streamed", "tables"), ("cuda",)),
     **dict.fromkeys(("sort", "experts", "combine"), ("cuda",)),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..dispatch import Implementation
 from .append import append, append_pages
 from .attend import attend_blocks, attend_pages
+from .count import count_blocks
 from .delta import delta_linear, linear_with_delta, linears_with_delta
 from .experts import combine_experts, sort_experts, w4a8_experts
 from .fill import fill_pages
@@ -32,6 +33,7 @@ OPS = {
     "score_pages": Implementation(score_pages),
     "score_antidiagonal": Implementation(score_antidiagonal),
     "pick_blocks": Implementation(pick_blocks),
+    "count_blocks": Implementation(count_blocks),
     "rotate": Implementation(rotate),
     "rotate_heads": Implementation(rotate_heads),
     "rms_norm": Implementation(rms_norm),
