@@ -87,6 +87,20 @@ __device__ __forceinline__ void merge(const ListTask& p, ListShared& shared, uns
   merge_parts<W>(p, shared, room, part.b, part.head, part.problem);
 }
 
+// Find where the keys and values of a head lie, before it is known which are read: it takes about as long as to read
+// what is far apart.
+template <typename W>
+__device__ __forceinline__ void warm(const ListTask& p) {
+  constexpr int KEYS = (2 << 20) / W::ROW;  // of a page of the memory's own
+  const Part part(p);
+  const hfl_rows& x = threadIdx.x % 2 ? p.a.v : p.a.k;
+  const char* rows = static_cast<const char*>(x.data) + (part.b * x.b + part.head * x.h) * W::UNIT;
+#pragma unroll 1
+  for (int key = static_cast<int>(threadIdx.x) / 2 * KEYS; key < p.a.stored; key += THREADS / 2 * KEYS) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(rows + static_cast<int64_t>(key) * W::ROW));
+  }
+}
+
 template <typename W, bool CHOICE>
 __global__ void __launch_bounds__(THREADS, AT_ONCE) attend_list_kernel(const __grid_constant__ ListTask p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -131,7 +145,8 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) attend_list_kernel(const __g
     reinterpret_cast<ChooseRoom*>(room)->clear();
     if (p.followed || p.turn != Turn::later) begin_turn(p.turn, first);
     prepare();
-    choose_part(p.pick, p.chooses, p.scored, p.tiles, room, part.b, part.problem, start, start + entries, shared.list);
+    warm<W>(p);
+    choose_part(p.pick, p.chooses, p.scored, p.awaited, room, part.b, part.problem, start, start + entries, shared.list);
     __syncthreads();
   }
   W mine(p, part.b, part.head, room + warp * ListShared::warp_bytes(p.group), lane);
@@ -203,6 +218,13 @@ int choose_bytes(int each) { return static_cast<int>(sizeof(ChooseRoom)) + CHOOS
 
 int chosen_each(const hfl_layer_group& g) { return g.score.scores ? each_of(g.pick.blocks) : 0; }
 
+// How many tiles of scores are waited for, before they are looked at one by one. All come at once where each warp has
+// one; else looking too early would be in the way of those who still read.
+int awaited_of(const hfl_score& score, int processors) {
+  const int rounds = score_rounds(score, processors), tiles = score_tiles(score);
+  return rounds == 1 ? 0 : rounds <= 4 ? tiles - tiles / 4 : tiles;
+}
+
 ListTask task_of(const hfl_layer_group& g) {
   const hfl_attend& a = g.attend;
   ListTask p = {};
@@ -263,13 +285,14 @@ const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn, void* s
   p.a.scratch = turn.scratch, p.a.counters = turn.arrived, p.heads = turn.heads, p.turn = turn.turn;
   p.followed = turn.followed;
   p.pick = g.pick, p.pick.scores = turn.scores, p.scored = turn.scored;
-  if (g.score.scores) p.tiles = score_tiles(g.score);
   p.chooses = chosen_each(g);
   const int needed = ListShared::bytes(p.group) + LIST_WARPS * ListWarp<__half>::AHEAD;
-  int device = 0, most = 0;
+  int device = 0, most = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (p.chooses) p.awaited = awaited_of(g.score, processors);
   p.ahead = !p.chooses && !g.attend.k.bits && 2 * (needed + 1024) <= most;  // two blocks of a multiprocessor
   const int room = p.ahead ? needed
                    : std::max(ListShared::bytes(p.group), p.chooses ? ListShared::start() + choose_bytes(p.chooses) : 0);

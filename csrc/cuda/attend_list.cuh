@@ -20,8 +20,8 @@ struct ListTask {
   hfl_pick pick;  // of a choice, whose scores are as score_order.cuh says
   int chooses;    // blocks of a thread that chooses, 0: the list stands
   int* appended;  // [B * Hkv], whether the token is stored; nullptr: nobody waits for it
-  int* scored;    // [B * Hkv], tiles of scores that are there, of `tiles`
-  int tiles;
+  int* scored;    // [B * Hkv], tiles of scores that are there; so many are waited for before any is looked at
+  int awaited;
   int group, problems, slabs;  // query heads of a KV head; rows and KV heads; slabs of each
   Divisor splits, each, kv_heads;  // parts of its slabs, slabs of a block
   int before;                      // rows of the grid before those of the parts, where the parts wait for tokens
@@ -101,6 +101,8 @@ struct ListWarp {
     for (int i = 0; i < 8; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
     top[0] = top[1] = NOTHING, total[0] = total[1] = 0.0f;
   }
+
+  static constexpr int ROW = LIST_DIM * 2, UNIT = 2;  // bytes of a row, and of what strides count
 
   // The step's token, by a block of its own.
   __device__ static void store(const ListTask& p, int b, int head, int, void* room) {

@@ -79,7 +79,7 @@ __device__ __forceinline__ void weigh_parts(const ListTask& p, const float* from
 template <typename W>
 __device__ __forceinline__ void merge_parts(const ListTask& p, ListShared& shared, unsigned char* room, int b, int head,
                                             int problem) {
-  constexpr int BATCH = 8;
+  constexpr int BATCH = 16;  // as many as there are of a list for one row of 8 KV heads
   const int thread = static_cast<int>(threadIdx.x), stride = p.group * LIST_OUT;
   const float* from = scratch_of(p, problem, 0);
   float* weights = reinterpret_cast<float*>(room);

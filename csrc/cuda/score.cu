@@ -177,12 +177,19 @@ bool score_streams(const hfl_score& a) {
 
 int score_tiles(const hfl_score& a) { return (a.entries - 1) / TILE + 1; }
 
+int score_rounds(const hfl_score& a, int processors) {
+  const int64_t tiles = static_cast<int64_t>(score_tiles(a)) * a.kv_heads * a.batch;
+  return static_cast<int>((tiles - 1) / (static_cast<int64_t>(processors) * STREAM_WARPS) + 1);
+}
+
 const char* score_stream(const hfl_score& a, const StreamTurn& turn) {
   const char* message = check(a);
   if (message) return message;
   const int each = each_of((a.entries - 1) / a.subs + 1);
   StreamTask p = {};
   p.a = a, p.heads = turn.heads, p.pos = turn.pos, p.pos_b = turn.pos_b, p.sub = turn.sub, p.row = CHOOSERS * each;
+  for (p.shift = 0; a.subs >> (p.shift + 1); ++p.shift) {
+  }
   p.group = a.q_heads / a.kv_heads, p.tiles = score_tiles(a), p.all = p.tiles * a.kv_heads * a.batch;
   p.by_tiles = Divisor(p.tiles), p.by_heads = Divisor(a.kv_heads);
   p.scored = turn.scored, p.turn = turn.turn;

@@ -13,6 +13,9 @@ constexpr int MOST_EACH = 68;  // blocks of a thread
 // lies in different banks.
 inline int each_of(int blocks) { return 4 * ((blocks + 4 * CHOOSERS - 1) / (4 * CHOOSERS) | 1); }
 
+// How many tiles of scores a warp of the kernel that streams them has, at most.
+int score_rounds(const hfl_score& a, int processors);
+
 #ifdef __CUDACC__
 // Scores are zero until they are there: who writes them only hints at it, and who reads them looks at each of them. So
 // nobody waits until what it wrote can be seen.

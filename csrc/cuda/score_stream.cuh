@@ -18,7 +18,7 @@ struct StreamTask {
   Heads heads;
   const int64_t* pos;  // of the step's tokens
   int64_t pos_b;
-  int sub, row;                // tokens of an entry; scores of a row and KV head
+  int sub, shift, row;         // tokens of an entry; entries of a block are 2^shift; scores of a row and KV head
   int group, tiles, all;       // query heads of a KV head; tiles of a row and KV head, and of all of them
   Divisor by_tiles, by_heads;  // tiles; KV heads
   int* scored;  // [B * Hkv], tiles that are done
@@ -87,14 +87,17 @@ struct StreamQueries {
 __device__ __forceinline__ float first_of(uint32_t x, __half) { return unpack_f16(x).x; }
 __device__ __forceinline__ float first_of(uint32_t x, __nv_bfloat16) { return unpack_bf16(x).x; }
 
-// Scores of a tile's entries lane / 4 and 8 more, in lanes of which the last two bits are zero.
-template <typename T>
-__device__ __forceinline__ float2 stream_scores(const uint4* entries, const StreamQueries<T>& queries, int group,
-                                                int lane) {
-  const int g = lane >> 2, c = lane & 3;
-  const bool odd = g & 1;
+// Products of a tile's entries lane / 4 and 8 more with two queries, in parts; and which entries are bounds of no key.
+struct StreamSums {
   float sums[2][4] = {};
   bool none[2] = {};
+};
+
+template <typename T>
+__device__ __forceinline__ StreamSums stream_sums(const uint4* entries, const StreamQueries<T>& queries, int lane) {
+  const int g = lane >> 2, c = lane & 3;
+  const bool odd = g & 1;
+  StreamSums all;
   uint32_t least[2];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {  // rows that would meet the same banks read the other one of two steps first
@@ -103,23 +106,30 @@ __device__ __forceinline__ float2 stream_scores(const uint4* entries, const Stre
     const uint4 a8 = entries[(g + 8) * 32 + one], b8 = entries[(g + 8) * 32 + other];
     const uint4 x = odd ? b : a, y = odd ? a : b, x8 = odd ? b8 : a8, y8 = odd ? a8 : b8;
     if (j == 0) least[0] = x.x, least[1] = x8.x;
-    if (j == 2) none[0] = first_of(least[0], T()) > first_of(x.x, T());
-    if (j == 2) none[1] = first_of(least[1], T()) > first_of(x8.x, T());
+    if (j == 2) all.none[0] = first_of(least[0], T()) > first_of(x.x, T());
+    if (j == 2) all.none[1] = first_of(least[1], T()) > first_of(x8.x, T());
     const uint4 q = queries.x[2 * j], r = queries.x[2 * j + 1];
-    multiply(sums[0], make_uint4(x.x, x8.x, x.y, x8.y), q.x, q.y, T());
-    multiply(sums[1], make_uint4(x.z, x8.z, x.w, x8.w), q.z, q.w, T());
-    multiply(sums[0], make_uint4(y.x, y8.x, y.y, y8.y), r.x, r.y, T());
-    multiply(sums[1], make_uint4(y.z, y8.z, y.w, y8.w), r.z, r.w, T());
+    multiply(all.sums[0], make_uint4(x.x, x8.x, x.y, x8.y), q.x, q.y, T());
+    multiply(all.sums[1], make_uint4(x.z, x8.z, x.w, x8.w), q.z, q.w, T());
+    multiply(all.sums[0], make_uint4(y.x, y8.x, y.y, y8.y), r.x, r.y, T());
+    multiply(all.sums[1], make_uint4(y.z, y8.z, y.w, y8.w), r.z, r.w, T());
   }
+  return all;
+}
+
+// Scores of the two entries, in lanes of which the last two bits are zero.
+__device__ __forceinline__ float2 stream_scores(const StreamSums& all, int group, int lane) {
+  const int c = lane & 3;
+  const auto sum = [&](int i) { return all.sums[0][i] + all.sums[1][i]; };
   float best[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float first = 2 * c < group ? sums[0][2 * i] + sums[1][2 * i] : -INFINITY;
-    const float second = 2 * c + 1 < group ? sums[0][2 * i + 1] + sums[1][2 * i + 1] : -INFINITY;
+    const float first = 2 * c < group ? sum(2 * i) : -INFINITY;
+    const float second = 2 * c + 1 < group ? sum(2 * i + 1) : -INFINITY;
     best[i] = most_of(first, second);
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) best[i] = most_of(__shfl_xor_sync(0xffffffffu, best[i], step), best[i]);
-    if (none[i]) best[i] = -INFINITY;
+    if (all.none[i]) best[i] = -INFINITY;
   }
   return make_float2(best[0], best[1]);
 }
@@ -162,10 +172,11 @@ __global__ void __launch_bounds__(STREAM_WARPS * 32, 2) score_stream_kernel(cons
       stream.wait(stage);
     }
     const uint4* entries = reinterpret_cast<const uint4*>(stream.ring + stage * STREAM_TILE);
-    float2 best = stream_scores<T>(entries, queries, p.group, lane);
+    const StreamSums sums = stream_sums<T>(entries, queries, lane);
     __syncwarp();  // all lanes have read the tile
     const int next = tile + STREAM_STAGES * STREAM_WARPS;
     if (next < end) stream.begin(stage, next);
+    float2 best = stream_scores(sums, p.group, lane);
     const int own = entry + lane / 4;
     if (own >= p.a.entries) best.x = -INFINITY;
     if (own + 8 >= p.a.entries) best.y = -INFINITY;
@@ -175,9 +186,9 @@ __global__ void __launch_bounds__(STREAM_WARPS * 32, 2) score_stream_kernel(cons
       best.y = most_of(__shfl_xor_sync(0xffffffffu, best.y, 4 * step), best.y);
     }
     uint32_t* to = reinterpret_cast<uint32_t*>(p.a.scores) + static_cast<int64_t>(problem) * p.row;
-    if (lane % 4 == 0 && own % p.a.subs == 0) {
-      if (own < p.a.entries) store_as_it_comes(to + own / p.a.subs, order_of(best.x));
-      if (own + 8 < p.a.entries) store_as_it_comes(to + (own + 8) / p.a.subs, order_of(best.y));
+    if (lane % 4 == 0 && (own & (p.a.subs - 1)) == 0) {
+      if (own < p.a.entries) store_as_it_comes(to + (own >> p.shift), order_of(best.x));
+      if (own + 8 < p.a.entries) store_as_it_comes(to + ((own + 8) >> p.shift), order_of(best.y));
     }
     ++round, stage = stage + 1 == STREAM_STAGES ? 0 : stage + 1;
   }

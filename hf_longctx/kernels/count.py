@@ -10,7 +10,7 @@ from . import dispatch
 
 
 def count_blocks(tally: Tensor, ids: Sequence[Tensor], pos: Tensor, block: int) -> None:
-    """Add up, in place, what queries read of the blocks that they could see; those after a query's own hold nothing yet.
+    """Add up, in place, what queries read of the blocks that they could see: from the first to their own.
 
     Args:
         tally: `[2]`, int64: blocks read, in all heads, and blocks from the first to a query's own, likewise.
