@@ -49,6 +49,15 @@ struct Extent {
   }
 };
 
+// Four scores, of which only those of candidates are waited for; others become 0.
+__device__ __forceinline__ void take_part(uint4& x, const uint4* from, int block, int first, int last) {
+  const auto in = [&](int i) { return block + i >= first && block + i < last; };
+  const auto missing = [&] { return (in(0) && !x.x) || (in(1) && !x.y) || (in(2) && !x.z) || (in(3) && !x.w); };
+#pragma unroll 1
+  while (missing()) x = load_as_it_comes(from);
+  x = make_uint4(in(0) ? x.x : 0, in(1) ? x.y : 0, in(2) ? x.z : 0, in(3) ? x.w : 0);
+}
+
 // A row's scores to shared memory, each once it is there, those that are no candidates as 0; and of those that came by
 // this thread, the extent. By all threads.
 __device__ __forceinline__ Extent bring_scores(const uint4* from, uint4* to, int each, int first, int last) {
@@ -62,7 +71,7 @@ __device__ __forceinline__ Extent bring_scores(const uint4* from, uint4* to, int
     for (int i = 0; i < BATCH; ++i) {
       const int at = thread + (start + i) * CHOOSERS;
       x[i] = make_uint4(0, 0, 0, 0);
-      if (start + i < each / 4 && at * 4 + 4 <= last) x[i] = load_as_it_comes(from + at);
+      if (start + i < each / 4 && at * 4 < last) x[i] = load_as_it_comes(from + at);
     }
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
@@ -71,26 +80,11 @@ __device__ __forceinline__ Extent bring_scores(const uint4* from, uint4* to, int
       if (at * 4 >= first && at * 4 + 4 <= last) {
 #pragma unroll 1
         while (min(min(x[i].x, x[i].y), min(x[i].z, x[i].w)) == 0) x[i] = load_as_it_comes(from + at);
-        extent.add(x[i].x), extent.add(x[i].y), extent.add(x[i].z), extent.add(x[i].w);
       } else {
-        x[i] = make_uint4(0, 0, 0, 0);
+        take_part(x[i], from + at, at * 4, first, last);
       }
+      extent.add(x[i].x), extent.add(x[i].y), extent.add(x[i].z), extent.add(x[i].w);
       to[at] = x[i];
-    }
-  }
-  // The last of the first four, and the first of the last four.
-#pragma unroll 1
-  for (int which = 0; which < 2; ++which) {
-    const int at = (which ? last : first) / 4, from_block = max(at * 4, first), to_block = min(at * 4 + 4, last);
-    const bool part = to_block - from_block < 4 && (!which || at > first / 4);
-    if (!part || at % CHOOSERS != thread) continue;
-#pragma unroll 1
-    for (int block = from_block; block < to_block; ++block) {
-      uint32_t x;
-      do {
-        x = load_as_it_comes(reinterpret_cast<const uint32_t*>(from) + block);
-      } while (!x);
-      extent.add(x), reinterpret_cast<uint32_t*>(to)[block] = x;
     }
   }
   return extent;
@@ -322,14 +316,15 @@ __device__ __forceinline__ void clear_scores(const float* scores, int each, int 
   }
 }
 
-// Entries `start` to `end` - 1 of the list of a row and KV head, once its scores are there. By all threads.
-__device__ __forceinline__ void choose_part(const hfl_pick& a, int each, const int* scored, int tiles,
+// Entries `start` to `end` - 1 of the list of a row and KV head, once its scores are there, which are not looked at
+// before about `awaited` tiles of them are. By all threads.
+__device__ __forceinline__ void choose_part(const hfl_pick& a, int each, const int* scored, int awaited,
                                             unsigned char* memory, int b, int problem, int start, int end, int* list) {
   ChooseRoom& room = *reinterpret_cast<ChooseRoom*>(memory);
   uint32_t* ranks = reinterpret_cast<uint32_t*>(memory + sizeof(ChooseRoom));
   const int thread = static_cast<int>(threadIdx.x);
   const ListShape shape(a, b);
-  if (thread == 0) wait_until(scored + problem, tiles);
+  if (thread == 0) wait_until(scored + problem, awaited);
   __syncthreads();
 #pragma unroll 1
   for (int i = start + thread; i < end; i += CHOOSERS) {
