@@ -87,20 +87,6 @@ __device__ __forceinline__ void merge(const ListTask& p, ListShared& shared, uns
   merge_parts<W>(p, shared, room, part.b, part.head, part.problem);
 }
 
-// Find where the keys and values of a head lie, before it is known which are read: it takes about as long as to read
-// what is far apart.
-template <typename W>
-__device__ __forceinline__ void warm(const ListTask& p) {
-  constexpr int KEYS = (2 << 20) / W::ROW;  // of a page of the memory's own
-  const Part part(p);
-  const hfl_rows& x = threadIdx.x % 2 ? p.a.v : p.a.k;
-  const char* rows = static_cast<const char*>(x.data) + (part.b * x.b + part.head * x.h) * W::UNIT;
-#pragma unroll 1
-  for (int key = static_cast<int>(threadIdx.x) / 2 * KEYS; key < p.a.stored; key += THREADS / 2 * KEYS) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(rows + static_cast<int64_t>(key) * W::ROW));
-  }
-}
-
 template <typename W, bool CHOICE>
 __global__ void __launch_bounds__(THREADS, AT_ONCE) attend_list_kernel(const __grid_constant__ ListTask p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -145,7 +131,6 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) attend_list_kernel(const __g
     reinterpret_cast<ChooseRoom*>(room)->clear();
     if (p.followed || p.turn != Turn::later) begin_turn(p.turn, first);
     prepare();
-    warm<W>(p);
     choose_part(p.pick, p.chooses, p.scored, p.awaited, room, part.b, part.problem, start, start + entries, shared.list);
     __syncthreads();
   }

@@ -102,8 +102,6 @@ struct ListWarp {
     top[0] = top[1] = NOTHING, total[0] = total[1] = 0.0f;
   }
 
-  static constexpr int ROW = LIST_DIM * 2, UNIT = 2;  // bytes of a row, and of what strides count
-
   // The step's token, by a block of its own.
   __device__ static void store(const ListTask& p, int b, int head, int, void* room) {
     append_row<T>(p.append, p.heads.of(head), b, head, room);

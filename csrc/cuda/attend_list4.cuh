@@ -11,7 +11,7 @@ namespace hfl {
 struct ListWarp4 {
   using T = __nv_bfloat16;
   static constexpr float LIFT = 0.0f;
-  static constexpr int AHEAD = 0, ROW = LIST_DIM / 2, UNIT = 1;
+  static constexpr int AHEAD = 0;
   const unsigned char *k, *v;  // rows of the head
   const __half *k_sides, *v_sides;
   int64_t k_zeros, v_zeros;    // from scales to zeros, in elements

@@ -188,8 +188,7 @@ const char* score_stream(const hfl_score& a, const StreamTurn& turn) {
   const int each = each_of((a.entries - 1) / a.subs + 1);
   StreamTask p = {};
   p.a = a, p.heads = turn.heads, p.pos = turn.pos, p.pos_b = turn.pos_b, p.sub = turn.sub, p.row = CHOOSERS * each;
-  for (p.shift = 0; a.subs >> (p.shift + 1); ++p.shift) {
-  }
+  while (a.subs >> (p.shift + 1)) ++p.shift;
   p.group = a.q_heads / a.kv_heads, p.tiles = score_tiles(a), p.all = p.tiles * a.kv_heads * a.batch;
   p.by_tiles = Divisor(p.tiles), p.by_heads = Divisor(a.kv_heads);
   p.scored = turn.scored, p.turn = turn.turn;
