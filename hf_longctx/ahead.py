@@ -102,7 +102,13 @@ def expect(model: PreTrainedModel, recorder: Recorder, cache: Any, settings: Any
     criteria, processors = (made[name] for name in METHODS)
     own = [x for x in criteria if not _is(x, "stopping_criteria") or type(x).__name__ not in CRITERIA]
     own += [x for x in processors if not _is(x, "logits_process") or type(x).__name__ in OWN_CALLS]
-    if own or cap(cache.plan) is not None or _several_processes() or _watched(model, recorder.decoder) or not _installed():
+    if (
+        own
+        or cap(cache.plan) is not None
+        or _several_processes()
+        or _watched(model, recorder.decoder)
+        or not _installed()
+    ):
         return
     ends = any(type(x).__name__ != "MaxLengthCriteria" for x in criteria)
     _RUNS[cache] = Run(recorder, ends, bool(settings.do_sample))
@@ -154,7 +160,9 @@ class Checks:
         run = _RUNS.pop(cache, None) if isinstance(cache, LongContextCache) else None
         if run is None:
             return self.stock(input_ids, max_length, cache, cache_is_returned, streamer)
-        late = not cache_is_returned or streamer is None or can_crop(cache)  # a streamer may fail, and the cache goes on
+        late = (
+            not cache_is_returned or streamer is None or can_crop(cache)
+        )  # a streamer may fail, and the cache goes on
         return LateCheck(run, input_ids, max_length if late else 0, cache, streamer)
 
 
@@ -181,7 +189,7 @@ class _Slot:
         self._unfinished, self._tokens = (
             torch.empty(input_ids.shape[0], dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)
         )
-        self._there = torch.cuda.Event() if on_gpu else None
+        self._there = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.draws: Tensor | None = None  # the generator's state after the step
 
     def load(self, unfinished: Tensor, tokens: Tensor | None) -> None:
@@ -243,23 +251,25 @@ class LateCheck:
 
     def _ended(self, slot: _Slot, one_more: bool = False) -> bool:
         """True if a step was the last; one_more: another one follows already, and is taken back then."""
-        done = False
         try:
             done = slot.ended()
             if self._streamer is not None:
                 self._streamer.put(slot.tokens())
         except BaseException:
-            done = True
+            if one_more:
+                self._forget(slot)
             raise
-        finally:
-            if done and one_more:
-                take_back(self._cache)
-                if slot.draws is not None:
-                    self._generator().set_state(slot.draws)
+        if done and one_more:
+            self._forget(slot)
         return done
+
+    def _forget(self, slot: _Slot) -> None:
+        """Undo the step after `slot`."""
+        take_back(self._cache)
+        if slot.draws is not None:
+            self._generator().set_state(slot.draws)
 
     def _generator(self) -> torch.Generator:
         if self._device.type != "cuda":
             return torch.default_generator
-        index = self._device.index
-        return torch.cuda.default_generators[torch.cuda.current_device() if index is None else index]
+        return torch.cuda.default_generators[self._device.index]

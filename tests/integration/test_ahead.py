@@ -6,10 +6,10 @@ The same calls of `generate()` are made with a check after each step and with on
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -23,16 +23,18 @@ from transformers.generation.streamers import BaseStreamer
 import hf_longctx as lc
 from hf_longctx import ahead
 from hf_longctx.cache.cache import LongContextCache
+from hf_longctx.patch import state_of
 
-from ..methods.cases import LIMITS, LOSSY, SELECTING, Row, named
+from ..methods.cases import LIMITS, LOSSY, SELECTING, Row, gates, named
 from .again import recorders
 from .cases import BY_NAME
 from .test_generate import batch, generate, single
-from .test_graph import FILES, LSERVE, PLACED, QUEST
+from .test_graph import LSERVE, PLACED, QUEST
 
 LLAMA = BY_NAME["llama"]
 DENSE = LIMITS[0]
 RECENT = Row("recent", lambda case: lc.Dense(kv="int4"))
+AGAIN = lc.LServe(pattern=gates(LLAMA), sparsity=0.0, token_budget=24, page=8, logical=4, refresh_every=3, kv="native")
 ROWS = (DENSE, *LOSSY, *SELECTING, *PLACED[2:], RECENT)
 VOCABULARY = LLAMA.build().config.vocab_size
 EARLY: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": list(range(VOCABULARY // 16)), "pad_token_id": 0}
@@ -86,13 +88,16 @@ def both(row: Row, inputs: dict[str, Tensor], **options: Any) -> list[tuple[Any,
 
 
 def assert_same_state(a: LongContextCache, b: LongContextCache) -> None:
-    """Two caches hold the same text: the same lengths, and the same answers to what comes next, however it comes."""
+    """Two caches have seen the same text, and will choose blocks anew at the same steps."""
     assert a.ledger.columns == b.ledger.columns
     assert torch.equal(a.ledger.row_lengths, b.ledger.row_lengths)
     assert a.pending is None
-    for one, other in zip(a.stacks, b.stacks, strict=True):
-        kept = [[store.kept.since for _, store in stack.stores] for stack in (one, other)]
-        assert kept[0] == kept[1]
+    due = [
+        [store.kept.is_due(3, columns) for stack in x.stacks for _, store in stack.stores]
+        for columns in range(a.ledger.columns, a.ledger.columns + 4)
+        for x in (a, b)
+    ]
+    assert due[::2] == due[1::2]
 
 
 WAYS = {
@@ -102,8 +107,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("row", ROWS, ids=named)
+@pytest.mark.parametrize(
+    ("row", "way"), [*product(ROWS, ["drawn"]), (DENSE, "greedy"), (LSERVE, "penalties")], ids=named
+)
 def test_rows_that_end_at_different_steps(row: Row, way: str) -> None:
     options = {**EARLY, **WAYS[way], "return_dict_in_generate": False}
     (late, seen, draws), (plain, none, same) = both(row, batch(LLAMA), **options)
@@ -143,29 +149,180 @@ def test_a_cache_that_is_returned_forgets_the_step(row: Row) -> None:
     assert_same_state(late.past_key_values, plain.past_key_values)
 
 
-@pytest.mark.parametrize("every", [1, 4])
-def test_a_chat_goes_on_as_if_no_step_had_been_too_many(every: int) -> None:
-    method = lc.Quest(8, page=4, sink=0, dense_layers=0, refresh_every=every)
-    answers, texts = [], []
-    for late in (True, False):
-        model = lc.patch(LLAMA.make(), method)
-        text, cache, backs = LLAMA.prompt(40), LongContextCache(model_plan(model)), 0
-        for turn in range(4):
-            out, seen, _ = run(model, {"input_ids": text}, late, past_key_values=cache, output_logits=True, **EARLY)
-            text = torch.cat([out.sequences, LLAMA.prompt(5 + turn)], 1) if turn < 2 else out.sequences
-            backs += seen.back
-            answers.append(out.logits)
-        texts.append(text)
-        assert (backs > 1) == late
-    assert torch.equal(*texts)
-    for a, b in zip(answers[:4], answers[4:], strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def model_plan(model: Any) -> lc.Plan:
-    """The plan in force on a model."""
-    from hf_longctx.patch import state_of
-
+def chat(method: Any, late: bool) -> tuple[list[Any], Tensor, int]:
+    """Logits of four turns of a chat on one cache, its text, and how many steps were taken back."""
+    model, answers, backs = lc.patch(LLAMA.make(), method), [], 0
     state = state_of(model)
     assert state is not None
-    return state.plan
+    text, cache = LLAMA.prompt(40), LongContextCache(state.plan)
+    for turn in range(4):
+        asked = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+        options = {**EARLY, "max_new_tokens": 60, "past_key_values": cache, "output_logits": True}
+        out, seen, _ = run(model, asked, late, **options)
+        text = torch.cat([out.sequences, LLAMA.prompt(turn)], 1)  # the second turn goes on where the first one ended
+        answers += out.logits
+        backs += seen.back
+    return answers, text, backs
+
+
+@pytest.mark.parametrize("method", [QUEST.method(LLAMA), AGAIN], ids=["each_step", "some_steps"])
+def test_a_chat_goes_on_as_if_no_step_had_been_too_many(method: Any) -> None:
+    (answers, text, backs), (expected, same, none) = chat(method, True), chat(method, False)
+    assert none == 0 < backs
+    assert torch.equal(text, same)
+    assert len(answers) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(answers, expected, strict=True))
+
+
+# what is left as it is --------------------------------------------------------------------------------------------
+
+
+class Criterion(StoppingCriteria):
+    """Somebody's own code, which may count."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class Processor(LogitsProcessor):
+    """Likewise."""
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
+        return scores
+
+
+def _hook(*_: Any) -> None:
+    """Somebody looks at every call of the model."""
+
+
+OWN: dict[str, dict[str, Any]] = {
+    "criterion": {"stopping_criteria": [Criterion()]},
+    "processor": {"logits_processor": [Processor()]},
+    "prefix": {"prefix_allowed_tokens_fn": lambda row, ids: list(range(VOCABULARY))},
+    "beams": {"num_beams": 2},
+    "no_cache": {"use_cache": False},
+    "hidden_states": {"output_hidden_states": True},
+}
+
+
+@pytest.mark.parametrize("why", [*OWN, "hook", "head_hook", "no_graph", "a cap"])
+def test_each_step_is_waited_for_where_one_more_could_be_noticed(why: str) -> None:
+    model = lc.patch(LLAMA.make(), "dense", cuda_graph=why != "no_graph")
+    if why == "hook":
+        model.register_forward_hook(_hook)
+    if why == "head_hook":
+        model.lm_head.register_forward_pre_hook(_hook)
+    if why == "a cap":
+        lc.patch(model, QUEST.method(LLAMA), placement=lc.HostLRU(3, ram="1GiB"))
+    out, seen, _ = run(model, single(LLAMA), True, **{**EARLY, **OWN.get(why, {})})
+    assert out.sequences.shape[1] > 40
+    assert seen.late == seen.back == 0
+
+
+def test_steps_that_are_not_recorded_are_waited_for() -> None:
+    model = lc.patch(LLAMA.make(), "dense")
+    model.model.layers[0].register_forward_hook(_hook)
+    _, seen, _ = run(model, single(LLAMA), True, **EARLY)
+    assert "hook" in str(lc.report(model).eager)
+    assert seen.late == 0
+
+
+def test_assisted_decoding() -> None:
+    model, assistant = (lc.patch(LLAMA.make(), "dense") for _ in range(2))
+    out, seen, _ = run(model, single(LLAMA), True, assistant_model=assistant, **EARLY)
+    plain, _, _ = run(lc.patch(LLAMA.make(), "dense"), single(LLAMA), False, **EARLY)
+    assert seen.late == 0
+    assert torch.equal(out.sequences, plain.sequences)
+
+
+def test_time_is_up() -> None:
+    """After the first token, which no step follows, whoever asks."""
+    out, _, _ = both(DENSE, single(LLAMA), max_new_tokens=30, max_time=0.0)[0]
+    assert out.sequences.shape[1] == 41
+
+
+class Told(BaseStreamer):
+    """Notes what it gets; fails at one of the tokens."""
+
+    def __init__(self, fails: int | None = None) -> None:
+        self.tokens: list[Tensor] = []
+        self.fails, self.ended = fails, 0
+
+    def put(self, value: Tensor) -> None:
+        self.tokens.append(value)
+        if len(self.tokens) == self.fails:
+            raise InterruptedError
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("options", [EARLY, {"max_new_tokens": 9}], ids=["ends", "length"])
+def test_a_streamer_is_told_each_token_once(options: dict[str, Any]) -> None:
+    told = Told(), Told()
+    for streamer, late in zip(told, (True, False), strict=True):
+        model = lc.patch(LLAMA.make(), "dense")
+        out, seen, _ = run(model, single(LLAMA), late, streamer=streamer, **options)
+        assert (seen.late > 0) == late
+        assert torch.equal(torch.cat([x.flatten() for x in streamer.tokens]), out.sequences[0])
+        assert streamer.ended == 1
+    assert len(told[0].tokens) == len(told[1].tokens)
+
+
+@pytest.mark.parametrize("row", [DENSE, LSERVE, PLACED[0]], ids=named)
+def test_a_streamer_that_fails_leaves_the_cache_as_it_would(row: Row) -> None:
+    held = []
+    for late in (True, False):
+        model = lc.patch(LLAMA.make(), row.method(LLAMA))
+        state = state_of(model)
+        assert state is not None
+        cache = LongContextCache(state.plan)
+        options = {"max_new_tokens": 30, "do_sample": True, "past_key_values": cache}
+        with pytest.raises(InterruptedError):
+            run(model, single(LLAMA), late, streamer=Told(fails=8), **options)
+        held.append((cache, torch.get_rng_state()))
+    (cache, draws), (same, expected) = held
+    assert cache.ledger.columns == 40 + 6
+    assert_same_state(cache, same)
+    assert torch.equal(draws, expected)
+
+
+# in place of transformers' own -------------------------------------------------------------------------------------
+
+
+def test_models_that_are_not_patched_get_the_answer_of_transformers() -> None:
+    run(lc.patch(LLAMA.make(), "dense"), single(LLAMA), True, max_new_tokens=3)
+    check: Any = stock.DeferredStopCheck
+    assert isinstance(check, ahead.Checks)
+    for device in ("cpu", "mps"):
+        asked = torch.device(device), DynamicCache(), False
+        assert check.is_supported(*asked, is_assistant=False) == (device == "mps")
+    made = check(torch.zeros(1, 1, dtype=torch.int64), 3, DynamicCache(), False, None)
+    assert type(made) is check.stock
+
+
+def test_a_class_of_another_form_is_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other:
+        @staticmethod
+        def is_supported(device: Any) -> bool:
+            return False
+
+    monkeypatch.setattr(stock, "DeferredStopCheck", Other)
+    assert not ahead._installed()
+    assert stock.DeferredStopCheck is Other
+    monkeypatch.delattr(stock, "DeferredStopCheck")
+    assert not ahead._installed()
+
+
+def test_unpatching_leaves_the_model_as_it_was() -> None:
+    model = LLAMA.make()
+    before = dict(vars(model))
+    run(lc.patch(model, "dense"), single(LLAMA), True, max_new_tokens=3)
+    assert vars(lc.unpatch(model)) == before
+    assert generate(model, single(LLAMA)).sequences.shape[1] == 52
+
+
+def test_a_copy_of_a_patched_model_notes_for_itself() -> None:
+    model = copy.deepcopy(lc.patch(LLAMA.make(), "dense"))
+    assert vars(model)[ahead.METHODS[0]].model is model
+    assert run(model, batch(LLAMA), True, **EARLY)[1].late > 0
