@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 import hf_longctx as lc
 from hf_longctx import ahead
 from hf_longctx.cache.cache import LongContextCache
+from hf_longctx.models import CACHE
 from hf_longctx.patch import state_of
 
 from ..methods.cases import LIMITS, LOSSY, SELECTING, Row, gates, named
@@ -134,7 +135,7 @@ def test_the_last_step_before_the_length_is_known(row: Row) -> None:
     assert seen.back == 0
     assert torch.equal(late.sequences, plain.sequences)
     assert len(late.logits) == len(plain.logits) == 12
-    assert_same_state(late.past_key_values, plain.past_key_values)
+    assert_same_state(late[CACHE], plain[CACHE])
 
 
 @pytest.mark.parametrize("row", [DENSE, QUEST, LSERVE], ids=named)
@@ -146,7 +147,7 @@ def test_a_cache_that_is_returned_forgets_the_step(row: Row) -> None:
     for name in ("logits", "scores"):
         assert len(late[name]) == len(plain[name]) == late.sequences.shape[1] - 40
         assert all(torch.equal(a, b) for a, b in zip(late[name], plain[name], strict=True))
-    assert_same_state(late.past_key_values, plain.past_key_values)
+    assert_same_state(late[CACHE], plain[CACHE])
 
 
 def chat(method: Any, late: bool) -> tuple[list[Any], Tensor, int]:
@@ -157,7 +158,7 @@ def chat(method: Any, late: bool) -> tuple[list[Any], Tensor, int]:
     text, cache = LLAMA.prompt(40), LongContextCache(state.plan)
     for turn in range(4):
         asked = {"input_ids": text, "attention_mask": torch.ones_like(text)}
-        options = {**EARLY, "max_new_tokens": 60, "past_key_values": cache, "output_logits": True}
+        options = {**EARLY, "max_new_tokens": 60, CACHE: cache, "output_logits": True}
         out, seen, _ = run(model, asked, late, **options)
         text = torch.cat([out.sequences, LLAMA.prompt(turn)], 1)  # the second turn goes on where the first one ended
         answers += out.logits
@@ -277,7 +278,7 @@ def test_a_streamer_that_fails_leaves_the_cache_as_it_would(row: Row) -> None:
         state = state_of(model)
         assert state is not None
         cache = LongContextCache(state.plan)
-        options = {"max_new_tokens": 30, "do_sample": True, "past_key_values": cache}
+        options = {"max_new_tokens": 30, "do_sample": True, CACHE: cache}
         with pytest.raises(InterruptedError):
             run(model, single(LLAMA), late, streamer=Told(fails=8), **options)
         held.append((cache, torch.get_rng_state()))
