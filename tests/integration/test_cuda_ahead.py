@@ -11,8 +11,9 @@ from transformers.generation.streamers import BaseStreamer
 import hf_longctx as lc
 
 from ..methods.cases import Row, named
+from .cases import BY_NAME
 from .test_ahead import EARLY, VOCABULARY, at_once, counted
-from .test_cuda_graph import LLAMA, ROWS, moved
+from .test_cuda_graph import ROWS, moved
 from .test_generate import PROMPT, batch, generate, single
 
 pytestmark = [pytest.mark.cuda]
@@ -20,18 +21,33 @@ pytestmark = [pytest.mark.cuda]
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+LLAMA = BY_NAME["llama_wide_heads"]
 
-@pytest.mark.parametrize("options", [EARLY, {"max_new_tokens": 30}], ids=["ends", "length"])
-@pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
+
+def on_gpu() -> Any:
+    """Heads of 64 channels in 16 bits, which the compiled kernels take."""
+    config = LLAMA.build().config
+    config.head_dim = 64
+    torch.manual_seed(0)
+    return type(LLAMA.build())(config).eval().cuda().to(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """One for all: each test patches it."""
+    return on_gpu()
+
+
+@pytest.mark.parametrize("options", [{**EARLY, "do_sample": True}, {"max_new_tokens": 30}], ids=["ends", "length"])
 @pytest.mark.parametrize("row", ROWS, ids=named)
-def test_the_same_tokens(row: Row, drawn: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lc.patch(LLAMA.make().cuda(), row.method(LLAMA))
+def test_the_same_tokens(row: Row, options: dict[str, Any], model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lc.patch(model, row.method(LLAMA))
     both = []
     for late in (True, False):
         with monkeypatch.context() as patch, counted(patch) as seen:
             if not late:
                 at_once(patch)
-            out = generate(model, moved(batch(LLAMA)), return_dict_in_generate=False, do_sample=drawn, **options)
+            out = generate(model, moved(batch(LLAMA)), **{"return_dict_in_generate": False, **options})
         assert (seen.late > 0) == late
         both.append((out, torch.cuda.get_rng_state(), lc.report(model).tokens_seen))
     assert torch.equal(both[0][0], both[1][0])
@@ -55,8 +71,9 @@ class Quiet(BaseStreamer):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=named)
-def test_no_step_waits_for_the_device(row: Row) -> None:
-    model, quiet = lc.patch(LLAMA.make().cuda(), row.method(LLAMA)), Quiet()
+def test_no_step_waits_for_the_device(row: Row, model: Any) -> None:
+    lc.patch(model, row.method(LLAMA))
+    quiet = Quiet()
     settings = {"max_new_tokens": 30, "eos_token_id": VOCABULARY, "pad_token_id": 0}
     try:
         out = generate(model, moved(single(LLAMA)), streamer=quiet, return_dict_in_generate=False, **settings)
