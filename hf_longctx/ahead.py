@@ -69,12 +69,12 @@ class Run:
     """What is known of a call of `generate` when its prompt was read.
 
     Args:
-        recorder: of the model's steps.
+        recorder: of the model's steps; the cache must not hold the model.
         ends: something else than the length may end it.
         draws: tokens are drawn.
     """
 
-    recorder: Recorder
+    recorder: weakref.ref[Recorder]
     ends: bool
     draws: bool
 
@@ -111,7 +111,7 @@ def expect(model: PreTrainedModel, recorder: Recorder, cache: Any, settings: Any
     ):
         return
     ends = any(type(x).__name__ != "MaxLengthCriteria" for x in criteria)
-    _RUNS[cache] = Run(recorder, ends, bool(settings.do_sample))
+    _RUNS[cache] = Run(weakref.ref(recorder), ends, bool(settings.do_sample))
 
 
 def _is(made: Any, module: str) -> bool:
@@ -186,9 +186,8 @@ class _Slot:
     def __init__(self, input_ids: Tensor) -> None:
         self._device = input_ids.device
         on_gpu = self._device.type == "cuda"
-        self._unfinished, self._tokens = (
-            torch.empty(input_ids.shape[0], dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)
-        )
+        both = torch.empty(2, len(input_ids), dtype=torch.int64, pin_memory=on_gpu)
+        self._unfinished, self._tokens = both.unbind()
         self._there = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.draws: Tensor | None = None  # the generator's state after the step
 
@@ -222,7 +221,8 @@ class LateCheck:
     """
 
     def __init__(self, run: Run, input_ids: Tensor, max_length: int | None, cache: Any, streamer: Any) -> None:
-        self._run, self._cache, self._streamer = run, cache, streamer
+        self._recorder, self._draws = run.recorder(), run.draws
+        self._cache, self._streamer = cache, streamer
         self._most = float("inf") if max_length is None else max_length
         self._device, self._last = input_ids.device, False
         self._free = [_Slot(input_ids) for _ in range(2)]
@@ -232,14 +232,14 @@ class LateCheck:
         """True if no step is to follow; arguments as transformers' check has them."""
         slot = self._free.pop()
         slot.load(unfinished_sequences, None if self._streamer is None else tokens)
-        slot.draws = self._generator().get_state() if self._run.draws else None
+        slot.draws = self._generator().get_state() if self._draws else None
         before, self._open = self._open, None
         if before is not None:
             if self._ended(before, one_more=True):
                 self._last = True
                 return True
             self._free.append(before)
-        if self._run.recorder.took and length < self._most:
+        if self._recorder is not None and self._recorder.took and length < self._most:
             self._open = slot
             return False
         self._free.append(slot)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation import LogitsProcessor, StoppingCriteria
 from transformers.generation import utils as stock
 from transformers.generation.streamers import BaseStreamer
@@ -317,8 +317,9 @@ def test_a_class_of_another_form_is_let_be(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_unpatching_leaves_the_model_as_it_was() -> None:
     model = LLAMA.make()
-    before = dict(vars(model))
-    run(lc.patch(model, "dense"), single(LLAMA), True, max_new_tokens=3)
+    before, settings = dict(vars(model)), GenerationConfig(do_sample=False)
+    run(lc.patch(model, "dense"), single(LLAMA), True, generation_config=settings, max_new_tokens=3)
+    assert not any(ahead._NOTED in vars(x) for x in (settings, model.generation_config))
     assert vars(lc.unpatch(model)) == before
     assert generate(model, single(LLAMA)).sequences.shape[1] == 52
 
