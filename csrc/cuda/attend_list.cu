@@ -3,7 +3,7 @@
 // Work: the slabs of 16 keys of a list are cut into `splits` parts, as alike as can be, a block each, whose 8 warps take
 //   every 8th slab of it. Where the list is chosen, each block finds all of the choice, and the entries of its own part,
 //   which it also writes down for later steps; the next step's kernel is set up once it has the scores, as what that
-//   reads early would be in their way. Where the list stands, it and the keys it names for the first two slabs of each
+//   reads early would be in their way where there are many. Where the list stands, it and the keys it names for the first two slabs of each
 //   warp are read before the kernels before this one are done, and what these may have written is read again: the list,
 //   and keys of the last tokens. The step's own token comes from where it is fresh; blocks behind all parts store it,
 //   which find a place on the device last, or before them if parts wait for that. The last block of a KV head to be done

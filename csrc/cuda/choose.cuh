@@ -336,6 +336,7 @@ __device__ __forceinline__ void choose_part(const hfl_pick& a, int each, const i
     return;
   }
   const uint4* scores = reinterpret_cast<const uint4*>(a.scores) + static_cast<int64_t>(problem) * CHOOSERS * each / 4;
+  if (awaited == 0) let_next();  // all comes at once: what the next kernel reads early is in nobody's way
   const Extent extent = bring_scores(scores, reinterpret_cast<uint4*>(ranks), each, shape.first, shape.last);
   let_next();
   Chooser chooser(room, ranks, each);
