@@ -72,4 +72,14 @@ def _lazy(name: str) -> Implementation:
     return Implementation(run, reject)
 
 
-OPS = {name: _lazy(name) for name in ("attend_blocks", "attend_pages", "score_pages", "append_pages", "fill_pages")}
+_NAMES = (
+    "attend_blocks",
+    "attend_pages",
+    "score_pages",
+    "score_antidiagonal",
+    "pick_blocks",
+    "append_pages",
+    "fill_pages",
+)
+
+OPS = {name: _lazy(name) for name in _NAMES}
