@@ -84,22 +84,22 @@ def _put_queries(
 
 @triton.jit
 def _product(
-    asked, keys, sums, tile, tile_b, reach, reach_b, count, columns, blocks, depth, strips, factor,
-    GROUP: tl.constexpr, BUNCH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    asked, keys, sums, tile, tile_b, reach, reach_b, count, columns, blocks, depth, group, strips, bunch,
+    factor, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     TILES: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Log2-sum-exp2 of BM tiles of queries over the blocks of BN tiles of keys; heads of a KV head walk together."""
     place, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    head = kv_head * GROUP + place % GROUP
+    head = kv_head * group + place % group
     steps = tl.cdiv(columns, BN)
-    walk = place // GROUP // BUNCH
-    strip, step = walk // steps * BUNCH + place // GROUP % BUNCH, walk % steps
+    walk = place // group // bunch
+    strip, step = walk // steps * bunch + place // group % bunch, walk % steps
     if strip >= strips:
         return
     if CAUSAL:
         if step * BN > tl.load(reach + batch * reach_b + strip):
             return
-    first = (batch * tl.num_programs(1) * GROUP + head) * count + strip * BM
+    first = (batch * tl.num_programs(1) * group + head) * count + strip * BM
     begin = (batch * tl.num_programs(1) + kv_head) * columns + step * BN
     x = tl.zeros((BM, BN), tl.float32)
     for i in tl.range(0, depth, BK, num_stages=STAGES):
@@ -270,6 +270,6 @@ def _multiply(
     ]
     _product[(group * bunch * steps * triton.cdiv(strips, bunch), kv_heads, rows)](
         *tables, sums, *places.of("tile", first), *places.of("reach", first // ROWS), count, columns, blocks, depth,
-        strips, factor * LOG2_E.value, GROUP=group, BUNCH=bunch, BM=ROWS, BN=width, BK=DEPTH, TILES=tiles,
+        group, strips, bunch, factor * LOG2_E.value, BM=ROWS, BN=width, BK=DEPTH, TILES=tiles,
         CAUSAL=causal, **compiled,
     )  # fmt: skip
