@@ -142,7 +142,8 @@ MASSED = [case for case in antidiagonals.MASSED if case.sizes[-1] <= 300][::3]
 
 @pytest.mark.parametrize(
     ("case", "device"),
-    [(case, "cpu") for case in PICKED] + [pytest.param(case, "cuda", marks=pytest.mark.cuda) for case in selects.PICKED],
+    [(case, "cpu") for case in PICKED]
+    + [pytest.param(case, "cuda", marks=pytest.mark.cuda) for case in selects.PICKED],
     ids=str,
 )
 def test_the_best(case: Picked, device: str) -> None:

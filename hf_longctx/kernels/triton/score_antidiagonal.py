@@ -33,7 +33,8 @@ MOST_TILES = 64
 
 @triton.jit
 def _places(
-    q_pos, apart, source, tile, reach, last, blocks, strips, block, stride, tiles, ROWS: tl.constexpr, SIZE: tl.constexpr
+    q_pos, apart, source, tile, reach, last, blocks, strips, block, stride, tiles,
+    ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Where the queries of a block stand, as `Places` has it; all of that is -1 before."""
     n, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -62,7 +63,9 @@ def _put_keys(
     if CAUSAL:
         there &= column <= tl.load(last + batch * last_b)
     like = tl.zeros((1,), out.dtype.element_ty)
-    key = read(head_of(k, batch, head), tl.zeros((), tl.int64), column.to(tl.int64), there, like, DIM, WIDTH, BITS, True)
+    key = read(
+        head_of(k, batch, head), tl.zeros((), tl.int64), column.to(tl.int64), there, like, DIM, WIDTH, BITS, True
+    )
     row = (batch * tl.num_programs(1) + head).to(tl.int64) * columns + column // stride
     put(out, row * depth + column % stride * DIM, column < columns * stride, key[0], key[1], DIM, WIDTH, BITS)
 
@@ -96,9 +99,11 @@ def _product(
     strip, step = walk // steps * bunch + place // group % bunch, walk % steps
     if strip >= strips:
         return
+    furthest = columns
     if CAUSAL:
-        if step * BN > tl.load(reach + batch * reach_b + strip):
-            return
+        furthest = tl.load(reach + batch * reach_b + strip)
+    if step * BN > furthest:
+        return
     first = (batch * tl.num_programs(1) * group + head) * count + strip * BM
     begin = (batch * tl.num_programs(1) + kv_head) * columns + step * BN
     x = tl.zeros((BM, BN), tl.float32)
