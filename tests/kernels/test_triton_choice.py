@@ -57,6 +57,21 @@ def test_scores(case: Tiled, monkeypatch: pytest.MonkeyPatch) -> None:
     check_scores(tiles(case))
 
 
+@pytest.mark.parametrize(
+    ("case", "device"),
+    [(SMALL, "cpu"), *(pytest.param(case, "cuda", marks=pytest.mark.cuda) for case in antidiagonals.TILED[::9])],
+    ids=str,
+)
+def test_scores_of_the_other_way_to_read_tiles(case: Tiled, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the device itself in the interpreter, row by row on a GPU that can do that."""
+    need(device)
+    arguments = tiles(case) if device == "cpu" else on_cuda(tiles(case))
+    with use_backend("triton"):
+        dispatch.chosen("score_antidiagonal", *arguments)
+    monkeypatch.setattr(triton._module("score_antidiagonal"), "LARGE", 0 if device == "cpu" else 1 << 30)
+    check_scores(arguments)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", [*TILED, *antidiagonals.TILED], ids=str)
 def test_scores_on_a_gpu(case: Tiled) -> None:

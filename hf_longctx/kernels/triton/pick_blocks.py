@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .arguments import LEAST, on
 
-WHOLE, PART, EACH = 16384, 4096, 32
+WHOLE, PART, EACH = 8192, 4096, 8
 """Blocks of a row in registers at most, those of a longer row that are read at a time, and of a thread."""
 
 
@@ -58,7 +58,7 @@ def _above(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["low_b", "high_b", "heads", "queries", "chosen", "sink", "take"])
 def _kernel(
     scores, low, high, low_b, high_b, tau, ids, heads, queries, blocks, chosen, sink, take,
     BY_SHARE: tl.constexpr, WIDTH: tl.constexpr, IS_WHOLE: tl.constexpr,

@@ -31,7 +31,7 @@ MOST_TILES = 64
 """Of a block."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["apart", "blocks", "strips", "block", "stride", "tiles"])
 def _places(
     q_pos, apart, source, tile, reach, last, blocks, strips, block, stride, tiles,
     ROWS: tl.constexpr, SIZE: tl.constexpr,
@@ -51,7 +51,7 @@ def _places(
         tl.atomic_max(last + batch, high)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["last_b", "stored", "columns", "stride"])
 def _put_keys(
     k, last, last_b, out, stored, columns, stride, depth,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, CAUSAL: tl.constexpr, TOKENS: tl.constexpr,
@@ -70,7 +70,7 @@ def _put_keys(
     put(out, row * depth + column % stride * DIM, column < columns * stride, key[0], key[1], DIM, WIDTH, BITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["source_b", "first", "count", "stride"])
 def _put_queries(
     q, source, source_b, out, first, count, stride, depth, DIM: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr
 ):  # fmt: skip
@@ -85,11 +85,11 @@ def _put_queries(
     put(out, row * depth + place % stride * DIM, place < count * stride, query[0], query[1], DIM, WIDTH, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_b", "reach_b", "count", "columns", "group", "strips", "bunch"])
 def _product(
     asked, keys, sums, tile, tile_b, reach, reach_b, count, columns, blocks, depth, group, strips, bunch,
     factor, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    TILES: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr,
+    TILES: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     """Log2-sum-exp2 of BM tiles of queries over the blocks of BN tiles of keys; heads of a KV head walk together."""
     place, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -107,8 +107,19 @@ def _product(
     first = (batch * tl.num_programs(1) * group + head) * count + strip * BM
     begin = (batch * tl.num_programs(1) + kv_head) * columns + step * BN
     x = tl.zeros((BM, BN), tl.float32)
-    for i in tl.range(0, depth, BK, num_stages=STAGES):
-        x = tl.dot(asked.load([first, i]), tl.trans(keys.load([begin, i])), x)
+    if TILED:
+        for i in tl.range(0, depth, BK, num_stages=STAGES):
+            x = tl.dot(asked.load([first, i]), tl.trans(keys.load([begin, i])), x)
+    else:
+        terms = tl.arange(0, BK)[None, :]
+        row = first + tl.minimum(tl.arange(0, BM), count - 1 - strip * BM)
+        column = begin + tl.minimum(tl.arange(0, BN), columns - 1 - step * BN)
+        some = asked + row.to(tl.int64)[:, None] * depth + terms
+        others = keys + column.to(tl.int64)[:, None] * depth + terms
+        for _ in tl.range(0, depth, BK, num_stages=STAGES):
+            x = tl.dot(tl.load(some), tl.trans(tl.load(others)), x)
+            some += BK
+            others += BK
     row, column = strip * BM + tl.arange(0, BM), step * BN + tl.arange(0, BN)
     at = tl.load(tile + batch.to(tl.int64) * tile_b + row, mask=row < count, other=-1)
     seen = (column < columns)[None, :] & (at >= 0)[:, None]
@@ -125,7 +136,7 @@ def _product(
     tl.store(to, shares, mask=(row < count)[:, None] & (block < blocks)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_b", "out_n", "count", "first"])
 def _shares(
     sums, tile, tile_b, out, out_n, count, first, blocks,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, CAUSAL: tl.constexpr,
@@ -216,10 +227,10 @@ def _placed(q_pos: Tensor, block: int, stride: int) -> Places:
 
 
 def _tile_of(device: torch.device) -> tuple[int, dict[str, int]]:
-    """Tiles of keys of a step, and how the product is compiled."""
+    """Tiles of keys of a step, and how the product is compiled; TILED: the device copies tiles by itself."""
     if shared_of(device) < LARGE:
-        return 128, {"STAGES": 2, "num_warps": 4}
-    return 256, {"STAGES": 4, "num_warps": 8}
+        return 128, {"TILED": False, "STAGES": 3, "num_warps": 8}
+    return 256, {"TILED": True, "STAGES": 4, "num_warps": 8}
 
 
 @torch.no_grad()
@@ -270,9 +281,9 @@ def _multiply(
     strips, (width, compiled) = triton.cdiv(count, ROWS), _tile_of(sums.device)
     bunch, steps = min(BUNCH, triton.next_power_of_2(strips)), triton.cdiv(columns, width)
     group, depth = heads // kv_heads, asked.shape[1]
-    tables: list[Any] = [
-        TensorDescriptor(x, list(x.shape), [depth, 1], [n, DEPTH]) for x, n in ((asked, ROWS), (keys, width))
-    ]
+    tables: list[Any] = [asked, keys]
+    if compiled["TILED"]:
+        tables = [TensorDescriptor(x, list(x.shape), [depth, 1], [n, DEPTH]) for x, n in ((asked, ROWS), (keys, width))]
     _product[(group * bunch * steps * triton.cdiv(strips, bunch), kv_heads, rows)](
         *tables, sums, *places.of("tile", first), *places.of("reach", first // ROWS), count, columns, blocks, depth,
         group, strips, bunch, factor * LOG2_E.value, BM=ROWS, BN=width, BK=DEPTH, TILES=tiles,
