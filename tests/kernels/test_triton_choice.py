@@ -187,6 +187,31 @@ def test_rows_that_are_read_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch)
     check_picks(masses(Massed((1, 3, 1, 50), "softmax" if kind == "any" else kind)), "cpu")
 
 
+@pytest.mark.parametrize(
+    ("case", "device"),
+    [(SMALL, "cpu")]
+    + [pytest.param(case, "cuda", marks=pytest.mark.cuda) for case in (Tiled(), Tiled(spans=((4096, 12288),), rows=1))],
+    ids=str,
+)
+def test_the_choice_is_that_of_the_definition(case: Tiled, device: str) -> None:
+    """Of scores in float64, where no two of them are equal."""
+    need(device)
+    q, k, q_pos, block, *rest = (x.to(device) if isinstance(x, Tensor) else x for x in tiles(case))
+    own = q_pos.view(len(q_pos), -1, block).amax(2)
+    own = torch.where(own < 0, -1, own // block)
+    tau = torch.linspace(0.3, 0.95, q.shape[1], device=device)
+
+    def choose(q: Tensor, k: Tensor) -> Tensor:
+        scores = ops.score_antidiagonal(q, k, q_pos, block, *rest)
+        return ops.pick_blocks(scores, own.clamp(min=0), own, 1, None, tau, 1)
+
+    with use_backend("triton"):
+        got = choose(q, k)
+    with use_backend("reference"):
+        assert torch.equal(got, choose(q.double(), k.double()))
+    assert bool((got[..., 2:] >= 0).any())
+
+
 def test_scores_that_it_does_not_pick_out_of() -> None:
     need("cpu")
     scores, *rest = scores_of(Picked())
