@@ -118,6 +118,12 @@ def steps() -> Iterator[Step]:
         return ops.score_pages(q, bounds, 1, "kv_head")
 
     yield Step("score_pages, 128K, page 16", score, bounds.nbytes, score, "reference")
+    scores, last = score(), torch.full((1, 1), TOKENS // 16 - 1, device=DEVICE)
+
+    def pick() -> Tensor:
+        return ops.pick_blocks(scores, last, last, 1, 254, None, 1)
+
+    yield Step("pick_blocks, 256 of 8K pages", pick, scores.nbytes, pick, "reference")
     fresh = torch.randn(2, 1, KV_HEADS, 1, DIM, dtype=DTYPE, device=DEVICE)
 
     def append() -> None:
@@ -198,9 +204,11 @@ def line(case: str, value: float, baseline: str, before: float) -> dict[str, Any
     }
 
 
-def step_rows() -> Iterator[dict[str, Any]]:
-    """Microseconds of recorded calls."""
+def step_rows(only: str = "") -> Iterator[dict[str, Any]]:
+    """Microseconds of recorded calls, of those whose name begins so."""
     for step in (*steps(), *prompts()):
+        if not step.name.startswith(only):
+            continue
         value = recorded_us([step.call] * 4)
         with use_backend("reference"):
             before = recorded_us([step.before])

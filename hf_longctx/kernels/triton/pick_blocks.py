@@ -1,7 +1,7 @@
 """`ops.pick_blocks` in Triton: the least score that is taken, found by halving the range of its 32 bits.
 
 Of candidates with just that score the first are taken. What is held by those above a score is a sum in float64, in one
-order: a choice by share is that of the definition in float64; one of the best is exact. One program has a row, in
+order: a choice by share is that of the definition in float64. Of the best they are counted. One program has a row, in
 registers unless it is long.
 """
 
@@ -34,11 +34,11 @@ def _score(rank):
 
 @triton.jit
 def _read(row, begin, first, last, end, BY_SHARE: tl.constexpr, WIDTH: tl.constexpr):
-    """Ranks of some blocks, 0 for what is no candidate, and what each of all up to `end` holds, in float64."""
+    """Ranks of some blocks, 0 for what is no candidate, and what each of all up to `end` holds: float64, or 1."""
     block = begin + tl.arange(0, WIDTH)
     score = tl.load(row + block, mask=block < end, other=0.0)
     rank = tl.where((block >= first) & (block < last), _rank(score), tl.zeros((), tl.uint32))
-    weight = tl.where(block < end, 1.0, 0.0).to(tl.float64)
+    weight = (block < end).to(tl.int32)
     if BY_SHARE:
         weight = tl.where(score != score, float("-inf"), score).to(tl.float64)
     return rank, weight
@@ -50,11 +50,11 @@ def _above(
 ):  # fmt: skip
     """Held by candidates above a rank."""
     if IS_WHOLE:
-        return tl.sum(tl.where(rank > least, weight, 0.0), 0)
-    total = tl.zeros((), tl.float64)
+        return tl.sum(tl.where(rank > least, weight, 0), 0)
+    total = tl.zeros((), tl.float64 if BY_SHARE else tl.int32)
     for begin in range(0, end, WIDTH):
         rank, weight = _read(row, begin, first, last, end, BY_SHARE, WIDTH)
-        total += tl.sum(tl.where(rank > least, weight, 0.0), 0)
+        total += tl.sum(tl.where(rank > least, weight, 0), 0)
     return total
 
 
@@ -72,9 +72,9 @@ def _kernel(
     row, to = scores + line * blocks, ids + line * chosen
 
     rank, weight = _read(row, 0, first, last, end, BY_SHARE, WIDTH)
-    held, wanted, takes_all = tl.zeros((), tl.float64), tl.zeros((), tl.float64) + take, take >= last - first
+    held, wanted, takes_all = 0, take, take >= last - first
     if BY_SHARE:
-        share, own = tl.load(tau + head), tl.zeros((), tl.float64)
+        held, own, share = tl.zeros((), tl.float64), tl.zeros((), tl.float64), tl.load(tau + head)
         for begin in range(0, end, WIDTH):
             some, worth = _read(row, begin, first, last, end, BY_SHARE, WIDTH)
             held += tl.sum(tl.where(some == 0, worth, 0.0), 0)
@@ -87,10 +87,9 @@ def _kernel(
             before = held + _above(row, rank, weight, below, first, last, end, BY_SHARE, WIDTH, IS_WHOLE)
             least = tl.where(before < wanted, least, below + 1)
     before = held + _above(row, rank, weight, least, first, last, end, BY_SHARE, WIDTH, IS_WHOLE)
-    each = tl.full((), 1.0, tl.float64)
+    each = tl.full((), 1, tl.int32)
     if BY_SHARE:
-        each = _score(least).to(tl.float64)
-        each = tl.where(each > 0.0, each, 0.0)
+        each = tl.maximum(_score(least), 0.0).to(tl.float64)
 
     filled, ties = 0, 0
     for begin in range(0, blocks, WIDTH):
@@ -98,7 +97,7 @@ def _kernel(
         rank, weight = _read(row, begin, first, last, end, BY_SHARE, WIDTH)
         tied = (rank == least) & (rank > 0)
         earlier = ties + tl.cumsum(tied.to(tl.int32), 0) - 1
-        more = tl.where(earlier > 0, earlier.to(tl.float64) * each, 0.0)
+        more = tl.where(earlier > 0, earlier.to(each.dtype) * each, 0)
         picked = (rank > least) | (tied & (before + more < wanted)) | ((rank == 0) & (block < end))
         place = filled + tl.cumsum(picked.to(tl.int32), 0) - 1
         tl.store(to + place, block, mask=picked & (place < chosen))
