@@ -31,12 +31,12 @@ MOST_TILES = 64
 """Of a block."""
 
 
-@triton.jit(do_not_specialize=["apart", "blocks", "strips", "block", "stride", "tiles"])
+@triton.jit(do_not_specialize=["apart", "tile", "reach", "last", "blocks", "strips", "block", "stride", "tiles"])
 def _places(
     q_pos, apart, source, tile, reach, last, blocks, strips, block, stride, tiles,
     ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Where the queries of a block stand, as `Places` has it; all of that is -1 before."""
+    """Where the queries of a block stand, as `Located` has it; all of that is -1 before."""
     n, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     offsets = tl.arange(0, SIZE)
     pos = tl.load(q_pos + batch * apart + n * block + offsets, mask=offsets < block, other=-1).to(tl.int32)
@@ -51,7 +51,7 @@ def _places(
         tl.atomic_max(last + batch, high)
 
 
-@triton.jit(do_not_specialize=["last_b", "stored", "columns", "stride"])
+@triton.jit(do_not_specialize=["last", "last_b", "stored", "columns", "stride"])
 def _put_keys(
     k, last, last_b, out, stored, columns, stride, depth,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, CAUSAL: tl.constexpr, TOKENS: tl.constexpr,
@@ -85,7 +85,7 @@ def _put_queries(
     put(out, row * depth + place % stride * DIM, place < count * stride, query[0], query[1], DIM, WIDTH, 0)
 
 
-@triton.jit(do_not_specialize=["tile_b", "reach_b", "count", "columns", "group", "strips", "bunch"])
+@triton.jit(do_not_specialize=["tile", "tile_b", "reach", "reach_b", "count", "columns", "group", "strips", "bunch"])
 def _product(
     asked, keys, sums, tile, tile_b, reach, reach_b, count, columns, blocks, depth, group, strips, bunch,
     factor, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -136,7 +136,7 @@ def _product(
     tl.store(to, shares, mask=(row < count)[:, None] & (block < blocks)[None, :])
 
 
-@triton.jit(do_not_specialize=["tile_b", "out_n", "count", "first"])
+@triton.jit(do_not_specialize=["tile", "tile_b", "out_n", "count", "first"])
 def _shares(
     sums, tile, tile_b, out, out_n, count, first, blocks,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, CAUSAL: tl.constexpr,
@@ -191,7 +191,7 @@ def reject(
 
 
 @dataclass(frozen=True)
-class Places:
+class Located:
     """Where queries stand, int32, in the text that is cut into tiles.
 
     Args:
@@ -212,14 +212,14 @@ class Places:
         return x[:, first:], 0 if len(x) == 1 else x.stride(0)
 
 
-def _placed(q_pos: Tensor, block: int, stride: int) -> Places:
+def _placed(q_pos: Tensor, block: int, stride: int) -> Located:
     q_pos = q_pos.contiguous()
     rows, tokens = q_pos.shape
     blocks, tiles = tokens // block, block // stride
     strips = -(-blocks * tiles // ROWS)
     sizes = [rows * n for n in (tokens, blocks * tiles, strips, 1)]
     parts = torch.full((sum(sizes),), -1, dtype=torch.int32, device=q_pos.device).split(sizes)
-    places = Places(*(x.view(rows, -1) for x in parts))
+    places = Located(*(x.view(rows, -1) for x in parts))
     _places[(blocks, rows)](
         q_pos, tokens, *parts, blocks, strips, block, stride, tiles, ROWS=ROWS, SIZE=triton.next_power_of_2(block)
     )
@@ -273,7 +273,7 @@ def _side_by_side(q: Tensor, rows: int, depth: int, stride: int) -> Tensor:
 
 
 def _multiply(
-    asked: Tensor, keys: Tensor, sums: Tensor, places: Places, first: int, columns: int, tiles: int, kv_heads: int,
+    asked: Tensor, keys: Tensor, sums: Tensor, places: Located, first: int, columns: int, tiles: int, kv_heads: int,
     factor: float, causal: bool,
 ) -> None:  # fmt: skip
     """Into `sums`, of tiles of queries from `first` on."""
