@@ -26,10 +26,27 @@ def expand(words, N: tl.constexpr, W: tl.constexpr):
     return tl.reshape(tl.join(even, tl.join((four >> 8).to(tl.int8), (four >> 24).to(tl.int8))), (N, W * 32))
 
 
-@triton.jit(do_not_specialize=["rows", "planes"])
+@triton.jit
+def place(slots, order, rows, PLANES: tl.constexpr, SOME: tl.constexpr):
+    """Write this program's row where it comes among all, sorted by their slots."""
+    row, some, before = tl.program_id(0), tl.arange(0, SOME), tl.zeros((SOME,), tl.int32)
+    for start in range(0, rows, SOME):
+        other = start + some
+        there = other < rows
+        first = other < row
+        for plane in tl.static_range(PLANES):
+            last: tl.constexpr = PLANES - 1 - plane
+            mine = tl.load(slots + row * PLANES + last)
+            slot = tl.load(slots + other * PLANES + last, mask=there, other=0)
+            first = (slot < mine) | ((slot == mine) & first)
+        before += (first & there).to(tl.int32)
+    tl.store(order + tl.sum(before, 0), row)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _prepare(
-    x, x_r, slots, digits, units, sums, order, rows, inputs, each, planes, SOME: tl.constexpr,
-    WIDE: tl.constexpr, SPAN: tl.constexpr,
+    x, x_r, slots, digits, units, sums, order, rows, inputs, each,
+    PLANES: tl.constexpr, SOME: tl.constexpr, WIDE: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """A row's digits and sums of them, what one is worth, and the row's place among those sorted by slot."""
     row, groups = tl.program_id(0), inputs // each
@@ -64,16 +81,12 @@ def _prepare(
                 left = (left - digit) >> 8
                 to += inputs
         tl.store(sums + row.to(tl.int64) * groups + group, tl.sum(total, 0))
+    place(slots, order, rows, PLANES, SOME)
 
-    some = tl.arange(0, SOME)
-    for plane in range(planes):
-        mine, before = tl.load(slots + row * planes + plane), tl.zeros((SOME,), tl.int32)
-        for start in range(0, rows, SOME):
-            other = start + some
-            slot = tl.load(slots + other * planes + plane, mask=other < rows, other=0)
-            first = (slot < mine) | ((slot == mine) & (other < row))
-            before += (first & (other < rows)).to(tl.int32)
-        tl.store(order + plane * rows + tl.sum(before, 0), row)
+
+@triton.jit(do_not_specialize=["rows"])
+def _sort(slots, order, rows, PLANES: tl.constexpr, SOME: tl.constexpr):
+    place(slots, order, rows, PLANES, SOME)
 
 
 def prepared(x: Tensor, slots: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -88,12 +101,12 @@ def prepared(x: Tensor, slots: Tensor, groups: int) -> tuple[Tensor, Tensor, Ten
         digits: `[R, 4, K]`, int8, the least first, in the order of `expand`.
         units: `[R]`, float32: `x = unit * sum of 256^i digit_i`, cut to whole units; NaN where x is not finite.
         sums: `[R, groups]`, int64, of such numbers.
-        order: `[P, R]`, int32: rows sorted by slot.
+        order: `[R]`, int32: rows sorted by their slots.
     """
     (rows, inputs), planes = x.shape, slots.shape[1]
     digits = x.new_empty(rows, DIGITS, inputs, dtype=torch.int8)
     units, sums = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, groups, dtype=torch.int64)
-    order, each = slots.new_empty(planes, rows), inputs // groups
+    order, each = slots.new_empty(rows), inputs // groups
     with on(x.device):
         _prepare[(rows,)](
             x,
@@ -106,9 +119,17 @@ def prepared(x: Tensor, slots: Tensor, groups: int) -> tuple[Tensor, Tensor, Ten
             rows,
             inputs,
             each,
-            planes,
+            PLANES=planes,
             SOME=min(SOME, triton.next_power_of_2(rows)),
             WIDE=min(4096, triton.next_power_of_2(inputs)),
             SPAN=min(2048, triton.next_power_of_2(each)),
         )
     return digits, units, sums, order
+
+
+def sorted_rows(slots: Tensor) -> Tensor:
+    """Rows sorted by their slots, `[R]`, int32; slots: `[R, P]`, contiguous."""
+    order, rows = slots.new_empty(len(slots)), len(slots)
+    with on(slots.device):
+        _sort[(rows,)](slots, order, rows, PLANES=slots.shape[1], SOME=min(SOME, triton.next_power_of_2(rows)))
+    return order
