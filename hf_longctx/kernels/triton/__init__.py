@@ -72,4 +72,16 @@ def _lazy(name: str) -> Implementation:
     return Implementation(run, reject)
 
 
-OPS = {name: _lazy(name) for name in ("attend_blocks", "attend_pages", "score_pages", "append_pages", "fill_pages", "delta_linear", "linear_with_delta")}
+OPS = {
+    name: _lazy(name)
+    for name in (
+        "attend_blocks",
+        "attend_pages",
+        "score_pages",
+        "append_pages",
+        "fill_pages",
+        "delta_linear",
+        "linear_with_delta",
+        "linears_with_delta",
+    )
+}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .arguments import DTYPES, on
-from .signs import expand, prepared
+from .signs import Rows, expand, prepared
 
 MOST_INPUTS = 1 << 16
 """Whose digits have a sum of 31 bits."""
@@ -49,7 +51,9 @@ def _kernel(
             exact = tl.sum(tl.reshape(product.to(tl.int64), (N, ROWS, 4)) * weights[None, None, :], 2)
             exact = 2 * exact - tl.load(sums + row * groups + group)[None, :]
             scale = tl.load(scales + here * scale_s + near * scale_n + group)
-            added = tl.fma(exact.to(tl.float32) * unit[None, :], scale[:, None] + tl.zeros((N, ROWS), tl.float32), added)
+            added = tl.fma(
+                exact.to(tl.float32) * unit[None, :], scale[:, None] + tl.zeros((N, ROWS), tl.float32), added
+            )
         added = tl.where(now < kinds, added, float("nan"))
         total = tl.where((slot == now)[None, :], added, total)
         now = tl.min(tl.where(slot > now, slot, 2147483647), 0)
@@ -90,49 +94,67 @@ def tile_of(rows: int, kinds: int, words: int) -> tuple[int, int, int, dict[str,
 
 def run(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slots: Tensor) -> Tensor:
     """`delta.delta_linear`; slots: `[R, P]`."""
-    x, slots = (one if one.stride(1) == 1 else one.contiguous() for one in (x.detach(), slots))
-    base = base_out.detach() if base_out.stride(1) == 1 else base_out.detach().contiguous()
-    out = base.new_empty(base.shape)
+    return added(x, (base_out,), (bits,), (scales,), slots)[0]
+
+
+def added(
+    x: Tensor, bases: Sequence[Tensor], bits: Sequence[Tensor], scales: Sequence[Tensor], slots: Tensor
+) -> tuple[Tensor, ...]:
+    """`delta.delta_linear` of layers that get the same rows, whose digits are written once.
+
+    Args:
+        x: `[R, K]`.
+        bases: what each base layer gives, `[R, N]`.
+        bits: of each.
+        scales: of each, with as many groups.
+        slots: `[R, P]`.
+    """
+    x, bases = beside(x), [beside(base) for base in bases]
+    outs = tuple(base.new_empty(base.shape) for base in bases)
     for first in range(0, len(x), PIECE):
         piece = slice(first, first + PIECE)
-        _some(x[piece], base[piece], bits, scales, slots[piece].contiguous(), out[piece])
-    return out
+        some = slots[piece].contiguous()
+        rows = prepared(x[piece], some, scales[0].shape[2])
+        for base, own_bits, own_scales, out in zip(bases, bits, scales, outs, strict=True):
+            _add(rows, some, base[piece], own_bits, own_scales, out[piece])
+    return outs
 
 
-def _some(x: Tensor, base: Tensor, bits: Tensor, scales: Tensor, slots: Tensor, out: Tensor) -> None:
+def beside(x: Tensor) -> Tensor:
+    """With channels that lie side by side."""
+    return x.detach() if x.stride(1) == 1 else x.detach().contiguous()
+
+
+def _add(rows: Rows, slots: Tensor, base: Tensor, bits: Tensor, scales: Tensor, out: Tensor) -> None:
     """The planes one after the other; between them results are not rounded."""
-    (rows, inputs), outputs, planes, groups = x.shape, base.shape[1], slots.shape[1], scales.shape[2]
-    digits, units, sums, order = prepared(x, slots, groups)
-    tile, some, words, options = tile_of(rows, len(bits), inputs // 32 // groups)
-    grid = (triton.cdiv(rows, tile), triton.cdiv(outputs, some))
-    between = None if planes == 1 else out.new_empty(rows, outputs, dtype=torch.float32)
-    with on(x.device):
+    (count, _, inputs), outputs, groups = rows.digits.shape, base.shape[1], scales.shape[2]
+    words, planes = inputs // 32, slots.shape[1]
+    tile, some, most, options = tile_of(count, len(bits), words // groups)
+    between = out if planes == 1 else out.new_empty(count, outputs, dtype=torch.float32)
+    with on(out.device):
         for plane in range(planes):
             to = out if plane == planes - 1 else between
-            _kernel[grid](
-                digits,
-                units,
-                sums,
-                order,
+            _kernel[(triton.cdiv(count, tile), triton.cdiv(outputs, some))](
+                *rows,
                 bits,
                 scales,
                 slots,
                 base,
                 base.stride(0),
                 to,
-                rows,
-                inputs // 32,
+                count,
+                words,
                 outputs,
                 planes,
                 plane,
                 len(bits),
                 groups,
-                inputs // 32 // groups,
+                words // groups,
                 groups if scales.shape[1] > 1 else 0,
                 groups * scales.shape[1],
                 ROWS=tile,
                 N=some,
-                W=words,
+                W=most,
                 **options,
             )
             base = to

@@ -1,19 +1,18 @@
-"""`delta.linear_with_delta` of many rows in Triton: one product with weights to which signs are added as they are read."""
+"""`delta.linear_with_delta` in Triton: of many rows one product with weights that meet their signs as they are read."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import linear
 
+from ..delta import MANY
+from . import delta_linear
 from .arguments import on
 from .signs import sorted_rows
 
-FEW = 256
-"""Rows from which on it pays: it reads weights as often as there are tiles of rows."""
 MOST_PLANES = 4
 
 
@@ -81,26 +80,19 @@ def _kernel(
         done += tl.sum(same.to(tl.int32), 0)
 
 
-def reject(
-    x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor
-) -> str | None:
-    """Why the kernel does not take these arguments, or None."""
-    others = [one for one in (weight, bias, bits, scales, slots) if one is not None]
-    if 0 in (*x.shape, *weight.shape, *bits.shape, *slots.shape):
-        return "takes no empty tensors"
-    if any(one.device != x.device for one in others):
+def reject(x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor) -> str | None:
+    """Why the kernels do not take these arguments, or None."""
+    own = [one for one in (weight, bias) if one is not None]
+    if any(one.device != x.device for one in own):
         return "needs all tensors on one device"
-    if x.dtype not in (torch.float16, torch.bfloat16) or any(
-        one.dtype != x.dtype for one in (weight, bias) if one is not None
-    ):
-        return "needs x, weight and bias in float16 or bfloat16"
-    if x.dtype == torch.bfloat16 and not x.is_cuda:
-        return "has no bfloat16 in Triton's interpreter, which gets it wrong"
-    if not bits.is_contiguous() or not scales.is_contiguous():
-        return "needs bits and scales that are contiguous"
-    if len(x) < FEW:
-        return f"leaves less than {FEW} rows to delta_linear"
-    return f"takes at most {MOST_PLANES} planes" if slots.shape[1] > MOST_PLANES else None
+    if any(one.dtype != x.dtype for one in own):
+        return "needs x, weight and bias in one dtype"
+    return delta_linear.reject(x, x.new_empty(1, 1).expand(len(x), len(weight)), bits, scales, slots)
+
+
+def merges(x: Tensor, slots: Tensor) -> bool:
+    """Whether it does with one product."""
+    return len(x) >= MANY and x.dtype != torch.float32 and slots.shape[1] <= MOST_PLANES
 
 
 def tile_of(words: int) -> tuple[int, int, int, dict[str, int]]:
@@ -108,14 +100,20 @@ def tile_of(words: int) -> tuple[int, int, int, dict[str, int]]:
     return 128, 128, min(2, words & -words), {"num_warps": 8, "STAGES": 3}
 
 
-def run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor
+def run(x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor) -> Tensor:
+    """`delta.linear_with_delta`; slots: `[R, P]`. Of a few rows, and in float32, what torch and `delta_linear` do."""
+    if not merges(x, slots):
+        return delta_linear.run(x, linear(x, weight, bias), bits, scales, slots)
+    return merged(delta_linear.beside(x), weight, bias, bits, scales, slots, sorted_rows(slots.contiguous()))
+
+
+def merged(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor, order: Tensor
 ) -> Tensor:
-    """`delta.linear_with_delta`; slots: `[R, P]`."""
-    x, weight = (one if one.stride(1) == 1 else one.contiguous() for one in (x.detach(), weight.detach()))
-    slots, bias = slots.contiguous(), None if bias is None else bias.detach().contiguous()
+    """One product of each row with the weight and its deltas; order: rows sorted by their slots."""
+    weight, slots = delta_linear.beside(weight), slots.contiguous()
     (rows, inputs), outputs, groups = x.shape, len(weight), scales.shape[2]
-    out, order, words = x.new_empty(rows, outputs), sorted_rows(slots), inputs // 32
+    out, words = x.new_empty(rows, outputs), inputs // 32
     tile, some, most, options = tile_of(words // groups)
     with on(x.device):
         _kernel[(triton.cdiv(rows, tile), triton.cdiv(outputs, some))](
@@ -123,7 +121,7 @@ def run(
             x.stride(0),
             weight,
             weight.stride(0),
-            bias,
+            None if bias is None else bias.detach().contiguous(),
             bits,
             scales,
             slots,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,8 @@ DIGITS = 4
 """Of base 256 in which an input is written: a whole number below 2^30, of which the row's largest has 30 bits."""
 SOME = 1024
 """Rows that are compared at a time."""
+MOST_COMPARED = 8192
+"""Rows each of which is compared with all others, in one launch; more are sorted by torch."""
 
 
 @triton.jit
@@ -89,47 +93,56 @@ def _sort(slots, order, rows, PLANES: tl.constexpr, SOME: tl.constexpr):
     place(slots, order, rows, PLANES, SOME)
 
 
-def prepared(x: Tensor, slots: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Rows(NamedTuple):
     """Rows as products with signs take them.
 
     Args:
-        x: `[R, K]`, whose channels lie side by side.
-        slots: `[R, P]`, contiguous.
-        groups: of inputs.
-
-    Returns:
         digits: `[R, 4, K]`, int8, the least first, in the order of `expand`.
         units: `[R]`, float32: `x = unit * sum of 256^i digit_i`, cut to whole units; NaN where x is not finite.
         sums: `[R, groups]`, int64, of such numbers.
         order: `[R]`, int32: rows sorted by their slots.
     """
-    (rows, inputs), planes = x.shape, slots.shape[1]
-    digits = x.new_empty(rows, DIGITS, inputs, dtype=torch.int8)
-    units, sums = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, groups, dtype=torch.int64)
-    order, each = slots.new_empty(rows), inputs // groups
+
+    digits: Tensor
+    units: Tensor
+    sums: Tensor
+    order: Tensor
+
+
+def prepared(x: Tensor, slots: Tensor, groups: int) -> Rows:
+    """Rows `[R, K]` whose channels lie side by side, and their slots `[R, P]`, contiguous; groups of inputs."""
+    (rows, inputs), each = x.shape, x.shape[1] // groups
+    made = Rows(
+        x.new_empty(rows, DIGITS, inputs, dtype=torch.int8),
+        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows, groups, dtype=torch.int64),
+        slots.new_empty(rows),
+    )
     with on(x.device):
         _prepare[(rows,)](
             x,
             x.stride(0),
             slots,
-            digits,
-            units,
-            sums,
-            order,
+            *made,
             rows,
             inputs,
             each,
-            PLANES=planes,
+            PLANES=slots.shape[1],
             SOME=min(SOME, triton.next_power_of_2(rows)),
             WIDE=min(4096, triton.next_power_of_2(inputs)),
             SPAN=min(2048, triton.next_power_of_2(each)),
         )
-    return digits, units, sums, order
+    return made
 
 
 def sorted_rows(slots: Tensor) -> Tensor:
     """Rows sorted by their slots, `[R]`, int32; slots: `[R, P]`, contiguous."""
     order, rows = slots.new_empty(len(slots)), len(slots)
+    if rows > MOST_COMPARED:
+        order = torch.arange(rows, device=slots.device)
+        for plane in slots.unbind(1)[::-1]:
+            order = order[plane[order].argsort(stable=True)]
+        return order.int()
     with on(slots.device):
         _sort[(rows,)](slots, order, rows, PLANES=slots.shape[1], SOME=min(SOME, triton.next_power_of_2(rows)))
     return order
