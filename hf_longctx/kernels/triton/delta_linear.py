@@ -22,42 +22,44 @@ PIECE = 2048
 def _kernel(
     digits, units, sums, order, bits, scales, slots, base, base_r, out,
     rows, words, outputs, planes, plane, kinds, groups, each, scale_n, scale_s,
-    ROWS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Some outputs of some rows, sorted by slot: of one slot after the other."""
-    n, place = tl.program_id(1) * N + tl.arange(0, N), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Some outputs of some rows, sorted by slot: of every PARTS-th slot among theirs, one after the other."""
+    part, start = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS * ROWS
+    n, place = tl.program_id(1) * N + tl.arange(0, N), start + tl.arange(0, ROWS)
     valid = place < rows
     row = tl.load(order + place, mask=valid, other=0).to(tl.int64)
     slot = tl.load(slots + row * planes + plane, mask=valid, other=-1)
     unit = tl.load(units + row)
     column, k, w = tl.arange(0, ROWS * 4), tl.arange(0, W * 32), tl.arange(0, W)
-    mine = tl.load(order + tl.minimum(tl.program_id(0) * ROWS + column // 4, rows - 1)).to(tl.int64)
-    inner = digits + (mine * 4 + column % 4)[:, None] * (words * 32) + k[None, :]
+    own = tl.load(order + tl.minimum(start + column // 4, rows - 1)).to(tl.int64)
+    inner = digits + (own * 4 + column % 4)[:, None] * (words * 32) + k[None, :]
     near = tl.minimum(n, outputs - 1).to(tl.int64)
     weights = 1 << (tl.arange(0, 4) * 8).to(tl.int64)
     total = tl.zeros((N, ROWS), tl.float32)
-    last = tl.max(slot, 0)
+    mine = tl.where(slot < 0, part, 1) == 0
+    last, number = tl.max(slot, 0), 0
     now = tl.min(tl.where(slot < 0, last, slot), 0)  # slots of a tile, in rising order
     while now <= last and now >= 0:
-        here = tl.minimum(now, kinds - 1).to(tl.int64)
-        signs = bits + (here * outputs + near)[:, None] * words + w[None, :]
-        added = tl.zeros((N, ROWS), tl.float32)
-        for group in range(groups):
-            product = tl.zeros((N, ROWS * 4), tl.int32)
-            for word in tl.range(group * each, (group + 1) * each, W, num_stages=STAGES):
-                some = tl.load(inner + word * 32)
-                ones = expand(tl.load(signs + word), N, W)
-                product = tl.dot(ones, tl.trans(some), product, out_dtype=tl.int32)
-            exact = tl.sum(tl.reshape(product.to(tl.int64), (N, ROWS, 4)) * weights[None, None, :], 2)
-            exact = 2 * exact - tl.load(sums + row * groups + group)[None, :]
-            scale = tl.load(scales + here * scale_s + near * scale_n + group)
-            added = tl.fma(
-                exact.to(tl.float32) * unit[None, :], scale[:, None] + tl.zeros((N, ROWS), tl.float32), added
-            )
-        added = tl.where(now < kinds, added, float("nan"))
-        total = tl.where((slot == now)[None, :], added, total)
+        if number % PARTS == part:
+            here = tl.minimum(now, kinds - 1).to(tl.int64)
+            signs = bits + (here * outputs + near)[:, None] * words + w[None, :]
+            added = tl.zeros((N, ROWS), tl.float32)
+            for group in range(groups):
+                product = tl.zeros((N, ROWS * 4), tl.int32)
+                for word in tl.range(group * each, (group + 1) * each, W, num_stages=STAGES):
+                    some = tl.load(inner + word * 32)
+                    ones = expand(tl.load(signs + word), N, W)
+                    product = tl.dot(ones, tl.trans(some), product, out_dtype=tl.int32)
+                exact = tl.sum(tl.reshape(product.to(tl.int64), (N, ROWS, 4)) * weights[None, None, :], 2)
+                exact = (2 * exact - tl.load(sums + row * groups + group)[None, :]).to(tl.float32) * unit[None, :]
+                scale = tl.load(scales + here * scale_s + near * scale_n + group)
+                added = tl.fma(exact, scale[:, None] + tl.zeros((N, ROWS), tl.float32), added)
+            total = tl.where((slot == now)[None, :], tl.where(now < kinds, added, float("nan")), total)
+            mine |= slot == now
+        number += 1
         now = tl.min(tl.where(slot > now, slot, 2147483647), 0)
-    there = valid[None, :] & (n < outputs)[:, None]
+    there = (mine & valid)[None, :] & (n < outputs)[:, None]
     total += tl.load(base + row[None, :] * base_r + near[:, None], mask=there, other=0.0).to(tl.float32)
     tl.store(out + row[None, :] * outputs + near[:, None], total.to(out.dtype.element_ty), mask=there)
 
@@ -77,19 +79,19 @@ def reject(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slots: Ten
     return f"takes at most {MOST_INPUTS} inputs" if x.shape[1] > MOST_INPUTS else None
 
 
-def tile_of(rows: int, kinds: int, words: int) -> tuple[int, int, int, dict[str, int]]:
-    """Rows, outputs and words of a tile, and how it is compiled; results are the same with any.
+def tile_of(rows: int, kinds: int, words: int) -> tuple[int, int, int, int, dict[str, int]]:
+    """Rows of a tile, programs that share it, outputs, words, and how it is compiled; results are the same with any.
 
     Args:
         rows: of x.
         kinds: slots that there are: each may have a share of the rows.
         words: of a group of inputs.
     """
-    each = min(max(2, triton.next_power_of_2(-(-rows // kinds))), 32)
-    some = min(8, words & -words)
-    if each >= 16:
-        return each, 128, some, {"num_warps": 8, "STAGES": 3}
-    return each, 64, some, {"num_warps": 4, "STAGES": 4}
+    each = min(max(2, triton.next_power_of_2(-(-2 * rows // kinds))), 16)
+    parts = 2 if each < 16 else 1
+    if rows == 1:
+        return each, 1, 32, min(16, words & -words), {"num_warps": 2, "STAGES": 4}
+    return each, parts, 128, min(16 if each == 2 else 8, words & -words), {"num_warps": 4, "STAGES": 3}
 
 
 def run(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slots: Tensor) -> Tensor:
@@ -129,12 +131,12 @@ def _add(rows: Rows, slots: Tensor, base: Tensor, bits: Tensor, scales: Tensor, 
     """The planes one after the other; between them results are not rounded."""
     (count, _, inputs), outputs, groups = rows.digits.shape, base.shape[1], scales.shape[2]
     words, planes = inputs // 32, slots.shape[1]
-    tile, some, most, options = tile_of(count, len(bits), words // groups)
+    tile, parts, some, most, options = tile_of(count, len(bits), words // groups)
     between = out if planes == 1 else out.new_empty(count, outputs, dtype=torch.float32)
     with on(out.device):
         for plane in range(planes):
             to = out if plane == planes - 1 else between
-            _kernel[(triton.cdiv(count, tile), triton.cdiv(outputs, some))](
+            _kernel[(triton.cdiv(count, tile) * parts, triton.cdiv(outputs, some))](
                 *rows,
                 bits,
                 scales,
@@ -153,6 +155,7 @@ def _add(rows: Rows, slots: Tensor, base: Tensor, bits: Tensor, scales: Tensor, 
                 groups if scales.shape[1] > 1 else 0,
                 groups * scales.shape[1],
                 ROWS=tile,
+                PARTS=parts,
                 N=some,
                 W=most,
                 **options,

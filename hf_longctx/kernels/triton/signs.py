@@ -13,6 +13,8 @@ from .arguments import on
 
 DIGITS = 4
 """Of base 256 in which an input is written: a whole number below 2^30, of which the row's largest has 30 bits."""
+WIDTH = 8192
+"""Inputs of a row that are read at a time."""
 SOME = 1024
 """Rows that are compared at a time."""
 MOST_COMPARED = 8192
@@ -39,9 +41,8 @@ def place(slots, order, rows, PLANES: tl.constexpr, SOME: tl.constexpr):
         there = other < rows
         first = other < row
         for plane in tl.static_range(PLANES):
-            last: tl.constexpr = PLANES - 1 - plane
-            mine = tl.load(slots + row * PLANES + last)
-            slot = tl.load(slots + other * PLANES + last, mask=there, other=0)
+            mine = tl.load(slots + row * PLANES + (PLANES - 1 - plane))
+            slot = tl.load(slots + other * PLANES + (PLANES - 1 - plane), mask=there, other=0)
             first = (slot < mine) | ((slot == mine) & first)
         before += (first & there).to(tl.int32)
     tl.store(order + tl.sum(before, 0), row)
@@ -129,8 +130,9 @@ def prepared(x: Tensor, slots: Tensor, groups: int) -> Rows:
             each,
             PLANES=slots.shape[1],
             SOME=min(SOME, triton.next_power_of_2(rows)),
-            WIDE=min(4096, triton.next_power_of_2(inputs)),
-            SPAN=min(2048, triton.next_power_of_2(each)),
+            WIDE=min(WIDTH, triton.next_power_of_2(inputs)),
+            SPAN=min(WIDTH, triton.next_power_of_2(each)),
+            num_warps=4 if inputs <= 1024 else 8 if inputs <= 4096 else 16,
         )
     return made
 
