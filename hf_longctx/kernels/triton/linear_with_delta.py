@@ -61,10 +61,7 @@ def _kernel(
         slot0 = tl.load(slots + first).to(tl.int64)
         signs0 = here + tl.minimum(tl.maximum(slot0, 0), kinds - 1) * outputs * words
         scale0 = _scale(scales, slot0, near, 0, kinds, scale_n, scale_s)
-        if ACROSS:
-            product = tl.zeros((ROWS, N), tl.float32)
-        else:
-            product = tl.zeros((N, ROWS), tl.float32)
+        product = tl.zeros((ROWS, N), tl.float32) if ACROSS else tl.zeros((N, ROWS), tl.float32)
         for word in tl.range(0, words, W, num_stages=STAGES):
             some = tl.load(inner + word * 32)
             merged = tl.load(own + word * 32).to(tl.float32)
