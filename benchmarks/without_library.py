@@ -14,16 +14,12 @@ from typing import Any
 
 import torch
 from decode import meta
-from decode_layers import time_of as recorded_time
-from delta import APART, HIDDEN, TOGETHER, Layer
 from prefill import CASES, KV_HEADS, LOGITS, Q_HEADS, K, kept_flops, lists, text, time_of
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_longctx.kernels import ops
-from hf_longctx.kernels.delta import FEW
 from hf_longctx.kernels.dispatch import use_backend
-from hf_longctx.kernels.linear import quantize_tokens
 
 DEVICE, DTYPE, DIM, TOKENS = torch.device("cuda"), torch.bfloat16, 128, 128 * K
 MUST = {"attend_blocks, density 10 %, 128K": 380}
@@ -168,61 +164,6 @@ def choice_rows() -> Iterator[dict[str, Any]]:
         }
 
 
-def delta_rows() -> Iterator[dict[str, Any]]:
-    """Microseconds of the linears of a layer with deltas: recorded, but for the definition, which waits for slots."""
-    layer = Layer("apart", APART, TOGETHER)
-    for rows, tenants, repeats in ((1, 1, 9), (16, 16, 9), (2048, 4, 3)):
-        for what, make in (("with deltas", layer.with_deltas), ("deltas alone", layer.deltas)):
-            if what == "deltas alone" and rows > FEW:
-                continue  # they are never computed alone of so many
-            value = recorded_time(make(rows, tenants), repeats)
-            with use_backend("reference"):
-                before = time_of(layer.deltas(rows, tenants), 1) * 1e3
-            with use_backend("compiled"):
-                library = recorded_time(make(rows, tenants), repeats)
-            yield {
-                "case": f"linears of a layer, {rows} rows of {tenants} tenants, {what}",
-                "value": round(value, 2),
-                "unit": "us",
-                "baseline": "reference, deltas alone",
-                "baseline_value": round(before, 2),
-                "ratio": round(before / value, 3),
-                "library_value": round(library, 2),
-                "base_value": round(recorded_time(layer.base(rows), repeats), 2),
-                "floor_value": round(
-                    (layer.bytes(tenants) - layer.bytes(0) * (what != "with deltas")) / BYTES_PER_US, 2
-                ),
-                "must": None,
-                "met": None,
-                "shapes": {"rows": rows, "tenants": tenants, "linears": APART},
-            }
-
-
-def token_rows() -> Iterator[dict[str, Any]]:
-    """Microseconds of quantizing tokens."""
-    for rows in (16, 2048):
-        x = torch.randn(rows, HIDDEN, dtype=DTYPE, device=DEVICE)
-
-        def quantize(x: Tensor = x) -> Any:
-            return quantize_tokens(x)
-
-        value = recorded_us([quantize] * 4)
-        with use_backend("reference"):
-            before = recorded_us([quantize] * 4)
-        yield {
-            "case": f"quantize_tokens, {rows} rows",
-            "value": round(value, 2),
-            "unit": "us",
-            "baseline": "reference",
-            "baseline_value": round(before, 2),
-            "ratio": round(before / value, 3),
-            "floor_value": round(x.numel() * 3 / BYTES_PER_US, 2),
-            "must": None,
-            "met": None,
-            "shapes": {"rows": rows, "channels": HIDDEN},
-        }
-
-
 def step_rows() -> Iterator[dict[str, Any]]:
     """Microseconds of recorded calls."""
     for step in (*steps(), *prompts()):
@@ -251,10 +192,10 @@ def main() -> None:
     written: dict[str, Any] = {"meta": meta(), "rows": []}
     shapes = {"rows": 1, "tokens": TOKENS, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "dim": DIM}
     with use_backend("triton"):
-        for rows in (prefill_rows, step_rows, choice_rows, delta_rows, token_rows):
+        for rows in (prefill_rows, step_rows, choice_rows):
             for row in rows():
                 print(json.dumps(row), flush=True)
-                written["rows"].append({"shapes": shapes, **row})
+                written["rows"].append({**row, "shapes": shapes})
                 out.write_text(json.dumps(written, indent=1) + "\n")
 
 
