@@ -168,9 +168,7 @@ def test_products_with_merged_weights(case: Case, device: str, monkeypatch: pyte
     both = (bits, more[2]), (scales, more[3])
     kinds = slots.view(case.rows, -1)
     monkeypatch.setattr(linear_with_delta, "MANY", 1)
-    monkeypatch.setattr(
-        linear_with_delta, "tile_of", lambda words: (32, 32, 1, {"num_warps": 4, "STAGES": 2, "ACROSS": False})
-    )
+    monkeypatch.setattr(linear_with_delta, "tile_of", lambda words: (32, 32, 1, {"num_warps": 4, "STAGES": 2}))
     with use_backend("triton"):
         outs = dispatch.call("linears_with_delta", x, weights, (bias, None), *both, kinds)
         alone = dispatch.call("linear_with_delta", x, weights[0], bias, bits, scales, kinds)

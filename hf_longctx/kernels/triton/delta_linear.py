@@ -88,10 +88,10 @@ def tile_of(rows: int, kinds: int, words: int) -> tuple[int, int, int, int, dict
         words: of a group of inputs.
     """
     each = min(max(2, triton.next_power_of_2(-(-2 * rows // kinds))), 16)
-    parts = 2 if each < 16 else 1
     if rows == 1:
         return each, 1, 32, min(16, words & -words), {"num_warps": 2, "STAGES": 4}
-    return each, parts, 128, min(16 if each == 2 else 8, words & -words), {"num_warps": 4, "STAGES": 3}
+    parts, most = (2, 16) if each == 2 else (1, 8)
+    return each, parts, 128, min(most, words & -words), {"num_warps": 4, "STAGES": 3}
 
 
 def run(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slots: Tensor) -> Tensor:

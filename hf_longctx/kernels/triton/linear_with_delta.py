@@ -37,7 +37,7 @@ def _kernel(
     x, x_r, weight, weight_r, bias, bits, scales, slots, order, out,
     rows, words, outputs, kinds, each, scale_n, scale_s,
     PLANES: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr,
-    GROUPED: tl.constexpr, ACROSS: tl.constexpr,
+    GROUPED: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of some rows, sorted by their slots: of those with the same after each other."""
     n, places = tl.program_id(1) * N + tl.arange(0, N), tl.arange(0, ROWS)
@@ -61,7 +61,7 @@ def _kernel(
         slot0 = tl.load(slots + first).to(tl.int64)
         signs0 = here + tl.minimum(tl.maximum(slot0, 0), kinds - 1) * outputs * words
         scale0 = _scale(scales, slot0, near, 0, kinds, scale_n, scale_s)
-        product = tl.zeros((ROWS, N), tl.float32) if ACROSS else tl.zeros((N, ROWS), tl.float32)
+        product = tl.zeros((N, ROWS), tl.float32)
         for word in tl.range(0, words, W, num_stages=STAGES):
             some = tl.load(inner + word * 32)
             merged = tl.load(own + word * 32).to(tl.float32)
@@ -73,18 +73,10 @@ def _kernel(
                 signs = here + tl.minimum(tl.maximum(slot, 0), kinds - 1) * outputs * words
                 scale = _scale(scales, slot, near, word // each, kinds, scale_n, scale_s)
                 merged = _added(merged, signs, scale, word, W, N)
-            if ACROSS:
-                product = tl.dot(some, tl.trans(merged.to(some.dtype)), product, input_precision="ieee")
-            else:
-                product = tl.dot(merged.to(some.dtype), tl.trans(some), product, input_precision="ieee")
-        if ACROSS:
-            product += total[None, :]
-            there = same[:, None] & (n < outputs)[None, :]
-            tl.store(out + row[:, None] * outputs + near[None, :], product.to(out.dtype.element_ty), mask=there)
-        else:
-            product += total[:, None]
-            there = same[None, :] & (n < outputs)[:, None]
-            tl.store(out + row[None, :] * outputs + near[:, None], product.to(out.dtype.element_ty), mask=there)
+            product = tl.dot(merged.to(some.dtype), tl.trans(some), product, input_precision="ieee")
+        product += total[:, None]
+        there = same[None, :] & (n < outputs)[:, None]
+        tl.store(out + row[None, :] * outputs + near[:, None], product.to(out.dtype.element_ty), mask=there)
         done += tl.sum(same.to(tl.int32), 0)
 
 
@@ -105,7 +97,7 @@ def merges(x: Tensor, slots: Tensor) -> bool:
 
 def tile_of(words: int) -> tuple[int, int, int, dict[str, int]]:
     """Rows, outputs and words of a tile, and how it is compiled; words: of a group of inputs."""
-    return 256, 128, min(2, words & -words), {"num_warps": 8, "STAGES": 3, "ACROSS": False}
+    return 256, 128, min(2, words & -words), {"num_warps": 8, "STAGES": 3}
 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, scales: Tensor, slots: Tensor) -> Tensor:
