@@ -48,9 +48,9 @@ def _kernel(
     k, w = tl.arange(0, W * 32), tl.arange(0, W)
     inner = x + row[:, None] * x_r + k[None, :]
     own = weight + near[:, None] * weight_r + k[None, :]
-    total = tl.zeros((N,), tl.float32)
+    shift = tl.zeros((N,), tl.float32)
     if bias is not None:
-        total += tl.load(bias + near).to(tl.float32)
+        shift += tl.load(bias + near).to(tl.float32)
     here = bits + near[:, None] * words + w[None, :]
     done = 0
     while done < count:
@@ -74,7 +74,7 @@ def _kernel(
                 scale = _scale(scales, slot, near, word // each, kinds, scale_n, scale_s)
                 merged = _added(merged, signs, scale, word, W, N)
             product = tl.dot(merged.to(some.dtype), tl.trans(some), product, input_precision="ieee")
-        product += total[:, None]
+        product += shift[:, None]
         there = same[None, :] & (n < outputs)[:, None]
         tl.store(out + row[None, :] * outputs + near[:, None], product.to(out.dtype.element_ty), mask=there)
         done += tl.sum(same.to(tl.int32), 0)
