@@ -3,11 +3,11 @@
 // Work: the slabs of 16 keys of a list are cut into `splits` parts, as alike as can be, a block each, whose 8 warps take
 //   every 8th slab of it. Where the list is chosen, each block finds all of the choice, and the entries of its own part,
 //   which it also writes down for later steps; the next step's kernel is set up once it has the scores, as what that
-//   reads early would be in their way where there are many. Where the list stands, it and the keys it names for the first two slabs of each
-//   warp are read before the kernels before this one are done, and what these may have written is read again: the list,
-//   and keys of the last tokens. The step's own token comes from where it is fresh; blocks behind all parts store it,
-//   which find a place on the device last, or before them if parts wait for that. The last block of a KV head to be done
-//   merges all, in their order: results do not depend on timing.
+//   reads early would be in their way where there are many. Where the list stands, it and the keys it names for the
+//   first two slabs of each warp are read before the kernels before this one are done, and what these may have written
+//   is read again: the list, and keys of the last tokens. The step's own token comes from where it is fresh; blocks
+//   behind all parts store it, which find a place on the device last, or before them if parts wait for that. The last
+//   block of a KV head to be done merges all, in their order: results do not depend on timing.
 // Grid: (splits, B * Hkv, and rows for blocks that store); 256 threads. Shared memory: 36 to 78 KiB, or 100 KiB where
 //   second slabs are read early.
 // Bound by: latency. Two blocks of a multiprocessor keep 128 KiB on their way, and twice that of lists that stand.
@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) attend_list_kernel(const __g
     reinterpret_cast<ChooseRoom*>(room)->clear();
     if (p.followed || p.turn != Turn::later) begin_turn(p.turn, first);
     prepare();
-    choose_part(p.pick, p.chooses, p.scored, p.awaited, room, part.b, part.problem, start, start + entries, shared.list);
+    choose_part(p.pick, p.chooses, p.scored, p.awaited, room, part.b, part.problem, start, start + entries,
+                shared.list);
     __syncthreads();
   }
   W mine(p, part.b, part.head, room + warp * ListShared::warp_bytes(p.group), lane);
