@@ -49,15 +49,6 @@ struct Extent {
   }
 };
 
-// Four scores, of which only those of candidates are waited for; others become 0.
-__device__ __forceinline__ void take_part(uint4& x, const uint4* from, int block, int first, int last) {
-  const auto in = [&](int i) { return block + i >= first && block + i < last; };
-  const auto missing = [&] { return (in(0) && !x.x) || (in(1) && !x.y) || (in(2) && !x.z) || (in(3) && !x.w); };
-#pragma unroll 1
-  while (missing()) x = load_as_it_comes(from);
-  x = make_uint4(in(0) ? x.x : 0, in(1) ? x.y : 0, in(2) ? x.z : 0, in(3) ? x.w : 0);
-}
-
 // A row's scores to shared memory, each once it is there, those that are no candidates as 0; and of those that came by
 // this thread, the extent. By all threads.
 __device__ __forceinline__ Extent bring_scores(const uint4* from, uint4* to, int each, int first, int last) {
@@ -71,7 +62,7 @@ __device__ __forceinline__ Extent bring_scores(const uint4* from, uint4* to, int
     for (int i = 0; i < BATCH; ++i) {
       const int at = thread + (start + i) * CHOOSERS;
       x[i] = make_uint4(0, 0, 0, 0);
-      if (start + i < each / 4 && at * 4 < last) x[i] = load_as_it_comes(from + at);
+      if (start + i < each / 4 && at * 4 + 4 <= last) x[i] = load_as_it_comes(from + at);
     }
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
@@ -80,11 +71,26 @@ __device__ __forceinline__ Extent bring_scores(const uint4* from, uint4* to, int
       if (at * 4 >= first && at * 4 + 4 <= last) {
 #pragma unroll 1
         while (min(min(x[i].x, x[i].y), min(x[i].z, x[i].w)) == 0) x[i] = load_as_it_comes(from + at);
+        extent.add(x[i].x), extent.add(x[i].y), extent.add(x[i].z), extent.add(x[i].w);
       } else {
-        take_part(x[i], from + at, at * 4, first, last);
+        x[i] = make_uint4(0, 0, 0, 0);
       }
-      extent.add(x[i].x), extent.add(x[i].y), extent.add(x[i].z), extent.add(x[i].w);
       to[at] = x[i];
+    }
+  }
+  // The last of the first four, and the first of the last four.
+#pragma unroll 1
+  for (int which = 0; which < 2; ++which) {
+    const int at = (which ? last : first) / 4, from_block = max(at * 4, first), to_block = min(at * 4 + 4, last);
+    const bool part = to_block - from_block < 4 && (!which || at > first / 4);
+    if (!part || at % CHOOSERS != thread) continue;
+#pragma unroll 1
+    for (int block = from_block; block < to_block; ++block) {
+      uint32_t x;
+      do {
+        x = load_as_it_comes(reinterpret_cast<const uint32_t*>(from) + block);
+      } while (!x);
+      extent.add(x), reinterpret_cast<uint32_t*>(to)[block] = x;
     }
   }
   return extent;
