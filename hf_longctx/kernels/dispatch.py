@@ -23,6 +23,7 @@ OPS = (
     "attend_pages",
     "attend_mass",
     "attend_recent",
+    "step_recent",
     "attend_layer",
     "score_pages",
     "score_antidiagonal",

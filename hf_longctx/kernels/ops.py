@@ -9,7 +9,7 @@ from .fill import GroupFill, fill_pages
 from .heads import attend_heads
 from .layers import gated, rms_norm, rotate_heads
 from .moves import bring_blocks, copy_blocks, take_tokens
-from .recent import attend_recent
+from .recent import attend_recent, step_recent
 from .step import Choice, GroupStep, attend_layer
 from .types import HostBlocks, Logits, Packed, Places, Selection, Turns, Visibility
 
@@ -44,6 +44,7 @@ __all__ = [
     "rotate_heads",
     "score_antidiagonal",
     "score_pages",
+    "step_recent",
     "take_tokens",
 ]
 

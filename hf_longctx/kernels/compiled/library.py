@@ -63,13 +63,6 @@ class HflAttend(ctypes.Structure):
     )
 
 
-class HflBeside(ctypes.Structure):
-    """`hfl_beside`."""
-
-    __slots__ = ()
-    _fields_ = (("sums", ctypes.c_void_p), ("reads", ctypes.c_int32), ("before", ctypes.c_int32))
-
-
 class HflPrefill(ctypes.Structure):
     """`hfl_prefill`."""
 
@@ -128,8 +121,8 @@ _OPS = {
     **dict.fromkeys(
         ("attend", "score", "pick", "append", "fill", "decode", "delta", "quantize", "linear"), ("cpu", "cuda")
     ),
-    **dict.fromkeys(("attend_beside", "antidiagonal", "pick_mass", "prefill", "bring", "copy"), ("cuda",)),
-    **dict.fromkeys(("norm", "turn", "gated", "joined", "layer", "project", "streamed", "tables"), ("cuda",)),
+    **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy"), ("cuda",)),
+    **dict.fromkeys(("norm", "turn", "gated", "joined", "layer", "project", "recent", "streamed", "tables"), ("cuda",)),
     **dict.fromkeys(("sort", "experts", "combine"), ("cuda",)),
 }
 
@@ -139,6 +132,8 @@ _SIZES = (
     "attend_counters",
     "pick_scratch",
     "layer_scratch",
+    "recent_scratch",
+    "recent_counters",
     "antidiagonal_scratch",
     "delta_scratch",
     "merged_scratch",

@@ -1,0 +1,263 @@
+// ops.attend_recent and ops.step_recent: attention of up to 8 queries a row to two stores of the same tokens, near keys
+// in one of 16 bits and far ones in one of 8 or 4; and, before that, one token a row into both.
+//
+// Shapes: as attend.cu's. Work: as there, of two tasks for each unit: its first blocks read near keys, others far ones,
+//   and all of them are merged as the blocks of one task are, near ones first. Those that read near keys store the token
+//   themselves, each of them, so that nobody waits for another; the first one packs it, too, for the far keys, of which
+//   it is none yet.
+// Grid: (units of a KV head, parts of near and of far keys, B * Hkv); 128 threads, 64 for D = 256.
+// Shared memory: as attend.cu's of the larger of both formats. Bound by: bytes of far keys and values.
+#include <algorithm>
+
+#include "attend_kernel.cuh"
+
+extern "C" {
+#pragma GCC visibility push(default)
+
+// Without a selection, turns and slopes. Tokens are stored where `fresh_k` is not NULL: one of each row, in both.
+typedef struct {
+  hfl_attend near, far;  // out, scratch, counters and stream are those of far; k_pos is that of near
+  hfl_append near_append, far_append;
+  int32_t recent;        // queries see far keys at so many tokens before their positions, and further back
+} hfl_recent;
+
+int64_t hfl_recent_scratch(hfl_recent* a);  // bytes; sets `splits` of both
+int64_t hfl_recent_counters(const hfl_recent* a);
+const char* hfl_recent_cuda(const hfl_recent* a);
+
+#pragma GCC visibility pop
+}
+
+namespace hfl {
+namespace {
+
+constexpr int NEAR_SLABS = 4;  // that a warp reads, as far as there are places
+
+struct RecentTask {
+  AttendTask near, far;
+  int near_parts;  // blocks of a unit that read near keys, at most
+};
+
+// Both a unit's tasks as far as they tell how many blocks have something to do.
+struct Share {
+  int blocks, each;
+  template <int N>
+  __device__ Share(const AttendTask& p, Keys<N>& keys, int warps, int place) {
+    const int high = __reduce_max_sync(0xffffffffu, place);
+    const int low = __reduce_min_sync(0xffffffffu, place < 0 ? INT_MAX : place);
+    keys.bound(p.a, high < 0 ? 0 : low, max(high, -1));
+    each = slabs_of_warp(keys.count, p.share.divide(keys.count + p.share.by - 1), warps) * warps;
+    blocks = max((keys.count + each - 1) / each, 1);
+  }
+};
+
+// Store a row's token as it is, and packed where that is asked for. By all warps of a block.
+template <int WARPS>
+__device__ __forceinline__ void store_both(const RecentTask& p, const Unit& unit, bool packed) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const hfl_append& near = p.near.turn.append;
+  const int64_t pos = near.pos[unit.batch * near.pos_b];
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x) / 32; i < (packed ? 4 : 2); i += WARPS) {
+    const hfl_append& a = i < 2 ? near : p.far.turn.append;
+    const bool value = i % 2;
+    const bool active = lane * 8 < a.dim;
+    Raw raw = {};
+    if (active) {
+      const int64_t at = value ? unit.batch * a.fv_b + unit.kv_head * a.fv_h : unit.batch * a.fk_b + unit.kv_head * a.fk_h;
+      raw = load(value ? a.fresh_v : a.fresh_k, at + lane * 8, a.dtype);
+    }
+    const int64_t slot = slot_of(a, pos);
+    if (pos < 0 || slot >= a.capacity) continue;
+    write_token(value ? a.v : a.k, unit.batch, unit.kv_head, slot, raw, a.dtype, lane, active);
+  }
+  __syncthreads();  // the block sees what it has written
+}
+
+// What one block does of one of both tasks: of far keys, of format F, or of near ones, of format N. Results are merged in F.
+template <int D, Format F, Format N, bool NEAR>
+__device__ __forceinline__ void recent_part(const RecentTask& both, unsigned char* shared, int index, int part,
+                                            int problem) {
+  constexpr Format OWN = NEAR ? N : F, OTHER = NEAR ? F : N;
+  constexpr int KEYS = Slab<D, OWN>::KEYS, OTHERS = Slab<D, OTHER>::KEYS;
+  using R = Room<D, OWN>;
+  using M = Room<D, F>;
+  const AttendTask& p = NEAR ? both.near : both.far;
+  const AttendTask& other = NEAR ? both.far : both.near;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const Unit unit(p, index, problem);
+  Keys<KEYS> keys(p, unit);
+  wait_for_previous(unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
+  Queries<D, OWN>::copy(p, unit, shared);  // while positions are on their way
+  const int place = unit.position(both.near, lane % ROWS);
+  const int place_far = place < 0 ? place : place - both.far.beside.before;
+  if (NEAR && both.near.turn.append.fresh_k) store_both<R::WARPS>(both, unit, index == 0 && part == 0);
+  int blocks, split = part;  // of the unit, that have something to do
+  {
+    Warp<D, OWN> mine(p, unit, keys, shared, warp, lane);
+    const Share own(p, keys, R::WARPS, NEAR ? place : place_far);
+    {
+      Keys<OTHERS> others(other, unit);
+      const Share theirs(other, others, R::WARPS, NEAR ? place_far : place);
+      blocks = own.blocks + theirs.blocks;
+      if (!NEAR) split += theirs.blocks;
+    }
+    if (part >= own.blocks) {
+      copy_wait<0>();
+      return;
+    }
+    mine.step = own.blocks * R::WARPS;
+    const int first = part * R::WARPS + warp, end = keys.count;
+    typename Warp<D, OWN>::Found found[R::STAGES];
+    if (!mine.plain()) {
+#pragma unroll
+      for (int i = 0; i < R::STAGES; ++i) found[i] = mine.find(first + i * mine.step, end);
+    }
+    mine.begin(first, end, found);
+    prepare_queries<D, OWN>(p, unit, shared, NEAR ? place : place_far);
+    mine.walk(first, end);
+    __syncthreads();  // the rings are free
+    mine.leave(reinterpret_cast<float*>(shared) + warp * ROWS * R::OUT,
+               reinterpret_cast<float2*>(shared + R::STATES) + warp * ROWS);
+  }
+  __syncthreads();
+  constexpr float LIFT = Warp<D, F>::LIFT - Warp<D, OWN>::LIFT;  // sums are as if weights had been that of F
+  if constexpr (LIFT != 0.0f) {
+    if (threadIdx.x < R::WARPS * ROWS) reinterpret_cast<float2*>(shared + R::STATES)[threadIdx.x].x += LIFT;
+    __syncthreads();
+  }
+  const Scratch<D> scratch(both.far, problem, index);
+  merge_warps<D, OWN>(p, unit, shared, scratch, split, false);
+  int* arrived = reinterpret_cast<int*>(shared + M::FACTORS);
+  if (!last_to_arrive(both.far.a.counters + problem * p.units + index, blocks, arrived)) return;
+  if (threadIdx.x < ROWS) reinterpret_cast<int*>(shared + M::PLACES)[threadIdx.x] = place;
+  merge_blocks<D, F>(both.far, unit, shared, scratch, blocks);
+}
+
+template <int D, Format F, Format N>
+__global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_recent_kernel(
+    const __grid_constant__ RecentTask both) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int index = static_cast<int>(blockIdx.x), part = static_cast<int>(blockIdx.y);
+  const int problem = static_cast<int>(blockIdx.z);
+  if (part < both.near_parts) {
+    recent_part<D, F, N, true>(both, shared, index, part, problem);
+  } else {
+    recent_part<D, F, N, false>(both, shared, index, part - both.near_parts, problem);
+  }
+}
+
+struct Kernel {
+  const void* function;
+  int warps, bytes, slab, near_slab;  // shared memory; keys of a slab
+  std::atomic<int>* fits;             // blocks that the device holds at a time; 0: not known yet
+};
+
+template <int D, Format F, Format N>
+const Kernel& kernel() {
+  static std::atomic<int> fits[MOST_DEVICES];
+  static const Kernel it = {reinterpret_cast<const void*>(&attend_recent_kernel<D, F, N>),
+                            Room<D, F>::WARPS,
+                            std::max(Room<D, F>::bytes(1), Room<D, N>::bytes(1)),
+                            Slab<D, F>::KEYS,
+                            Slab<D, N>::KEYS,
+                            fits};
+  return it;
+}
+
+template <int D>
+const Kernel& kernel_of(const hfl_attend& a) {
+  if (a.k.bits == 4) return a.dtype == HFL_BF16 ? kernel<D, Format::int4, Format::bf16>() : kernel<D, Format::int4, Format::f16>();
+  return a.dtype == HFL_BF16 ? kernel<D, Format::int8, Format::bf16>() : kernel<D, Format::int8, Format::f16>();
+}
+
+const Kernel& kernel_of(const hfl_attend& a) {
+#ifdef HFL_FIRST
+  return kernel<128, Format::int4, Format::bf16>();
+#else
+  if (a.dim == 64) return kernel_of<64>(a);
+  if (a.dim == 96) return kernel_of<96>(a);
+  return a.dim == 128 ? kernel_of<128>(a) : kernel_of<256>(a);
+#endif
+}
+
+AttendTask task_of(const hfl_attend& a, int parts, const Kernel& kernel) {
+  AttendTask p = {};
+  p.turn.append = {}, p.a = a, p.group = a.q_heads / a.kv_heads, p.variants = 1;
+  p.units = (p.group * a.tokens + ROWS - 1) / ROWS;
+  p.kv_heads = Divisor(a.kv_heads), p.tokens = Divisor(a.tokens), p.tiles = Divisor(p.units), p.block = Divisor(1);
+  p.share = Divisor(parts * kernel.warps);
+  return p;
+}
+
+cudaError_t blocks_that_fit(const Kernel& kernel, int& blocks) {
+  int device = 0, each = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  blocks = device < MOST_DEVICES ? kernel.fits[device].load(std::memory_order_acquire) : 0;
+  if (blocks) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, kernel.warps * 32,
+                                                          static_cast<size_t>(kernel.bytes));
+  }
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  blocks = each * processors;
+  if (device < MOST_DEVICES) kernel.fits[device].store(blocks, std::memory_order_release);
+  return cudaSuccess;
+}
+
+// Blocks of a unit for so many keys, of at most `most`.
+int parts_of(int64_t keys, int slab, int warps, int most) {
+  const int slabs = static_cast<int>((keys + slab - 1) / slab);
+  const int wanted = (slabs + most * warps - 1) / (most * warps);
+  const int each = slabs_of_warp(slabs, wanted, warps) * warps;
+  return (slabs + each - 1) / each;
+}
+
+}  // namespace
+}  // namespace hfl
+
+extern "C" int64_t hfl_recent_counters(const hfl_recent* a) {
+  const int64_t queries = static_cast<int64_t>(a->far.q_heads / a->far.kv_heads) * a->far.tokens;
+  return static_cast<int64_t>(a->far.batch) * a->far.kv_heads * ((queries + hfl::ROWS - 1) / hfl::ROWS);
+}
+
+extern "C" int64_t hfl_recent_scratch(hfl_recent* a) {
+  const hfl::Kernel& kernel = hfl::kernel_of(a->far);
+  int fit = 0;
+  a->near.splits = a->far.splits = 1;
+  if (hfl::blocks_that_fit(kernel, fit) == cudaSuccess) {
+    const int64_t units = hfl_recent_counters(a);
+    const int all = static_cast<int>(std::clamp<int64_t>(fit / units, 2, hfl::MOST_SPLITS));
+    const int slabs = static_cast<int>((a->near.stored + kernel.near_slab - 1) / kernel.near_slab);
+    const int wanted = (slabs + hfl::NEAR_SLABS * kernel.warps - 1) / (hfl::NEAR_SLABS * kernel.warps);
+    const int near = std::clamp(wanted, 1, std::max(all / 4, 1));
+    a->near.splits = near;
+    // near keys take their places for a moment: where those are many of a unit's, they come on top
+    a->far.splits = hfl::parts_of(a->far.stored, kernel.slab, kernel.warps, 8 * near <= all ? all - near
+                                                                                          : std::min(all, hfl::MOST_SPLITS - near));
+  }
+  return hfl_recent_counters(a) * (a->near.splits + a->far.splits) * hfl::ROWS * (a->far.dim + 2) *
+         static_cast<int64_t>(sizeof(float));
+}
+
+extern "C" const char* hfl_recent_cuda(const hfl_recent* a) {
+  const hfl::Kernel& kernel = hfl::kernel_of(a->far);
+  hfl::RecentTask task = {};
+  task.near_parts = a->near.splits;
+  task.near = hfl::task_of(a->near, a->near.splits, kernel), task.far = hfl::task_of(a->far, a->far.splits, kernel);
+  task.near.splits = task.far.splits = a->near.splits + a->far.splits;
+  task.near.turn.append = a->near_append, task.far.turn.append = a->far_append;
+  task.far.beside.before = a->recent;
+  int fit = 0;
+  cudaError_t error = hfl::blocks_that_fit(kernel, fit);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const dim3 grid(static_cast<unsigned>(task.far.units), static_cast<unsigned>(task.far.splits),
+                  static_cast<unsigned>(a->far.batch) * static_cast<unsigned>(a->far.kv_heads));
+  void* arguments[] = {&task};
+  error = hfl::launch(kernel.function, grid, kernel.warps * 32, static_cast<size_t>(kernel.bytes), a->far.stream,
+                      arguments);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
