@@ -18,6 +18,7 @@
 // Bound by: bytes of keys and values. Three blocks of a multiprocessor keep about 140 KiB of bf16 on their way. Of 32
 //   keys of 4 bits with 128 channels, a warp's slab, about 510 instructions stand beside 910 cycles of memory.
 #include <algorithm>
+#include <cstdlib>
 #include <initializer_list>
 
 #include "attend_kernel.cuh"
@@ -229,14 +230,24 @@ bool attend_together(const hfl_attend& a, const hfl_attend& b) {
   return static_cast<int64_t>(a.batch) * (a.kv_heads * (a.splits + 1) + b.kv_heads * (b.splits + 1)) <= fit;
 }
 
-const char* attend_both_in_turn(const hfl_attend (&a)[2], const AttendTurn (&turns)[2]) {
+// S1
+static bool own_mode() { return getenv("HFL_OWN") != nullptr; }
+static AttendTurn owned(const hfl_attend& a, const AttendTurn& turn) {
+  AttendTurn t = turn;
+  if (own_mode() && t.appended && !a.ids && !t.append.bounds) t.appended = nullptr;
+  return t;
+}
+
+const char* attend_both_in_turn(const hfl_attend (&a)[2], const AttendTurn (&given)[2]) {
+  const AttendTurn turns[2] = {owned(a[0], given[0]), owned(a[1], given[1])};
   AttendTasks tasks = {};
   int blocks[2];
   for (int i = 0; i < 2; ++i) {
     const char* message = wrong(a[i], turns[i]);
     if (message) return message;
     tasks.of[i] = task_of(a[i]), tasks.of[i].turn = turns[i];
-    tasks.blocks[i] = Divisor(a[i].splits + 1), blocks[i] = a[i].batch * a[i].kv_heads * (a[i].splits + 1);
+    const int parts = a[i].splits + (turns[i].appended ? 1 : 0);
+    tasks.blocks[i] = Divisor(parts), blocks[i] = a[i].batch * a[i].kv_heads * parts;
   }
   tasks.first = blocks[0];
   const Kernel& kernel = kernel_of(a[0]);
@@ -247,12 +258,12 @@ const char* attend_both_in_turn(const hfl_attend (&a)[2], const AttendTurn (&tur
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn) { return attend(a, turn, hfl_beside()); }
+const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn) { return attend(a, owned(a, turn), hfl_beside()); }
 
 const char* attend_beside(const hfl_attend& a, const hfl_beside& beside) {
   if (!beside.sums || beside.before < 0) return "attend_recent: expected room for sums, and a distance";
   if (a.ids || a.q_before || !a.q_pos) return "attend_recent: expected positions, and neither a selection nor turns";
-  AttendTurn turn;
+  AttendTurn turn = {};
   if (beside.reads) turn.turn = Turn::later;
   return attend(a, turn, beside);
 }

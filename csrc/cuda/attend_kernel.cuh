@@ -33,6 +33,21 @@ __device__ __forceinline__ void count_down(const AttendTurn& turn, int problem, 
   if (turn.picked) atomicSub(turn.picked + row, 1);
 }
 
+// Store a row's token, where this warp is to read it.
+__device__ __forceinline__ void store_token(const AttendTask& p, const Unit& unit, int64_t slot, int lane) {
+  const hfl_append& a = p.turn.append;
+  const int from = p.turn.heads.of(unit.kv_head);
+  const bool active = lane * 8 < a.dim;
+  Raw key = {}, value = {};
+  if (active) {
+    key = load(a.fresh_k, unit.batch * a.fk_b + from * a.fk_h + lane * 8, a.dtype);
+    value = load(a.fresh_v, unit.batch * a.fv_b + from * a.fv_h + lane * 8, a.dtype);
+  }
+  write_token(a.k, unit.batch, unit.kv_head, slot, key, a.dtype, lane, active);
+  write_token(a.v, unit.batch, unit.kv_head, slot, value, a.dtype, lane, active);
+  __syncwarp();
+}
+
 // What a block does; split -1: stores the token.
 template <int D, Format F>
 __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* shared, int index, int split,
@@ -86,7 +101,18 @@ __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* 
       __syncthreads();
       find();
     }
+    // Where no block stores the token, that warp does which reads it: before that, or while it waits for others.
+    int64_t slot = -1;
+    bool at_once = false;
+    if (!turn.appended && turn.append.fresh_k && keys.high >= 0) {
+      slot = slot_of(turn.append, keys.high);
+      const int slab = static_cast<int>(slot) / Slab<D, F>::KEYS - keys.jump;
+      if (slot >= p.a.stored || slab % mine.step != first) slot = -1;
+      at_once = slot >= 0 && slab < first + R::STAGES * mine.step;
+    }
+    if (at_once) store_token(p, unit, slot, lane);
     mine.begin(first, end, found);
+    if (slot >= 0 && !at_once) store_token(p, unit, slot, lane);
     prepare_queries<D, F>(p, unit, shared, place);  // while the first keys are on their way
     mine.walk(first, end);
     __syncthreads();  // the rings are free
@@ -121,7 +147,7 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_both_kernel(
   const int line = static_cast<int>(blockIdx.x), second = line >= all.first ? 1 : 0;
   const int own = line - (second ? all.first : 0);
   const AttendTask& p = all.of[second];
-  const int problem = all.blocks[second].divide(own), split = own - problem * all.blocks[second].by - 1;
+  const int problem = all.blocks[second].divide(own), split = own - problem * all.blocks[second].by - (p.turn.appended ? 1 : 0);
   attend_part<D, F>(p, shared, 0, split, problem);
 }
 
