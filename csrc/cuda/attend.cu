@@ -207,6 +207,7 @@ const char* attend(const hfl_attend& a, const AttendTurn& turn, const hfl_beside
   if (message) return message;
   AttendTask p = task_of(a);
   p.turn = turn, p.beside = beside;
+  if (!beside.sums && getenv("HFL_EARLY")) p.beside.reads = 2;
   const Kernel& kernel = kernel_of(a);
   int fit = 0;
   cudaError_t error = blocks_that_fit(kernel, p.variants, fit);
@@ -246,6 +247,7 @@ const char* attend_both_in_turn(const hfl_attend (&a)[2], const AttendTurn (&giv
     const char* message = wrong(a[i], turns[i]);
     if (message) return message;
     tasks.of[i] = task_of(a[i]), tasks.of[i].turn = turns[i];
+    if (getenv("HFL_EARLY")) tasks.of[i].beside.reads = 2;
     const int parts = a[i].splits + (turns[i].appended ? 1 : 0);
     tasks.blocks[i] = Divisor(parts), blocks[i] = a[i].batch * a[i].kv_heads * parts;
   }

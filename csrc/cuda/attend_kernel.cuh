@@ -57,7 +57,12 @@ __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* 
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const Unit unit(p, index, problem);
   Keys<Slab<D, F>::KEYS> keys(p, unit);
-  begin_turn(turn.turn, unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
+  // S1: flag in beside.reads == 2
+  const bool early = p.beside.reads == 2 && split >= 0 && turn.turn != Turn::later && !keys.listed();
+  const auto begin_now = [&] {
+    begin_turn(turn.turn, unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
+  };
+  if (!early) begin_now();
   if (split < 0) {
     if (index == 0) {
       append_token<R::WARPS * 32>(turn.append, turn.heads.of(unit.kv_head), unit.batch, unit.kv_head,
@@ -86,12 +91,13 @@ __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* 
     };
     if (keys.listed()) share_out();
     if (keys.listed() && !turn.picked) find();
-    Queries<D, F>::copy(p, unit, shared);  // while positions, and what tells where keys lie, are on their way
+    if (!early) Queries<D, F>::copy(p, unit, shared);  // while positions, and what tells where keys lie, are on their way
     const int high = __reduce_max_sync(0xffffffffu, place);
     const int low = __reduce_min_sync(0xffffffffu, place < 0 ? INT_MAX : place);
     keys.bound(p.a, high < 0 ? 0 : low, high);
     if (!keys.listed()) share_out(), find();
     if (split >= blocks) {
+      if (early) begin_now();
       copy_wait<0>();
       end_turn(turn.turn);
       return;
@@ -110,9 +116,16 @@ __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* 
       if (slot >= p.a.stored || slab % mine.step != first) slot = -1;
       at_once = slot >= 0 && slab < first + R::STAGES * mine.step;
     }
+    const bool stands = early && first + (R::STAGES - 1) * mine.step < (keys.high - 8) / Slab<D, F>::KEYS - keys.jump;
+    if (early && !stands) begin_now();
     if (at_once) store_token(p, unit, slot, lane);
     mine.begin(first, end, found);
+    if (early) {
+      if (stands) begin_now();
+      Queries<D, F>::copy(p, unit, shared);
+    }
     if (slot >= 0 && !at_once) store_token(p, unit, slot, lane);
+    if (early) copy_wait<0>();
     prepare_queries<D, F>(p, unit, shared, place);  // while the first keys are on their way
     mine.walk(first, end);
     __syncthreads();  // the rings are free

@@ -36,7 +36,7 @@ __device__ void finish(const AttendTask& p, const Unit& unit, int row, int chann
   }
   uint16_t* to = static_cast<uint16_t*>(a.out) + unit.batch * a.out_b + head * a.out_h + unit.query(p, row) * a.out_t;
   const bool nothing = place < 0 || state.y == 0.0f;
-  if (p.beside.reads) {
+  if (p.beside.reads == 1) {
     end_turn(p.turn.turn);  // what the call before has left is there
     const float logit = *sum_of(p, unit, row), higher = fmaxf(top, logit), base = higher == NOTHING ? 0.0f : higher;
     const float share = power_of_two(logit - base + Warp<D, F>::LIFT), less = power_of_two(top - base);

@@ -8,6 +8,7 @@
 // Grid: (units of a KV head, parts of near and of far keys, B * Hkv); 128 threads, 64 for D = 256.
 // Shared memory: as attend.cu's of the larger of both formats. Bound by: bytes of far keys and values.
 #include <algorithm>
+#include <cstdlib>
 
 #include "attend_kernel.cuh"
 
@@ -35,6 +36,7 @@ constexpr int NEAR_SLABS = 4;  // that a warp reads, as far as there are places
 
 struct RecentTask {
   AttendTask near, far;
+  int early;
   int near_parts;  // blocks of a unit that read near keys, at most
 };
 
@@ -87,8 +89,11 @@ __device__ __forceinline__ void recent_part(const RecentTask& both, unsigned cha
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const Unit unit(p, index, problem);
   Keys<KEYS> keys(p, unit);
-  wait_for_previous(unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
-  Queries<D, OWN>::copy(p, unit, shared);  // while positions are on their way
+  const bool early = !NEAR && both.early;
+  if (!early) {
+    wait_for_previous(unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
+    Queries<D, OWN>::copy(p, unit, shared);  // while positions are on their way
+  }
   const int place = unit.position(both.near, lane % ROWS);
   const int place_far = place < 0 ? place : place - both.far.beside.before;
   if (NEAR && both.near.turn.append.fresh_k) store_both<R::WARPS>(both, unit, index == 0 && part == 0);
@@ -103,6 +108,7 @@ __device__ __forceinline__ void recent_part(const RecentTask& both, unsigned cha
       if (!NEAR) split += theirs.blocks;
     }
     if (part >= own.blocks) {
+      if (early) asm volatile("griddepcontrol.wait;" ::: "memory");
       copy_wait<0>();
       return;
     }
@@ -114,6 +120,12 @@ __device__ __forceinline__ void recent_part(const RecentTask& both, unsigned cha
       for (int i = 0; i < R::STAGES; ++i) found[i] = mine.find(first + i * mine.step, end);
     }
     mine.begin(first, end, found);
+    if (early) {
+      asm volatile("griddepcontrol.wait;" ::: "memory");
+      asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+      Queries<D, OWN>::copy(p, unit, shared);
+      copy_wait<0>();
+    }
     prepare_queries<D, OWN>(p, unit, shared, NEAR ? place : place_far);
     mine.walk(first, end);
     __syncthreads();  // the rings are free
@@ -251,6 +263,7 @@ extern "C" const char* hfl_recent_cuda(const hfl_recent* a) {
   task.near.splits = task.far.splits = a->near.splits + a->far.splits;
   task.near.turn.append = a->near_append, task.far.turn.append = a->far_append;
   task.far.beside.before = a->recent;
+  task.early = a->recent > 8 && getenv("HFL_EARLY");
   int fit = 0;
   cudaError_t error = hfl::blocks_that_fit(kernel, fit);
   if (error != cudaSuccess) return cudaGetErrorString(error);
