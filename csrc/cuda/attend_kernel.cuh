@@ -33,6 +33,8 @@ __device__ __forceinline__ void count_down(const AttendTurn& turn, int problem, 
   if (turn.picked) atomicSub(turn.picked + row, 1);
 }
 
+constexpr int JUST_STORED = 8;  // last tokens, which the kernel before may have stored
+
 // Store a row's token, where this warp is to read it.
 __device__ __forceinline__ void store_token(const AttendTask& p, const Unit& unit, int64_t slot, int lane) {
   const hfl_append& a = p.turn.append;
@@ -57,8 +59,7 @@ __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* 
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const Unit unit(p, index, problem);
   Keys<Slab<D, F>::KEYS> keys(p, unit);
-  // S1: flag in beside.reads == 2
-  const bool early = p.beside.reads == 2 && split >= 0 && turn.turn != Turn::later && !keys.listed();
+  const bool early = turn.turn == Turn::first && split >= 0 && !keys.listed();
   const auto begin_now = [&] {
     begin_turn(turn.turn, unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
   };
@@ -107,16 +108,21 @@ __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* 
       __syncthreads();
       find();
     }
-    // Where no block stores the token, that warp does which reads it: before that, or while it waits for others.
+    // The step's token is stored here where this warp reads it: before that, or while it waits for others.
     int64_t slot = -1;
     bool at_once = false;
-    if (!turn.appended && turn.append.fresh_k && keys.high >= 0) {
+    if (turn.stores && !turn.appended && keys.high >= 0) {
       slot = slot_of(turn.append, keys.high);
       const int slab = static_cast<int>(slot) / Slab<D, F>::KEYS - keys.jump;
       if (slot >= p.a.stored || slab % mine.step != first) slot = -1;
       at_once = slot >= 0 && slab < first + R::STAGES * mine.step;
     }
-    const bool stands = early && first + (R::STAGES - 1) * mine.step < (keys.high - 8) / Slab<D, F>::KEYS - keys.jump;
+    bool stands = early;  // what the ring begins with
+#pragma unroll
+    for (int i = 0; i < R::STAGES; ++i) {
+      const int slab = first + i * mine.step;
+      stands = stands && (slab >= end || slab + keys.jump < (keys.high - JUST_STORED) / Slab<D, F>::KEYS);
+    }
     if (early && !stands) begin_now();
     if (at_once) store_token(p, unit, slot, lane);
     mine.begin(first, end, found);

@@ -30,6 +30,12 @@ struct Counters {
   int64_t all() const { return (units + problems + 2 * rows + 31) / 32 * 32 + scores; }
 };
 
+// Whether a block of its own stores a token: what it is read through, a choice or bounds, is another's.
+bool stores_apart(const hfl_layer_group& g) { return g.attend.ids || g.append.bounds; }
+
+// Blocks beside those that read.
+int others(const hfl_layer_group& g) { return stores_apart(g) ? g.attend.batch * g.attend.kv_heads : 0; }
+
 int64_t in_pieces(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 const char* check(const hfl_layer& layer) {
@@ -88,7 +94,7 @@ class Step {
       if (group.list) {
         bytes = list_scratch(g);
       } else {
-        bytes = attend_scratch(g.attend, static_cast<int>(own.problems), &group.attend.splits);
+        bytes = attend_scratch(g.attend, others(g), &group.attend.splits);
       }
       group.attend.scratch = scratch, group.attend.counters = group.units, group.attend.stream = layer.stream;
       scratch += in_pieces(bytes);
@@ -157,7 +163,8 @@ class Step {
   AttendTurn turn_of(int i) const {
     const hfl_layer_group& g = layer_.groups[i];
     AttendTurn in;
-    in.heads = groups_[i].heads, in.append = g.append, in.appended = groups_[i].appended;
+    in.heads = groups_[i].heads, in.append = g.append, in.stores = true;
+    if (stores_apart(g)) in.appended = groups_[i].appended;
     if (g.score.scores) in.picked = groups_[i].picked;
     return in;
   }
@@ -201,8 +208,8 @@ extern "C" int64_t hfl_layer_scratch(const hfl_layer* layer, int64_t* counters) 
       bytes += hfl::in_pieces(hfl::list_scratch(g));
       continue;
     }
-    bytes += hfl::in_pieces(hfl::attend_scratch(g.attend, static_cast<int>(own.problems), &g.attend.splits));
-    if (!hfl::attend_fits(g.attend)) return -1;
+    bytes += hfl::in_pieces(hfl::attend_scratch(g.attend, hfl::others(g), &g.attend.splits));
+    if (hfl::stores_apart(g) && !hfl::attend_fits(g.attend)) return -1;
   }
   return bytes;
 }

@@ -8,26 +8,9 @@
 // Grid: (units of a KV head, parts of near and of far keys, B * Hkv); 128 threads, 64 for D = 256.
 // Shared memory: as attend.cu's of the larger of both formats. Bound by: bytes of far keys and values.
 #include <algorithm>
-#include <cstdlib>
 
+#include "../recent.h"
 #include "attend_kernel.cuh"
-
-extern "C" {
-#pragma GCC visibility push(default)
-
-// Without a selection, turns and slopes. Tokens are stored where `fresh_k` is not NULL: one of each row, in both.
-typedef struct {
-  hfl_attend near, far;  // out, scratch, counters and stream are those of far; k_pos is that of near
-  hfl_append near_append, far_append;
-  int32_t recent;        // queries see far keys at so many tokens before their positions, and further back
-} hfl_recent;
-
-int64_t hfl_recent_scratch(hfl_recent* a);  // bytes; sets `splits` of both
-int64_t hfl_recent_counters(const hfl_recent* a);
-const char* hfl_recent_cuda(const hfl_recent* a);
-
-#pragma GCC visibility pop
-}
 
 namespace hfl {
 namespace {
@@ -36,7 +19,7 @@ constexpr int NEAR_SLABS = 4;  // that a warp reads, as far as there are places
 
 struct RecentTask {
   AttendTask near, far;
-  int early;
+  bool early;      // far keys stand
   int near_parts;  // blocks of a unit that read near keys, at most
 };
 
@@ -89,13 +72,13 @@ __device__ __forceinline__ void recent_part(const RecentTask& both, unsigned cha
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const Unit unit(p, index, problem);
   Keys<KEYS> keys(p, unit);
-  const bool early = !NEAR && both.early;
+  const bool early = !NEAR && both.early;  // all that it reads stands
   if (!early) {
     wait_for_previous(unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
     Queries<D, OWN>::copy(p, unit, shared);  // while positions are on their way
   }
   const int place = unit.position(both.near, lane % ROWS);
-  const int place_far = place < 0 ? place : place - both.far.beside.before;
+  const int place_far = place < 0 ? place : place - both.far.before;
   if (NEAR && both.near.turn.append.fresh_k) store_both<R::WARPS>(both, unit, index == 0 && part == 0);
   int blocks, split = part;  // of the unit, that have something to do
   {
@@ -108,7 +91,7 @@ __device__ __forceinline__ void recent_part(const RecentTask& both, unsigned cha
       if (!NEAR) split += theirs.blocks;
     }
     if (part >= own.blocks) {
-      if (early) asm volatile("griddepcontrol.wait;" ::: "memory");
+      if (early) wait_for_previous(unit.batch);
       copy_wait<0>();
       return;
     }
@@ -121,8 +104,7 @@ __device__ __forceinline__ void recent_part(const RecentTask& both, unsigned cha
     }
     mine.begin(first, end, found);
     if (early) {
-      asm volatile("griddepcontrol.wait;" ::: "memory");
-      asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+      wait_for_previous(unit.batch);
       Queries<D, OWN>::copy(p, unit, shared);
       copy_wait<0>();
     }
@@ -184,13 +166,9 @@ const Kernel& kernel_of(const hfl_attend& a) {
 }
 
 const Kernel& kernel_of(const hfl_attend& a) {
-#ifdef HFL_FIRST
-  return kernel<128, Format::int4, Format::bf16>();
-#else
   if (a.dim == 64) return kernel_of<64>(a);
   if (a.dim == 96) return kernel_of<96>(a);
   return a.dim == 128 ? kernel_of<128>(a) : kernel_of<256>(a);
-#endif
 }
 
 AttendTask task_of(const hfl_attend& a, int parts, const Kernel& kernel) {
@@ -262,8 +240,8 @@ extern "C" const char* hfl_recent_cuda(const hfl_recent* a) {
   task.near = hfl::task_of(a->near, a->near.splits, kernel), task.far = hfl::task_of(a->far, a->far.splits, kernel);
   task.near.splits = task.far.splits = a->near.splits + a->far.splits;
   task.near.turn.append = a->near_append, task.far.turn.append = a->far_append;
-  task.far.beside.before = a->recent;
-  task.early = a->recent > 8 && getenv("HFL_EARLY");
+  task.far.before = a->recent;
+  task.early = a->near_append.fresh_k && a->recent > hfl::JUST_STORED;
   int fit = 0;
   cudaError_t error = hfl::blocks_that_fit(kernel, fit);
   if (error != cudaSuccess) return cudaGetErrorString(error);

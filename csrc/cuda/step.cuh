@@ -110,8 +110,9 @@ struct PickTurn {
 struct AttendTurn {
   Turn turn = Turn::alone;
   Heads heads;
-  int* appended = nullptr;  // [B * Hkv], likewise of the token that this kernel stores; else it stores none
+  int* appended = nullptr;  // [B * Hkv], likewise of the token, which a block more of each stores for all that read it
   int* picked = nullptr;
+  bool stores = false;  // the token, where no block more does: who reads it
   hfl_append append;
 };
 
@@ -136,6 +137,7 @@ const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn, void* s
 
 // What is needed of them before.
 const char* wrong_append(const hfl_append& a);
+const char* wrong_attend(const hfl_attend& a);
 int score_blocks(const hfl_score& a);  // that work on a row
 bool score_streams(const hfl_score& a);
 int score_tiles(const hfl_score& a);
