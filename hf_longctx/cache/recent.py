@@ -113,9 +113,7 @@ def attend_both(store: RecentStore, q: Tensor, k: Tensor, v: Tensor, logits: ops
     return ops.attend_recent(q, far.k, far.v, near.k, near.v, logits, see, near.k_pos, recent)
 
 
-def _step(
-    store: RecentStore, q: Tensor, k: Tensor, v: Tensor, logits: ops.Logits, step: Step, recent: int
-) -> Tensor:
+def _step(store: RecentStore, q: Tensor, k: Tensor, v: Tensor, logits: ops.Logits, step: Step, recent: int) -> Tensor:
     """As `attend_both`, of one token a row after others: one operation, which is one launch on a GPU."""
     _, far = store.place(k, step)
     place, near = store.near.place(k, step)

@@ -167,7 +167,8 @@ def test_a_step_is_what_it_is_made_of() -> None:
     for x, fresh in ((far_k, k), (far_v, v)):
         for row, end in enumerate((1499, 70)):
             one = ops.encode_kv(fresh[row], 4)
-            assert x.payload[row, :, end].equal(one.payload[:, 0]) and x.scale[row, :, end].equal(one.scale[:, 0])
+            assert x.payload[row, :, end].equal(one.payload[:, 0])
+            assert x.scale[row, :, end].equal(one.scale[:, 0])
     for x, fresh in ((near_k, k), (near_v, v)):
         assert all(x[row, :, end % ring].equal(fresh[row, :, 0]) for row, end in enumerate((1499, 70)))
     plain, places = [ops.decode_kv(x) for x in (far_k, far_v)], torch.arange(1504).expand(2, -1)
@@ -188,9 +189,7 @@ def test_a_step_is_what_it_is_made_of() -> None:
         (4, (1499, 1100), 1024, 3),
     ],
 )
-def test_a_step_on_a_gpu(
-    dim: int, dtype: torch.dtype, bits: int, ends: tuple[int, ...], last: int, group: int
-) -> None:
+def test_a_step_on_a_gpu(dim: int, dtype: torch.dtype, bits: int, ends: tuple[int, ...], last: int, group: int) -> None:
     need("cuda")
     arguments = stepped(dim, dtype, bits, ends, last, group, "cuda")
     stores = arguments[3:7]

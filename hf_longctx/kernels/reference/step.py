@@ -25,7 +25,9 @@ def attend_layer(q: Tensor, k: Tensor, v: Tensor, logits: Logits, groups: Sequen
         dispatch.call("append_pages", group.k, group.v, *fresh, *where)
         _choose(group, asked)
         read = None if group.ids is None else Selection(group.ids, group.block, 1)
-        stored = (group.k, group.v) if read is not None else (first_columns(x, group.columns) for x in (group.k, group.v))
+        stored = (
+            (group.k, group.v) if read is not None else (first_columns(x, group.columns) for x in (group.k, group.v))
+        )
         part = dispatch.call("attend_pages", asked, *stored, logits.heads(heads), group.see, None, read)
         out[:, 0, heads] = part[:, :, 0]
     return out
