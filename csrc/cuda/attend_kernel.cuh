@@ -35,21 +35,6 @@ __device__ __forceinline__ void count_down(const AttendTurn& turn, int problem, 
 
 constexpr int JUST_STORED = 8;  // last tokens, which the kernel before may have stored
 
-// Store a row's token, where this warp is to read it.
-__device__ __forceinline__ void store_token(const AttendTask& p, const Unit& unit, int64_t slot, int lane) {
-  const hfl_append& a = p.turn.append;
-  const int from = p.turn.heads.of(unit.kv_head);
-  const bool active = lane * 8 < a.dim;
-  Raw key = {}, value = {};
-  if (active) {
-    key = load(a.fresh_k, unit.batch * a.fk_b + from * a.fk_h + lane * 8, a.dtype);
-    value = load(a.fresh_v, unit.batch * a.fv_b + from * a.fv_h + lane * 8, a.dtype);
-  }
-  write_token(a.k, unit.batch, unit.kv_head, slot, key, a.dtype, lane, active);
-  write_token(a.v, unit.batch, unit.kv_head, slot, value, a.dtype, lane, active);
-  __syncwarp();
-}
-
 // What a block does; split -1: stores the token.
 template <int D, Format F>
 __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* shared, int index, int split,
@@ -59,7 +44,7 @@ __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* 
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const Unit unit(p, index, problem);
   Keys<Slab<D, F>::KEYS> keys(p, unit);
-  const bool early = turn.turn == Turn::first && split >= 0 && !keys.listed();
+  const bool early = turn.early && turn.turn == Turn::first && split >= 0 && !keys.listed();
   const auto begin_now = [&] {
     begin_turn(turn.turn, unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
   };
@@ -108,30 +93,19 @@ __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* 
       __syncthreads();
       find();
     }
-    // The step's token is stored here where this warp reads it: before that, or while it waits for others.
-    int64_t slot = -1;
-    bool at_once = false;
-    if (turn.stores && !turn.appended && keys.high >= 0) {
-      slot = slot_of(turn.append, keys.high);
-      const int slab = static_cast<int>(slot) / Slab<D, F>::KEYS - keys.jump;
-      if (slot >= p.a.stored || slab % mine.step != first) slot = -1;
-      at_once = slot >= 0 && slab < first + R::STAGES * mine.step;
-    }
     bool stands = early;  // what the ring begins with
 #pragma unroll
     for (int i = 0; i < R::STAGES; ++i) {
       const int slab = first + i * mine.step;
       stands = stands && (slab >= end || slab + keys.jump < (keys.high - JUST_STORED) / Slab<D, F>::KEYS);
     }
-    if (early && !stands) begin_now();
-    if (at_once) store_token(p, unit, slot, lane);
+    if (early && !stands) begin_now(), Queries<D, F>::copy(p, unit, shared);
     mine.begin(first, end, found);
-    if (early) {
-      if (stands) begin_now();
-      Queries<D, F>::copy(p, unit, shared);
+    if (stands) begin_now(), Queries<D, F>::copy(p, unit, shared), copy_wait<0>();
+    if (turn.fresh && keys.high >= 0) {
+      const int slab = keys.high < p.a.stored ? keys.high / Slab<D, F>::KEYS : -1;
+      if (slab < 0 ? split + warp == 0 : slab % mine.step == first) mine.take_token(shared + R::TOKEN, slab);
     }
-    if (slot >= 0 && !at_once) store_token(p, unit, slot, lane);
-    if (early) copy_wait<0>();
     prepare_queries<D, F>(p, unit, shared, place);  // while the first keys are on their way
     mine.walk(first, end);
     __syncthreads();  // the rings are free

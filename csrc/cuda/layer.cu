@@ -8,6 +8,7 @@
 //   chosen from by a faster kernel, or where the list is read, which saves the launch between.
 // What is scored does not wait for the token: it lies in a block that is forced, whose score nobody reads.
 // Bound by: bytes of summaries, keys and values, and by about five waits for memory that follow each other.
+#include <cstdlib>
 #include <utility>
 
 #include "step.cuh"
@@ -30,8 +31,14 @@ struct Counters {
   int64_t all() const { return (units + problems + 2 * rows + 31) / 32 * 32 + scores; }
 };
 
-// Whether a block of its own stores a token: what it is read through, a choice or bounds, is another's.
-bool stores_apart(const hfl_layer_group& g) { return g.attend.ids || g.append.bounds; }
+// Whether a block of its own stores a token: not where rows that follow on each other are read to the last one, whose
+// reader knows where it is fresh.
+bool stores_apart(const hfl_layer_group& g) {
+  if (getenv("HFL_APART")) return true;
+  const hfl_attend& a = g.attend;
+  const int64_t row = a.dim * (a.k.bits ? a.k.bits : 8) / 8;
+  return a.ids || a.k_pos || a.window >= 0 || g.append.bounds || g.append.ring > 0 || a.k.t != row || a.v.t != row;
+}
 
 // Blocks beside those that read.
 int others(const hfl_layer_group& g) { return stores_apart(g) ? g.attend.batch * g.attend.kv_heads : 0; }
@@ -163,8 +170,8 @@ class Step {
   AttendTurn turn_of(int i) const {
     const hfl_layer_group& g = layer_.groups[i];
     AttendTurn in;
-    in.heads = groups_[i].heads, in.append = g.append, in.stores = true;
-    if (stores_apart(g)) in.appended = groups_[i].appended;
+    in.heads = groups_[i].heads, in.append = g.append, in.fresh = !stores_apart(g), in.early = !getenv("HFL_LATE");
+    if (!in.fresh) in.appended = groups_[i].appended;
     if (g.score.scores) in.picked = groups_[i].picked;
     return in;
   }

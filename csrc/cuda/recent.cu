@@ -1,11 +1,11 @@
 // ops.attend_recent and ops.step_recent: attention of up to 8 queries a row to two stores of the same tokens, near keys
 // in one of 16 bits and far ones in one of 8 or 4; and, before that, one token a row into both.
 //
-// Shapes: as attend.cu's. Work: as there, of two tasks for each unit: its first blocks read near keys, others far ones,
-//   and all of them are merged as the blocks of one task are, near ones first. Those that read near keys store the token
-//   themselves, each of them, so that nobody waits for another; the first one packs it, too, for the far keys, of which
-//   it is none yet.
-// Grid: (units of a KV head, parts of near and of far keys, B * Hkv); 128 threads, 64 for D = 256.
+// Shapes: as attend.cu's. Work: as there, of two tasks for each unit: some blocks read far keys, others near ones, and
+//   all are merged as the blocks of one task are, near ones first. Those that read near keys store the token themselves,
+//   each of them, so that nobody waits for another; the first one packs it, too, for the far keys, of which it is none
+//   yet. They come last: where more blocks are than the device holds, they run where it has a place left.
+// Grid: (units of a KV head, B * Hkv, parts of far and of near keys); 128 threads, 64 for D = 256.
 // Shared memory: as attend.cu's of the larger of both formats. Bound by: bytes of far keys and values.
 #include <algorithm>
 
@@ -20,7 +20,7 @@ constexpr int NEAR_SLABS = 4;  // that a warp reads, as far as there are places
 struct RecentTask {
   AttendTask near, far;
   bool early;      // far keys stand
-  int near_parts;  // blocks of a unit that read near keys, at most
+  int far_parts;   // blocks of a unit that read far keys, at most
 };
 
 // Both a unit's tasks as far as they tell how many blocks have something to do.
@@ -79,7 +79,6 @@ __device__ __forceinline__ void recent_part(const RecentTask& both, unsigned cha
   }
   const int place = unit.position(both.near, lane % ROWS);
   const int place_far = place < 0 ? place : place - both.far.before;
-  if (NEAR && both.near.turn.append.fresh_k) store_both<R::WARPS>(both, unit, index == 0 && part == 0);
   int blocks, split = part;  // of the unit, that have something to do
   {
     Warp<D, OWN> mine(p, unit, keys, shared, warp, lane);
@@ -90,17 +89,18 @@ __device__ __forceinline__ void recent_part(const RecentTask& both, unsigned cha
       blocks = own.blocks + theirs.blocks;
       if (!NEAR) split += theirs.blocks;
     }
-    if (part >= own.blocks) {
-      if (early) wait_for_previous(unit.batch);
-      copy_wait<0>();
-      return;
-    }
     mine.step = own.blocks * R::WARPS;
     const int first = part * R::WARPS + warp, end = keys.count;
     typename Warp<D, OWN>::Found found[R::STAGES];
     if (!mine.plain()) {
 #pragma unroll
       for (int i = 0; i < R::STAGES; ++i) found[i] = mine.find(first + i * mine.step, end);
+    }
+    if (NEAR && both.near.turn.append.fresh_k) store_both<R::WARPS>(both, unit, index == 0 && part == 0);
+    if (part >= own.blocks) {
+      if (early) wait_for_previous(unit.batch);
+      copy_wait<0>();
+      return;
     }
     mine.begin(first, end, found);
     if (early) {
@@ -132,12 +132,12 @@ template <int D, Format F, Format N>
 __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_recent_kernel(
     const __grid_constant__ RecentTask both) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  const int index = static_cast<int>(blockIdx.x), part = static_cast<int>(blockIdx.y);
-  const int problem = static_cast<int>(blockIdx.z);
-  if (part < both.near_parts) {
-    recent_part<D, F, N, true>(both, shared, index, part, problem);
+  const int index = static_cast<int>(blockIdx.x), problem = static_cast<int>(blockIdx.y);
+  const int part = static_cast<int>(blockIdx.z);
+  if (part < both.far_parts) {
+    recent_part<D, F, N, false>(both, shared, index, part, problem);
   } else {
-    recent_part<D, F, N, false>(both, shared, index, part - both.near_parts, problem);
+    recent_part<D, F, N, true>(both, shared, index, part - both.far_parts, problem);
   }
 }
 
@@ -236,7 +236,7 @@ extern "C" int64_t hfl_recent_scratch(hfl_recent* a) {
 extern "C" const char* hfl_recent_cuda(const hfl_recent* a) {
   const hfl::Kernel& kernel = hfl::kernel_of(a->far);
   hfl::RecentTask task = {};
-  task.near_parts = a->near.splits;
+  task.far_parts = a->far.splits;
   task.near = hfl::task_of(a->near, a->near.splits, kernel), task.far = hfl::task_of(a->far, a->far.splits, kernel);
   task.near.splits = task.far.splits = a->near.splits + a->far.splits;
   task.near.turn.append = a->near_append, task.far.turn.append = a->far_append;
@@ -245,8 +245,9 @@ extern "C" const char* hfl_recent_cuda(const hfl_recent* a) {
   int fit = 0;
   cudaError_t error = hfl::blocks_that_fit(kernel, fit);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const dim3 grid(static_cast<unsigned>(task.far.units), static_cast<unsigned>(task.far.splits),
-                  static_cast<unsigned>(a->far.batch) * static_cast<unsigned>(a->far.kv_heads));
+  const dim3 grid(static_cast<unsigned>(task.far.units),
+                  static_cast<unsigned>(a->far.batch) * static_cast<unsigned>(a->far.kv_heads),
+                  static_cast<unsigned>(task.far.splits));
   void* arguments[] = {&task};
   error = hfl::launch(kernel.function, grid, kernel.warps * 32, static_cast<size_t>(kernel.bytes), a->far.stream,
                       arguments);

@@ -110,9 +110,10 @@ struct PickTurn {
 struct AttendTurn {
   Turn turn = Turn::alone;
   Heads heads;
-  int* appended = nullptr;  // [B * Hkv], likewise of the token, which a block more of each stores for all that read it
+  int* appended = nullptr;  // [B * Hkv], likewise of the token, which a block more of each stores for who reads it
   int* picked = nullptr;
-  bool stores = false;  // the token, where no block more does: who reads it
+  bool fresh = false;  // or who reads it takes it from where it is fresh, and stores it
+  bool early = false;
   hfl_append append;
 };
 
