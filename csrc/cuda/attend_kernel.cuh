@@ -102,9 +102,11 @@ __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* 
     if (early && !stands) begin_now(), Queries<D, F>::copy(p, unit, shared);
     mine.begin(first, end, found);
     if (stands) begin_now(), Queries<D, F>::copy(p, unit, shared), copy_wait<0>();
-    if (turn.fresh && keys.high >= 0) {
-      const int slab = keys.high < p.a.stored ? keys.high / Slab<D, F>::KEYS : -1;
-      if (slab < 0 ? split + warp == 0 : slab % mine.step == first) mine.take_token(shared + R::TOKEN, slab);
+    if constexpr (Slab<D, F>::PACKED) {
+      if (turn.fresh && keys.high >= 0) {
+        const int slab = keys.high < p.a.stored ? keys.high / Slab<D, F>::KEYS : -1;
+        if (slab < 0 ? split + warp == 0 : slab % mine.step == first) mine.take_token(shared + R::TOKEN, slab);
+      }
     }
     prepare_queries<D, F>(p, unit, shared, place);  // while the first keys are on their way
     mine.walk(first, end);

@@ -26,7 +26,7 @@ struct Warp {
   const unsigned char *sides = nullptr;  // plain: of lane's eight keys, scales and zeros of keys, then of values
   int lane;
   int step = R::WARPS;               // slabs from one that the warp attends to to the next
-  int fresh = -1;                    // plain: slab in which the step's token is, where it comes from shared memory
+  int fresh = -1;                    // packed, plain: slab in which the step's token is, where it comes from shared memory
   int eights = -1;                   // packed: columns that 8 keys, those of group lane % 4, lie at begin here
   float out[D / 16][4];              // channels g of eights 2i and 2i + 1, queries 2c and 2c + 1
   float base[2], limit[2];           // a logit near the largest, less LIFT; what a logit, less `base`, may be
@@ -149,20 +149,15 @@ struct Warp {
 
   // A key, or a value, into its slot and to `to`: rows of a slab, then scale and zero of either.
   __device__ void put_token(unsigned char* to, const hfl_rows& rows, const Raw& raw, bool active, int value) const {
-    const bool there = keys.high < p.turn.append.capacity;
-    if constexpr (S::PACKED) {
-      const Encoded x = encode(unpack(raw, p.a.dtype), S::BITS, active);
-      if (there) write_packed(rows, unit.batch, unit.kv_head, keys.high, x, lane, active);
-      unsigned char* own = to + value * S::ROW + lane * S::BITS;
-      if (active && S::BITS == 8) *reinterpret_cast<uint2*>(own) = x.payload;
-      if (active && S::BITS == 4) *reinterpret_cast<uint32_t*>(own) = x.payload.x;
-      __half* sides = reinterpret_cast<__half*>(to + 2 * S::ROW) + 2 * value;
-      if (lane == 0) sides[0] = x.scale, sides[1] = x.zero;
-    } else if (active) {
-      const int64_t at = unit.batch * rows.b + unit.kv_head * rows.h + keys.high * rows.t + lane * 8;
-      if (there) *reinterpret_cast<uint4*>(static_cast<uint16_t*>(rows.data) + at) = raw.low;
-      *reinterpret_cast<uint4*>(to + value * S::ROW + lane * 16) = raw.low;
+    const Encoded x = encode(unpack(raw, p.a.dtype), S::BITS, active);
+    if (keys.high < p.turn.append.capacity) {
+      write_packed(rows, unit.batch, unit.kv_head, keys.high, x, lane, active);
     }
+    unsigned char* own = to + value * S::ROW + lane * S::BITS;
+    if (active && S::BITS == 8) *reinterpret_cast<uint2*>(own) = x.payload;
+    if (active && S::BITS == 4) *reinterpret_cast<uint32_t*>(own) = x.payload.x;
+    __half* sides = reinterpret_cast<__half*>(to + 2 * S::ROW) + 2 * value;
+    if (lane == 0) sides[0] = x.scale, sides[1] = x.zero;
   }
 
   // The token into its row of a slab in the ring, all of which is there.
@@ -174,11 +169,9 @@ struct Warp {
       const int at = i < S::CHUNKS ? R::KEYS + S::key_chunk(row, chunk) * 16 : R::VALUES + S::value_chunk(row, chunk) * 16;
       *reinterpret_cast<uint4*>(ring + stage * S::BYTES + at) = *reinterpret_cast<const uint4*>(token + i * 16);
     }
-    if constexpr (S::PACKED) {
-      const uint16_t* sides = reinterpret_cast<const uint16_t*>(token + 2 * S::ROW);
-      uint16_t* to = reinterpret_cast<uint16_t*>(ring + R::SIDES + stage * R::SIDE);
-      if (lane < 4) to[lane * S::KEYS + row] = sides[lane];
-    }
+    const uint16_t* sides = reinterpret_cast<const uint16_t*>(token + 2 * S::ROW);
+    uint16_t* to = reinterpret_cast<uint16_t*>(ring + R::SIDES + stage * R::SIDE);
+    if (lane < 4) to[lane * S::KEYS + row] = sides[lane];
     __syncwarp();
   }
 
@@ -210,7 +203,9 @@ struct Warp {
     for (int stage = 0; slab < end; slab += step, stage = stage + 1 == R::STAGES ? 0 : stage + 1) {
       copy_wait<2 * R::STAGES - 2>();
       __syncwarp();
-      if (slab == fresh) insert_token(stage, slab);
+      if constexpr (S::PACKED) {
+        if (slab == fresh) insert_token(stage, slab);
+      }
       float x[S::TILES][4];
       const bool all = logits.template compute<false>(x, stage, slab * S::KEYS, base);
       if constexpr (S::PACKED) {
@@ -241,7 +236,7 @@ struct Warp {
   // Begin to copy the warp's next slab, or nothing beyond the end, where keys follow on each other; as two groups.
   __device__ void copy_plain(int stage, int slab, int end) {
     if (slab < end) {
-      const int there = keys.end - slab * S::KEYS - (p.turn.fresh && keys.end > keys.high ? 1 : 0);
+      const int there = keys.end - slab * S::KEYS - (S::PACKED && p.turn.fresh && keys.end > keys.high ? 1 : 0);
       if (p.turn.appended && keys.high - slab * S::KEYS < S::KEYS) wait_for_token();
       const uint32_t to = shared_address(ring) + stage * S::BYTES;
       if (there >= S::KEYS) {

@@ -31,13 +31,14 @@ struct Counters {
   int64_t all() const { return (units + problems + 2 * rows + 31) / 32 * 32 + scores; }
 };
 
-// Whether a block of its own stores a token: not where rows that follow on each other are read to the last one, whose
-// reader knows where it is fresh.
+// Whether a block of its own stores a token: not where packed rows that follow on each other are read to the last one,
+// whose reader takes it from where it is fresh.
 bool stores_apart(const hfl_layer_group& g) {
   if (getenv("HFL_APART")) return true;
   const hfl_attend& a = g.attend;
-  const int64_t row = a.dim * (a.k.bits ? a.k.bits : 8) / 8;
-  return a.ids || a.k_pos || a.window >= 0 || g.append.bounds || g.append.ring > 0 || a.k.t != row || a.v.t != row;
+  const int64_t row = static_cast<int64_t>(a.dim) * a.k.bits / 8;
+  return !row || a.ids || a.k_pos || a.window >= 0 || g.append.bounds || g.append.ring > 0 || a.k.t != row ||
+         a.v.t != row;
 }
 
 // Blocks beside those that read.
