@@ -10,16 +10,12 @@
 //   for another warp; products are mma.m16n8k16, with packed keys m16n8k32 of integers, keys and then channels the 16
 //   rows, queries the 8 columns. In the end the block merges its warps, and the last block of a unit (a counter, which
 //   it sets back to zero) all blocks, in their order: results do not depend on timing.
-// In a step who reads the token takes it from where it is fresh, unless keys are listed or others read what is stored:
-//   then a block more stores it, for which its reader waits. The first slabs of keys that stand are asked for before the
-//   kernels before this one are done.
 // Grid: (units of a KV head, splits, B * Hkv); 128 threads, 64 for D = 256.
 // Shared memory: ring of about 64 KiB or less, 16 D bytes for each variant of the queries (1, or up to 3 with turns),
 //   1 KiB.
 // Bound by: bytes of keys and values. Three blocks of a multiprocessor keep about 140 KiB of bf16 on their way. Of 32
 //   keys of 4 bits with 128 channels, a warp's slab, about 510 instructions stand beside 910 cycles of memory.
 #include <algorithm>
-#include <cstdlib>
 #include <initializer_list>
 
 #include "attend_kernel.cuh"
@@ -160,7 +156,6 @@ constexpr int64_t ENOUGH = 24;
 
 int most_splits(const hfl_attend& a, int places, int64_t units) {
   const int64_t all = places / units, most = a.k.bits ? all : std::max(std::min(all, ENOUGH), all / 2);
-  if (const char* x = getenv("HFL_SPLITS")) return static_cast<int>(std::clamp<int64_t>(std::min<int64_t>(most, atoi(x)), 1, MOST_SPLITS));
   return static_cast<int>(std::clamp<int64_t>(most, 1, MOST_SPLITS));
 }
 
@@ -198,7 +193,7 @@ namespace {
 const char* wrong(const hfl_attend& a, const AttendTurn& turn) {
   const char* message = wrong_attend(a);
   if (message) return message;
-  if ((turn.appended || turn.fresh) && (a.tokens != 1 || !a.q_pos || task_of(a).apart)) {
+  if (turn.appended && (a.tokens != 1 || !a.q_pos || task_of(a).apart)) {
     return "attend_pages: expected, in a step, one token at a position and a selection for each KV head or for all";
   }
   if (a.splits < 1 || a.splits > MOST_SPLITS) return "attend_pages: expected the splits of hfl_attend_scratch";
@@ -243,8 +238,7 @@ const char* attend_both_in_turn(const hfl_attend (&a)[2], const AttendTurn (&tur
     const char* message = wrong(a[i], turns[i]);
     if (message) return message;
     tasks.of[i] = task_of(a[i]), tasks.of[i].turn = turns[i];
-    const int parts = a[i].splits + (turns[i].appended ? 1 : 0);
-    tasks.blocks[i] = Divisor(parts), blocks[i] = a[i].batch * a[i].kv_heads * parts;
+    tasks.blocks[i] = Divisor(a[i].splits + 1), blocks[i] = a[i].batch * a[i].kv_heads * (a[i].splits + 1);
   }
   tasks.first = blocks[0];
   const Kernel& kernel = kernel_of(a[0]);

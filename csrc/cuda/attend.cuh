@@ -152,8 +152,7 @@ struct Room {
   static constexpr int RING = WARPS * WARP;
   static constexpr int QUERY = (D + 63) / 64 * 64 * ROWS * 2;  // of one variant, as operands of every lane
   static constexpr int FACTORS = RING, STATES = FACTORS + 3 * ROWS * 8, PLACES = STATES + WARPS * ROWS * 8;
-  static constexpr int SLOPES = PLACES + ROWS * 4, TOKEN = SLOPES + ROWS * 4;  // a step's token, as rows of a slab
-  static constexpr int QUERIES = (TOKEN + (S::PACKED ? 2 * S::ROW + 16 : 0) + 127) / 128 * 128;
+  static constexpr int SLOPES = PLACES + ROWS * 4, QUERIES = SLOPES + ROWS * 4;
   static constexpr int OUT = D + 4;                        // floats of a warp's result: rows begin at other banks
   static constexpr int PARTS = ROWS * MOST_SPLITS * 4;     // after the weights of other blocks' results, these
   static_assert(S::BYTES % BOUNDARY == 0, "so that slabs begin at multiples of it");

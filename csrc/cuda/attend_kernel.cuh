@@ -33,8 +33,6 @@ __device__ __forceinline__ void count_down(const AttendTurn& turn, int problem, 
   if (turn.picked) atomicSub(turn.picked + row, 1);
 }
 
-constexpr int JUST_STORED = 8;  // last tokens, which the kernel before may have stored
-
 // What a block does; split -1: stores the token.
 template <int D, Format F>
 __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* shared, int index, int split,
@@ -44,11 +42,7 @@ __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* 
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const Unit unit(p, index, problem);
   Keys<Slab<D, F>::KEYS> keys(p, unit);
-  const bool early = turn.early && turn.turn == Turn::first && split >= 0 && !keys.listed();
-  const auto begin_now = [&] {
-    begin_turn(turn.turn, unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
-  };
-  if (!early) begin_now();
+  begin_turn(turn.turn, unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
   if (split < 0) {
     if (index == 0) {
       append_token<R::WARPS * 32>(turn.append, turn.heads.of(unit.kv_head), unit.batch, unit.kv_head,
@@ -77,13 +71,12 @@ __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* 
     };
     if (keys.listed()) share_out();
     if (keys.listed() && !turn.picked) find();
-    if (!early) Queries<D, F>::copy(p, unit, shared);  // while positions, and what tells where keys lie, are on their way
+    Queries<D, F>::copy(p, unit, shared);  // while positions, and what tells where keys lie, are on their way
     const int high = __reduce_max_sync(0xffffffffu, place);
     const int low = __reduce_min_sync(0xffffffffu, place < 0 ? INT_MAX : place);
     keys.bound(p.a, high < 0 ? 0 : low, high);
     if (!keys.listed()) share_out(), find();
     if (split >= blocks) {
-      if (early) begin_now();
       copy_wait<0>();
       end_turn(turn.turn);
       return;
@@ -93,21 +86,7 @@ __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* 
       __syncthreads();
       find();
     }
-    bool stands = early;  // what the ring begins with
-#pragma unroll
-    for (int i = 0; i < R::STAGES; ++i) {
-      const int slab = first + i * mine.step;
-      stands = stands && (slab >= end || slab + keys.jump < (keys.high - JUST_STORED) / Slab<D, F>::KEYS);
-    }
-    if (early && !stands) begin_now(), Queries<D, F>::copy(p, unit, shared);
     mine.begin(first, end, found);
-    if (stands) begin_now(), Queries<D, F>::copy(p, unit, shared), copy_wait<0>();
-    if constexpr (Slab<D, F>::PACKED) {
-      if (turn.fresh && keys.high >= 0) {
-        const int slab = keys.high < p.a.stored ? keys.high / Slab<D, F>::KEYS : -1;
-        if (slab < 0 ? split + warp == 0 : slab % mine.step == first) mine.take_token(shared + R::TOKEN, slab);
-      }
-    }
     prepare_queries<D, F>(p, unit, shared, place);  // while the first keys are on their way
     mine.walk(first, end);
     __syncthreads();  // the rings are free
@@ -142,7 +121,7 @@ __global__ __launch_bounds__(Room<D, F>::WARPS * 32, 3) void attend_both_kernel(
   const int line = static_cast<int>(blockIdx.x), second = line >= all.first ? 1 : 0;
   const int own = line - (second ? all.first : 0);
   const AttendTask& p = all.of[second];
-  const int problem = all.blocks[second].divide(own), split = own - problem * all.blocks[second].by - (p.turn.appended ? 1 : 0);
+  const int problem = all.blocks[second].divide(own), split = own - problem * all.blocks[second].by - 1;
   attend_part<D, F>(p, shared, 0, split, problem);
 }
 

@@ -1,6 +1,5 @@
 // Decode attention: what one warp does. It walks through slabs of its own, without waiting for the other warps.
 #pragma once
-#include "append.cuh"
 #include "attend_logits.cuh"
 
 namespace hfl {
@@ -26,7 +25,6 @@ struct Warp {
   const unsigned char *sides = nullptr;  // plain: of lane's eight keys, scales and zeros of keys, then of values
   int lane;
   int step = R::WARPS;               // slabs from one that the warp attends to to the next
-  int fresh = -1;                    // packed, plain: slab in which the step's token is, where it comes from shared memory
   int eights = -1;                   // packed: columns that 8 keys, those of group lane % 4, lie at begin here
   float out[D / 16][4];              // channels g of eights 2i and 2i + 1, queries 2c and 2c + 1
   float base[2], limit[2];           // a logit near the largest, less LIFT; what a logit, less `base`, may be
@@ -51,21 +49,6 @@ struct Warp {
   // Whether all rows from the first to the last that is seen follow on each other, so that nothing needs to be noted.
   __device__ bool plain() const {
     return !keys.listed() && keys.low < keys.window && stride(p.a.k) == S::ROW && stride(p.a.v) == S::ROW;
-  }
-
-  // Take the step's token from where it is fresh: into its slot, and for `walk` to read. `seen`: the slab that it is in.
-  __device__ void take_token(unsigned char* to, int seen) {
-    const hfl_append& a = p.turn.append;
-    const int from = p.turn.heads.of(unit.kv_head);
-    const bool active = lane * 8 < D;
-    Raw key = {}, value = {};
-    if (active) {
-      key = load(a.fresh_k, unit.batch * a.fk_b + from * a.fk_h + lane * 8, a.dtype);
-      value = load(a.fresh_v, unit.batch * a.fv_b + from * a.fv_h + lane * 8, a.dtype);
-    }
-    put_token(to, a.k, key, active, 0), put_token(to, a.v, value, active, 1);
-    __syncwarp();
-    fresh = seen;
   }
 
   // Fill the ring with slabs slab, slab + step, ... below `end`, which were found unless this is plain.
@@ -147,34 +130,6 @@ struct Warp {
     return x;
   }
 
-  // A key, or a value, into its slot and to `to`: rows of a slab, then scale and zero of either.
-  __device__ void put_token(unsigned char* to, const hfl_rows& rows, const Raw& raw, bool active, int value) const {
-    const Encoded x = encode(unpack(raw, p.a.dtype), S::BITS, active);
-    if (keys.high < p.turn.append.capacity) {
-      write_packed(rows, unit.batch, unit.kv_head, keys.high, x, lane, active);
-    }
-    unsigned char* own = to + value * S::ROW + lane * S::BITS;
-    if (active && S::BITS == 8) *reinterpret_cast<uint2*>(own) = x.payload;
-    if (active && S::BITS == 4) *reinterpret_cast<uint32_t*>(own) = x.payload.x;
-    __half* sides = reinterpret_cast<__half*>(to + 2 * S::ROW) + 2 * value;
-    if (lane == 0) sides[0] = x.scale, sides[1] = x.zero;
-  }
-
-  // The token into its row of a slab in the ring, all of which is there.
-  __device__ void insert_token(int stage, int slab) const {
-    const unsigned char* token = logits.shared + R::TOKEN;
-    const int row = keys.high - slab * S::KEYS;
-    for (int i = lane; i < 2 * S::CHUNKS; i += 32) {
-      const int chunk = i < S::CHUNKS ? i : i - S::CHUNKS;
-      const int at = i < S::CHUNKS ? R::KEYS + S::key_chunk(row, chunk) * 16 : R::VALUES + S::value_chunk(row, chunk) * 16;
-      *reinterpret_cast<uint4*>(ring + stage * S::BYTES + at) = *reinterpret_cast<const uint4*>(token + i * 16);
-    }
-    const uint16_t* sides = reinterpret_cast<const uint16_t*>(token + 2 * S::ROW);
-    uint16_t* to = reinterpret_cast<uint16_t*>(ring + R::SIDES + stage * R::SIDE);
-    if (lane < 4) to[lane * S::KEYS + row] = sides[lane];
-    __syncwarp();
-  }
-
   __device__ void walk_noted(int slab, int end) {
     for (int stage = 0; slab < end; slab += step, stage = stage + 1 == R::STAGES ? 0 : stage + 1) {
       copy_wait<2 * R::STAGES - 1>();
@@ -203,9 +158,6 @@ struct Warp {
     for (int stage = 0; slab < end; slab += step, stage = stage + 1 == R::STAGES ? 0 : stage + 1) {
       copy_wait<2 * R::STAGES - 2>();
       __syncwarp();
-      if constexpr (S::PACKED) {
-        if (slab == fresh) insert_token(stage, slab);
-      }
       float x[S::TILES][4];
       const bool all = logits.template compute<false>(x, stage, slab * S::KEYS, base);
       if constexpr (S::PACKED) {
@@ -236,7 +188,7 @@ struct Warp {
   // Begin to copy the warp's next slab, or nothing beyond the end, where keys follow on each other; as two groups.
   __device__ void copy_plain(int stage, int slab, int end) {
     if (slab < end) {
-      const int there = keys.end - slab * S::KEYS - (S::PACKED && p.turn.fresh && keys.end > keys.high ? 1 : 0);
+      const int there = keys.end - slab * S::KEYS;
       if (p.turn.appended && keys.high - slab * S::KEYS < S::KEYS) wait_for_token();
       const uint32_t to = shared_address(ring) + stage * S::BYTES;
       if (there >= S::KEYS) {

@@ -8,7 +8,6 @@
 //   chosen from by a faster kernel, or where the list is read, which saves the launch between.
 // What is scored does not wait for the token: it lies in a block that is forced, whose score nobody reads.
 // Bound by: bytes of summaries, keys and values, and by about five waits for memory that follow each other.
-#include <cstdlib>
 #include <utility>
 
 #include "step.cuh"
@@ -30,19 +29,6 @@ struct Counters {
         scores(chooses(g) ? chosen_scores(g) : 0) {}
   int64_t all() const { return (units + problems + 2 * rows + 31) / 32 * 32 + scores; }
 };
-
-// Whether a block of its own stores a token: not where packed rows that follow on each other are read to the last one,
-// whose reader takes it from where it is fresh.
-bool stores_apart(const hfl_layer_group& g) {
-  if (getenv("HFL_APART")) return true;
-  const hfl_attend& a = g.attend;
-  const int64_t row = static_cast<int64_t>(a.dim) * a.k.bits / 8;
-  return !row || a.ids || a.k_pos || a.window >= 0 || g.append.bounds || g.append.ring > 0 || a.k.t != row ||
-         a.v.t != row;
-}
-
-// Blocks beside those that read.
-int others(const hfl_layer_group& g) { return stores_apart(g) ? g.attend.batch * g.attend.kv_heads : 0; }
 
 int64_t in_pieces(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
@@ -102,7 +88,7 @@ class Step {
       if (group.list) {
         bytes = list_scratch(g);
       } else {
-        bytes = attend_scratch(g.attend, others(g), &group.attend.splits);
+        bytes = attend_scratch(g.attend, static_cast<int>(own.problems), &group.attend.splits);
       }
       group.attend.scratch = scratch, group.attend.counters = group.units, group.attend.stream = layer.stream;
       scratch += in_pieces(bytes);
@@ -171,8 +157,7 @@ class Step {
   AttendTurn turn_of(int i) const {
     const hfl_layer_group& g = layer_.groups[i];
     AttendTurn in;
-    in.heads = groups_[i].heads, in.append = g.append, in.fresh = !stores_apart(g), in.early = !getenv("HFL_LATE");
-    if (!in.fresh) in.appended = groups_[i].appended;
+    in.heads = groups_[i].heads, in.append = g.append, in.appended = groups_[i].appended;
     if (g.score.scores) in.picked = groups_[i].picked;
     return in;
   }
@@ -216,8 +201,8 @@ extern "C" int64_t hfl_layer_scratch(const hfl_layer* layer, int64_t* counters) 
       bytes += hfl::in_pieces(hfl::list_scratch(g));
       continue;
     }
-    bytes += hfl::in_pieces(hfl::attend_scratch(g.attend, hfl::others(g), &g.attend.splits));
-    if (hfl::stores_apart(g) && !hfl::attend_fits(g.attend)) return -1;
+    bytes += hfl::in_pieces(hfl::attend_scratch(g.attend, static_cast<int>(own.problems), &g.attend.splits));
+    if (!hfl::attend_fits(g.attend)) return -1;
   }
   return bytes;
 }

@@ -19,8 +19,7 @@ constexpr int NEAR_SLABS = 4;  // that a warp reads, as far as there are places
 
 struct RecentTask {
   AttendTask near, far;
-  bool early;      // far keys stand
-  int far_parts;   // blocks of a unit that read far keys, at most
+  int far_parts;  // blocks of a unit that read far keys, at most
 };
 
 // Both a unit's tasks as far as they tell how many blocks have something to do.
@@ -72,11 +71,8 @@ __device__ __forceinline__ void recent_part(const RecentTask& both, unsigned cha
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const Unit unit(p, index, problem);
   Keys<KEYS> keys(p, unit);
-  const bool early = !NEAR && both.early;  // all that it reads stands
-  if (!early) {
-    wait_for_previous(unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
-    Queries<D, OWN>::copy(p, unit, shared);  // while positions are on their way
-  }
+  wait_for_previous(unit.batch | unit.kv_head | unit.first | unit.last | unit.token | keys.count | keys.window);
+  Queries<D, OWN>::copy(p, unit, shared);  // while positions are on their way
   const int place = unit.position(both.near, lane % ROWS);
   const int place_far = place < 0 ? place : place - both.far.before;
   int blocks, split = part;  // of the unit, that have something to do
@@ -98,16 +94,10 @@ __device__ __forceinline__ void recent_part(const RecentTask& both, unsigned cha
     }
     if (NEAR && both.near.turn.append.fresh_k) store_both<R::WARPS>(both, unit, index == 0 && part == 0);
     if (part >= own.blocks) {
-      if (early) wait_for_previous(unit.batch);
       copy_wait<0>();
       return;
     }
     mine.begin(first, end, found);
-    if (early) {
-      wait_for_previous(unit.batch);
-      Queries<D, OWN>::copy(p, unit, shared);
-      copy_wait<0>();
-    }
     prepare_queries<D, OWN>(p, unit, shared, NEAR ? place : place_far);
     mine.walk(first, end);
     __syncthreads();  // the rings are free
@@ -159,10 +149,14 @@ const Kernel& kernel() {
   return it;
 }
 
+template <int D, Format F>
+const Kernel& kernel_of(const hfl_attend& a) {
+  return a.dtype == HFL_BF16 ? kernel<D, F, Format::bf16>() : kernel<D, F, Format::f16>();
+}
+
 template <int D>
 const Kernel& kernel_of(const hfl_attend& a) {
-  if (a.k.bits == 4) return a.dtype == HFL_BF16 ? kernel<D, Format::int4, Format::bf16>() : kernel<D, Format::int4, Format::f16>();
-  return a.dtype == HFL_BF16 ? kernel<D, Format::int8, Format::bf16>() : kernel<D, Format::int8, Format::f16>();
+  return a.k.bits == 4 ? kernel_of<D, Format::int4>(a) : kernel_of<D, Format::int8>(a);
 }
 
 const Kernel& kernel_of(const hfl_attend& a) {
@@ -206,48 +200,79 @@ int parts_of(int64_t keys, int slab, int warps, int most) {
   return (slabs + each - 1) / each;
 }
 
+const char* check(const hfl_recent& a) {
+  for (const hfl_attend* one : {&a.near, &a.far}) {
+    const char* message = wrong_attend(*one);
+    if (message) return message;
+    if (one->ids || one->q_before || one->slopes || one->sink || !one->q_pos) {
+      return "attend_recent: expected positions, and neither a selection nor turns, slopes or sinks";
+    }
+  }
+  const hfl_attend &near = a.near, &far = a.far;
+  if (near.k.bits || !far.k.bits || far.window >= 0 || a.recent < 1) {
+    return "attend_recent: expected near keys of 16 bits, and all far ones, of few bits";
+  }
+  if (near.batch != far.batch || near.q_heads != far.q_heads || near.kv_heads != far.kv_heads ||
+      near.tokens != far.tokens || near.dim != far.dim || near.dtype != far.dtype || near.q != far.q) {
+    return "attend_recent: expected the same queries for near and for far keys";
+  }
+  if (!a.near_append.fresh_k && !a.far_append.fresh_k) return nullptr;
+  for (const hfl_append* one : {&a.near_append, &a.far_append}) {
+    const char* message = wrong_append(*one);
+    if (message) return message;
+    if (one->tokens != 1 || far.tokens != 1 || one->batch != far.batch || one->kv_heads != far.kv_heads ||
+        one->dim != far.dim || one->dtype != far.dtype || one->bounds || !one->fresh_k || !one->fresh_v) {
+      return "step_recent: expected one token a row and KV head, and no bounds";
+    }
+  }
+  return nullptr;
+}
+
 }  // namespace
 }  // namespace hfl
 
 extern "C" int64_t hfl_recent_counters(const hfl_recent* a) {
+  if (hfl::check(*a)) return 0;  // hfl_recent_cuda will say why
   const int64_t queries = static_cast<int64_t>(a->far.q_heads / a->far.kv_heads) * a->far.tokens;
   return static_cast<int64_t>(a->far.batch) * a->far.kv_heads * ((queries + hfl::ROWS - 1) / hfl::ROWS);
 }
 
 extern "C" int64_t hfl_recent_scratch(hfl_recent* a) {
+  a->near.splits = a->far.splits = 1;
+  const int64_t units = hfl_recent_counters(a);
+  if (!units) return 0;
   const hfl::Kernel& kernel = hfl::kernel_of(a->far);
   int fit = 0;
-  a->near.splits = a->far.splits = 1;
   if (hfl::blocks_that_fit(kernel, fit) == cudaSuccess) {
-    const int64_t units = hfl_recent_counters(a);
     const int all = static_cast<int>(std::clamp<int64_t>(fit / units, 2, hfl::MOST_SPLITS));
-    const int slabs = static_cast<int>((a->near.stored + kernel.near_slab - 1) / kernel.near_slab);
-    const int wanted = (slabs + hfl::NEAR_SLABS * kernel.warps - 1) / (hfl::NEAR_SLABS * kernel.warps);
-    const int near = std::clamp(wanted, 1, std::max(all / 4, 1));
-    a->near.splits = near;
-    // near keys take their places for a moment: where those are many of a unit's, they come on top
-    a->far.splits = hfl::parts_of(a->far.stored, kernel.slab, kernel.warps, 8 * near <= all ? all - near
-                                                                                          : std::min(all, hfl::MOST_SPLITS - near));
+    const int near = hfl::parts_of(a->near.stored, kernel.near_slab * hfl::NEAR_SLABS, kernel.warps, all / 4 + 1);
+    // near keys take a place for a moment: where that is one of few, they come on top
+    const int far = 8 * near <= all ? all - near : std::min(all, hfl::MOST_SPLITS - near);
+    a->near.splits = near, a->far.splits = hfl::parts_of(a->far.stored, kernel.slab, kernel.warps, far);
   }
-  return hfl_recent_counters(a) * (a->near.splits + a->far.splits) * hfl::ROWS * (a->far.dim + 2) *
-         static_cast<int64_t>(sizeof(float));
+  return units * (a->near.splits + a->far.splits) * hfl::ROWS * (a->far.dim + 2) * static_cast<int64_t>(sizeof(float));
 }
 
 extern "C" const char* hfl_recent_cuda(const hfl_recent* a) {
+  const char* message = hfl::check(*a);
+  if (message) return message;
+  const int parts = a->near.splits + a->far.splits;
+  if (a->near.splits < 1 || a->far.splits < 1 || parts > hfl::MOST_SPLITS || !a->far.scratch || !a->far.counters) {
+    return "attend_recent: expected the splits of hfl_recent_scratch, scratch and counters";
+  }
   const hfl::Kernel& kernel = hfl::kernel_of(a->far);
   hfl::RecentTask task = {};
   task.far_parts = a->far.splits;
   task.near = hfl::task_of(a->near, a->near.splits, kernel), task.far = hfl::task_of(a->far, a->far.splits, kernel);
-  task.near.splits = task.far.splits = a->near.splits + a->far.splits;
+  task.near.splits = task.far.splits = parts;
   task.near.turn.append = a->near_append, task.far.turn.append = a->far_append;
   task.far.before = a->recent;
-  task.early = a->near_append.fresh_k && a->recent > hfl::JUST_STORED;
   int fit = 0;
   cudaError_t error = hfl::blocks_that_fit(kernel, fit);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const dim3 grid(static_cast<unsigned>(task.far.units),
                   static_cast<unsigned>(a->far.batch) * static_cast<unsigned>(a->far.kv_heads),
-                  static_cast<unsigned>(task.far.splits));
+                  static_cast<unsigned>(parts));
   void* arguments[] = {&task};
   error = hfl::launch(kernel.function, grid, kernel.warps * 32, static_cast<size_t>(kernel.bytes), a->far.stream,
                       arguments);

@@ -110,10 +110,8 @@ struct PickTurn {
 struct AttendTurn {
   Turn turn = Turn::alone;
   Heads heads;
-  int* appended = nullptr;  // [B * Hkv], likewise of the token, which a block more of each stores for who reads it
+  int* appended = nullptr;  // [B * Hkv], likewise of the token that this kernel stores; else it stores none
   int* picked = nullptr;
-  bool fresh = false;  // or who reads it takes it from where it is fresh, and stores it
-  bool early = false;
   hfl_append append;
 };
 

@@ -72,7 +72,7 @@ CASES = [
     *(replace(MIXED, dtype=t, bits=bits, seed=1) for t, bits in FORMATS),
     *(replace(MIXED, kinds=("window", "kept", "chosen"), group=g, seed=g) for g in (1, 7, 8, 20)),
     *(replace(BASE, kinds=(kind,), bits=bits) for kind in ("all", "window", "kept") for bits in (None, 4)),
-    # the step's token comes from where it is fresh
+    # all is read, and the token lies anywhere in a slab
     *(replace(BASE, kinds=("all",), dim=d, dtype=t, bits=bits) for d in (64, 96, 256) for t, bits in FORMATS),
     *(replace(BASE, kinds=("all",), bits=bits, ends=(0, 15, 16, 31, 32, 40, -1, 511)) for bits in (None, 8, 4)),
     *(replace(BASE, kinds=("all",), bits=bits, room=40000, ends=(39999, 20001), odd=True) for bits in (None, 4)),
