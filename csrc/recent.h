@@ -7,10 +7,10 @@
 extern "C" {
 #endif
 
-// ops.attend_recent, up to 8 queries a row at q_pos; and ops.step_recent, where fresh keys are given, of one token a row.
+// ops.attend_recent, up to 8 queries a row at q_pos; and, where fresh keys are given, ops.step_recent, one token a row.
 // Without a selection, turns, slopes and sinks. Near keys are of 16 bits, far ones of 8 or 4.
 typedef struct {
-  hfl_attend near, far;  // the same but for keys and values, k_pos, stored and window; out, sink logits, stream are far's
+  hfl_attend near, far;  // alike but for keys, values, k_pos, stored, window; out, sink logits, stream: those of far
   hfl_append near_append, far_append;  // fresh_k NULL in both: nothing is stored
   int32_t recent;  // queries see far keys at so many tokens before their positions, and further back
 } hfl_recent;

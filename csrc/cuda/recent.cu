@@ -2,9 +2,9 @@
 // in one of 16 bits and far ones in one of 8 or 4; and, before that, one token a row into both.
 //
 // Shapes: as attend.cu's. Work: as there, of two tasks for each unit: some blocks read far keys, others near ones, and
-//   all are merged as the blocks of one task are, near ones first. Those that read near keys store the token themselves,
-//   each of them, so that nobody waits for another; the first one packs it, too, for the far keys, of which it is none
-//   yet. They come last: where more blocks are than the device holds, they run where it has a place left.
+//   all are merged as the blocks of one task are, near ones first. Each that reads near keys stores the token itself, so
+//   that nobody waits for another; the first one packs it, too, for the far keys, of which it is none yet. They come
+//   last: where more blocks are than the device holds, they run where it has a place left.
 // Grid: (units of a KV head, B * Hkv, parts of far and of near keys); 128 threads, 64 for D = 256.
 // Shared memory: as attend.cu's of the larger of both formats. Bound by: bytes of far keys and values.
 #include <algorithm>
@@ -48,8 +48,9 @@ __device__ __forceinline__ void store_both(const RecentTask& p, const Unit& unit
     const bool active = lane * 8 < a.dim;
     Raw raw = {};
     if (active) {
-      const int64_t at = value ? unit.batch * a.fv_b + unit.kv_head * a.fv_h : unit.batch * a.fk_b + unit.kv_head * a.fk_h;
-      raw = load(value ? a.fresh_v : a.fresh_k, at + lane * 8, a.dtype);
+      const int64_t from_b = value ? a.fv_b : a.fk_b, from_h = value ? a.fv_h : a.fk_h;
+      const int64_t at = unit.batch * from_b + unit.kv_head * from_h + lane * 8;
+      raw = load(value ? a.fresh_v : a.fresh_k, at, a.dtype);
     }
     const int64_t slot = slot_of(a, pos);
     if (pos < 0 || slot >= a.capacity) continue;
@@ -58,7 +59,7 @@ __device__ __forceinline__ void store_both(const RecentTask& p, const Unit& unit
   __syncthreads();  // the block sees what it has written
 }
 
-// What one block does of one of both tasks: of far keys, of format F, or of near ones, of format N. Results are merged in F.
+// What one block does of either task: of far keys, of format F, or of near ones, of format N. Results are merged in F.
 template <int D, Format F, Format N, bool NEAR>
 __device__ __forceinline__ void recent_part(const RecentTask& both, unsigned char* shared, int index, int part,
                                             int problem) {
