@@ -2,9 +2,9 @@
 // in one of 16 bits and far ones in one of 8 or 4; and, before that, one token a row into both.
 //
 // Shapes: as attend.cu's. Work: as there, of two tasks for each unit: some blocks read far keys, others near ones, and
-//   all are merged as the blocks of one task are, near ones first. Each that reads near ones stores the token itself, so
-//   that nobody waits for another; the first one packs it, too, for the far keys, of which it is none yet. They come
-//   last: where more blocks are than the device holds, they run where it has a place left.
+//   all are merged as the blocks of one task are, near ones first. Each that reads near keys stores the token itself:
+//   nobody waits for another. The first one packs it, too, for the far keys, of which it is none yet. They come last:
+//   where more blocks are than the device holds, they run where it has a place left.
 // Grid: (units of a KV head, B * Hkv, parts of far and of near keys); 128 threads, 64 for D = 256.
 // Shared memory: as attend.cu's of the larger of both formats. Bound by: bytes of far keys and values.
 #include <algorithm>
