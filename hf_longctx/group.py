@@ -84,7 +84,7 @@ def attend_group(
         store.kept.forget()
     call = Call(forward, layer, group, store, logits)
     cut_off = step.columns > 0 or in_turn  # some of what is read carries no gradient
-    if selector is None or (not in_turn and reads_all(selector, step)):
+    if selector is None or (reads_all(selector, step) and (not in_turn or _reads_at_once(call, selector, step))):
         out = _read_all(call, step, q, k, v, among)
     elif in_turn:
         out = _read_in_turn(call, selector, step, q, k, v)
@@ -125,6 +125,18 @@ def goes_in_turn(policy: HeadPolicy, selector: Selector, step: Step) -> bool:
 def reads_all(selector: Selector, step: Step) -> bool:
     """True if no query of the call leaves a block out, as its number alone says."""
     return step.end <= reads_all_to(selector)
+
+
+def _reads_at_once(call: Call, selector: Selector, step: Step) -> bool:
+    """True for a call that sees no block leave the local window: there is nothing to wait for between its queries.
+
+    Nobody asks then for the attention that keys got, none stands elsewhere, and no key of few bits is read as it was.
+    """
+    policy, summary = call.group.policy, selector.scorer.summary
+    if step.decodes or summary is None or summary.weighs or step.end > selector.local:
+        return False
+    recent = policy.kv is not None and policy.kv.recent
+    return not recent and turns_of(call.forward, call.layer, policy, step, None) is None
 
 
 def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor, among: Among | None) -> Tensor | None:

@@ -73,13 +73,13 @@ def obstacle(forward: Forward, stores: Sequence[Any], q: Tensor) -> str | None:
         stores: of the layer's groups, as the cache has them.
         q: `[B, Hq, T, D]`.
     """
+    if forward.cache is None or forward.step.columns == 0 or forward.step.tokens != 1:
+        return "is for one token a row after others"
     if q.device.type not in DEVICES or dispatch.wanted() not in (None, "compiled"):
         return f"is not for {q.device.type}, or another backend was asked for"
     reason = library.reason(q.device)
     if reason is not None:
         return reason
-    if forward.cache is None or forward.step.columns == 0 or forward.step.tokens != 1:
-        return "is for one token a row after others"
     if forward.tap is not None:
         return "tells nobody what each group of heads read"
     if forward.plan.lap is not None or forward.plan.at_read:

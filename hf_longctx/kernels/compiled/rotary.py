@@ -64,7 +64,7 @@ def rotate_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, size: int) -> t
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     (rows, heads, tokens, dim), kv_heads, width = q.shape, k.shape[1], cos.shape[2]
-    out = q.new_empty(q.shape), k.new_empty(k.shape)
+    out = q.new_empty(*q.shape), k.new_empty(*k.shape)  # a shape as it is takes torch longer to read
     block = HflTurn(rows, heads, kv_heads, tokens, dim, library.DTYPES[q.dtype])
     block.size, block.pairs, block.angle_dtype = size, width < size, library.DTYPES[cos.dtype]
     block.q, (block.q_b, block.q_h, block.q_t) = q.data_ptr(), q.stride()[:3]
