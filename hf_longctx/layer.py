@@ -15,11 +15,12 @@ from .cache.rows import View
 from .cache.step import Step
 from .cache.store import Store
 from .context import Forward
-from .group import Call, forced_near, goes_in_turn, note, reads_all, selector_for
+from .group import Call, forced_near, note
 from .kernels import dispatch, ops
 from .kernels.compiled import library
 from .kernels.compiled import step as compiled
 from .plan import HeadGroup, Selector
+from .route import goes_in_turn, reads_all, selector_for
 from .select.choose import forced_ahead, most_forced
 from .select.scorers import UpperBound
 

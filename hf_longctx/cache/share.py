@@ -33,7 +33,7 @@ class SharedRows(Rows):
         heads, dim = x.shape[1] if heads is None else heads, x.shape[3]
         if whole.data is not None and not _holds(whole.data, (self._total, heads, dim), x):
             whole.data = None  # made for something else than what has come
-        whole.begin(x[:1].expand(self._total, -1, -1, -1), slots, heads)
+        whole.begin(x[:1, :heads].expand(self._total, -1, -1, -1), slots)
         self.data = part(self._whole.filled, slice(self._first, self._last), 0, self._whole.slots)
 
     def reserve(self, like: Stored, slots: int) -> None:
