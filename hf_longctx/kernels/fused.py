@@ -62,7 +62,7 @@ def attend_blocks(
     unbounded = see.window is None or see.window >= stored
     grouped = q.shape[1] != k.shape[1]
     if see.aligned and unbounded and stored == tokens:
-        if 1 < tokens <= BRIEF and _flashes(q, k, v, grouped):
+        if 1 < tokens <= BRIEF and not torch.is_grad_enabled() and _flashes(q, k, v, grouped):
             return _flash(q, k, v, logits.scale)
         return scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, scale=logits.scale, enable_gqa=grouped)
     if see.aligned and unbounded and stored > tokens and _flashes(q, k, v, grouped):

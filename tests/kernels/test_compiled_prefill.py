@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_longctx.kernels import dispatch, ops
+from hf_longctx.kernels import dispatch, fused, ops
 from hf_longctx.kernels.compiled import library, prefill
 from hf_longctx.kernels.dispatch import use_backend
 from hf_longctx.kernels.ops import Logits, Packed, Visibility
@@ -186,6 +186,25 @@ def test_it_is_what_runs_and_plain_causal_attention_is_not() -> None:
     assert dispatch.last_used()["attend_blocks"] == "compiled"
     ops.attend_blocks(q, k, v, logits, see, None)
     assert dispatch.last_used()["attend_blocks"] == "torch"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("tokens", "brief"), [(9, True), (300, True), (1027, True), (fused.BRIEF + 1, False)])
+def test_a_short_causal_text_is_read_by_flash_attention(
+    tokens: int, brief: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, went = fused._flash, []
+    monkeypatch.setattr(fused, "_flash", lambda *args: went.append(1) or own(*args))
+    q, k, v, logits, see, *_ = made(Case((2, 2, 4, tokens, tokens, prefill.WIDE)), "cuda")
+    with torch.no_grad():
+        got = ops.attend_blocks(q, k, v, logits, see, None)
+        assert bool(went) is brief
+        with use_backend("reference"):
+            exact = ops.attend_blocks(*(x.double() for x in (q, k, v)), logits, see, None)
+            same = ops.attend_blocks(q, k, v, logits, see, None)
+    ulp = torch.finfo(q.dtype).eps * float(exact.abs().max())
+    yardstick = float((same.double() - exact).abs().max())
+    assert float((got.double() - exact).abs().max()) <= 2 * yardstick + 2 * ulp
 
 
 @pytest.mark.cuda
