@@ -16,9 +16,6 @@ from .reference.attend import blocks, take_columns, values_of
 from .reference.weigh import empty_out, join, positions, visible
 from .types import Logits, Packed, Selection, Turns, Visibility
 
-BRIEF = 2048
-"""Tokens of a whole causal text up to which flash attention reads it at once: to choose a kernel takes torch longer."""
-
 
 def reject(
     q: Tensor,
@@ -62,22 +59,16 @@ def attend_blocks(
     unbounded = see.window is None or see.window >= stored
     grouped = q.shape[1] != k.shape[1]
     if see.aligned and unbounded and stored == tokens:
-        if 1 < tokens <= BRIEF and not torch.is_grad_enabled() and _flashes(q, k, v, grouped):
-            return _flash(q, k, v, logits.scale)
         return scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, scale=logits.scale, enable_gqa=grouped)
     if see.aligned and unbounded and stored > tokens and _flashes(q, k, v, grouped):
-        return _flash(q, k, v, logits.scale)
+        # causal means here that the last query stands at the last key, as torch.nn.attention.bias says it
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return cast("Tensor", flash(q, k, v, 0.0, True, scale=logits.scale)[0])
     parts = (
         (rows, attend_pages(q[:, :, rows], take_columns(k, cols), take_columns(v, cols), logits, part, None))
         for rows, cols, part, _ in blocks(q, k, see, None)
     )
     return join(parts, empty_out(q, v.shape[3]))
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal means here that the last query stands at the last key, as torch.nn.attention.bias says it."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    return cast("Tensor", flash(q, k, v, 0.0, True, scale=scale)[0])
 
 
 def _flashes(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
