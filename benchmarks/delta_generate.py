@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from decode_generate import model_8b
+from decode_generate import Clock, model_8b
 
 import hf_longctx as lc
 from hf_longctx.weights.bitdelta.bits import Matrix
@@ -21,19 +21,6 @@ TENANTS, PROMPT, NEW = 16, 128, 128
 
 COPIED = 2 << 30
 """Bytes of pinned memory with which loading is timed."""
-
-
-class Watch:
-    """A stopping criterion that notes when each token came, and stops nothing."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, tokens: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Note the time, with all of the step done."""
-        torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
 
 def delta_of(model: Any, embeddings: str | None) -> Delta:
@@ -62,10 +49,10 @@ def tenants_of(delta: Delta) -> dict[str, Delta]:
 
 def milliseconds(model: Any, rows: int, **asked: Any) -> tuple[float, lc.Report]:
     """Median time of a step of `generate()`, and what the model then says of itself."""
-    ids, watch = torch.randint(0, 1000, (rows, PROMPT), device="cuda"), Watch()
+    ids, clock = torch.randint(0, 1000, (rows, PROMPT), device="cuda"), Clock()
     knobs: dict[str, Any] = {"max_new_tokens": 64, "do_sample": False, "return_dict_in_generate": True}
-    out = model.generate(ids, **knobs, stopping_criteria=[watch], **asked)
-    gaps = [b - a for a, b in zip(watch.times, watch.times[1:], strict=False)]
+    out = model.generate(ids, **knobs, streamer=clock, **asked)
+    gaps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
     report = lc.report(model)
     del out  # it held the cache, and the graphs
     return 1000 * statistics.median(gaps[len(gaps) // 3 :]), report

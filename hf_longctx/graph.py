@@ -89,11 +89,13 @@ class Recorder:
     Attributes:
         on: whether anything is recorded.
         reason: why the last call of one token was not recorded, or None.
+        took: the last call was to be recorded or replayed.
     """
 
     def __init__(self, decoder: Any, on: bool) -> None:
         self.decoder, self.on = decoder, on
         self.reason: str | None = None
+        self.took = False
         self._failed: str | None = None
         self._rounds = True
         self._obstacles: Obstacles | None = None
@@ -139,6 +141,7 @@ class Recorder:
             watched: someone is to be told of every choice of blocks.
             graphed: the decoder runs in graphs of a compiler.
         """
+        self.took = False
         if not self.on or not cache.ledger.columns or tokens.device.type not in RECORDERS:
             return False
         of_round = tokens.shape[1] > 1
@@ -149,7 +152,8 @@ class Recorder:
         reason = self._failed or self._obstacles.now() or of_call(self.decoder, kwargs, watched, graphed)
         reason = reason or of_cache(cache)
         self.reason = self.reason if of_round else reason
-        return reason is None
+        self.took = reason is None
+        return self.took
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward."""

@@ -85,14 +85,14 @@ def check_room(
         MemoryError: says how many bytes are needed and there, and what would fit.
     """
     seen = cache.ledger.columns + tokens
-    cap = _cap(plan)
-    if tokens < PROMPT and cap is None:
+    most = cap(plan)
+    if tokens < PROMPT and most is None:
         return
     whole = needs(facts, cache, rows, seen, dtype)
     in_memory = whole.host.get(None, 0)
-    if cap is not None and in_memory > cap:
+    if most is not None and in_memory > most:
         raise MemoryError(
-            f"HostLRU: expected at most {gib(cap)} of host memory for the whole cache (ram); needs {gib(in_memory)} "
+            f"HostLRU: expected at most {gib(most)} of host memory for the whole cache (ram); needs {gib(in_memory)} "
             f"for {seen} tokens in {rows} rows. Raise ram, give a folder as disk, store keys and values in fewer bits, "
             "or shorten the text."
         )
@@ -129,7 +129,7 @@ def available_beside(facts: ModelFacts) -> int:
     return min(available_bytes(place) * layers // facts.places.count(place) for place in set(facts.places))
 
 
-def _cap(plan: Plan) -> int | None:
+def cap(plan: Plan) -> int | None:
     """The least cap on host memory that a policy sets, or None."""
     placements = (group.policy.placement for layer in plan.layers for group in layer.groups)
     caps = (p.ram_bytes for p in placements if isinstance(p, HostLRU) and p.disk is None)

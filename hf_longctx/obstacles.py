@@ -57,7 +57,7 @@ class Obstacles:
         met = self._met
         if numbers != met.numbers:
             foreign = foreign_hooks(self.hooks)
-            each = [_guest(hook) for hook in foreign]
+            each = [guest(hook) for hook in foreign]
             met.guests = list({id(guest): guest for guest in each if guest is not None}.values())
             odd = next((hook for hook, guest in zip(foreign, each, strict=True) if guest is None), None)
             name = getattr(odd, "__qualname__", type(odd).__name__)
@@ -79,7 +79,7 @@ def foreign_hooks(found: Iterable[Mapping[int, Any]]) -> list[Any]:
     return [h for hooks in found if hooks for h in hooks.values() if getattr(h, "__module__", "") != _INERT]
 
 
-def _guest(hook: Any) -> Guest | None:
+def guest(hook: Any) -> Guest | None:
     found: Guest | None = getattr(getattr(hook, "__self__", hook), "guest", None)
     return found
 

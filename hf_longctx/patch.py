@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import adapters, integers, shortcuts, turning
+from .ahead import METHODS, Noted
 from .attention import register
 from .cache.cache import LongContextCache
 from .cache.ledger import Ledger
@@ -113,6 +114,7 @@ def patch(
     if hasattr(base, _PREPARE):
         base.__dict__[_PREPARE] = PrepareCache(base, state)
         base.__dict__[_PREFILL] = Prefill(base, state)
+        base.__dict__.update({name: Noted(base, name) for name in METHODS})
         if facts.family in NO_CACHE_BY_DEFAULT:
             base.__dict__[_SETTLE] = PrepareSettings(base)
     return model
@@ -158,7 +160,7 @@ def unpatch(model: M) -> M:
     _, base = decoder_of(model)
     state: Patch | None = base.__dict__.pop(_KEY, None)
     if state is not None:
-        for name in (_PREPARE, _SETTLE, _PREFILL):
+        for name in (_PREPARE, _SETTLE, _PREFILL, *METHODS):
             base.__dict__.pop(name, None)
         _remove(state)
     return model

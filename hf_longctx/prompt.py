@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .ahead import expect
 from .cache.cache import LongContextCache
 from .cache.share import begin, join, lend, shareable
 from .cache.step import FEW, TAIL
@@ -52,7 +53,15 @@ class Prefill:
     def __call__(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Read the pieces in their order."""
+        """Read the pieces in their order; tokens follow."""
+        out = self._prompt(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        expect(self.model, self.state.recorder, out.get(CACHE), generation_config, input_ids.device)
+        return out
+
+    def _prompt(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """What the last call gave."""
         if not self._divides(input_ids, generation_config, model_kwargs):
             return self._read([], input_ids, generation_config, model_kwargs, *args, **kwargs)
         cache, (rows, columns) = model_kwargs[CACHE], input_ids.shape

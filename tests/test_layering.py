@@ -46,6 +46,7 @@ ROOMS = {
     "recording": {"cache", "limits", "plan"},
     "obstacles": {"cache", "models", "plan"},
     "graph": {"cache", "context", "models", "obstacles", "plan", "recording"},
+    "ahead": {"cache", "graph", "memory", "obstacles"},
     "shortcut": {"cache", "context"},
     "projections": {"kernels", "shortcut"},
     "shortcuts": {"context", "kernels", "projections", "shortcut", "turning"},

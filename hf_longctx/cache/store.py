@@ -236,7 +236,7 @@ class Store:
             return
         old, self._ring = self._ring, size
         if reach is not None and old is not None and old < reach and step.columns:
-            self.floor = step.lengths[:, None] - old
+            self.floor = (step.lengths - min(old, step.columns - self._lost))[:, None]  # a crop may leave fewer
         if self.k is None or old is None or size is None:
             return
         sink, slots = self.retention.sink, min(step.columns, self.retention.sink + size)

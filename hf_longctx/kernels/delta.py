@@ -22,6 +22,9 @@ WORD = 32
 FEW, MANY = 16, 256
 """Rows up to which, and from which on, it may pay to do a layer's product and that of its deltas in one."""
 
+FAST = ("compiled", "triton")
+"""Backends that do it."""
+
 
 def delta_linear(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slot_of_row: Tensor) -> Tensor:
     """What a linear layer gives with the deltas of each row's slots: `base_out + sum over slots of x (scale * sign)^T`.
@@ -118,10 +121,10 @@ def joined(
     slots = slot_of_row[:, None] if slot_of_row.ndim == 1 else slot_of_row
     if len(x) <= FEW or len(weights) > 1:
         layers = (x, weights, biases, bits, scales, slots)
-        here = dispatch.chosen("linears_with_delta", *layers) == "compiled"
+        here = dispatch.chosen("linears_with_delta", *layers) in FAST
         return dispatch.call("linears_with_delta", *layers) if here else None
     layer = (x, weights[0], biases[0], bits[0], scales[0], slots)
-    many = dispatch.chosen("linear_with_delta", *layer) == "compiled"
+    many = dispatch.chosen("linear_with_delta", *layer) in FAST
     return (dispatch.call("linear_with_delta", *layer),) if many else None
 
 

@@ -16,6 +16,7 @@ import transformers as hf
 from torch import Tensor
 
 import hf_longctx as lc
+from hf_longctx.models import CACHE
 
 from ..methods.cases import LIMITS, LOSSY, Row, changes_with_length, gates, named, pairs
 from ..methods.test_limits import TOLERANCE, error
@@ -269,3 +270,19 @@ def test_duo_attention_generates_with_gates_from_a_folder(tmp_path: Any) -> None
     model = lc.patch(case.make(), "duo_attention", pattern=tmp_path, sparsity=0.5)
     expected = generate(lc.patch(case.make(), LOSSY[1].method(case)), batch(case)).sequences
     assert torch.equal(generate(model, batch(case)).sequences, expected)
+
+
+def test_a_token_taken_back_is_not_seen_through_a_wider_window() -> None:
+    """It lies where an older one was, which a prompt would see again."""
+    case, seen = BY_NAME["llama"], []
+    knobs = {"token_budget": 24, "refresh_every": 1, "kv": "native", "sinks": 2, "window": 5, "prefill_window": 9}
+    model = lc.patch(case.make(), lc.LServe(pattern=gates(case), sparsity=0.5, page=8, logical=4, **knobs))
+    ids = case.prompt(80)
+    for extra in (1, 2):
+        with torch.no_grad():
+            cache = model(ids[:, :40])[CACHE]
+            for token in (*ids[0, 40:50], torch.tensor(extra)):
+                model(token.view(1, 1), **{CACHE: cache})
+            cache.crop(-1)
+            seen.append(model(ids[:, 50:70], **{CACHE: cache}).logits)
+    assert torch.equal(*seen)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -62,14 +61,29 @@ def _module(name: str) -> Any:
     return import_module(f".{name}", __name__)
 
 
-def _lazy(name: str) -> Implementation:
+def _lazy(name: str, module: str, which: str = "") -> Implementation:
     def reject(*args: Any) -> str | None:
         first: Tensor | Packed = args[1] if name == "fill_pages" else args[0]  # there groups come before tokens
         why = reason(first.device)
-        return _module(name).reject(*args) if why is None else why
+        return getattr(_module(module), f"reject{which}")(*args) if why is None else why
 
-    run: Callable[..., Any] = lambda *args: _module(name).run(*args)  # noqa: E731
-    return Implementation(run, reject)
+    return Implementation(lambda *args: getattr(_module(module), f"run{which}")(*args), reject)
 
 
-OPS = {name: _lazy(name) for name in ("attend_blocks", "attend_pages", "score_pages", "append_pages", "fill_pages")}
+_EACH = (
+    "attend_blocks",
+    "attend_pages",
+    "score_pages",
+    "score_antidiagonal",
+    "pick_blocks",
+    "append_pages",
+    "fill_pages",
+    "delta_linear",
+    "linear_with_delta",
+    "linears_with_delta",
+    "quantize_tokens",
+)
+
+OPS = {name: _lazy(name, name) for name in _EACH} | {
+    f"quantize_{after}": _lazy(f"quantize_{after}", "quantize_tokens", f"_{after}") for after in ("norm", "gated")
+}

@@ -7,14 +7,14 @@ import triton.language as tl
 
 
 @triton.jit
-def _nearest(x):
+def nearest(x):
     """The whole number nearest to x, |x| < 2^22, of two the even one: no float32 beyond 2^23 has a fraction."""
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
 def _packed(x, steps, scale, zero):
-    return tl.minimum(tl.maximum(_nearest(tl.div_rn(x, scale[:, None]) + zero[:, None]), 0.0), steps)
+    return tl.minimum(tl.maximum(nearest(tl.div_rn(x, scale[:, None]) + zero[:, None]), 0.0), steps)
 
 
 @triton.jit

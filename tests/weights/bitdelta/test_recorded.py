@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_longctx as lc
 from tests.integration.again import Again, recorders
+from tests.integration.test_ahead import at_once, counted
 
 from .test_tenants import NAMES, Watch, batch
 
@@ -41,6 +42,22 @@ def test_tokens_are_those_of_steps_that_are_not_recorded(llama_pairs: Any, again
         assert torch.equal(model.generate(**inputs, **asked, **KNOBS), wanted), names
         assert again.replayed - before >= 8, names
         assert lc.report(model).eager is None
+
+
+def test_a_step_after_the_last_one_leaves_no_trace(llama_pairs: Any, again: type[Again]) -> None:
+    """Rows of tenants that end at different tokens, asked late and at once."""
+    inputs, found = batch(5, 40), []
+    knobs = {"max_new_tokens": 40, "do_sample": True, "eos_token_id": list(range(16)), "pad_token_id": 0}
+    for late in (True, False):
+        model = lc.patch(serving(llama_pairs), "dense")
+        with pytest.MonkeyPatch.context() as patch, counted(patch) as seen:
+            if not late:
+                at_once(patch)
+            torch.manual_seed(0)
+            found.append((model.generate(**inputs, adapter_names=NAMES, **knobs), torch.get_rng_state()))
+        assert (seen.late > 0) == (seen.back > 0) == late
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_a_tenant_that_takes_a_slot_is_recorded_anew(llama_pairs: Any, again: type[Again]) -> None:
