@@ -86,9 +86,8 @@ class Gated(ShortCut):
         if not all(map(_plain, parts)):
             return down(gated(gate(x), up(x)))
         if _many(x) or not self.due(few=True) or not _few(x, *parts):  # without the calls of three modules
-            rows = x.reshape(-1, x.shape[-1])  # torch takes longer over more axes
-            inner = gated(linear(rows, gate.weight, gate.bias), linear(rows, up.weight, up.bias))
-            return linear(inner, down.weight, down.bias).view(*x.shape[:-1], -1)
+            inner = gated(linear(x, gate.weight, gate.bias), linear(x, up.weight, up.bias))
+            return linear(inner, down.weight, down.bias)
         inner = project_gated(x.reshape(-1, x.shape[-1]), gate.weight, up.weight)
         return _product(down, inner).view(*x.shape[:-1], -1)
 
