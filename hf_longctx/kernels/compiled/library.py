@@ -144,15 +144,14 @@ _SIZES = (
 def reason(device: torch.device) -> str | None:
     """Why operations on a device cannot run in the library, or None."""
     library, why = _load()
-    if library is None:
-        return why
-    if device.type == "cuda":
-        return _reason_on_cuda(device)
-    return f"has no code for {device.type}" if device.type != "cpu" else None
+    return why if library is None else _reason_on(device)
 
 
 @cache
-def _reason_on_cuda(device: torch.device) -> str | None:
+def _reason_on(device: torch.device) -> str | None:
+    """The same where there is a library; known of each device, as it is asked some hundred times in a call."""
+    if device.type != "cuda":
+        return f"has no code for {device.type}" if device.type != "cpu" else None
     major, minor = torch.cuda.get_device_capability(device)
     if runs_on(about(), major, minor):
         return None
@@ -203,13 +202,16 @@ def call(name: str, block: ctypes.Structure, *more: Any) -> None:
         raise RuntimeError(f"{name}: {message.decode()}")
 
 
+_HOST = torch.device("cpu")
+
+
 def run(op: str, block: ctypes.Structure, device: torch.device) -> None:
     """Run an operation on the host, or on the stream on which torch works now.
 
     Raises:
         RuntimeError: as `call`.
     """
-    if device.type == "cpu":
+    if device == _HOST:
         call(f"hfl_{op}_cpu", block, torch.get_num_threads())
         return
     block.stream = stream(device)
