@@ -1,5 +1,5 @@
 // w4a8_experts of many tokens for sm_90a: a block for each tile of 128 rows of an expert's weight and T of its tokens,
-// which lie one behind the other. The block works as one of linear_spread.cuh that shares a tile with none.
+// which lie one behind the other. The block works as linear_spread.cuh has it.
 #pragma once
 #include "experts.cuh"
 #include "linear_spread.cuh"
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(R::THREADS, 1) experts_many_kernel(const __gri
     p.a.scale = a.scale + e * a.rows, p.a.shift = a.shift ? a.shift + e * a.rows : nullptr;
     p.a.bias = nullptr, p.a.out = a.out;
     p.panels = task.panels, p.chunks = task.chunks, p.groups = task.groups, p.bias = task.bias;
-    p.steps = task.chunks / R::CHUNKS, p.shares = 1;
+    p.steps = task.chunks / R::CHUNKS;
     p.tokens_from = tile.first, p.tokens = tile.count;
   }
   __syncthreads();
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(R::THREADS, 1) experts_many_kernel(const __gri
   work.token_tile = 0;
   __syncthreads();
   if (warp_of_block() < R::WORKERS / 32) {
-    SpreadGroup<R>(p, board, base).run(work, 0);
+    SpreadGroup<R>(p, board, base).run(work);
   } else if (warp_of_block() == R::WORKERS / 32) {
     ManyFeeder<R>(p, map, board, base).run_one(work);
   }
