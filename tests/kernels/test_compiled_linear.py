@@ -283,6 +283,48 @@ def test_the_shapes_of_a_large_layer(form: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), rows
 
 
+def stored(outputs: int, columns: int) -> PackedWeight:
+    """Any codes in stored order, with groups of 128."""
+    panels, device = -(-outputs // 64), torch.device("cuda")
+    codes = torch.randint(0, 256, (panels * 64, columns // 2), dtype=torch.uint8, device=device)
+    groups = torch.randint(1, 9, (panels, columns // 128, 64, 2), dtype=torch.uint8, device=device)
+    groups[..., 1] = 128 - groups[..., 0] * 7  # so that values fit into int8
+    return PackedWeight(codes, torch.rand(outputs, device=device), None, groups, columns)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("columns", [128, 640, 4096, 14336])
+@pytest.mark.parametrize("outputs", [2272, 4096, 4230, 9000])
+def test_units_of_a_block(outputs: int, columns: int) -> None:
+    """One after the other, whole panels apart or not, of one weight and of several; tokens that stay, or do not."""
+    need("cuda")
+    weights = [stored(n, columns) for n in (outputs, 80)]
+    for rows in (1, 5, 9, 16):
+        tokens = moved(random_tokens(rows, columns), "cuda")
+        with use_backend("torch"):
+            expected = [linear.w4a8_linear(tokens, w, None, torch.bfloat16) for w in weights]
+        with use_backend("compiled"):
+            alone = linear.w4a8_linear(tokens, weights[0], None, torch.bfloat16)
+            got = linear.w4a8_linears(tokens, weights, [None, None], torch.bfloat16)
+        assert torch.equal(alone, expected[0])
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rows", [64, 200])
+def test_counters_that_nobody_needs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph that is captured on another stream they would be filled in each call, and nothing begin before."""
+    need("cuda")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("elsewhere they are needed")
+    tokens, weight = moved(random_tokens(rows, 256), "cuda"), stored(128, 256)
+    with use_backend("torch"):
+        expected = linear.w4a8_linear(tokens, weight, None, torch.bfloat16)
+    monkeypatch.delattr(library, "counters")
+    with use_backend("compiled"):
+        assert torch.equal(linear.w4a8_linear(tokens, weight, None, torch.bfloat16), expected)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("rows", [1, 40, 300])
 def test_captured_calls_follow_their_input(rows: int) -> None:
