@@ -1,6 +1,6 @@
 """A GPU without the compiled library: operations in Triton, and what ran before, as JSON.
 
-python benchmarks/without_library.py --out benchmarks/results/triton-h200.json
+python benchmarks/without_library.py prefill steps choice xattention --out benchmarks/results/triton-h200.json
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import prefill_layers
 import torch
-from decode import meta
-from prefill import CASES, KV_HEADS, LOGITS, Q_HEADS, K, kept_flops, lists, text, time_of
+from decode import meta, parse
+from prefill import BLOCK, CASES, KV_HEADS, LOGITS, Q_HEADS, K, dense_of_others, kept_flops, lists, text, time_of
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -24,6 +26,7 @@ from hf_longctx.kernels.dispatch import use_backend
 DEVICE, DTYPE, DIM, TOKENS = torch.device("cuda"), torch.bfloat16, 128, 128 * K
 MUST = {"attend_blocks, density 10 %, 128K": 380}
 """TFLOP/s on what is kept."""
+SHAPES = {"rows": 1, "tokens": TOKENS, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "dim": DIM}
 BYTES_PER_US = 4.3e6
 """That memory moves at most."""
 
@@ -116,6 +119,12 @@ def steps() -> Iterator[Step]:
         return ops.score_pages(q, bounds, 1, "kv_head")
 
     yield Step("score_pages, 128K, page 16", score, bounds.nbytes, score, "reference")
+    scores, last = score(), torch.full((1, 1), TOKENS // 16 - 1, device=DEVICE)
+
+    def pick() -> Tensor:
+        return ops.pick_blocks(scores, last, last, 1, 254, None, 1)
+
+    yield Step("pick_blocks, 256 of 8K pages", pick, scores.nbytes, pick, "reference")
     fresh = torch.randn(2, 1, KV_HEADS, 1, DIM, dtype=DTYPE, device=DEVICE)
 
     def append() -> None:
@@ -142,31 +151,67 @@ def prompts() -> Iterator[Step]:
 
 
 def choice_rows() -> Iterator[dict[str, Any]]:
-    """Milliseconds of the scores that XAttention chooses by, in torch; those of 32K tokens, as the reference waits."""
+    """Milliseconds of what XAttention chooses by, and against what ran before: products in torch, and a sort."""
     for tokens in (32 * K, TOKENS):
-        q, k, _ = text(tokens)
-        pos = torch.arange(tokens, device=DEVICE)[None]
-        times = {}
-        for backend in ("torch", "reference") if tokens < TOKENS else ("torch",):
-            with use_backend(backend):
-                call = lambda: ops.score_antidiagonal(q, k, pos, 128, 16, DIM**-0.5, True)  # noqa: B023, E731
-                times[backend] = time_of(call, 3)
-        before = times.get("reference")
-        yield {
-            "case": f"score_antidiagonal, stride 16, {tokens // K}K, torch",
-            "value": round(times["torch"], 3),
-            "unit": "ms",
-            "baseline": before and "reference",
-            "baseline_value": before and round(before, 3),
-            "ratio": before and round(before / times["torch"], 3),
-            "must": None,
-            "met": None,
-        }
+        q, k, pos = *prefill_layers.text(tokens, 13)[:2], torch.arange(tokens, device=DEVICE)[None]
+        own = torch.arange(tokens // BLOCK, device=DEVICE)[None]
+        tau = torch.full((Q_HEADS,), 0.9, device=DEVICE)
+        scores = ops.score_antidiagonal(q, k, pos, BLOCK, prefill_layers.STRIDE, DIM**-0.5, True)
+        calls: tuple[tuple[str, str, Callable[[], Any]], ...] = (
+            (
+                "score_antidiagonal, stride 16",
+                "torch",
+                partial(ops.score_antidiagonal, q, k, pos, BLOCK, prefill_layers.STRIDE, DIM**-0.5, True),
+            ),
+            ("pick_blocks, 90 %", "reference", partial(ops.pick_blocks, scores, own, own, 1, None, tau, 1)),
+        )
+        for name, other, call in calls:
+            value = time_of(call, 3)
+            with use_backend(other):
+                before = time_of(call, 1)
+            yield line(name, tokens, value, other, before)
 
 
-def step_rows() -> Iterator[dict[str, Any]]:
-    """Microseconds of recorded calls."""
+def xattention_rows(fa3: bool) -> Iterator[dict[str, Any]]:
+    """A layer of XAttention and its choice, all in Triton, against the best dense attention of others."""
+    chosen = prefill_layers.SHARES
+    for tokens, method, topics, least in ((32 * K, prefill_layers.WIDER, 4, None), (TOKENS, chosen, 13, 4.0)):
+        others = dense_of_others(tokens, 1, fa3)
+        best = min(others, key=lambda name: others[name])
+        q, k, v = prefill_layers.text(tokens, topics)
+        whole = partial(prefill_layers.prefill, method.plan, q, k, v)
+        density = whole()
+        value = time_of(whole, 3) / prefill_layers.layers_of(tokens)
+        found = line("XAttention in all, S=16", tokens, value, f"dense, causal, {best}", others[best])
+        met = None if least is None else found["ratio"] >= least
+        yield {**found, "density": density and round(density, 4), "must": least and f">= {least:.0f}x", "met": met}
+        value = time_of(partial(prefill_layers.choice, q, k, "native"), 3)
+        found = line("scoring + selection, S=16", tokens, value, f"dense, causal, {best}", others[best])
+        met = None if least is None else value <= 0.12 * others[best]
+        yield {**found, "must": least and "<= 12 %", "met": met}
+
+
+def line(case: str, tokens: int, value: float, baseline: str, before: float) -> dict[str, Any]:
+    """Milliseconds, and how many times faster than the baseline that is."""
+    return {
+        "case": f"{case}, {tokens // K}K",
+        "value": round(value, 3),
+        "unit": "ms",
+        "baseline": baseline,
+        "baseline_value": round(before, 3),
+        "ratio": round(before / value, 3),
+        "floor_value": None,
+        "must": None,
+        "met": None,
+        "shapes": {**SHAPES, "tokens": tokens},
+    }
+
+
+def step_rows(only: str) -> Iterator[dict[str, Any]]:
+    """Microseconds of recorded calls, of those whose name begins so."""
     for step in (*steps(), *prompts()):
+        if not step.name.startswith(only):
+            continue
         value = recorded_us([step.call] * 4)
         with use_backend("reference"):
             before = recorded_us([step.before])
@@ -187,16 +232,23 @@ def step_rows() -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Measure, and write it down line by line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="+", choices=["prefill", "steps", "choice", "xattention"])
     parser.add_argument("--out", type=Path, required=True)
-    out = parser.parse_args().out
+    parser.add_argument("--only", default="", help="steps whose name begins so")
+    options = parse(parser)
     written: dict[str, Any] = {"meta": meta(), "rows": []}
-    shapes = {"rows": 1, "tokens": TOKENS, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "dim": DIM}
+    rows = {
+        "prefill": prefill_rows,
+        "steps": partial(step_rows, options.only),
+        "choice": choice_rows,
+        "xattention": partial(xattention_rows, bool(options.fa3)),
+    }
     with use_backend("triton"):
-        for rows in (prefill_rows, step_rows, choice_rows):
-            for row in rows():
+        for what in options.what:
+            for row in rows[what]():
                 print(json.dumps(row), flush=True)
-                written["rows"].append({**row, "shapes": shapes})
-                out.write_text(json.dumps(written, indent=1) + "\n")
+                written["rows"].append({"shapes": SHAPES, **row})
+                options.out.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 // What the library is; and, built without CUDA, operations that say so.
-#include "beside.h"
 #include "experts.h"
 #include "fill.h"
 #include "joined.h"
 #include "linear.h"
 #include "project.h"
+#include "recent.h"
 #include "streamed.h"
 #include "tables.h"
 
@@ -28,7 +28,6 @@ extern "C" int64_t hfl_antidiagonal_scratch(const hfl_antidiagonal*) { return 0;
 extern "C" int64_t hfl_delta_scratch(const hfl_delta*) { return 0; }
 extern "C" int64_t hfl_merged_scratch(const hfl_merged*) { return 0; }
 extern "C" const char* hfl_attend_cuda(const hfl_attend*) { return kNone; }
-extern "C" const char* hfl_attend_beside_cuda(const hfl_attend*, const hfl_beside*) { return kNone; }
 extern "C" const char* hfl_score_cuda(const hfl_score*) { return kNone; }
 extern "C" const char* hfl_pick_cuda(const hfl_pick*) { return kNone; }
 extern "C" const char* hfl_append_cuda(const hfl_append*) { return kNone; }
@@ -46,6 +45,9 @@ extern "C" const char* hfl_layer_cuda(const hfl_layer*) { return kNone; }
 extern "C" const char* hfl_delta_cuda(const hfl_delta*) { return kNone; }
 extern "C" const char* hfl_joined_cuda(const hfl_joined*) { return kNone; }
 extern "C" const char* hfl_project_cuda(const hfl_project*) { return kNone; }
+extern "C" int64_t hfl_recent_scratch(hfl_recent*) { return 0; }
+extern "C" int64_t hfl_recent_counters(const hfl_recent*) { return 0; }
+extern "C" const char* hfl_recent_cuda(const hfl_recent*) { return kNone; }
 extern "C" const char* hfl_streamed_cuda(const hfl_streamed*) { return kNone; }
 extern "C" const char* hfl_tables_cuda(const hfl_tables*) { return kNone; }
 extern "C" int64_t hfl_linear_scratch(const hfl_linear*) { return 0; }

@@ -153,17 +153,16 @@ class Checks:
         if not isinstance(cache, LongContextCache):
             return bool(self.stock.is_supported(device, cache, cache_is_returned, is_assistant=is_assistant))
         run = _RUNS.get(cache)
-        return run is not None and not is_assistant and not (run.ends and cache_is_returned and not can_forget(cache))
+        if run is None or is_assistant:
+            return False
+        return not cache_is_returned or (can_forget if run.ends else can_crop)(cache)  # a user may interrupt any step
 
     def __call__(self, input_ids: Tensor, max_length: Any, cache: Any, cache_is_returned: bool, streamer: Any) -> Any:
         """The check of a call of `generate`."""
         run = _RUNS.pop(cache, None) if isinstance(cache, LongContextCache) else None
         if run is None:
             return self.stock(input_ids, max_length, cache, cache_is_returned, streamer)
-        late = (
-            not cache_is_returned or streamer is None or can_crop(cache)
-        )  # a streamer may fail, and the cache goes on
-        return LateCheck(run, input_ids, max_length if late else 0, cache, streamer)
+        return LateCheck(run, input_ids, max_length, cache, streamer)
 
 
 def _installed() -> bool:
@@ -215,7 +214,7 @@ class LateCheck:
     Args:
         run: what is known of the call.
         input_ids: `[B, T]`, its prompt.
-        max_length: columns at which it ends; the step that comes to it is waited for, as none follows. 0: each is.
+        max_length: columns at which it ends; the step that comes to it is waited for, as none follows.
         cache: of the call.
         streamer: gets the tokens of a step when they are there, or None.
     """

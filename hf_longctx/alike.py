@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .cache.store import Store
 from .context import Forward
-from .group import goes_in_turn, reads_all, selector_for
 from .kernels import ops
 from .plan import HeadGroup
+from .route import goes_in_turn, reads_all, selector_for
 from .sight import turns_of
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .cache.cache import LongContextCache
 from .cache.step import Step
+from .kernels import dispatch
 from .kernels.types import Logits, Selection, Visibility
 from .models import ModelFacts
 from .plan import HeadGroup, Plan, Selector
@@ -138,5 +139,6 @@ def current() -> Forward | None:
 
 def enter(forward: Forward | None, hold: bool = False) -> None:
     """Make `forward` the current call of this thread, None at its end; `hold` it where nobody else does."""
+    dispatch.look_once(forward is not None)
     _LOCAL.forward = None if forward is None else ref(forward)
     _LOCAL.held = forward if hold else None

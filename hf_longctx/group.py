@@ -19,8 +19,8 @@ from .context import Forward, Read
 from .gradient import Stored
 from .kernels import ops
 from .kernels.wide import picked
-from .limits import reads_all_to
-from .plan import HeadGroup, HeadPolicy, Selector
+from .plan import HeadGroup, Selector
+from .route import goes_in_turn, leaves, reads_all, reads_at_once, selector_for
 from .select.choose import all_from, choose, forced, forced_ahead, most_far, visible_to
 from .select.scorers import Look
 from .sight import above, floor_of, turns_of
@@ -70,7 +70,7 @@ def attend_group(
     With `among`, q has all heads of the layer, and None says that what comes of the group's is in its place.
     """
     step = forward.step.on(q.device)
-    if among is not None and not _leaves(forward, group.policy, step):
+    if among is not None and not leaves(forward, group.policy, step):
         q, among = picked(q, 1, among.heads), None
     if step.order is not None:
         q, k, v = (ops.take_tokens(x, step.order) for x in (q, k, v))
@@ -84,7 +84,8 @@ def attend_group(
         store.kept.forget()
     call = Call(forward, layer, group, store, logits)
     cut_off = step.columns > 0 or in_turn  # some of what is read carries no gradient
-    if selector is None or (not in_turn and reads_all(selector, step)):
+    at_once = not in_turn or reads_at_once(forward, layer, policy, selector, step)
+    if selector is None or (reads_all(selector, step) and at_once):
         out = _read_all(call, step, q, k, v, among)
     elif in_turn:
         out = _read_in_turn(call, selector, step, q, k, v)
@@ -96,35 +97,6 @@ def attend_group(
     if cut_off and torch.is_grad_enabled():
         out = Stored.apply(out, q, k, v)  # type: ignore[no-untyped-call]
     return out if step.restore is None else ops.take_tokens(out, step.restore)
-
-
-def _leaves(forward: Forward, policy: HeadPolicy, step: Step) -> bool:
-    """True if queries of the call may stay among those of other heads: nothing reorders, turns or watches them."""
-    if step.order is not None or forward.tap is not None or policy.positions.at_read or torch.is_grad_enabled():
-        return False
-    selector = None if step.decodes else selector_for(policy.prefill, step)
-    reads = selector is None or (reads_all(selector, step) and not goes_in_turn(policy, selector, step))
-    return reads and step.tokens > FEW and not (policy.kv is not None and policy.kv.recent)
-
-
-def selector_for(selector: Selector | None, step: Step) -> Selector | None:
-    """The selector as far as it concerns the call."""
-    if selector is None or not selector.dense_below or step.ragged or step.columns < selector.dense_below:
-        return selector
-    return selector.beyond
-
-
-def goes_in_turn(policy: HeadPolicy, selector: Selector, step: Step) -> bool:
-    """True if a block of queries must be read before the next can choose, or before its blocks can be brought in."""
-    summary = selector.scorer.summary
-    if summary is not None and summary.local:
-        return True
-    return step.decodes and (selector.refresh_every > 1 or (policy.placement is not None and step.tokens > 1))
-
-
-def reads_all(selector: Selector, step: Step) -> bool:
-    """True if no query of the call leaves a block out, as its number alone says."""
-    return step.end <= reads_all_to(selector)
 
 
 def _read_all(call: Call, step: Step, q: Tensor, k: Tensor, v: Tensor, among: Among | None) -> Tensor | None:

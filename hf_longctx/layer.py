@@ -15,11 +15,12 @@ from .cache.rows import View
 from .cache.step import Step
 from .cache.store import Store
 from .context import Forward
-from .group import Call, forced_near, goes_in_turn, note, reads_all, selector_for
+from .group import Call, forced_near, note
 from .kernels import dispatch, ops
 from .kernels.compiled import library
 from .kernels.compiled import step as compiled
 from .plan import HeadGroup, Selector
+from .route import goes_in_turn, reads_all, selector_for
 from .select.choose import forced_ahead, most_forced
 from .select.scorers import UpperBound
 
@@ -73,13 +74,13 @@ def obstacle(forward: Forward, stores: Sequence[Any], q: Tensor) -> str | None:
         stores: of the layer's groups, as the cache has them.
         q: `[B, Hq, T, D]`.
     """
+    if forward.cache is None or forward.step.columns == 0 or forward.step.tokens != 1:
+        return "is for one token a row after others"
     if q.device.type not in DEVICES or dispatch.wanted() not in (None, "compiled"):
         return f"is not for {q.device.type}, or another backend was asked for"
     reason = library.reason(q.device)
     if reason is not None:
         return reason
-    if forward.cache is None or forward.step.columns == 0 or forward.step.tokens != 1:
-        return "is for one token a row after others"
     if forward.tap is not None:
         return "tells nobody what each group of heads read"
     if forward.plan.lap is not None or forward.plan.at_read:

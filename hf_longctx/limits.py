@@ -13,7 +13,7 @@ def reads_all_to(selector: Selector) -> float:
         return math.inf
     tokens = selector.budget.tokens
     fits = 0 if tokens is None else tokens + selector.sink_blocks * selector.block + selector.block
-    return max(selector.dense_below, fits)
+    return max(selector.dense_below, fits, selector.local)
 
 
 def straight_to(plan: Plan, policy: HeadPolicy, prompt: bool) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .kernels.compiled.project import MOST_ROWS
 from .kernels.layers import gated, project, project_gated
@@ -65,7 +66,9 @@ class Product(ShortCut):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One launch for all of them, or the layer's own."""
-        if len(args) != 1 or kwargs or not self.due(few=True) or not _few(args[0], *self.made.layers):
+        if len(args) != 1 or kwargs or _many(args[0]):  # a prompt, first of all
+            return self.stock(*args, **kwargs)
+        if not self.due(few=True) or not _few(args[0], *self.made.layers):
             return self.stock(*args, **kwargs)
         return self.made.take(self.number, args[0])
 
@@ -76,12 +79,15 @@ class Gated(ShortCut):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Two launches for few rows; for many, or layers with hooks, these and one launch between; or the MLP's own."""
-        parts: list[Any] = [getattr(self.module, name, None) for name in _GATED]
-        if len(args) != 1 or kwargs or not self.due() or not all(isinstance(x, nn.Module) for x in parts):
+        parts: list[Any] = [self.module._modules.get(name) for name in _GATED]
+        if len(args) != 1 or kwargs or not self.due() or None in parts:
             return self.stock(*args, **kwargs)
         x, (gate, up, down) = args[0], parts
-        if not self.due(few=True) or not all(_plain(layer) for layer in parts) or not _few(x, *parts):
+        if not all(map(_plain, parts)):
             return down(gated(gate(x), up(x)))
+        if _many(x) or not self.due(few=True) or not _few(x, *parts):  # without the calls of three modules
+            inner = gated(linear(x, gate.weight, gate.bias), linear(x, up.weight, up.bias))
+            return linear(inner, down.weight, down.bias)
         inner = project_gated(x.reshape(-1, x.shape[-1]), gate.weight, up.weight)
         return _product(down, inner).view(*x.shape[:-1], -1)
 
@@ -104,6 +110,11 @@ def find(module: nn.Module, known: dict[Any, Any]) -> dict[nn.Module, ShortCut]:
 
 def _product(layer: nn.Linear, x: Tensor) -> Tensor:
     return project(x.reshape(-1, x.shape[-1]), [layer.weight], [layer.bias])[0].view(*x.shape[:-1], -1)
+
+
+def _many(x: Any) -> bool:
+    """True for more rows than any short cut of a linear layer takes."""
+    return isinstance(x, Tensor) and x.numel() > MOST_ROWS * x.shape[-1]
 
 
 def _few(x: Any, *layers: nn.Linear) -> bool:

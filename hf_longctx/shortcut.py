@@ -41,7 +41,7 @@ class ShortCut:
         forward = current()
         if forward is None or (few and forward.step.tokens > FEW):
             return False
-        device = forward.step.device.type
+        device = forward.step.kind
         return device in DEVICES and not torch.is_autocast_enabled(device)
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:

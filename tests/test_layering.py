@@ -37,9 +37,10 @@ ROOMS = {
     "gradient": {"errors"},
     "turning": {"cache", "context", "errors", "kernels"},
     "sight": {"plan", "cache", "kernels", "context", "limits"},
-    "group": {"plan", "cache", "kernels", "select", "context", "gradient", "limits", "sight", "turning"},
-    "layer": {"plan", "cache", "kernels", "select", "context", "group"},
-    "alike": {"plan", "cache", "kernels", "context", "group", "sight"},
+    "route": {"plan", "cache", "context", "limits", "sight"},
+    "group": {"plan", "cache", "kernels", "select", "context", "gradient", "route", "sight", "turning"},
+    "layer": {"plan", "cache", "kernels", "select", "context", "group", "route"},
+    "alike": {"plan", "cache", "kernels", "context", "route", "sight"},
     "attention": {"errors", "plan", "cache", "kernels", "models", "context", "alike", "graphed", "group", "layer"},
     "graphed": {"attention", "context", "kernels"},  # the same function, inside a compiler's graph
     "recording": {"cache", "limits", "plan"},

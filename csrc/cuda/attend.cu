@@ -13,8 +13,6 @@
 // Grid: (units of a KV head, splits, B * Hkv); 128 threads, 64 for D = 256.
 // Shared memory: ring of about 64 KiB or less, 16 D bytes for each variant of the queries (1, or up to 3 with turns),
 //   1 KiB.
-// ops.attend_recent is two calls: the second one, over keys of few bits, joins what the first left to its own sums. It
-//   begins once the first one has begun, and waits for it in the end.
 // Bound by: bytes of keys and values. Three blocks of a multiprocessor keep about 140 KiB of bf16 on their way. Of 32
 //   keys of 4 bits with 128 channels, a warp's slab, about 510 instructions stand beside 910 cycles of memory.
 #include <algorithm>
@@ -83,7 +81,9 @@ const char* check_rows(const hfl_rows& x) {
   return nullptr;
 }
 
-const char* check(const hfl_attend& a) {
+}  // namespace
+
+const char* wrong_attend(const hfl_attend& a) {
   if (a.dtype != HFL_F16 && a.dtype != HFL_BF16) return "attend_pages: expected float16 or bfloat16";
   if (a.dim != a.v_dim || (a.dim != 64 && a.dim != 96 && a.dim != 128 && a.dim != 256)) {
     return "attend_pages: expected keys and values of 64, 96, 128 or 256 channels";
@@ -111,6 +111,8 @@ const char* check(const hfl_attend& a) {
   const char* message = check_rows(a.k);
   return message ? message : check_rows(a.v);
 }
+
+namespace {
 
 AttendTask task_of(const hfl_attend& a) {
   AttendTask p = {};
@@ -159,12 +161,12 @@ int most_splits(const hfl_attend& a, int places, int64_t units) {
 
 }  // namespace
 
-int attend_units(const hfl_attend& a) { return check(a) ? 0 : task_of(a).units; }
+int attend_units(const hfl_attend& a) { return wrong_attend(a) ? 0 : task_of(a).units; }
 
 // One block of a unit for each place on the device that others leave, or fewer where there is little to do.
 int64_t attend_scratch(const hfl_attend& a, int others, int32_t* splits) {
   *splits = 1;
-  if (check(a)) return 0;  // hfl_attend_cuda will say why
+  if (wrong_attend(a)) return 0;  // hfl_attend_cuda will say why
   const AttendTask p = task_of(a);
   const Kernel& kernel = kernel_of(a);
   int fit = 0;
@@ -189,7 +191,7 @@ bool attend_fits(const hfl_attend& a) {
 namespace {
 
 const char* wrong(const hfl_attend& a, const AttendTurn& turn) {
-  const char* message = check(a);
+  const char* message = wrong_attend(a);
   if (message) return message;
   if (turn.appended && (a.tokens != 1 || !a.q_pos || task_of(a).apart)) {
     return "attend_pages: expected, in a step, one token at a position and a selection for each KV head or for all";
@@ -201,11 +203,13 @@ const char* wrong(const hfl_attend& a, const AttendTurn& turn) {
   return nullptr;
 }
 
-const char* attend(const hfl_attend& a, const AttendTurn& turn, const hfl_beside& beside) {
+}  // namespace
+
+const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn) {
   const char* message = wrong(a, turn);
   if (message) return message;
   AttendTask p = task_of(a);
-  p.turn = turn, p.beside = beside;
+  p.turn = turn;
   const Kernel& kernel = kernel_of(a);
   int fit = 0;
   cudaError_t error = blocks_that_fit(kernel, p.variants, fit);
@@ -217,8 +221,6 @@ const char* attend(const hfl_attend& a, const AttendTurn& turn, const hfl_beside
                  arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
-
-}  // namespace
 
 bool attend_together(const hfl_attend& a, const hfl_attend& b) {
   const AttendTask first = task_of(a), second = task_of(b);
@@ -247,16 +249,6 @@ const char* attend_both_in_turn(const hfl_attend (&a)[2], const AttendTurn (&tur
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const char* attend_in_turn(const hfl_attend& a, const AttendTurn& turn) { return attend(a, turn, hfl_beside()); }
-
-const char* attend_beside(const hfl_attend& a, const hfl_beside& beside) {
-  if (!beside.sums || beside.before < 0) return "attend_recent: expected room for sums, and a distance";
-  if (a.ids || a.q_before || !a.q_pos) return "attend_recent: expected positions, and neither a selection nor turns";
-  AttendTurn turn;
-  if (beside.reads) turn.turn = Turn::later;
-  return attend(a, turn, beside);
-}
-
 }  // namespace hfl
 
 extern "C" int64_t hfl_attend_counters(const hfl_attend* a) {
@@ -265,10 +257,6 @@ extern "C" int64_t hfl_attend_counters(const hfl_attend* a) {
 
 extern "C" int64_t hfl_attend_scratch(const hfl_attend* a, int32_t* splits) {
   return hfl::attend_scratch(*a, 0, splits);
-}
-
-extern "C" const char* hfl_attend_beside_cuda(const hfl_attend* a, const hfl_beside* beside) {
-  return hfl::attend_beside(*a, *beside);
 }
 
 extern "C" const char* hfl_attend_cuda(const hfl_attend* a) { return hfl::attend_in_turn(*a, hfl::AttendTurn()); }

@@ -3,7 +3,6 @@
 #include <limits.h>
 #include <math.h>
 
-#include "../beside.h"
 #include "attend_tile.cuh"
 #include "divide.cuh"
 #include "step.cuh"
@@ -30,7 +29,7 @@ struct AttendTask {
   // KV heads; queries of a head that share a unit; units of a query's list; tokens of a block; warps of a unit
   Divisor kv_heads, tokens, tiles, block, share;
   AttendTurn turn;
-  hfl_beside beside;  // all zero: nothing
+  int before;  // queries see keys at so many tokens before their positions, and further back
 };
 
 // Of two groups of heads, whose KV heads are a unit each: blocks of the first one, and of a KV head of either.
@@ -61,7 +60,7 @@ struct Unit {
     if (row >= rows()) return -1;
     const int t = query(p, row);
     const int at = p.a.q_pos ? static_cast<int>(p.a.q_pos[batch * p.a.q_pos_b + t]) : p.a.stored - p.a.tokens + t;
-    return at - p.beside.before;
+    return at - p.before;
   }
 };
 

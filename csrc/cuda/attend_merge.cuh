@@ -4,24 +4,6 @@
 
 namespace hfl {
 
-// Where the sum of a row's weights is handed on from one call to another.
-__device__ __forceinline__ float* sum_of(const AttendTask& p, const Unit& unit, int row) {
-  return p.beside.sums + (static_cast<int64_t>(unit.batch) * p.a.q_heads + unit.head(p, row)) * p.a.tokens +
-         unit.query(p, row);
-}
-
-__device__ __forceinline__ float4 unpack(const AttendTask& p, uint2 x) {
-  float2 low, high;
-  if (p.a.dtype == HFL_BF16) {
-    low = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x.x));
-    high = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x.y));
-  } else {
-    low = __half22float2(reinterpret_cast<const __half2&>(x.x));
-    high = __half22float2(reinterpret_cast<const __half2&>(x.y));
-  }
-  return make_float4(low.x, low.y, high.x, high.y);
-}
-
 // Four channels of one row of the output: what is left is to divide, with the share of the sink logit.
 template <int D, Format F>
 __device__ void finish(const AttendTask& p, const Unit& unit, int row, int channel, int place, float4 sum,
@@ -36,21 +18,7 @@ __device__ void finish(const AttendTask& p, const Unit& unit, int row, int chann
   }
   uint16_t* to = static_cast<uint16_t*>(a.out) + unit.batch * a.out_b + head * a.out_h + unit.query(p, row) * a.out_t;
   const bool nothing = place < 0 || state.y == 0.0f;
-  if (p.beside.reads) {
-    end_turn(p.turn.turn);  // what the call before has left is there
-    const float logit = *sum_of(p, unit, row), higher = fmaxf(top, logit), base = higher == NOTHING ? 0.0f : higher;
-    const float share = power_of_two(logit - base + Warp<D, F>::LIFT), less = power_of_two(top - base);
-    const float4 near = unpack(p, *reinterpret_cast<const uint2*>(to + channel));
-    factor = nothing ? 0.0f : factor * less, total = total * less + share;
-    sum.x = sum.x * factor + near.x * share, sum.y = sum.y * factor + near.y * share;
-    sum.z = sum.z * factor + near.z * share, sum.w = sum.w * factor + near.w * share;
-    factor = total == 0.0f ? 0.0f : __fdividef(1.0f, total);
-  } else {
-    if (p.beside.sums && channel == 0) {
-      *sum_of(p, unit, row) = nothing ? -INFINITY : top + __log2f(total) - Warp<D, F>::LIFT;
-    }
-    factor = nothing ? 0.0f : __fdividef(factor, total);
-  }
+  factor = nothing ? 0.0f : __fdividef(factor, total);
   uint2 packed;
   if (factor == 0.0f) {
     packed = make_uint2(0, 0);

@@ -66,6 +66,13 @@ struct StreamPlace {
   int apart, part;          // words from slot to slot
 };
 
+// A warp's turn to begin, after all have met: else all of them would compute, and then all wait for memory.
+__device__ __forceinline__ void stagger(int warp) {
+  const unsigned began = static_cast<unsigned>(clock()), turn = static_cast<unsigned>(warp / 4 * STAGGER);
+  while (static_cast<unsigned>(clock()) - began < turn) {
+  }
+}
+
 // What a warp does next: some quarters of a tile of the cluster; or nothing.
 struct StreamWork {
   int tile, begin, end;
@@ -380,6 +387,7 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
     const bool last = phase + 1 == p.phases;
     const StreamShare ahead(p, min(phase + 1, p.phases - 1), rank);
     if (!last) row.fetch(p, ahead, x_of(1 - own.side));
+    if constexpr (!S::EARLY) stagger(warp);
 #pragma unroll 1
     for (StreamWork next; now.there(); now = next) {
       next = deal.after(now, warp);

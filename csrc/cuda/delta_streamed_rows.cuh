@@ -10,6 +10,7 @@ constexpr int RANKS = 8, STREAM_WARPS = 16, STREAM_THREADS = STREAM_WARPS * 32, 
 constexpr int TILE = 16, QUARTER = 128, EACH_RANK = 4, PHASE = RANKS * EACH_RANK;  // EACH_RANK: quarters, PHASE: too
 constexpr int PLACES = 24, STEP_BYTES = PLACES * EACH_RANK * QUARTER / 8, X_BYTES = EACH_RANK * QUARTER * 2 + 16;
 constexpr int MOST_OWNED = 64, WARP_FLOATS = 256;  // WARP_FLOATS: of sums, TILE x 16 columns
+constexpr int STAGGER = 900;                       // cycles from four warps of a block to the next
 static_assert(STREAM_ROWS == STREAM_WARPS, "each row has a warp");
 
 struct StreamTask {

@@ -136,6 +136,7 @@ const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn, void* s
 
 // What is needed of them before.
 const char* wrong_append(const hfl_append& a);
+const char* wrong_attend(const hfl_attend& a);
 int score_blocks(const hfl_score& a);  // that work on a row
 bool score_streams(const hfl_score& a);
 int score_tiles(const hfl_score& a);

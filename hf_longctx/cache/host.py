@@ -91,7 +91,8 @@ class HostTier:
     def _hold(self, segments: list[Tensor], device: torch.device | None) -> None:
         """Take segments in place of those before, which a device reads and writes by itself; None: no device does."""
         if device is not None:
-            table = torch.tensor([segment.data_ptr() for segment in segments], device=device)
+            places = torch.tensor([segment.data_ptr() for segment in segments], pin_memory=True)
+            table = places.to(device, non_blocking=True)  # of memory that is not pinned the copy would wait
             if self.table is None:
                 weakref.finalize(self, _settle, device).atexit = False
             self.table = table

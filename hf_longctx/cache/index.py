@@ -92,11 +92,11 @@ class Bounds:
         """Become what `state` told of."""
         self._entries, self._used = tensors.get("entries"), values["used"]
 
-    def begin(self, k: Tensor, step: Step) -> Tensor:
-        """As `reserve`, of an index that says nothing yet: whatever lies there is not to be read."""
+    def begin(self, k: Tensor, step: Step, heads: int | None = None) -> Tensor:
+        """As `reserve`, of an index that says nothing yet and of so many heads: what lies there is not to be read."""
         size = self._size(step)
         if self._entries is None or self._entries.shape[2] < size:
-            self._entries = k.new_empty(*k.shape[:2], size, 2, k.shape[3])
+            self._entries = k.new_empty(k.shape[0], k.shape[1] if heads is None else heads, size, 2, k.shape[3])
         return self._entries
 
     def _size(self, step: Step) -> int:

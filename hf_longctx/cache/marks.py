@@ -85,7 +85,7 @@ class Marks:
             step: the call.
             turns: how queries are turned: entries are turned back to position 0 if far keys have one distance.
         """
-        assert step.tokens <= self._most
+        assert step.tokens <= self._most or step.end <= self._near  # none is closed before these have been read
         count = self._newly_closed(step)
         self._used = -(-(step.width + self._ahead) // self._summary.block)
         self._reserve(k, max(self._used, count))

@@ -107,8 +107,8 @@ class OffloadedStore:
             step: the call.
         """
         if step.columns == 0:
-            keys, values = self._write(k, v, step, None)
-            read = () if self._kv is None else (decoded(keys), decoded(values))
+            read = () if self._kv is None else (torch.empty_like(k), torch.empty_like(v))
+            self._write(k, v, step, None, read)
             return View(*straight((k, v), read), step.pos if step.ragged else None)
         self.write(k, v, step)
         keys, values = self.whole(step.lengths_after, step.width)
@@ -122,8 +122,7 @@ class OffloadedStore:
             self._write(k, v, step, turns)
             return
         self._reserve(*self.memory, step)
-        sinks = self.pages.sinks * self.pages.block
-        ops.append_pages(*self.memory, k, v, step.pos, sinks, self.pages.ring, None, 1, step.first)
+        ops.append_pages(*self.memory, k, v, step.pos, *self.pages.round, None, 1, step.first)
         self._save(step)
         if self.index is not None:
             self.index.follow(self, k, step, turns)
@@ -233,7 +232,12 @@ class OffloadedStore:
         for rows, stored in ((self._keys, k), (self._values, v)):
             rows.reserve(stored, values["slots"])
         if k.shape[2]:  # not all of the text was taken back
-            list(self._pieces(k, v, Step.of(0, k.shape[2], k.device, None, real)))
+            step = Step.of(0, k.shape[2], k.device, None, real)
+            self._reserve(k, v, step)
+            for span, piece in self._pieces(step):
+                for rows, stored in ((self._keys, k), (self._values, v)):
+                    rows.put(part(stored, slice(None), span.start, span.stop), piece, *self.pages.round)
+                self._save(piece)
 
     # the keys as the index reads them ------------------------------------------------------------------------------
 
@@ -260,25 +264,24 @@ class OffloadedStore:
 
     # writing --------------------------------------------------------------------------------------------------------
 
-    def _write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None) -> tuple[Stored, Stored]:
-        """Store a call of any size: its keys and values as they are stored."""
-        keys, values = self._keys.encode(k), self._values.encode(v)
-        for span, piece in self._pieces(keys, values, step):
-            if self.index is not None:
-                self.index.follow(self, k[:, :, span], piece, turns)
-        return keys, values
-
-    def _pieces(self, keys: Stored, values: Stored, step: Step) -> Iterator[tuple[slice, Step]]:
-        """Store a call in pieces that leave the ring time to be copied; yields each piece once it is stored."""
-        self._reserve(keys, values, step)
-        size, sinks = self.pages.ring - self.pages.block, self.pages.sinks * self.pages.block
-        for start in range(0, step.tokens, size):
-            stop = min(step.tokens, start + size)
-            piece = step if stop - start == step.tokens else step.part(start, stop)
-            for rows, fresh in ((self._keys, keys), (self._values, values)):
-                rows.put(part(fresh, slice(None), start, stop), piece, sinks, self.pages.ring)
+    def _write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None, read: tuple[Tensor, ...] = ()) -> None:
+        """Store a call of any size; `read` as in `ops.fill_pages`."""
+        like = (self._keys.encode(k[:, :, :1]), self._values.encode(v[:, :, :1])) if self.k is None else self.memory
+        self._reserve(*like, step)
+        for span, piece in self._pieces(step):
+            own_k, own_v, *back = (x if piece is step else x[:, :, span] for x in (k, v, *read))
+            where = ops.GroupFill(*self.memory, *self.pages.round, None, 1)
+            ops.fill_pages([where], own_k, own_v, piece.pos, piece.first, back)
             self._save(piece)
-            yield slice(start, stop), piece
+            if self.index is not None:
+                self.index.follow(self, own_k, piece, turns)
+
+    def _pieces(self, step: Step) -> Iterator[tuple[slice, Step]]:
+        """A call in pieces that leave the ring time to be copied."""
+        size = self.pages.ring - self.pages.block
+        for start in range(0, step.tokens, size):
+            span = slice(start, min(step.tokens, start + size))
+            yield span, step if span.stop - start == step.tokens else step.part(start, span.stop)
 
     def _reserve(self, k: Stored, v: Stored, step: Step) -> None:
         """Make room for a call's tokens, of which one is as those of `k` and `v`."""
@@ -294,5 +297,4 @@ class OffloadedStore:
         if not step.ragged and step.end // block == step.columns // block:
             return
         first, last = step.once(("full", block), lambda: (step.lengths // block, step.lengths_after // block))
-        most = -(-step.tokens // block)
-        ops.copy_blocks(*self.memory, self._host.blocks, first, last, most, self.pages, out=True)
+        ops.copy_blocks(*self.memory, self._host.blocks, first, last, -(-step.tokens // block), self.pages, out=True)

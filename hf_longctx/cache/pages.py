@@ -53,9 +53,14 @@ class Pages(ops.Places):
         """Tokens that go round."""
         return self.tail * self.block
 
+    @property
+    def round(self) -> tuple[int, int]:
+        """Tokens that stay where they are, and those that go round behind them."""
+        return self.sinks * self.block, self.ring
+
     def slot(self, pos: Tensor) -> Tensor:
         """Where a token at a position lies, if it is among the sinks or the last ones."""
-        return slot_of(pos, self.sinks * self.block, self.ring)
+        return slot_of(pos, *self.round)
 
     def near(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Which blocks rows of `lengths` tokens have at places of their own, and these places, 0 for others."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,7 @@ class Pool:
     """
 
     def __init__(self, rows: int, heads: int, places: int, device: torch.device) -> None:
-        spots = torch.arange(places, dtype=torch.int32, device=device)
-        self.held = torch.stack((spots, torch.full_like(spots, -1))).repeat(rows, heads, 1, 1)
+        self.held = _empty(places, device).repeat(rows, heads, 1, 1)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
 
     def forget(self, first: Tensor) -> None:
@@ -38,3 +39,10 @@ class Pool:
     def map_rows(self, pick: Tensor) -> None:
         """Replace the batch rows by `rows[pick]`."""
         self.held = picked(self.held, pick)
+
+
+@lru_cache(maxsize=64)
+def _empty(places: int, device: torch.device) -> Tensor:
+    """`[2, P]`, int32, no block in any place; the same for all layers."""
+    spots = torch.arange(places, dtype=torch.int32, device=device)
+    return torch.stack((spots, torch.full_like(spots, -1)))

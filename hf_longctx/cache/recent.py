@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import ops
+from ..kernels import dispatch, ops
 from ..plan import HeadPolicy
 from .retention import SinkWindow
 from .rows import View
@@ -101,13 +101,28 @@ def attend_both(store: RecentStore, q: Tensor, k: Tensor, v: Tensor, logits: ops
         logits: from products to logits.
         step: the call.
     """
-    assert store.near.retention.window is not None
+    recent = store.near.retention.window
+    assert recent is not None
+    if step.tokens == 1 and step.columns and step.decodes and q.is_cuda and dispatch.wanted() in (None, "compiled"):
+        return _step(store, q, k, v, logits, step, recent)
     far, near = store.append_both(k, v, step)
     in_order = not step.ragged and step.tokens > 1 and far.k.shape[2] == step.end
     see = ops.Visibility(q_pos=None if in_order else step.pos, k_pos=far.k_pos)
     assert isinstance(near.k, torch.Tensor)
     assert isinstance(near.v, torch.Tensor)
-    return ops.attend_recent(q, far.k, far.v, near.k, near.v, logits, see, near.k_pos, store.near.retention.window)
+    return ops.attend_recent(q, far.k, far.v, near.k, near.v, logits, see, near.k_pos, recent)
+
+
+def _step(store: RecentStore, q: Tensor, k: Tensor, v: Tensor, logits: ops.Logits, step: Step, recent: int) -> Tensor:
+    """As `attend_both`, of one token a row after others: one operation, which is one launch on a GPU."""
+    _, far = store.place(k, step)
+    place, near = store.near.place(k, step)
+    assert place.ring is not None
+    see, columns = ops.Visibility(q_pos=step.pos), (far.k.shape[2], near.k.shape[2])
+    near_k, near_v = store.near.memory
+    assert isinstance(near_k, Tensor) and isinstance(near_v, Tensor)
+    stores = (*store.memory, near_k, near_v)
+    return ops.step_recent(q, k, v, *stores, place.ring, logits, see, near.k_pos, recent, *columns)
 
 
 def _under(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -141,16 +141,22 @@ class Rows:
         """Fresh values in the format; whatever is read of them is what this holds."""
         return x if self.bits is None else ops.encode_kv(x.detach(), self.bits)
 
-    def begin(self, x: Tensor, slots: int) -> None:
-        """Make room for `slots` tokens a row like those of `x` `[B, H, T, D]`; what lies there is not to be read."""
+    def begin(self, x: Tensor, slots: int, heads: int | None = None) -> None:
+        """Make room for `slots` tokens a row like those of `x`; what lies there is not to be read.
+
+        Args:
+            x: `[B, H, T, D]`.
+            slots: of a row.
+            heads: of them; None: H.
+        """
         if self.data is not None and slots <= self.slots:
             return
-        shape = (*x.shape[:2], slots)
+        shape = (x.shape[0], x.shape[1] if heads is None else heads, slots)
         if self.bits is None:
-            self.data = x.new_empty(*shape, x.shape[3]).detach()
+            self.data = x.new_empty(*shape, x.shape[3])
             return
         payload = x.new_empty(*shape, x.shape[3] * self.bits // 8, dtype=torch.uint8)
-        scale, zero = (x.new_empty(shape, dtype=torch.float16) for _ in range(2))
+        scale, zero = x.new_empty(*shape, dtype=torch.float16), x.new_empty(*shape, dtype=torch.float16)
         self.data = ops.Packed(payload, scale, zero, self.bits, x.dtype)
 
     def reserve(self, like: Stored, slots: int) -> None:

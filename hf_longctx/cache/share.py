@@ -27,13 +27,13 @@ class SharedRows(Rows):
         """Their part of the bytes, once there are any."""
         return self._whole.nbytes * (self._last - self._first) // self._total
 
-    def begin(self, x: Tensor, slots: int) -> None:
+    def begin(self, x: Tensor, slots: int, heads: int | None = None) -> None:
         """Make room in the whole, unless there is."""
         whole = self._whole
-        heads, dim = x.shape[1], x.shape[3]
+        heads, dim = x.shape[1] if heads is None else heads, x.shape[3]
         if whole.data is not None and not _holds(whole.data, (self._total, heads, dim), x):
             whole.data = None  # made for something else than what has come
-        whole.begin(x[:1].expand(self._total, -1, -1, -1), slots)
+        whole.begin(x[:1, :heads].expand(self._total, -1, -1, -1), slots)
         self.data = part(self._whole.filled, slice(self._first, self._last), 0, self._whole.slots)
 
     def reserve(self, like: Stored, slots: int) -> None:

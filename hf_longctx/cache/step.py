@@ -120,6 +120,11 @@ class Step:
     def _elsewhere(self) -> dict[torch.device, Step]:
         return {}
 
+    @cached_property
+    def kind(self) -> str:
+        """Type of the device: torch makes the word anew for everyone who asks."""
+        return self.device.type
+
     @property
     def end(self) -> int:
         """Columns of the batch after this call; no row is longer."""

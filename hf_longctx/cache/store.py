@@ -273,18 +273,18 @@ class Store:
     def begin(self, k: Tensor, v: Tensor, step: Step, heads: Tensor | None = None) -> ops.GroupFill:
         """Make room for tokens of a call, and say where they go; heads: as in `ops.GroupFill`."""
         self._fit(step)
-        if heads is not None:
-            k, v = k[:, : heads.shape[0]], v[:, : heads.shape[0]]
+        count = None if heads is None else heads.shape[0]
         if step.columns:
             self._reserve(step)
         else:
             size = self._room(self._keys, step)
-            self._keys.begin(k, size)
-            self._values.begin(v, size)
+            self._keys.begin(k, size, count)
+            self._values.begin(v, size, count)
             self.passed(step.end)
         bounds, sub = None, 1
         if isinstance(self.index, Bounds):
-            bounds, sub = (self.index.reserve if step.columns else self.index.begin)(k, step), self.index.sub
+            sub = self.index.sub
+            bounds = self.index.reserve(k[:, :count], step) if step.columns else self.index.begin(k, step, count)
         return ops.GroupFill(*self.memory, self.retention.sink, self._ring, bounds, sub, heads)
 
     def _room(self, rows: Rows, step: Step) -> int:

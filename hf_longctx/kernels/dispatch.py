@@ -23,6 +23,7 @@ OPS = (
     "attend_pages",
     "attend_mass",
     "attend_recent",
+    "step_recent",
     "attend_layer",
     "score_pages",
     "score_antidiagonal",
@@ -57,8 +58,10 @@ OPS = (
 LACKS = "does not have it"
 """How the reason ends of a backend that has no such operation, on any machine."""
 
+_VARIABLE = "HF_LONGCTX_BACKEND"
 _MODULES = {"compiled": "compiled", "triton": "triton", "flex": "flex", "torch": "fused", "reference": "reference"}
 _WANTED: ContextVar[str | None] = ContextVar("hf_longctx_backend", default=None)
+_SAID: ContextVar[tuple[str | None] | None] = ContextVar("hf_longctx_backend_of_call", default=None)
 _LAST: dict[str, str] = {}
 _CHECKED = bool(os.environ.get("HF_LONGCTX_DEBUG"))
 """Whether arguments are looked at, which waits for the device."""
@@ -95,13 +98,19 @@ def _table() -> dict[str, dict[str, Implementation]]:
     return _TABLE
 
 
+def look_once(during: bool) -> None:
+    """Look at the variable HF_LONGCTX_BACKEND now, and not again until this ends: a call asks some hundred times."""
+    _SAID.set((os.environ.get(_VARIABLE),) if during else None)
+
+
 def wanted() -> str | None:
     """The backend that was asked for by `use_backend` or the variable HF_LONGCTX_BACKEND, or None.
 
     Raises:
         ValueError: no backend has that name.
     """
-    name = _WANTED.get() or os.environ.get("HF_LONGCTX_BACKEND") or None
+    said = _SAID.get()
+    name = _WANTED.get() or (os.environ.get(_VARIABLE) if said is None else said[0]) or None
     if name is not None and name not in ORDER:
         raise ValueError(
             f"HF_LONGCTX_BACKEND: expected one of {', '.join(ORDER)}; got '{name}'. Unset it for the automatic choice."

@@ -9,6 +9,22 @@ from torch import Tensor
 from . import dispatch
 
 
+def rotate(x: Tensor, delta: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:
+    """Turn rotary embeddings further by `delta` positions; channels beyond R stay.
+
+    Args:
+        x: `[B, H, T, D]`.
+        delta: `[B or 1, T]`, int64, positions to add; small numbers keep float32 angles exact.
+        inv_freq: `[R/2]`, float32, R <= D.
+        interleaved: pairs are channels (2i, 2i+1) instead of (i, i + R/2).
+
+    Returns:
+        `[B, H, T, D]`, dtype of x; computed in float32, or float64 if x is.
+    """
+    out: Tensor = dispatch.call("rotate", x, delta, inv_freq, interleaved)
+    return out
+
+
 def rotate_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Turn queries and keys to their positions: pairs are channels (i, i + size/2), and those from `size` on stay.
 

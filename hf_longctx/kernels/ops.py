@@ -7,9 +7,9 @@ from torch import Tensor
 from . import dispatch
 from .fill import GroupFill, fill_pages
 from .heads import attend_heads
-from .layers import gated, rms_norm, rotate_heads
+from .layers import gated, rms_norm, rotate, rotate_heads
 from .moves import bring_blocks, copy_blocks, take_tokens
-from .recent import attend_recent
+from .recent import attend_recent, step_recent
 from .step import Choice, GroupStep, attend_layer
 from .types import HostBlocks, Logits, Packed, Places, Selection, Turns, Visibility
 
@@ -44,6 +44,7 @@ __all__ = [
     "rotate_heads",
     "score_antidiagonal",
     "score_pages",
+    "step_recent",
     "take_tokens",
 ]
 
@@ -235,22 +236,6 @@ def encode_kv(x: Tensor, bits: int) -> Packed:
 def decode_kv(x: Packed) -> Tensor:
     """The values that were stored: `[B, H, S, D]`, computed in float32, in `x.dtype`."""
     out: Tensor = dispatch.call("decode_kv", x)
-    return out
-
-
-def rotate(x: Tensor, delta: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:
-    """Turn rotary embeddings further by `delta` positions; channels beyond R stay.
-
-    Args:
-        x: `[B, H, T, D]`.
-        delta: `[B or 1, T]`, int64, positions to add; small numbers keep float32 angles exact.
-        inv_freq: `[R/2]`, float32, R <= D.
-        interleaved: pairs are channels (2i, 2i+1) instead of (i, i + R/2).
-
-    Returns:
-        `[B, H, T, D]`, dtype of x; computed in float32, or float64 if x is.
-    """
-    out: Tensor = dispatch.call("rotate", x, delta, inv_freq, interleaved)
     return out
 
 

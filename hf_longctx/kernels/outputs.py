@@ -26,7 +26,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def attend(q: Tensor, k: Any, v: Tensor | Packed, *others: Any) -> Tensor:
-    """Of `attend_blocks`, `attend_pages` and `attend_recent`."""
+    """Of `attend_blocks`, `attend_pages`, `attend_recent` and `step_recent`."""
     return empty_out(q, _width(v))
 
 

@@ -1,4 +1,4 @@
-"""The operation over two stores of the same tokens: its contract."""
+"""The operations over two stores of the same tokens: their contracts."""
 
 from __future__ import annotations
 
@@ -37,4 +37,47 @@ def attend_recent(
         `[B, Hq, T, Dv]`, dtype of q; zero where a query sees nothing.
     """
     out: Tensor = dispatch.call("attend_recent", q, k, v, near_k, near_v, logits, see, near_pos, recent)
+    return out
+
+
+def step_recent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far_k: Tensor | Packed,
+    far_v: Tensor | Packed,
+    near_k: Tensor,
+    near_v: Tensor,
+    ring: int,
+    logits: Logits,
+    see: Visibility,
+    near_pos: Tensor | None,
+    recent: int,
+    columns: int,
+    near_columns: int,
+) -> Tensor:
+    """One token a row: store it in both stores, as `append_pages` does, and attend, as `attend_recent` does.
+
+    Args:
+        q: `[B, Hq, 1, D]`.
+        k: `[B, Hkv, 1, D]`.
+        v: `[B, Hkv, 1, Dv]`.
+        far_k: `[B, Hkv, C, D]`, where position `p` has column `p`.
+        far_v: `[B, Hkv, C, Dv]`, likewise.
+        near_k: `[B, Hkv, C', D]`, where position `p` has column `p % ring`.
+        near_v: `[B, Hkv, C', Dv]`, likewise.
+        ring: slots that go round, at least `recent`.
+        logits: from products to logits.
+        see: `q_pos`, `[B or 1, 1]`, says where the tokens stand; there is no `k_pos`, and neither sinks nor a window.
+        near_pos: as in `attend_recent`, like the next one; once the token is stored.
+        recent: tokens, above 0.
+        columns: of the far store that are read, from the first one on.
+        near_columns: of the near store, likewise.
+
+    Returns:
+        `[B, Hq, 1, Dv]`, dtype of q.
+    """
+    stores = (far_k, far_v, near_k, near_v)
+    more = (near_pos, recent, columns, near_columns)
+    out: Tensor = dispatch.call("step_recent", q, k, v, *stores, ring, logits, see, *more)
     return out

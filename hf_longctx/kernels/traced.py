@@ -53,6 +53,7 @@ TABLE = {
     "attend_pages": Row(outputs.attend, tokens_first=True),
     "attend_mass": Row(outputs.attend_mass, _TWO, tokens_first=True),
     "attend_recent": Row(outputs.attend, tokens_first=True),
+    "step_recent": Row(outputs.attend, changed=frozenset({"far_k", "far_v", "near_k", "near_v"}), tokens_first=True),
     "attend_layer": Row(
         outputs.attend_layer, changed=frozenset({"groups.k", "groups.v", "groups.bounds", "groups.ids"})
     ),

@@ -124,6 +124,11 @@ class Packed:
         return self.payload.nbytes + self.scale.nbytes + self.zero.nbytes
 
 
+def slots(x: Tensor | Packed) -> Tensor:
+    """The tensor of a store in which every token of a head has a row: `[B, H, S, ?]`."""
+    return x if isinstance(x, Tensor) else x.payload
+
+
 def parts(x: Tensor | Packed) -> tuple[Tensor, ...]:
     """The tensors of either format, each `[B, H, S, ?]`, sharing memory with `x`."""
     return (x,) if isinstance(x, Tensor) else x.tensors

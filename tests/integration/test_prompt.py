@@ -176,9 +176,9 @@ def test_stores_grow_once_for_a_prompt_in_pieces(method: str, monkeypatch: pytes
     grown: list[int] = []
 
     def counted(make: Any) -> Any:
-        def run(rows: Rows, like: Any, slots: int) -> None:
+        def run(rows: Rows, like: Any, slots: int, *heads: int | None) -> None:
             before = rows.data
-            make(rows, like, slots)
+            make(rows, like, slots, *heads)
             if rows.data is not before:
                 grown.append(id(rows))
 

@@ -111,7 +111,7 @@ def test_text_of_a_report_names_plan_and_backends(row: Row, case: Case) -> None:
     text = str(lc.report(model))
     assert text.startswith(lc.report(model).plan.describe())
     assert "KV cache: " in text
-    assert "append: reference" in text
+    assert "fill_pages: " in text
     assert lc.Plan.from_json(lc.report(model).plan.to_json()) == lc.report(model).plan
 
 

@@ -63,6 +63,7 @@ def _attention(device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
     see = Visibility(q_pos=torch.tensor([[39], [12]], device=device))
     places = torch.arange(40, device=device)[None]
     yield "attend_recent", (drawn, *far, *near, Logits(0.1), see, places, 9)
+    yield "step_recent", test_recent.stepped(64, BF16, 4, (1499, 70), 64, 3, device)
     for layer in (test_step.BASE, test_step.MIXED, replace(test_step.MIXED, bits=4)):
         yield "attend_layer", test_step.made(layer, device)
 

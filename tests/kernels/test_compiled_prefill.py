@@ -189,13 +189,28 @@ def test_it_is_what_runs_and_plain_causal_attention_is_not() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("more", [-1, 0, 77])
+def test_some_heads_of_a_causal_text_are_read_where_they_lie_on_sm_90(more: int) -> None:
+    need("cuda")
+    tokens = prefill.LONG_OF_SOME + more
+    q, k, v, logits, see, *_ = made(Case((1, 2, 4, tokens, tokens, prefill.WIDE)), "cuda")
+    own = torch.arange(8, device="cuda", dtype=torch.int32)
+    out = torch.full_like(q, torch.nan)
+    ops.attend_heads(q, k, v, logits, see, None, None, own, out)
+    here = more >= 0 and torch.cuda.get_device_capability() == (9, 0)
+    assert dispatch.last_used()["attend_heads"] == ("compiled" if here else "reference")
+    expected = (prefill if here else ops).attend_blocks(q, k, v, logits, see, None)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.cuda
 def test_a_long_causal_text_is_read_by_it_on_sm_90() -> None:
     need("cuda")
     q, k, v, logits, see, *_ = made(Case((1, 2, 2, prefill.LONG + 9, prefill.LONG + 9, prefill.WIDE)), "cuda")
     got = ops.attend_blocks(q, k, v, logits, see, None)
     here = torch.cuda.get_device_capability() == (9, 0)  # elsewhere torch is faster
     assert dispatch.last_used()["attend_blocks"] == ("compiled" if here else "torch")
-    rows = torch.cat((torch.arange(70), torch.arange(4000, 4070), torch.arange(q.shape[2] - 70, q.shape[2]))).cuda()
+    rows = torch.cat((torch.arange(70), torch.arange(999, 1069), torch.arange(q.shape[2] - 70, q.shape[2]))).cuda()
     arguments = (logits, Visibility(q_pos=rows[None]), None)
     with use_backend("reference"):
         exact = ops.attend_pages(*(x.double() for x in (q[:, :, rows], k, v)), *arguments)
@@ -245,8 +260,8 @@ def test_what_it_does_not_take(options: dict[str, Any], reason: str | None, monk
 @pytest.mark.parametrize(
     ("tokens", "stored", "dim", "tiles", "reason"),
     [
-        (8192, 8192, 128, True, None),
-        (8191, 8191, 128, True, "leaves plain causal attention to torch"),
+        (2048, 2048, 128, True, None),
+        (2047, 2047, 128, True, "leaves plain causal attention to torch"),
         (8192, 8192, 64, True, "leaves plain causal attention to torch"),
         (8192, 8192, 128, False, "leaves plain causal attention to torch"),
         (8, 9, 64, False, None),

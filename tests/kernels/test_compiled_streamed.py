@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from hf_longctx.kernels import dispatch, reference
+from hf_longctx.kernels import dispatch, layers, reference
 from hf_longctx.kernels.compiled import library, streamed
 from hf_longctx.kernels.delta import linear_with_delta
 
@@ -98,6 +98,22 @@ def test_rows_that_lie_apart_and_no_bias() -> None:
     wide = torch.zeros(50, 512, dtype=x.dtype, device="cuda")[:, 64:448].copy_(weight)
     want = run(x, weight, torch.zeros_like(bias), bits, scales, slots)
     assert torch.equal(run(apart, wide, None, bits, scales, slots), want)
+
+
+@pytest.mark.cuda
+def test_slots_that_the_kernel_before_writes() -> None:
+    """It begins before that one is done."""
+    need("cuda")
+    x, weight, bias, bits, scales, _ = layer(Case(16, 4096, 520, 16, 1), torch.bfloat16)
+    ones = torch.full((16, 2), 1.28125, dtype=torch.bfloat16, device="cuda")  # of which the SiLU is 1
+    made = torch.Generator().manual_seed(1)
+    for turn in range(20):
+        slots = (torch.randperm(17, generator=made)[:16] - 1).clamp(min=0).int().cuda()[:, None]
+        want = run(x, weight, bias, bits, scales, slots)
+        written = layers.gated(ones, slots.view(torch.bfloat16)).view(torch.int32)
+        out = run(x, weight, bias, bits, scales, written)
+        assert torch.equal(written, slots), turn
+        assert torch.equal(out, want), turn
 
 
 @pytest.mark.cuda

@@ -54,6 +54,20 @@ def test_the_one_asked_for_by_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert dispatch.wanted() is None
 
 
+def test_a_call_of_a_model_looks_at_the_environment_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch.look_once(True)
+    monkeypatch.setenv("HF_LONGCTX_BACKEND", "reference")
+    assert dispatch.wanted() is None
+    with lc.use_backend("torch"):  # a block inside the call holds all the same
+        assert dispatch.wanted() == "torch"
+    dispatch.look_once(True)  # the next call
+    assert dispatch.wanted() == "reference"
+    monkeypatch.delenv("HF_LONGCTX_BACKEND")
+    assert dispatch.wanted() == "reference"
+    dispatch.look_once(False)
+    assert dispatch.wanted() is None
+
+
 def test_other_threads_have_their_own_wish() -> None:
     seen: list[str | None] = []
     with lc.use_backend("reference"):

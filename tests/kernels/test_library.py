@@ -92,11 +92,11 @@ def test_which_devices_run_which_code(built: str, capability: tuple[int, int], r
 
 def test_a_device_for_which_there_is_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
     need("cpu")
-    library._reason_on_cuda.cache_clear()
+    library._reason_on.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(library, "about", lambda: "CUDA sm_80, sm_90a")
     said = str(library.reason(torch.device("cuda", 7)))
-    library._reason_on_cuda.cache_clear()
+    library._reason_on.cache_clear()
     assert said.startswith("has no code for sm_75: its library is for CUDA sm_80, sm_90a")
 
 

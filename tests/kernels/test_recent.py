@@ -135,3 +135,83 @@ def test_the_library_on_a_gpu(dim: int, dtype: torch.dtype, ends: tuple[int, int
     limit = 2 * (plain.float() - expected).abs().amax() + 2 * ulp + 2e-3
     assert ((got.float() - expected).abs() <= limit).all()
     assert (q_pos[:, 0] >= 0).equal(got.ne(0).any(-1).any(-1).any(-1))
+
+
+def stepped(
+    dim: int, dtype: torch.dtype, bits: int, ends: tuple[int, ...], last: int, group: int, device: str
+) -> tuple[Any, ...]:
+    """Arguments of a step: stores of 1504 tokens, of which those are there that stand before `ends`."""
+    made = torch.Generator().manual_seed(dim + last)
+    q, _, (k, v) = drawn(made, len(ends), 2, 1, 1504, dim, dtype, device)
+    q = torch.cat((q, q.flip(1)), 1)[:, : 2 * group] if group > 3 else q[:, : 2 * group]
+    q_pos, ring = torch.tensor(ends, device=device)[:, None], last + 8
+    slots = torch.arange(ring, device=device)
+    near_pos = q_pos - (q_pos - slots) % ring  # once the token is stored
+    near = [ops.take_tokens(x, near_pos.clamp(min=0)) for x in (k, v)]
+    fresh = [ops.take_tokens(x, q_pos.clamp(min=0)) for x in (k, v)]
+    far = [ops.encode_kv(x, bits) for x in (k, v)]
+    for row, end in enumerate(ends if device == "cuda" else ()):  # nobody sees what stands where nothing was stored
+        for x in far:
+            x.payload[row, :, max(end, 0) :], x.scale[row, :, max(end, 0) :] = 0, torch.nan
+        for x in near:
+            x[row, :, (near_pos[row] < 0) | (near_pos[row] == end)] = torch.nan
+    see = Visibility(q_pos=q_pos)
+    return q, *fresh, *far, *near, ring, Logits(dim**-0.5), see, near_pos, last, 1504, ring
+
+
+def test_a_step_is_what_it_is_made_of() -> None:
+    q, k, v, far_k, far_v, near_k, near_v, ring, logits, see, near_pos, last, *_ = arguments = stepped(
+        64, torch.float32, 4, (1499, 70), 64, 3, "cpu"
+    )
+    got = ops.step_recent(*arguments)
+    for x, fresh in ((far_k, k), (far_v, v)):
+        for row, end in enumerate((1499, 70)):
+            one = ops.encode_kv(fresh[row], 4)
+            assert x.payload[row, :, end].equal(one.payload[:, 0])
+            assert x.scale[row, :, end].equal(one.scale[:, 0])
+    for x, fresh in ((near_k, k), (near_v, v)):
+        assert all(x[row, :, end % ring].equal(fresh[row, :, 0]) for row, end in enumerate((1499, 70)))
+    plain, places = [ops.decode_kv(x) for x in (far_k, far_v)], torch.arange(1504).expand(2, -1)
+    expected = literal(q, plain, (near_k, near_v), logits, see.q_pos, places, near_pos, last)
+    torch.testing.assert_close(got, expected.float(), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("bits", "ends", "last", "group"),
+    [
+        (4, (1499, 1503), 64, 3),
+        (4, (0, 70), 64, 4),
+        (8, (-1, 63), 64, 3),
+        (8, (64, 1499), 1, 6),  # more queries than one unit has
+        (4, (1499, 1100), 1024, 3),
+    ],
+)
+def test_a_step_on_a_gpu(dim: int, dtype: torch.dtype, bits: int, ends: tuple[int, ...], last: int, group: int) -> None:
+    need("cuda")
+    arguments = stepped(dim, dtype, bits, ends, last, group, "cuda")
+    stores = arguments[3:7]
+    held = [torch.nan_to_num(x) for x in _tensors(stores)]
+    assert recent.reject_step(*arguments) is None
+    got = recent.step_recent(*arguments)
+    stored = [x.clone() for x in _tensors(stores)]
+    assert all(recent.step_recent(*arguments).equal(got) for _ in range(3))
+    assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(_tensors(stores), stored, strict=True))
+    with use_backend("reference"):
+        for x, y in zip(_tensors(stores), held, strict=True):
+            x.copy_(y)
+        plain = ops.step_recent(*arguments)
+        assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(_tensors(stores), stored, strict=True))
+        far, near = arguments[3:5], [x[:, :, : arguments[7]].float() for x in arguments[5:7]]
+        rest = (arguments[8], arguments[9], arguments[10], last)
+        expected = ops.attend_recent(arguments[0].float(), *far, *near, *rest)
+    ulp = torch.finfo(dtype).eps * expected.abs().clamp(min=1e-3)
+    limit = 2 * (plain.float() - expected).abs().amax() + 2 * ulp + 2e-3
+    assert ((got.float() - expected).abs() <= limit).all()
+    assert (arguments[9].q_pos[:, 0] >= 0).equal(got.ne(0).any(-1).any(-1).any(-1))
+
+
+def _tensors(stores: Any) -> list[Tensor]:
+    return [y for x in stores for y in ([x] if isinstance(x, Tensor) else [x.payload, x.scale, x.zero])]

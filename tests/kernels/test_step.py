@@ -72,6 +72,11 @@ CASES = [
     *(replace(MIXED, dtype=t, bits=bits, seed=1) for t, bits in FORMATS),
     *(replace(MIXED, kinds=("window", "kept", "chosen"), group=g, seed=g) for g in (1, 7, 8, 20)),
     *(replace(BASE, kinds=(kind,), bits=bits) for kind in ("all", "window", "kept") for bits in (None, 4)),
+    # all is read, and the token lies anywhere in a slab
+    *(replace(BASE, kinds=("all",), dim=d, dtype=t, bits=bits) for d in (64, 96, 256) for t, bits in FORMATS),
+    *(replace(BASE, kinds=("all",), bits=bits, ends=(0, 15, 16, 31, 32, 40, -1, 511)) for bits in (None, 8, 4)),
+    *(replace(BASE, kinds=("all",), bits=bits, room=40000, ends=(39999, 20001), odd=True) for bits in (None, 4)),
+    replace(BASE, kinds=("all",), bits=4, group=20, ends=(100, 3)),
     *(replace(BASE, groups=((1, 0), (2,)), kinds=("chosen", kind), share="all") for kind in ("chosen", "window")),
     *(replace(BASE, ends=(e,), seed=e) for e in (0, 15, 16, 47, 511)),
     replace(BASE, ends=(-1, -1)),
@@ -262,7 +267,7 @@ def test_as_one_by_one(case: Case) -> None:
 @pytest.mark.cuda
 @pytest.mark.usefixtures("poisoned", "clean")
 @pytest.mark.parametrize(
-    "kinds", [("window", "chosen"), ("window", "kept"), ("chosen", "chosen"), ("all", "kept")], ids=str
+    "kinds", [("window", "chosen"), ("window", "kept"), ("chosen", "chosen"), ("all", "kept"), ("all", "all")], ids=str
 )
 @pytest.mark.parametrize("bits", [None, 4])
 def test_layers_that_follow_each_other_in_a_graph(kinds: tuple[str, str], bits: int | None) -> None:

@@ -111,11 +111,8 @@ def attend_pages(
     return out
 
 
-def split(block: HflAttend, device: torch.device, beside: HflAttend | None = None) -> list[Tensor]:
-    """Cut the columns into parts for a device; returns what must live as long as the argument block.
-
-    `beside`: the block of a call that runs at the same time.
-    """
+def split(block: HflAttend, device: torch.device) -> list[Tensor]:
+    """Cut the columns into parts for a device; returns what must live as long as the argument block."""
     with torch.cuda.device(device):
         splits = ctypes.c_int32()
         scratch_bytes = library.library().hfl_attend_scratch(ctypes.byref(block), ctypes.byref(splits))
@@ -123,15 +120,8 @@ def split(block: HflAttend, device: torch.device, beside: HflAttend | None = Non
         if splits.value <= 1:
             return []
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
-        units = library.library().hfl_attend_counters(ctypes.byref(block))
-        past = 0
-        if beside is not None:
-            past = library.library().hfl_attend_counters(ctypes.byref(beside))
-            places = -(-past * beside.splits // units)  # of each unit, that the other call takes for a moment
-            block.splits -= places if 8 * places <= splits.value else 0
-        count = past + units
         block.scratch = scratch.data_ptr()
-        block.counters = library.counters(device, count).data_ptr() + past * 4
+        block.counters = library.counters(device, library.library().hfl_attend_counters(ctypes.byref(block))).data_ptr()
         return [scratch]
 
 

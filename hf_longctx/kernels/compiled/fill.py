@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dispatch import Implementation
 from ..fill import GroupFill
-from ..types import Packed
+from ..types import Packed, slots
 from . import library, store
 from .library import HflRows, pointer
 
@@ -58,7 +58,7 @@ def reject(
         reason = store.reject_any(group.k, group.v, k, v, pos, group.ring, group.bounds)
         if reason is not None:
             return reason
-        if k.is_cuda and k.shape[0] * group.k.shape[1] > MOST_PROBLEMS:
+        if k.is_cuda and k.shape[0] * slots(group.k).shape[1] > MOST_PROBLEMS:
             return f"takes at most {MOST_PROBLEMS} rows * KV heads"
     for x in read:
         if x.dtype != k.dtype or not library.readable(x):
@@ -89,7 +89,7 @@ def fill_pages(
         else:  # all but the store is the same
             ctypes.pointer(block)[0] = blocks[0]
             store.at_store(block.at, group.k, group.v, group.sink, group.ring, group.bounds, group.sub)
-        block.heads, block.at.kv_heads = pointer(group.heads), group.k.shape[1]
+        block.heads, block.at.kv_heads = pointer(group.heads), slots(group.k).shape[1]
         block.entries = 0 if group.bounds is None else group.bounds.shape[2]
     library.run("fill", blocks[0], k.device)
     del held

@@ -63,13 +63,6 @@ class HflAttend(ctypes.Structure):
     )
 
 
-class HflBeside(ctypes.Structure):
-    """`hfl_beside`."""
-
-    __slots__ = ()
-    _fields_ = (("sums", ctypes.c_void_p), ("reads", ctypes.c_int32), ("before", ctypes.c_int32))
-
-
 class HflPrefill(ctypes.Structure):
     """`hfl_prefill`."""
 
@@ -128,8 +121,8 @@ _OPS = {
     **dict.fromkeys(
         ("attend", "score", "pick", "append", "fill", "decode", "delta", "quantize", "linear"), ("cpu", "cuda")
     ),
-    **dict.fromkeys(("attend_beside", "antidiagonal", "pick_mass", "prefill", "bring", "copy"), ("cuda",)),
-    **dict.fromkeys(("norm", "turn", "gated", "joined", "layer", "project", "streamed", "tables"), ("cuda",)),
+    **dict.fromkeys(("antidiagonal", "pick_mass", "prefill", "bring", "copy"), ("cuda",)),
+    **dict.fromkeys(("norm", "turn", "gated", "joined", "layer", "project", "recent", "streamed", "tables"), ("cuda",)),
     **dict.fromkeys(("sort", "experts", "combine"), ("cuda",)),
 }
 
@@ -139,6 +132,8 @@ _SIZES = (
     "attend_counters",
     "pick_scratch",
     "layer_scratch",
+    "recent_scratch",
+    "recent_counters",
     "antidiagonal_scratch",
     "delta_scratch",
     "merged_scratch",
@@ -149,15 +144,14 @@ _SIZES = (
 def reason(device: torch.device) -> str | None:
     """Why operations on a device cannot run in the library, or None."""
     library, why = _load()
-    if library is None:
-        return why
-    if device.type == "cuda":
-        return _reason_on_cuda(device)
-    return f"has no code for {device.type}" if device.type != "cpu" else None
+    return why if library is None else _reason_on(device)
 
 
 @cache
-def _reason_on_cuda(device: torch.device) -> str | None:
+def _reason_on(device: torch.device) -> str | None:
+    """The same where there is a library; known of each device, as it is asked some hundred times in a call."""
+    if device.type != "cuda":
+        return f"has no code for {device.type}" if device.type != "cpu" else None
     major, minor = torch.cuda.get_device_capability(device)
     if runs_on(about(), major, minor):
         return None
@@ -208,13 +202,16 @@ def call(name: str, block: ctypes.Structure, *more: Any) -> None:
         raise RuntimeError(f"{name}: {message.decode()}")
 
 
+_HOST = torch.device("cpu")
+
+
 def run(op: str, block: ctypes.Structure, device: torch.device) -> None:
     """Run an operation on the host, or on the stream on which torch works now.
 
     Raises:
         RuntimeError: as `call`.
     """
-    if device.type == "cpu":
+    if device == _HOST:
         call(f"hfl_{op}_cpu", block, torch.get_num_threads())
         return
     block.stream = stream(device)

@@ -60,11 +60,12 @@ def reject(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) ->
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tensor:
     """`ops.rms_norm`."""
-    rows = x[(None,) * (4 - x.ndim)]
-    dtype = torch.promote_types(x.dtype, weight.dtype) if early else x.dtype
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    block = HflNorm(*rows.shape, library.DTYPES[x.dtype], library.DTYPES[weight.dtype], early, eps, offset)
-    block.x, (block.x_o, block.x_m, block.x_i) = x.data_ptr(), rows.stride()[:3]
+    kind, of_weight, more = x.dtype, weight.dtype, 4 - x.ndim
+    dtype = torch.promote_types(kind, of_weight) if early and kind != of_weight else kind
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    dims, steps = (1,) * more + x.shape, (0,) * more + x.stride()  # quicker than a view
+    block = HflNorm(*dims, library.DTYPES[kind], library.DTYPES[of_weight], early, eps, offset)
+    block.x, (block.x_o, block.x_m, block.x_i) = x.data_ptr(), steps[:3]
     block.weight, block.out = weight.data_ptr(), out.data_ptr()
     library.run("norm", block, x.device)
     return out

@@ -18,8 +18,10 @@ KEYS = 64
 """A block of a selection holds whole tiles of so many keys."""
 QUERIES = 128
 """A block of queries holds whole tiles of so many."""
-LONG, WIDE = 8192, 128
+LONG, WIDE = 2048, 128
 """Queries of a whole causal text, and channels, from which on the kernel of sm_90a is faster than those of torch."""
+LONG_OF_SOME = 1024
+"""As `LONG`, for some heads of a layer, which torch must have apart."""
 PAIRS = 8
 """So many pairs of channels are turned at a time."""
 
@@ -35,9 +37,20 @@ def reject(
 ) -> str | None:
     """Why the library does not take these arguments, or None."""
     reason = library.reason_on_cuda(q, "has many queries a row on CUDA only")
-    reason = reason or _reject_dense(q, k, logits, see, turns, selection)
-    if reason is not None:
-        return reason
+    reason = reason or _reject_dense(q, k, logits, see, turns, selection, LONG)
+    return reason or _reject_any(q, k, v, logits, see, turns, selection)
+
+
+def _reject_any(
+    q: Tensor,
+    k: Tensor | Packed,
+    v: Tensor | Packed,
+    logits: Logits,
+    see: Visibility,
+    turns: Turns | None,
+    selection: Selection | None,
+) -> str | None:
+    """The same, whatever torch may be faster at."""
     if 0 in (q.numel(), k.shape[2]):
         return "takes no empty tensors"
     if k.shape[2] < q.shape[2] and (see.q_pos is None or see.k_pos is not None):
@@ -88,12 +101,13 @@ def _reject_dense(
     see: Visibility,
     turns: Turns | None,
     selection: Selection | None,
+    least: int,
 ) -> str | None:
     """Causal attention of a whole text is what torch's kernels are fastest at, but for a long one on sm_90."""
     stored = k.shape[2]
     whole = see.aligned and q.shape[2] == stored and (see.window is None or see.window >= stored)
     dense = selection is None and turns is None and whole and logits.plain
-    if dense and isinstance(k, Tensor) and stored >= LONG and q.shape[3] == WIDE and _has_tiles(q.device):
+    if dense and isinstance(k, Tensor) and stored >= least and q.shape[3] == WIDE and _has_tiles(q.device):
         return None
     return "leaves plain causal attention to torch" if dense else None
 
@@ -136,7 +150,9 @@ def reject_heads(
         return "needs queries, heads and results on one device, and results in the dtype of the queries"
     if out.stride(-1) != 1 or (out.is_cuda and not library.aligned(out)):
         return "needs rows that begin at multiples of 16 bytes"
-    return reject(q, k, v, logits, see, turns, selection)
+    reason = library.reason_on_cuda(q, "has many queries a row on CUDA only")
+    reason = reason or _reject_dense(q, k, logits, see, turns, selection, LONG_OF_SOME)
+    return reason or _reject_any(q, k, v, logits, see, turns, selection)
 
 
 def attend_heads(

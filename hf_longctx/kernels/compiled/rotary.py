@@ -39,7 +39,7 @@ def reject(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, size: int) -> str | N
     inputs = (q, k, cos, sin)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return "computes no gradients"
-    if any(x.device != q.device for x in inputs):
+    if not q.device == k.device == cos.device == sin.device:
         return "needs queries, keys and angles on one device"
     if q.dtype != k.dtype or q.dtype not in library.DTYPES:
         return "needs queries and keys in one dtype, float32, float16 or bfloat16"
@@ -47,7 +47,7 @@ def reject(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, size: int) -> str | N
         return "needs cos and sin in the dtype of the queries, or in float32"
     if q.shape[3] % 8 or size % 8:
         return "takes multiples of 8 channels"
-    if not all(_in_pieces(x) for x in inputs):
+    if not all(map(_in_pieces, inputs)):
         return f"needs channels that lie side by side, and rows that begin at multiples of {PIECE} elements"
     return None
 
@@ -64,7 +64,7 @@ def rotate_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, size: int) -> t
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     (rows, heads, tokens, dim), kv_heads, width = q.shape, k.shape[1], cos.shape[2]
-    out = q.new_empty(q.shape), k.new_empty(k.shape)
+    out = q.new_empty(*q.shape), k.new_empty(*k.shape)  # a shape as it is takes torch longer to read
     block = HflTurn(rows, heads, kv_heads, tokens, dim, library.DTYPES[q.dtype])
     block.size, block.pairs, block.angle_dtype = size, width < size, library.DTYPES[cos.dtype]
     block.q, (block.q_b, block.q_h, block.q_t) = q.data_ptr(), q.stride()[:3]

@@ -7,7 +7,7 @@ import ctypes
 from torch import Tensor
 
 from ..dispatch import Implementation
-from ..types import Packed
+from ..types import Packed, slots
 from . import library
 from .library import HflRows, pointer
 
@@ -65,25 +65,26 @@ def reject_any(
     """The same of any number of tokens, where there is a library."""
     if 0 in (k.numel(), v.numel()):
         return "takes no empty tensors"
-    if any(x.device != k.device for x in (k_store, v_store, v, pos)):
+    stores, device, dtype = (slots(k_store), slots(v_store)), k.device, k.dtype
+    if not device == stores[0].device == stores[1].device == v.device == pos.device:
         return "needs the store, the tokens and their positions on one device"
-    if any(x.dtype != k.dtype for x in (k_store, v_store, v)) or k.dtype not in library.DTYPES:
+    if not dtype == k_store.dtype == v_store.dtype == v.dtype or dtype not in library.DTYPES:
         return "needs the store and the tokens in one dtype, float32, float16 or bfloat16"
-    stores = [x if isinstance(x, Tensor) else x.payload for x in (k_store, v_store)]
-    if any(x.stride(-1) != 1 for x in stores):
+    if not stores[0].stride(-1) == stores[1].stride(-1) == 1:
         return "needs channels that lie side by side"
     if bounds is not None:
         if ring is not None:
             return "keeps no bounds of a ring"
-        if bounds.dtype != k.dtype or bounds.stride()[2:] != (2 * k.shape[3], k.shape[3], 1):
+        if bounds.dtype != dtype or bounds.stride()[2:] != (2 * k.shape[3], k.shape[3], 1):
             return "needs bounds in the dtype of the keys, and side by side"
     return _reject_on_cuda(stores, k, v) if k.is_cuda else None
 
 
-def _reject_on_cuda(stores: list[Tensor], k: Tensor, v: Tensor) -> str | None:
-    if any(x.shape[3] % 8 or x.shape[3] > MOST_CHANNELS for x in (k, v)):
+def _reject_on_cuda(stores: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> str | None:
+    dim, v_dim = k.shape[3], v.shape[3]
+    if dim % 8 or v_dim % 8 or max(dim, v_dim) > MOST_CHANNELS:
         return f"takes a multiple of 8 channels, at most {MOST_CHANNELS}, on CUDA"
-    if not all(library.aligned(x) for x in stores):
+    if not (library.aligned(stores[0]) and library.aligned(stores[1])):
         return "needs rows that begin at multiples of 16 bytes"
     return None
 
@@ -118,13 +119,12 @@ def arguments(
     sub: int,
 ) -> tuple[HflAppend, list[Tensor]]:
     """The argument block, and tensors made for it, which must live as long."""
-    k, v = (library.laid_out(x.detach()) for x in (k, v))
-    pos = pos.contiguous()
-    block = HflAppend(*k.shape[:3], k.shape[3], v.shape[3], library.DTYPES[k.dtype])
+    k, v, pos = library.laid_out(k.detach()), library.laid_out(v.detach()), pos.contiguous()
+    block = HflAppend(*k.shape, v.shape[3], library.DTYPES[k.dtype])
     at_store(block, k_store, v_store, sink, ring, bounds, sub)
     block.fresh_k, (block.fk_b, block.fk_h, block.fk_t) = k.data_ptr(), k.stride()[:3]
     block.fresh_v, (block.fv_b, block.fv_h, block.fv_t) = v.data_ptr(), v.stride()[:3]
-    block.pos, block.pos_b = pos.data_ptr(), 0 if len(pos) == 1 else pos.shape[1]
+    block.pos, block.pos_b = pos.data_ptr(), 0 if pos.shape[0] == 1 else pos.shape[1]
     return block, [k, v, pos]
 
 
@@ -143,7 +143,7 @@ def at_store(
     block.bounds = None
     if bounds is not None:
         block.bounds, (block.bounds_b, block.bounds_h) = pointer(bounds), bounds.stride()[:2]
-    block.sub, block.capacity = sub, k_store.shape[2]
+    block.sub, block.capacity = sub, slots(k_store).shape[2]
 
 
 OPS = {"append_pages": Implementation(append_pages, reject)}

@@ -15,7 +15,7 @@ from .linear import quantize_gated, quantize_norm, quantize_tokens, w4a8_linear,
 from .norm import rms_norm
 from .pick import pick_blocks
 from .project import gated, project, project_gated
-from .recent import attend_recent
+from .recent import attend_recent, step_recent
 from .rotate import rotate, rotate_heads
 from .score import score_antidiagonal, score_pages
 from .selected import attend_mass
@@ -28,6 +28,7 @@ OPS = {
     "attend_pages": Implementation(attend_pages),
     "attend_mass": Implementation(attend_mass),
     "attend_recent": Implementation(attend_recent),
+    "step_recent": Implementation(step_recent),
     "attend_layer": Implementation(attend_layer),
     "score_pages": Implementation(score_pages),
     "score_antidiagonal": Implementation(score_antidiagonal),

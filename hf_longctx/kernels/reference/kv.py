@@ -44,3 +44,11 @@ def read(x: Tensor | Packed, index: tuple[Any, ...]) -> Tensor:
     if isinstance(x, Tensor):
         return x[index]
     return decode_kv(replace(x, payload=x.payload[index], scale=x.scale[index], zero=x.zero[index]))
+
+
+def first_columns(x: Tensor | Packed, columns: int) -> Tensor | Packed:
+    """So many of a store, sharing its memory."""
+    if isinstance(x, Tensor):
+        return x[:, :, :columns]
+    payload, scale, zero = (part[:, :, :columns] for part in (x.payload, x.scale, x.zero))
+    return replace(x, payload=payload, scale=scale, zero=zero)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..types import Packed
 from .attend import values_of
+from .kv import first_columns
 from .weigh import LOGITS_PER_BLOCK, average, empty_out, join, positions, products, weigh_products
 
 if TYPE_CHECKING:
@@ -96,3 +98,28 @@ def attend_recent(
 
     found = parts(q, k, v, near_k, near_v, see, near_pos, recent)
     return join(((part.rows, read(part)) for part in found), empty_out(q, v.shape[3]))
+
+
+def step_recent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far_k: Tensor | Packed,
+    far_v: Tensor | Packed,
+    near_k: Tensor,
+    near_v: Tensor,
+    ring: int,
+    logits: Logits,
+    see: Visibility,
+    near_pos: Tensor | None,
+    recent: int,
+    columns: int,
+    near_columns: int,
+) -> Tensor:
+    """The definition of `ops.step_recent`: the operations that it is made of, each on the backend that takes it."""
+    dispatch.call("append_pages", far_k, far_v, k, v, see.q_pos, 0, None, None, 1, None)
+    dispatch.call("append_pages", near_k, near_v, k, v, see.q_pos, 0, ring, None, 1, None)
+    far = (first_columns(x, columns) for x in (far_k, far_v))
+    near = (x[:, :, :near_columns] for x in (near_k, near_v))
+    out: Tensor = dispatch.call("attend_recent", q, *far, *near, logits, see, near_pos, recent)
+    return out

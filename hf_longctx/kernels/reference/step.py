@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..step import GroupStep
-from ..types import Logits, Packed, Selection
+from ..types import Logits, Selection
+from .kv import first_columns
 
 
 def attend_layer(q: Tensor, k: Tensor, v: Tensor, logits: Logits, groups: Sequence[GroupStep]) -> Tensor:
@@ -25,7 +25,9 @@ def attend_layer(q: Tensor, k: Tensor, v: Tensor, logits: Logits, groups: Sequen
         dispatch.call("append_pages", group.k, group.v, *fresh, *where)
         _choose(group, asked)
         read = None if group.ids is None else Selection(group.ids, group.block, 1)
-        stored = (group.k, group.v) if read is not None else (_first(x, group.columns) for x in (group.k, group.v))
+        stored = (
+            (group.k, group.v) if read is not None else (first_columns(x, group.columns) for x in (group.k, group.v))
+        )
         part = dispatch.call("attend_pages", asked, *stored, logits.heads(heads), group.see, None, read)
         out[:, 0, heads] = part[:, :, 0]
     return out
@@ -47,10 +49,3 @@ def _choose(group: GroupStep, q: Tensor) -> None:
     scores = dispatch.call("score_pages", q, choice.summary, choice.subs, choice.share)
     numbers = (choice.sink, choice.take, None, choice.forced)
     group.ids.copy_(dispatch.call("pick_blocks", scores, choice.low, choice.high, *numbers))
-
-
-def _first(x: Tensor | Packed, columns: int) -> Tensor | Packed:
-    if isinstance(x, Tensor):
-        return x[:, :, :columns]
-    payload, scale, zero = (part[:, :, :columns] for part in (x.payload, x.scale, x.zero))
-    return replace(x, payload=payload, scale=scale, zero=zero)

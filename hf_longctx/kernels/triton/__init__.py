@@ -74,6 +74,8 @@ _EACH = (
     "attend_blocks",
     "attend_pages",
     "score_pages",
+    "score_antidiagonal",
+    "pick_blocks",
     "append_pages",
     "fill_pages",
     "delta_linear",

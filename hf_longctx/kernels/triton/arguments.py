@@ -38,12 +38,17 @@ def reject_tensors(q: Tensor, k: Tensor | Packed, v: Tensor | Packed, logits: Lo
         return "needs keys and values in one format"
     if max(q.shape[3], v.shape[3]) > MOST:
         return f"takes at most {MOST} channels"
-    tensors = [x for y in (k, v) for x in parts(y)]
-    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in tensors):
+    reason = reject_stored(k, v)
+    return reason if reason is not None or logits.scale > 0 else "needs a scale above zero"
+
+
+def reject_stored(*stored: Tensor | Packed) -> str | None:
+    """Why the kernels do not read keys or values as they lie, or None."""
+    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for y in stored for x in parts(y)):
         return "needs channels that lie side by side"
-    if any(x.scale.stride() != x.zero.stride() for x in (k, v) if isinstance(x, Packed)):
+    if any(x.scale.stride() != x.zero.stride() for x in stored if isinstance(x, Packed)):
         return "needs scales and zeros that lie alike"
-    return None if logits.scale > 0 else "needs a scale above zero"
+    return None
 
 
 def reject_dtypes(what: str, first: Tensor, *others: Tensor | Packed) -> str | None:
