@@ -22,9 +22,6 @@ WORD = 32
 FEW, MANY = 16, 256
 """Rows up to which, and from which on, it may pay to do a layer's product and that of its deltas in one."""
 
-FAST = ("compiled", "triton")
-"""Backends that do it."""
-
 
 def delta_linear(x: Tensor, base_out: Tensor, bits: Tensor, scales: Tensor, slot_of_row: Tensor) -> Tensor:
     """What a linear layer gives with the deltas of each row's slots: `base_out + sum over slots of x (scale * sign)^T`.
@@ -121,11 +118,23 @@ def joined(
     slots = slot_of_row[:, None] if slot_of_row.ndim == 1 else slot_of_row
     if len(x) <= FEW or len(weights) > 1:
         layers = (x, weights, biases, bits, scales, slots)
-        here = dispatch.chosen("linears_with_delta", *layers) in FAST
+        here = _pays("linears_with_delta", layers, (x, weights[0], bits[0], scales[0], slots))
         return dispatch.call("linears_with_delta", *layers) if here else None
     layer = (x, weights[0], biases[0], bits[0], scales[0], slots)
-    many = dispatch.chosen("linear_with_delta", *layer) in FAST
+    many = _pays("linear_with_delta", layer, (x, weights[0], bits[0], scales[0], slots))
     return (dispatch.call("linear_with_delta", *layer),) if many else None
+
+
+def _pays(op: str, arguments: tuple[Any, ...], first: tuple[Tensor, ...]) -> bool:
+    """Whether a backend does it that is not slower than the base's product and `delta_linear`; first: of a layer.
+
+    Triton joins what it would compute anyway: where the library takes the deltas, they are left to it.
+    """
+    backend = dispatch.chosen(op, *arguments)
+    if backend != "triton":
+        return backend == "compiled"
+    x, weight, *others = first
+    return dispatch.chosen("delta_linear", x, x.new_empty(1, 1).expand(len(x), len(weight)), *others) == "triton"
 
 
 class _DeltaLinear(torch.autograd.Function):

@@ -29,7 +29,7 @@ def _kernel(
     n, place = tl.program_id(1) * N + tl.arange(0, N), start + tl.arange(0, ROWS)
     valid = place < rows
     row = tl.load(order + place, mask=valid, other=0).to(tl.int64)
-    slot = tl.load(slots + row * planes + plane, mask=valid, other=-1)
+    slot = tl.minimum(tl.load(slots + row * planes + plane, mask=valid, other=-1), kinds)  # of all that are not there
     unit = tl.load(units + row)
     column, k, w = tl.arange(0, ROWS * 4), tl.arange(0, W * 32), tl.arange(0, W)
     own = tl.load(order + tl.minimum(start + column // 4, rows - 1)).to(tl.int64)
