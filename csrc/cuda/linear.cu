@@ -212,8 +212,7 @@ const char* run(const hfl_linear& a, const Device& device) {
   if (p.split_tiles && !a.scratch) return "w4a8_linear: expected scratch memory";
   cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes);
   if (error == cudaSuccess) error = keep_shared(kernel.function);
-  const int blocks = blocks_of(p, kernel, device.processors), rows_apart = blocks * kernel.rows;
-  if (kernel.kind == Kind::ROWS && !a.next && rows_apart % PANEL == 0) p.panels_apart = rows_apart / PANEL;
+  const int blocks = blocks_of(p, kernel, device.processors);
   void* arguments[] = {&p, &map};  // a kernel of few tokens has one parameter
   for (; error == cudaSuccess && p.tokens_from < a.tokens; p.tokens_from += p.tokens) {
     if (kernel.kind < Kind::SHARED) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);

@@ -28,7 +28,6 @@ struct LinearTask {
   int steps, shares;           // of a tile; blocks that share the steps of tiles that are split, or of one
   int row_tiles, token_tiles, split_tiles, whole_tiles;
   LinearPart parts[MOST_PARTS];
-  int panels_apart;            // of a block's units, where they are of one weight and whole panels apart; or 0
   int* counters;               // of tiles that are split; behind them lie their sums [tile][token][TILE_ROWS]
   int* partial;
 };

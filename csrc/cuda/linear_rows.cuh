@@ -64,15 +64,7 @@ struct RowsCursor {
   __device__ __forceinline__ void next() {
     chunk += R::WARPS;
     codes += R::WARPS * CHUNK_BYTES, levels += R::WARPS * p.groups * (2 * PANEL);
-    if (chunk < p.chunks) return;
-    unit += static_cast<int>(gridDim.x);
-    if (p.panels_apart) {  // of one weight; the part of a panel stays the same
-      const int64_t chunks = static_cast<int64_t>(p.panels_apart) * p.chunks - (chunk - warp);
-      codes += chunks * CHUNK_BYTES, levels += chunks * (p.groups * (2 * PANEL));
-      chunk = warp;
-    } else {
-      chunk = warp, find();
-    }
+    if (chunk >= p.chunks) chunk = warp, unit += static_cast<int>(gridDim.x), find();
   }
 
  private:
@@ -225,17 +217,10 @@ struct RowsBlock {
     clear();
   }
 
-  // What belongs to this thread's row.
-  __device__ __forceinline__ OfRow row_of_unit(int unit) const {
-    const LinearPart& weight = part_of(p, unit);
-    return row_of_weight(weight, unit * R::ROWS + static_cast<int>(threadIdx.x) % R::ROWS);
-  }
-
   // Results of a unit whose sums are complete, which become zero.
-  __device__ __forceinline__ void finish(uint32_t from, int unit, const OfRow& row,
+  __device__ __forceinline__ void finish(uint32_t from, const LinearPart& weight, int n, const OfRow& row,
                                          const OfToken (&of)[R::EACH]) const {
-    const LinearPart& weight = part_of(p, unit);
-    const int first = static_cast<int>(threadIdx.x), n = unit * R::ROWS + first % R::ROWS;
+    const int first = static_cast<int>(threadIdx.x);
 #pragma unroll
     for (int i = 0; i < R::EACH; ++i) {
       const int m = first / R::ROWS + i * (R::THREADS / R::ROWS);
@@ -285,8 +270,10 @@ __global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_ro
   };
 #pragma unroll 1
   for (int unit = static_cast<int>(blockIdx.x); unit < p.whole_tiles; unit += static_cast<int>(gridDim.x)) {
-    OfRow row;
-    if (thread / R::ROWS < p.tokens) row = block.row_of_unit(unit);  // most warps have no result of few tokens
+    int own = unit;
+    const LinearPart& weight = part_of(p, own);
+    const int n = own * R::ROWS + thread % R::ROWS;
+    const OfRow row = row_of_weight(weight, n);
     int slot = 0, left = (p.chunks - block.warp + R::WARPS - 1) / R::WARPS;
 #pragma unroll 1
     for (; left >= 2; left -= 2, slot += 2) {
@@ -308,7 +295,7 @@ __global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_ro
     const uint32_t sums = block.sums + turn * R::SUMS * 4;
     block.add(sums);
     __syncthreads();
-    if (thread / R::ROWS < p.tokens) block.finish(sums, unit, row, tokens);
+    block.finish(sums, weight, n, row, tokens);
     turn ^= 1;
   }
 }
