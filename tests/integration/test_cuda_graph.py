@@ -99,14 +99,12 @@ def test_half_precision_on_the_compiled_path(row: Row, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("row", ROWS, ids=named)
 def test_a_replay_does_not_wait(row: Row) -> None:
-    model, ids = (
-        lc.patch(LLAMA.make().cuda(), row.method(LLAMA)),
-        LLAMA.prompt(72, rows=2).cuda(),
-    )  # more than fits on the device
+    model, ids = lc.patch(LLAMA.make().cuda(), row.method(LLAMA)), LLAMA.prompt(72, rows=2).cuda()
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     places = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
+        # so many that the host has blocks from the start
         cache = model(ids[:, :42], attention_mask=mask[:, :42], position_ids=places[:, :42]).past_key_values
         for i in range(42, 72):
             call = {"attention_mask": mask[:, : i + 1], "position_ids": places[:, i : i + 1], "past_key_values": cache}
