@@ -27,7 +27,7 @@ ROOMS = {
     "files": set(),
     "tune/thresholds": {"files"},
     "tune/crossover": {"files", "machine"},
-    "limits": {"plan"},
+    "limits": {"cache", "plan"},
     "memory": {"cache", "models", "plan"},
     "forecast": {"cache", "memory", "models", "plan", "prompt"},
     "methods": {
