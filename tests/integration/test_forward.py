@@ -239,6 +239,20 @@ def test_a_filled_foreign_cache_is_refused(make: Any) -> None:
         model(ids[:, 10:], past_key_values=cache)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("other", ["unpatched since", "never patched"])
+def test_a_cache_is_refused_by_a_model_that_is_not_patched(other: str, tokens: int) -> None:
+    """It would attend to the new tokens alone, and of one nobody would notice."""
+    model, ids = lc.patch(LLAMA.make(), "dense"), LLAMA.prompt(20)
+    expected = model(ids).logits[:, -tokens:]
+    cache = model(ids[:, :-tokens]).past_key_values
+    asked = lc.unpatch(model) if other == "unpatched since" else LLAMA.make()
+    with pytest.raises(TypeError, match="got a call of another, or of one that was unpatched since"):
+        asked(ids[:, -tokens:], past_key_values=cache)
+    got = lc.patch(model, "dense")(ids[:, -tokens:], past_key_values=cache).logits
+    assert error(got, expected) < TOLERANCE
+
+
 def test_images_are_refused_where_positions_are_counted_in_the_cache() -> None:
     case = BY_NAME["qwen2_5_vl"]
     model = lc.patch(case.make(), LOSSY[0].method(case))
