@@ -146,3 +146,50 @@ def test_a_window_of_the_cache_alone_is_refused() -> None:
     model.model.layers[1].self_attn.sliding_window = None
     with pytest.raises(lc.UnsupportedError, match=f"in layer 1 .*got sliding_window=None.*window of {WINDOW} tokens"):
         model.generate(**single(case), max_new_tokens=NEW)
+
+
+# masks that a model around the decoder has made ----------------------------------------------------------------------
+
+
+def _gemma3_with_pictures(implementation: str) -> hf.PreTrainedModel:
+    text = {**_SIZES, **_MIXED, "query_pre_attn_scalar": 24}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4,
+        boi_token_index=6, eoi_token_index=7, image_token_index=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    return hf.Gemma3ForConditionalGeneration._from_config(config, attn_implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", METHODS)
+def test_text_for_a_model_that_makes_its_masks_around_the_decoder(method: str, implementation: str) -> None:
+    case = Case("gemma3_pictures", lambda: _gemma3_with_pictures(implementation), layers=4, text_config=True)
+    stock, model = case.make(), lc.patch(case.make(), METHODS[method])
+    for inputs in (batch(case), single(case)):
+        expected, got = (generate(x, inputs, output_logits=True) for x in (stock, model))
+        assert torch.equal(got.sequences, expected.sequences)
+        assert error(torch.stack(got.logits), torch.stack(expected.logits)) < TOLERANCE
+
+
+def test_such_masks_where_most_is_dropped() -> None:
+    case = Case("gemma3_pictures", lambda: _gemma3_with_pictures("sdpa"), layers=4, text_config=True)
+    model = lc.patch(case.make(), lc.StreamingLLM(sinks=2, window=9))
+    got, expected = (generate(model, batch(case), use_cache=cached).sequences for cached in (True, False))
+    assert torch.equal(got, expected)
+    in_turns = generate(model, batch(case), prefill_chunk_size=7).sequences
+    assert torch.equal(in_turns, expected)
+
+
+@torch.no_grad()
+def test_pictures_that_are_read_in_both_directions_are_refused() -> None:
+    case = Case("gemma3_pictures", lambda: _gemma3_with_pictures("sdpa"), layers=4, text_config=True)
+    model, ids = lc.patch(case.make(), "dense"), case.prompt(20)
+    ids[0, 5:9] = 4
+    kinds = (ids == 4).long()
+    pictures = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(lc.UnsupportedError, match="got one with more to it"):
+        model(ids, pixel_values=pictures, token_type_ids=kinds)
+    text = case.prompt(20)
+    expected = case.make()(text).logits
+    assert error(model(text, token_type_ids=torch.zeros_like(text)).logits, expected) < TOLERANCE

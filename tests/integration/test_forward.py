@@ -135,9 +135,19 @@ PACKED = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
 REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "4-D mask": ({"attention_mask": BLOCK}, lc.UnsupportedError, r"expected attention_mask as \[B, T\].* got a 4-D"),
     "mask per layer type": (
-        {"attention_mask": {"full_attention": BLOCK}},
+        {"attention_mask": {"chunked_attention": BLOCK}},
         lc.UnsupportedError,
         r"expected attention_mask as \[B, T\].* got a dict",
+    ),
+    "both directions": (
+        {"attention_mask": {"full_attention": BLOCK | (torch.arange(10) < 4)}},
+        lc.UnsupportedError,
+        "expected a mask of padding, causality and the model's own windows; got one with more to it",
+    ),
+    "a mask that hides": (
+        {"attention_mask": {"full_attention": BLOCK & (torch.eye(10) + torch.eye(10).roll(1, 0) > 0)}},
+        lc.UnsupportedError,
+        "got one with more to it",
     ),
     "weights": ({"output_attentions": True}, lc.UnsupportedError, "expected output_attentions=False"),
     "wide mask": ({"attention_mask": torch.ones(1, 12)}, ValueError, r"expected \[B, 10\] \(0 cached \+ 10 new"),
