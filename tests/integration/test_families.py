@@ -71,6 +71,14 @@ def test_heads_of_each_layer(case: Case, cls: str, heads: list[tuple[int, int]])
     assert [(layer.kv_heads, layer.head_dim) for layer in inspect_model(case.make()).layers] == heads
 
 
+@each
+def test_what_is_planned_for_layers_that_differ(case: Case, cls: str, heads: list[tuple[int, int]]) -> None:
+    """For all methods but those that need a pattern of heads, of which none fits."""
+    look = lc.plan(case.make(), 1024, memory="1GiB")
+    assert set(look.refused) == {"duo_attention", "lserve"}
+    assert "expected a published head pattern" in look.refused["duo_attention"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 @each
 @torch.no_grad()
