@@ -21,22 +21,16 @@ from .tiles import (
     NEVER,
     PLACES,
     average,
+    column_of,
     head_of,
     logits_of,
     nothing,
+    positions,
     products,
     put,
     queries,
     read,
 )
-
-
-@triton.jit
-def _positions(see, batch, rows, tokens, stored, GIVEN: tl.constexpr):
-    """Of each query, -1 for none."""
-    if GIVEN:
-        return tl.load(see[0] + batch * see[1] + rows, mask=rows < tokens, other=-1).to(tl.int32)
-    return tl.where(rows < tokens, stored - tokens + rows, -1)
 
 
 @triton.jit
@@ -82,13 +76,6 @@ def _band(
 
 
 @triton.jit
-def _column(pages, i, chosen, BN: tl.constexpr, EACH: tl.constexpr):
-    """First column of a tile of the chosen blocks, of EACH tiles."""
-    page = tl.load(pages + i // EACH, mask=i // EACH < chosen, other=0)
-    return (page * EACH + i % EACH) * BN
-
-
-@triton.jit
 def _both(
     k, v, k_tiles, v_tiles, k_at, v_at, batch, head, column, offsets, there, like, DIM: tl.constexpr,
     WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, BITS: tl.constexpr, TILED: tl.constexpr,
@@ -118,7 +105,7 @@ def _kernel(
     kv_head, batch = tl.program_id(1), tl.program_id(2)
     head = kv_head * GROUP + tl.program_id(0) % GROUP
     rows, offsets = tile * BM + tl.arange(0, BM), tl.arange(0, BN)
-    pos = _positions(see, batch, rows, tokens, stored, GIVEN)
+    pos = positions(see, batch, rows, tokens, stored, GIVEN)
     high, low = tl.max(pos, 0), tl.min(tl.where(pos < 0, NEVER, pos), 0)
     sink, window = see[4], see[5]
 
@@ -140,7 +127,7 @@ def _kernel(
         ids, pages = lists[0] + mine, lists[1] + mine
         whole, seen = _chosen(ids, chosen, low, high, block, stored, PAGED, CUT)
         count, some = whole * EACH, (seen - whole) * EACH
-        column = _column(pages, 0, chosen, BN, EACH)
+        column = column_of(pages, 0, chosen, BN, EACH)
     else:
         sinks, first, whole, rest, end = _band(tile, low, high, tokens, stored, see, BM, BN, MODE, WINDOWED)
         count, some = rest - whole, sinks + whole - first + end - rest
@@ -155,7 +142,7 @@ def _kernel(
         if SLOPED:
             begin = column
             if MODE == LISTS:
-                begin = _column(ids, i, chosen, BN, EACH)
+                begin = column_of(ids, i, chosen, BN, EACH)
             distance = (begin + offsets)[None, :] - pos[:, None]
         x = products(asked, key, BITS)
         if PLAIN:
@@ -164,13 +151,13 @@ def _kernel(
             x = logits_of(x, distance, scale, softcap, slope, CAPPED, SLOPED)
             sums, others, top, total = average((sums, others, top, total), x, 1.0, value, BITS, True)
         if MODE == LISTS:
-            column = _column(pages, i + 1, chosen, BN, EACH)
+            column = column_of(pages, i + 1, chosen, BN, EACH)
         else:
             column += BN
 
     for i in tl.range(0, some, num_stages=1):
         if MODE == LISTS:
-            column, begin = _column(pages, count + i, chosen, BN, EACH), _column(ids, count + i, chosen, BN, EACH)
+            column, begin = column_of(pages, count + i, chosen, BN, EACH), column_of(ids, count + i, chosen, BN, EACH)
         else:
             beyond = i - sinks
             number = tl.where(beyond < whole - first, first + beyond, rest + beyond - (whole - first))

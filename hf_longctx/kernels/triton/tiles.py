@@ -1,4 +1,4 @@
-"""What attention kernels do with a tile: read keys or values, make logits of products, average values by them."""
+"""What attention kernels do with a tile: find and read keys or values, make logits of products, average by them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ def head_of(rows, batch, head):
     first = batch.to(tl.int64) * rows[3] + head * rows[4]
     few = batch.to(tl.int64) * rows[6] + head * rows[7]
     return rows[0] + first, rows[1] + few, rows[2] + few, rows[5], rows[8]
+
+
+@triton.jit
+def positions(see, batch, rows, tokens, stored, GIVEN: tl.constexpr):
+    """Of each query, -1 for none."""
+    if GIVEN:
+        return tl.load(see[0] + batch * see[1] + rows, mask=rows < tokens, other=-1).to(tl.int32)
+    return tl.where(rows < tokens, stored - tokens + rows, -1).to(tl.int32)
+
+
+@triton.jit
+def column_of(pages, i, chosen, BN: tl.constexpr, EACH: tl.constexpr):
+    """First column of a tile of the chosen blocks, of EACH tiles."""
+    page = tl.load(pages + i // EACH, mask=i // EACH < chosen, other=0)
+    return (page * EACH + i % EACH) * BN
 
 
 @triton.jit
