@@ -51,11 +51,10 @@ def _weigh(
     like = tl.zeros((1,), q[0].dtype.element_ty)
     key = read(head_of(k, batch, kv_head), first, offsets, there, like, DIM, WIDTH, K_BITS, True)
     far_key = key
+    inside = i * BN + offsets < reach
     if FAR:
-        far_key = read(
-            head_of(far_k, batch, kv_head), number.to(tl.int64) * reach + i * BN, offsets, there & (i * BN + offsets < reach),
-            like, DIM, WIDTH, K_BITS, True,
-        )  # fmt: skip
+        first = number.to(tl.int64) * reach + i * BN
+        far_key = read(head_of(far_k, batch, kv_head), first, offsets, there & inside, like, DIM, WIDTH, K_BITS, True)
     sums = tl.zeros((BM, BN), tl.float32)
     for tile in tl.range(0, tl.cdiv(GROUP * size, BM), num_stages=STAGES):
         heads, at, valid, pos = rows_of_tile(see, batch, number, tile, size, tokens, stored, GROUP, BM, GIVEN)
@@ -67,7 +66,7 @@ def _weigh(
         if FAR:
             places = batch.to(tl.int64) * far_q[1] + heads * far_q[2] + at * far_q[3]
             far_asked = queries(far_q[0], places, valid, DIM, WIDTH, K_BITS)
-            x = tl.where((i * BN + offsets < reach)[None, :] & (distance < -clamp), products(far_asked, far_key, K_BITS), x)
+            x = tl.where(inside[None, :] & (distance < -clamp), products(far_asked, far_key, K_BITS), x)
         slope = tl.zeros((BM,), tl.float32)
         if SLOPED:
             slope += tl.load(slopes + heads, mask=valid, other=0.0)
