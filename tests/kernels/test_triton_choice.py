@@ -90,6 +90,14 @@ EIGHTS = [
 ]
 
 
+def round_more_at_a_time(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """In the interpreter, which runs one program after the other."""
+    if device == "cpu":
+        with use_backend("triton"):
+            dispatch.chosen("score_antidiagonal", *tiles(TINY))
+        monkeypatch.setattr(triton._module("text_tiles"), "EACH", 32)
+
+
 def check_eight(arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded as defined. Sums of whole numbers are exact, of floats so on a CPU; a GPU cuts them off (as `cut` says).
 
@@ -124,6 +132,7 @@ def check_eight(arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_scores_of_eight_bits(case: Tiled, device: str, rounded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     need(device)
+    round_more_at_a_time(monkeypatch, device)
     arguments = tiles(case) if device == "cpu" else on_cuda(tiles(case))
     check_eight((*arguments, rounded), monkeypatch)
 
@@ -141,9 +150,10 @@ def test_scores_of_eight_bits_read_row_by_row(rounded: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("rounded", ["fp8", "int8"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def test_eight_bits_lose_few_blocks(rounded: str, device: str) -> None:
+def test_eight_bits_lose_few_blocks(rounded: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the choice of full precision, on texts in which blocks of one topic pay attention to each other."""
     need(device)
+    round_more_at_a_time(monkeypatch, device)
     case = Tiled(heads=(2, 4), spans=((0, 8192),), rows=1, loud=1.0, more=0)
     if device == "cpu":
         case = replace(case, heads=(1, 2), spans=((0, 768),), block=(32, 8), dim=64, dtype=F16)
