@@ -201,7 +201,7 @@ class Laid:
 
 def depth_of(stride: int, dim: int, rounded: str) -> int:
     """Numbers of a tile and the zeros after them."""
-    return triton.cdiv(stride * dim, DEPTH[rounded]) * DEPTH[rounded]
+    return -(-stride * dim // DEPTH[rounded]) * DEPTH[rounded]
 
 
 def key_tiles(k: Tensor | Packed, places: Located, stride: int, causal: bool, rounded: str) -> Laid:

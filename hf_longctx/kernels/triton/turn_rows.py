@@ -132,11 +132,8 @@ def turned(q: Tensor, k: Tensor | Packed, see: Visibility, turns: Turns, selecti
     count, chosen = selection.ids.shape[2:]
     length = chosen * selection.block
     reach = length if selection.far is None else min(selection.far, chosen) * selection.block
-    made = Turned(
-        *(torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2)),
-        *(q.new_empty(rows, kv_heads, count * n, dim) for n in (length, reach)),
-        reach,
-    )
+    near, far = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2))
+    near_k, far_k = (q.new_empty(rows, kv_heads, count * n, dim) for n in (length, reach))
     lists, frequencies = lists_of(selection), turns.inv_freq.to(q.device, torch.float32).contiguous()
     numbers = (tokens, stored, size, length, turns.lap, turns.offset, turns.clamp, reach, count, kv_heads)
     pairs = len(frequencies)
@@ -150,8 +147,8 @@ def turned(q: Tensor, k: Tensor | Packed, see: Visibility, turns: Turns, selecti
         "ROWS": ROWS,
     }
     places = places_of(see, q.device)
-    for x, near, far, keys, many in ((q, made.q, made.far_q, False, size), (k, made.k, made.far_k, True, length)):
+    for x, to, far_to, keys, many in ((q, near, far, False, size), (k, near_k, far_k, True, length)):
         grid = (triton.cdiv(many, ROWS), x.shape[1], rows * count)
         rest = (places, lists, frequencies, *numbers)
-        _turn[grid](rows_of(x), rows_of(near), rows_of(far), *rest, KEYS=keys, BITS=bits_of(x), **flags)
-    return made
+        _turn[grid](rows_of(x), rows_of(to), rows_of(far_to), *rest, KEYS=keys, BITS=bits_of(x), **flags)
+    return Turned(near, far, near_k, far_k, reach)
