@@ -63,10 +63,14 @@ def _part(
     GIVEN: tl.constexpr, PAGED: tl.constexpr, CUT: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr,
     SLOPED: tl.constexpr, TURNED: tl.constexpr, CLAMPED: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    strips = tl.cdiv(GROUP * size, BM)
-    tile, split, splits = tl.program_id(0) % strips, tl.program_id(0) // strips, tl.num_programs(0) // strips
-    kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
-    batch, number = tl.program_id(2) // count, tl.program_id(2) % count
+    strips, each = tl.cdiv(GROUP * size, BM), tl.num_programs(0) // count
+    number, tile, splits = tl.program_id(0) // each, tl.program_id(0) % each % strips, each // strips
+    split, kv_head, kv_heads, batch = (
+        tl.program_id(0) % each // strips,
+        tl.program_id(1),
+        tl.num_programs(1),
+        tl.program_id(2),
+    )
     heads, at, valid, pos = rows_of_tile(see, batch, number, tile, size, tokens, stored, GROUP, BM, GIVEN)
     heads += kv_head * GROUP
     high, low = tl.max(pos, 0), tl.min(tl.where(pos < 0, NEVER, pos), 0)
@@ -154,7 +158,7 @@ def _part(
         sums, others, top, total = average((sums, others, top, total), x, 1.0, value, BITS, False)
 
     if SPLIT:
-        place = ((split * (tl.num_programs(2) // count) + batch) * (kv_heads * GROUP) + heads) * tokens + at
+        place = ((split * tl.num_programs(2) + batch) * (kv_heads * GROUP) + heads) * tokens + at
         tl.store(stats_of + place * 2, top, mask=valid)
         tl.store(stats_of + place * 2 + 1, total, mask=valid)
         put(sums_of, place.to(tl.int64) * V_DIM, valid, sums, others, V_DIM, V_WIDTH, BITS)
@@ -261,7 +265,7 @@ def _read(
     shape = (splits, *totals.shape)
     sums, stats = (q.new_empty((*shape, n), dtype=torch.float32) if splits > 1 else None for n in (v.shape[3], 2))
     turning = (far_asked, far_keys, clamp, reach, size, count)
-    _part[(strips * splits, kv_heads, rows * count)](
+    _part[(strips * splits * count, kv_heads, rows)](
         asked, keys, values, to, places, lists, sinks, slopes, *numbers, *turning, totals, sums, stats,
         BM=tile, BN=some, EACH=selection.block // some, PAGED=paged, CUT=paged and k.shape[2] % selection.block > 0,
         SPLIT=splits > 1, **shared, **more, **compiled,

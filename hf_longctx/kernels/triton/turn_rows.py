@@ -64,9 +64,10 @@ def _turn(
     KEYS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,
     BITS: tl.constexpr, INTERLEAVED: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    head, batch, number = tl.program_id(1), tl.program_id(2) // count, tl.program_id(2) % count
+    each, head, batch = tl.num_programs(0) // count, tl.program_id(1), tl.program_id(2)
+    number = tl.program_id(0) // each
     low, high = span(see, batch, number * size, size, tokens, stored, GIVEN)
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i = tl.program_id(0) % each * ROWS + tl.arange(0, ROWS)
     if KEYS:
         mine = batch.to(tl.int64) * lists[2] + (head * lists[5] // kv_heads) * lists[3] + number * lists[4]
         place, block, chosen = i // lists[6], lists[6], lists[7]
@@ -148,7 +149,7 @@ def turned(q: Tensor, k: Tensor | Packed, see: Visibility, turns: Turns, selecti
     }
     places = places_of(see, q.device)
     for x, to, far_to, keys, many in ((q, near, far, False, size), (k, near_k, far_k, True, length)):
-        grid = (triton.cdiv(many, ROWS), x.shape[1], rows * count)
+        grid = (triton.cdiv(many, ROWS) * count, x.shape[1], rows)
         rest = (places, lists, frequencies, *numbers)
         _turn[grid](rows_of(x), rows_of(to), rows_of(far_to), *rest, KEYS=keys, BITS=bits_of(x), **flags)
     return Turned(near, far, near_k, far_k, reach)

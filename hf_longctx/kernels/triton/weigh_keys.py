@@ -33,8 +33,9 @@ def _weigh(
     TURNED: tl.constexpr, FAR: tl.constexpr, CLAMPED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Weights of a tile of keys, added up over the queries less than `near` away; FAR: some may be far ones."""
-    i, kv_head, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    batch, number = tl.program_id(2) // count, tl.program_id(2) % count
+    each = tl.num_programs(0) // count
+    number, i, batch = tl.program_id(0) // each, tl.program_id(0) % each, tl.program_id(2)
+    kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
     offsets, block, chosen = tl.arange(0, BN), lists[6], lists[7]
     mine = batch.to(tl.int64) * lists[2] + (kv_head * lists[5] // kv_heads) * lists[3] + number * lists[4]
     column, begin = column_of(lists[1] + mine, i, chosen, BN, EACH), column_of(lists[0] + mine, i, chosen, BN, EACH)
@@ -97,7 +98,7 @@ def weigh_keys(
     rows = min(rows, max(LEAST, triton.next_power_of_2(flags["GROUP"] * q.shape[2])))
     keys = min(keys, block & -block)
     (batch, kv_heads, count, length), near = mass.shape, min(near, NEVER.value)
-    _weigh[(length // keys, kv_heads, batch * count)](
+    _weigh[(length // keys * count, kv_heads, batch)](
         *arguments, (mass, *mass.stride()[:3]), near,
         BM=rows, BN=keys, EACH=block // keys, FAR=far, **flags, **compiled,
     )  # fmt: skip
