@@ -62,14 +62,16 @@ BOTH = [(*case, "cpu") for case in CASES] + [
 def test_attend_mass(case: Case, near: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors of what comes out are at most twice those of the definition in the same dtype, and 2 ulp.
 
-    Shares are as far off as logits: where queries and keys are turned, each is rounded once more, which changes a
-    product by less than an ulp of both lengths; and sums of float32 are of so many terms.
+    Shares of keys as they are decoded are as far off as logits: where queries and keys are turned, each is rounded once
+    more, which changes a product by less than an ulp of both lengths; and sums of float32 are of so many terms.
     """
     need(device)
     arguments = made(case, device)
     q, k, v = arguments[0], *map(finite, arguments[1:3])
     with use_backend("reference"):
-        exact, exact_mass = ops.attend_mass(*map(exactly, (q, k, v)), *arguments[3:], near)
+        exact, _ = ops.attend_mass(*map(exactly, (q, k, v)), *arguments[3:], near)
+        decoded = k if isinstance(k, torch.Tensor) else ops.decode_kv(k)
+        _, exact_mass = ops.attend_mass(q.double(), decoded.double(), decoded.double(), *arguments[3:], near)
         same, _ = ops.attend_mass(q, k, v, *arguments[3:], near)
     got, mass = run(arguments, near, monkeypatch)
     assert (got.dtype, mass.dtype) == (q.dtype, F32)
@@ -77,7 +79,7 @@ def test_attend_mass(case: Case, near: int, device: str, monkeypatch: pytest.Mon
     yardstick = float((same.double() - exact).abs().max())
     assert float((got.double() - exact).abs().max()) <= 2 * yardstick + 2 * ulp
     assert not got[exact.eq(0).all(-1)].any()
-    lengths = [exactly(x).norm(dim=-1).amax() for x in (q, k if isinstance(k, torch.Tensor) else ops.decode_kv(k))]
+    lengths = [x.double().norm(dim=-1).amax() for x in (q, decoded)]
     turned = case.clamp is not None and case.rotated > 0
     eps = torch.finfo(q.dtype if turned else F32).eps
     off = (eps + q.shape[3] * torch.finfo(F32).eps) * float(lengths[0] * lengths[1]) * arguments[3].scale

@@ -29,26 +29,9 @@ from .tiles import (
     products,
     put,
     queries,
+    reached,
     read,
 )
-
-
-@triton.jit
-def _chosen(ids, chosen, low, high, block, stored, PAGED: tl.constexpr, CUT: tl.constexpr):
-    """Of a list, how many blocks all queries see as a whole, and how many some query sees: the first ones."""
-    whole, seen = 0, 0
-    for first in range(0, chosen, 128):
-        places = first + tl.arange(0, 128)
-        block_id = tl.load(ids + places, mask=places < chosen, other=-1)
-        begin = block_id * block
-        there = (block_id >= 0) & (begin <= high)
-        seen += tl.sum(there.to(tl.int32), 0)
-        there &= begin + block - 1 <= low
-        if not PAGED:
-            there &= begin + block <= stored
-        if not CUT:
-            whole += tl.sum(there.to(tl.int32), 0)
-    return whole, seen
 
 
 @triton.jit
@@ -125,7 +108,7 @@ def _kernel(
         mine = batch.to(tl.int64) * lists[2] + (head * lists[5] // (GROUP * tl.num_programs(1))) * lists[3]
         mine += (tile * BM // lists[8]) * lists[4]
         ids, pages = lists[0] + mine, lists[1] + mine
-        whole, seen = _chosen(ids, chosen, low, high, block, stored, PAGED, CUT)
+        _, _, whole, seen = reached(ids, chosen, low, high, block, stored, 0, PAGED, CUT, False)
         count, some = whole * EACH, (seen - whole) * EACH
         column = column_of(pages, 0, chosen, BN, EACH)
     else:

@@ -20,38 +20,26 @@ from ..reference.weigh import empty_out
 from ..types import Logits, Packed, Selection, Turns, Visibility
 from .arguments import LARGE, LEAST, arguments_of, on, reject_tensors, rows_of, shared_of, width_of
 from .attend_pages import merge, splits_of
-from .tiles import LOG2_E, NEVER, average, column_of, head_of, logits_of, nothing, products, put, queries, read
+from .tiles import (
+    LOG2_E,
+    NEVER,
+    average,
+    column_of,
+    head_of,
+    logits_of,
+    nothing,
+    positions,
+    products,
+    put,
+    queries,
+    reached,
+    read,
+)
 from .turn_rows import turned
 from .weigh_keys import rows_of_tile, weigh_keys
 
 TURNED = 1 << 27
 """Numbers of keys that are turned at a time; those of one list at least."""
-
-
-@triton.jit
-def _reached(
-    ids, chosen, low, high, block, stored, clamp, PAGED: tl.constexpr, CUT: tl.constexpr, TURNED: tl.constexpr
-):
-    """Of a list, how many blocks are far to all queries, far to some, seen by all as a whole, and seen by some.
-
-    Each is a number of first blocks; a block is counted among the first and the third only if all of it is stored.
-    """
-    far, some_far, whole, seen = 0, 0, 0, 0
-    for first in range(0, chosen, 128):
-        places = first + tl.arange(0, 128)
-        block_id = tl.load(ids + places, mask=places < chosen, other=-1)
-        begin = block_id * block
-        there = (block_id >= 0) & (begin <= high)
-        seen += tl.sum(there.to(tl.int32), 0)
-        if TURNED:
-            some_far += tl.sum((there & (begin < high - clamp)).to(tl.int32), 0)
-        if not PAGED:
-            there &= begin + block <= stored
-        if not CUT:
-            whole += tl.sum((there & (begin + block - 1 <= low)).to(tl.int32), 0)
-            if TURNED:
-                far += tl.sum((there & (begin + block - 1 < low - clamp)).to(tl.int32), 0)
-    return far, some_far, whole, seen
 
 
 @triton.jit
@@ -71,7 +59,8 @@ def _part(
         tl.num_programs(1),
         tl.program_id(2),
     )
-    heads, at, valid, pos = rows_of_tile(see, batch, number, tile, size, tokens, stored, GROUP, BM, GIVEN)
+    heads, at, valid = rows_of_tile(number, tile, size, tokens, GROUP, BM)
+    pos = tl.where(valid, positions(see, batch, at, tokens, stored, GIVEN), -1)
     heads += kv_head * GROUP
     high, low = tl.max(pos, 0), tl.min(tl.where(pos < 0, NEVER, pos), 0)
     offsets, PLAIN = tl.arange(0, BN), not (CAPPED or SLOPED)
@@ -92,7 +81,7 @@ def _part(
     block, chosen = lists[6], lists[7]
     mine = batch.to(tl.int64) * lists[2] + (kv_head * lists[5] // kv_heads) * lists[3] + number * lists[4]
     ids, pages = lists[0] + mine, lists[1] + mine
-    far, some_far, whole, seen = _reached(ids, chosen, low, high, block, stored, clamp, PAGED, CUT, TURNED)
+    far, some_far, whole, seen = reached(ids, chosen, low, high, block, stored, clamp, PAGED, CUT, TURNED)
     begin = split * tl.cdiv(seen * EACH, splits)
     end = tl.minimum(begin + tl.cdiv(seen * EACH, splits), seen * EACH)
     near = tl.minimum(tl.maximum(some_far * EACH, begin), end)  # tiles from here on are near to all queries
@@ -290,9 +279,9 @@ def _read(
 def tile_of(q: Tensor, channels: int) -> tuple[int, int, dict[str, int]]:
     """Rows and keys of a tile, and how it is compiled; channels: of keys or values, the larger number."""
     if q.dtype == torch.float32:
-        rows, keys, warps = (32, 32, 4) if channels <= 128 else (16, 16, 4)
+        rows, keys, warps = (32, 32, 8) if channels <= 128 else (16, 16, 4)
     elif channels > 128 or shared_of(q.device) < LARGE:
         rows, keys, warps = 64, 32, 4
     else:
-        rows, keys, warps = 128, 64, 8
+        rows, keys, warps = 64, 64, 4
     return rows, keys, {"num_warps": warps, "STAGES": 2}

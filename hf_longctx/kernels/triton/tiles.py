@@ -37,6 +37,30 @@ def column_of(pages, i, chosen, BN: tl.constexpr, EACH: tl.constexpr):
 
 
 @triton.jit
+def reached(ids, chosen, low, high, block, stored, clamp, PAGED: tl.constexpr, CUT: tl.constexpr, TURNED: tl.constexpr):
+    """Of a list, how many blocks are far to all queries, far to some, seen by all as a whole, and seen by some.
+
+    Each is a number of first blocks; a block is counted among the first and the third only if all of it is stored.
+    """
+    far, some_far, whole, seen = 0, 0, 0, 0
+    for first in range(0, chosen, 128):
+        places = first + tl.arange(0, 128)
+        block_id = tl.load(ids + places, mask=places < chosen, other=-1)
+        begin = block_id * block
+        there = (block_id >= 0) & (begin <= high)
+        seen += tl.sum(there.to(tl.int32), 0)
+        if TURNED:
+            some_far += tl.sum((there & (begin < high - clamp)).to(tl.int32), 0)
+        if not PAGED:
+            there &= begin + block <= stored
+        if not CUT:
+            whole += tl.sum((there & (begin + block - 1 <= low)).to(tl.int32), 0)
+            if TURNED:
+                far += tl.sum((there & (begin + block - 1 < low - clamp)).to(tl.int32), 0)
+    return far, some_far, whole, seen
+
+
+@triton.jit
 def queries(q, rows, valid, DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
     """Rows `[M, WIDTH]` at these offsets as keys of BITS are read: all channels, or the even ones and the odd ones."""
     EACH: tl.constexpr = 2 if BITS == 4 else 1

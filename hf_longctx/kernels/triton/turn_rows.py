@@ -50,12 +50,16 @@ def _some(head, rows, there, channels, inside, like, BITS: tl.constexpr):
 
 @triton.jit
 def _put(to, a, b, first, second, delta, freq, there, inside):
-    """Pairs of channels, turned by so many positions."""
-    angle = delta.to(tl.float32)[:, None] * freq[None, :]
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    """Pairs of channels, turned by so many positions; where no row is there, or none is turned, less is done."""
     mask = there[:, None] & inside[None, :]
-    tl.store(to[:, None] + first[None, :], (a * cos - b * sin).to(to.dtype.element_ty), mask=mask)
-    tl.store(to[:, None] + second[None, :], (b * cos + a * sin).to(to.dtype.element_ty), mask=mask)
+    if tl.max(there.to(tl.int32), 0) > 0:
+        delta = tl.where(there, delta, 0)
+        angle = delta.to(tl.float32)[:, None] * freq[None, :]
+        cos, sin = angle * 0.0 + 1.0, angle * 0.0
+        if tl.max(tl.abs(delta), 0) > 0:
+            cos, sin = tl.cos(angle), tl.sin(angle)
+        tl.store(to[:, None] + first[None, :], (a * cos - b * sin).to(to.dtype.element_ty), mask=mask)
+        tl.store(to[:, None] + second[None, :], (b * cos + a * sin).to(to.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "stored", "size", "length", "lap", "offset", "clamp", "reach", "count"])

@@ -15,14 +15,11 @@ from .turn_rows import span
 
 
 @triton.jit
-def rows_of_tile(
-    see, batch, number, tile, size, tokens, stored, GROUP: tl.constexpr, BM: tl.constexpr, GIVEN: tl.constexpr
-):
-    """Rows of a tile: their heads of the KV head, queries of the call, whether they are there, and positions."""
+def rows_of_tile(number, tile, size, tokens, GROUP: tl.constexpr, BM: tl.constexpr):
+    """Rows of a tile of a list: their heads of the KV head, queries of the call, and whether they are there."""
     rows = tile * BM + tl.arange(0, BM)
     heads, at = rows // size, number * size + rows % size
-    valid = (heads < GROUP) & (at < tokens)
-    return heads, at, valid, tl.where(valid, positions(see, batch, at, tokens, stored, GIVEN), -1)
+    return heads, at, (heads < GROUP) & (at < tokens)
 
 
 @triton.jit
@@ -57,26 +54,38 @@ def _weigh(
         first = number.to(tl.int64) * reach + i * BN
         far_key = read(head_of(far_k, batch, kv_head), first, offsets, there & inside, like, DIM, WIDTH, K_BITS, True)
     sums = tl.zeros((BM, BN), tl.float32)
-    for tile in tl.range(0, tl.cdiv(GROUP * size, BM), num_stages=STAGES):
-        heads, at, valid, pos = rows_of_tile(see, batch, number, tile, size, tokens, stored, GROUP, BM, GIVEN)
-        heads += kv_head * GROUP
-        asked = queries(q[0], batch.to(tl.int64) * q[1] + heads * q[2] + at * q[3], valid, DIM, WIDTH, K_BITS)
-        x = products(asked, key, K_BITS)
-        distance = key_pos[None, :] - pos[:, None]
-        visible = there[None, :] & (distance <= 0) & (distance > -near)
-        if FAR:
-            places = batch.to(tl.int64) * far_q[1] + heads * far_q[2] + at * far_q[3]
-            far_asked = queries(far_q[0], places, valid, DIM, WIDTH, K_BITS)
-            x = tl.where(inside[None, :] & (distance < -clamp), products(far_asked, far_key, K_BITS), x)
-        slope = tl.zeros((BM,), tl.float32)
-        if SLOPED:
-            slope += tl.load(slopes + heads, mask=valid, other=0.0)
-        if CLAMPED:
-            distance = tl.maximum(distance, -clamp)
-        x = logits_of(x, distance, scale, softcap, slope[:, None], CAPPED, SLOPED)
-        place = (batch * (kv_heads * GROUP) + heads) * tokens + at
-        total = tl.load(totals + place, mask=valid, other=float("inf"))
-        sums += tl.exp2(tl.where(visible, x - total[:, None], float("-inf")))
+    whole = (begin + BN - 1 <= low) & (begin > high - near) & (column + BN <= stored)
+    if whole and not (SLOPED or FAR):  # to all queries, and near all
+        for tile in tl.range(0, tl.cdiv(GROUP * size, BM), num_stages=STAGES):
+            heads, at, valid = rows_of_tile(number, tile, size, tokens, GROUP, BM)
+            heads += kv_head * GROUP
+            place = (batch * (kv_heads * GROUP) + heads) * tokens + at
+            total = tl.load(totals + place, mask=valid, other=float("inf"))
+            asked = queries(q[0], batch.to(tl.int64) * q[1] + heads * q[2] + at * q[3], valid, DIM, WIDTH, K_BITS)
+            x = logits_of(products(asked, key, K_BITS), 0, scale, softcap, 0.0, CAPPED, False)
+            sums += tl.exp2(x - total[:, None])
+    else:
+        for tile in tl.range(0, tl.cdiv(GROUP * size, BM), num_stages=STAGES):
+            heads, at, valid = rows_of_tile(number, tile, size, tokens, GROUP, BM)
+            pos = tl.where(valid, positions(see, batch, at, tokens, stored, GIVEN), -1)
+            heads += kv_head * GROUP
+            place = (batch * (kv_heads * GROUP) + heads) * tokens + at
+            total = tl.load(totals + place, mask=valid, other=float("inf"))
+            asked = queries(q[0], batch.to(tl.int64) * q[1] + heads * q[2] + at * q[3], valid, DIM, WIDTH, K_BITS)
+            x = products(asked, key, K_BITS)
+            distance = key_pos[None, :] - pos[:, None]
+            visible = there[None, :] & (distance <= 0) & (distance > -near)
+            if FAR:
+                places = batch.to(tl.int64) * far_q[1] + heads * far_q[2] + at * far_q[3]
+                far_asked = queries(far_q[0], places, valid, DIM, WIDTH, K_BITS)
+                x = tl.where(inside[None, :] & (distance < -clamp), products(far_asked, far_key, K_BITS), x)
+            slope = tl.zeros((BM,), tl.float32)
+            if SLOPED:
+                slope += tl.load(slopes + heads, mask=valid, other=0.0)
+            if CLAMPED:
+                distance = tl.maximum(distance, -clamp)
+            x = logits_of(x, distance, scale, softcap, slope[:, None], CAPPED, SLOPED)
+            sums += tl.exp2(tl.where(visible, x - total[:, None], float("-inf")))
     tl.store(to, tl.sum(sums, 0))
 
 
@@ -111,5 +120,5 @@ def tile_of(q: Tensor) -> tuple[int, int, dict[str, int]]:
     elif q.shape[3] > 128 or shared_of(q.device) < LARGE:
         rows, keys, warps = 32, 64, 4
     else:
-        rows, keys, warps = 64, 128, 8
+        rows, keys, warps = 64, 64, 4
     return rows, keys, {"num_warps": warps, "STAGES": 2}
