@@ -116,9 +116,9 @@ def weigh_keys(
 def tile_of(q: Tensor) -> tuple[int, int, dict[str, int]]:
     """Rows and keys of a tile, and how it is compiled."""
     if q.dtype == torch.float32:
-        rows, keys, warps = (32, 32, 4) if q.shape[3] <= 128 else (16, 16, 4)
+        rows, keys, stages = (32, 32, 2) if q.shape[3] <= 128 else (16, 16, 2)
     elif q.shape[3] > 128 or shared_of(q.device) < LARGE:
-        rows, keys, warps = 32, 64, 4
+        rows, keys, stages = 32, 64, 2
     else:
-        rows, keys, warps = 64, 64, 4
-    return rows, keys, {"num_warps": warps, "STAGES": 2}
+        rows, keys, stages = 64, 64, 3
+    return rows, keys, {"num_warps": 4, "STAGES": stages}
