@@ -97,6 +97,9 @@ class Step {
 
   const char* run() {
     const char* message = nullptr;
+    if (layer_.count == 1 && cluster_takes(layer_.groups[0])) {
+      return cluster_in_turn(layer_.groups[0], groups_[0].heads, layer_.stream);
+    }
     for (int i = 0; i < layer_.count && !message; ++i) {
       if (layer_.groups[i].score.scores) message = score(layer_.groups[i], groups_[i]);
     }
