@@ -23,29 +23,51 @@ void* hfl_stamps;
 namespace hfl {
 namespace {
 
+// A kernel's arguments to shared memory, where reading them takes the same time whenever that is; by all threads.
+__device__ __forceinline__ void keep(const ClusterTask& from, ClusterTask& to) {
+  const uint64_t base = __cvta_generic_to_grid_constant(&from);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof(ClusterTask) / 4); i += CHOOSERS) {
+    uint32_t x;
+    asm volatile("ld.param.u32 %0, [%1];" : "=r"(x) : "l"(base + i * 4));
+    reinterpret_cast<uint32_t*>(&to)[i] = x;
+  }
+}
+static_assert(sizeof(ClusterTask) % 4 == 0);
+
 template <typename T>
-__global__ void __launch_bounds__(CHOOSERS, 2) attend_cluster_kernel(const __grid_constant__ ClusterTask s) {
+__global__ void __launch_bounds__(CHOOSERS, 2) attend_cluster_kernel(const __grid_constant__ ClusterTask given) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char memory[];
-  const ListTask& p = s.list;
   ClusterShared& room = *reinterpret_cast<ClusterShared*>(memory);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int rank = static_cast<int>(blockIdx.x);
-  touch(s);
-  STAMP(0);
   int problem = static_cast<int>(blockIdx.y);
+#ifdef CONSTANT
+  touch(given);
+  const ClusterTask& s = given;
+#else
+  keep(given, room.task);
+  const ClusterTask& s = room.task;
+#endif
+  const ListTask& p = s.list;
+#ifndef CONSTANT
+  __syncthreads();
+#endif
+  STAMP(0);
   if (problem >= p.problems) {  // a block that stores a token, or none
     problem = (problem - p.problems) * CLUSTER + rank;
     if (problem >= p.problems) return;
     const int b = p.kv_heads.divide(problem), head = problem - b * p.kv_heads.by;
     wait_for_previous(b | head);
-    ListWarp<T>::store(p, b, head, problem, memory);
+    ListWarp<T>::store(p, b, head, problem, memory + sizeof(ClusterShared));
     return;
   }
   const int b = p.kv_heads.divide(problem), head = problem - b * p.kv_heads.by;
   const ClusterRow<T> row = {s, room, memory + sizeof(ClusterShared), rank, problem, b, head, warp, lane};
   const int extra = (LIST_WARPS + warp) * CLUSTER + rank < s.tiles && warp < CLUSTER_TILES - LIST_WARPS;
   const bool there = warp * CLUSTER + rank < s.tiles;
+  const int64_t* const pos_at = p.append.pos + b * p.append.pos_b;
   bool again = false;
   if (lane == 0) {
     if (thread == 0) barrier_init(room.ranks_there, 1), barrier_init(room.parts_there, 1);
@@ -54,34 +76,50 @@ __global__ void __launch_bounds__(CHOOSERS, 2) attend_cluster_kernel(const __gri
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     if (there) row.begin(warp);
     if (extra) row.begin(LIST_WARPS + warp);
-    const int64_t pos = glance(p.append.pos + b * p.append.pos_b);  // which may not be its last word
+    const int64_t pos = glance(pos_at);  // which may not be its last word
     again = there && row.changed(warp, pos, static_cast<int>(pos / LIST_SLAB));
     if (again) barrier_wait(room.tiles[warp], 0);
     if (thread == 0) barrier_expect(room.parts_there, CLUSTER * p.group * (CLUSTER_SLICE + 2) * 4), room.few = 0;
   }
   room.bins[thread] = 0;
-  if (thread < 96) room.above[thread] = room.within[thread] = 0;
+  if (thread < 96) room.taken[thread] = 0;
+  if (thread < ClusterShared::FEW) room.few_ranks[thread] = 0;
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  wait_alone(lane);
-#if LET == 0
-  let_next();
-#endif
-  STAMP(1);
-  if (again) row.begin(warp);
-  again = __shfl_sync(0xffffffffu, static_cast<int>(again), 0);
-
-  StreamQueries<T> queries;
-  {
+  const auto load_queries = [&](uint4 (&y)[4]) {
     const int g = lane >> 2;
     const T* from = static_cast<const T*>(p.a.q) + b * p.a.q_b + (p.heads.of(head) * p.group + g) * p.a.q_h +
                     (lane & 3) * 8;
-    uint4 y[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       y[j] = make_uint4(0, 0, 0, 0);
-      if (g < p.group) y[j] = *reinterpret_cast<const uint4*>(from + j * 32);
+      if (g < p.group) y[j] = __ldcg(reinterpret_cast<const uint4*>(from + j * 32));
     }
+  };
+  const int place = rank * LIST_WARPS + warp;
+#ifdef DRY
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+  const bool dry = pass == 0;
+#else
+  constexpr bool dry = false;
+#endif
+  if (!dry) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    wait_alone(lane);
+#if LET == 0
+    let_next();
+#endif
+    STAMP(1);
+    if (again) row.begin(warp);
+    again = __shfl_sync(0xffffffffu, static_cast<int>(again), 0);
+  }
+  const int64_t pos = __ldcg(pos_at);
+  const int limit = dry ? -1 : static_cast<int>(min(__ldcg(p.a.q_pos + b * p.a.q_pos_b), static_cast<int64_t>(p.a.stored)));
+  ListShape shape(p.pick, b);
+  StreamQueries<T> queries;
+  {
+    uint4 y[4];
+    load_queries(y);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const uint4 low = make_uint4(below_zero(y[j].x, T()), below_zero(y[j].y, T()), below_zero(y[j].z, T()),
@@ -91,65 +129,75 @@ __global__ void __launch_bounds__(CHOOSERS, 2) attend_cluster_kernel(const __gri
       if (warp == 0) room.queries[j][lane] = y[j];
     }
   }
-  const int64_t pos = p.append.pos[b * p.append.pos_b];
-  const int limit = static_cast<int>(min(p.a.q_pos[b * p.a.q_pos_b], static_cast<int64_t>(p.a.stored)));
-  const ListShape shape(p.pick, b);
+  if (dry) shape.first = 0, shape.last = min(s.entries, 2048), shape.end = shape.last, shape.taken = shape.last / 8;
   const bool chosen = shape.chosen();
   const auto scored = [&](int local) {
     const int entry = row.first_of_tile(local);
     return chosen && entry < shape.last && entry + TILE > shape.first;
   };
-  if (thread == 0 && chosen) {
-    barrier_expect(room.ranks_there, ((shape.last - 1) / TILE - shape.first / TILE + 1) * TILE * 4);
+  if (!dry) {
+    if (thread == 0 && chosen) {
+      barrier_expect(room.ranks_there, ((shape.last - 1) / TILE - shape.first / TILE + 1) * TILE * 4);
+    }
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    STAMP(11);
   }
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #pragma unroll 1
   for (int local = warp; local < LIST_WARPS + (extra ? warp + 1 : 0); local += LIST_WARPS) {
     if (local == warp && !there) continue;
     const bool second = local == warp && again;
-    barrier_wait(room.tiles[local], second ? 1 : 0);
+    if (!dry) barrier_wait(room.tiles[local], second ? 1 : 0);
     if (!scored(local)) continue;
-    if (!second && row.changed(local, pos, shape.last)) {
+    if (!dry && !second && row.changed(local, pos, shape.last)) {
       if (lane == 0) row.begin(local);
       barrier_wait(room.tiles[local], 1);
     }
-    row.score(local, queries);
+    row.score(local, queries, dry);
   }
 #if LET == 1
-  let_next();
+  if (!dry) let_next();
 #endif
-  STAMP(2);
+  if (!dry) STAMP(2);
   ClusterChooser chooser = {room, warp, lane};
   if (chosen) {
-    barrier_wait(room.ranks_there, 0);
-    STAMP(3);
-    chooser.choose(shape.first, shape.last, static_cast<uint32_t>(shape.taken), p.pick.scratch);
+    if (!dry) barrier_wait(room.ranks_there, 0);
+    if (!dry) STAMP(3);
+    chooser.choose(shape.first, shape.last, static_cast<uint32_t>(shape.taken), dry ? nullptr : p.pick.scratch, dry);
   } else {
     __syncthreads();
   }
-  STAMP(6);
-  const int place = rank * LIST_WARPS + warp;
+  if (!dry) STAMP(6);
   int block = place < p.a.chosen ? shape.at(place) : -1;
   if (block == -2) block = chooser.find(place - shape.first);
-  STAMP(7);
+  if (!dry) STAMP(7);
   ListWarp<T> mine(p, b, head, row.ring + warp * STREAM_TILE, lane);
   mine.limit = limit;
   const int at = block < 0 ? -1 : block * LIST_SLAB;
   if (mine.whole(at)) {
     mine.load(at);
-  } else if (at >= 0) {
+  } else if (at >= 0 && !dry) {
     mine.load_last(p, at);
   }
 #if LET == 2
-  let_next();
+  if (!dry) let_next();
 #endif
-  STAMP(8);
-  if (lane == 0 && place < p.a.chosen) p.pick.ids[static_cast<int64_t>(problem) * p.a.chosen + place] = block;
+  if (!dry) STAMP(8);
+  if (!dry && lane == 0 && place < p.a.chosen) p.pick.ids[static_cast<int64_t>(problem) * p.a.chosen + place] = block;
   if (at >= 0) mine.attend(p, room.queries, at, -1, false);
-  STAMP(9);
-  mine.leave(room.states[warp], p.group, row.ring + warp * STREAM_TILE);
+  if (!dry) STAMP(9);
+  mine.leave(room.states[warp], p.group, dry ? reinterpret_cast<unsigned char*>(room.parts) : row.ring + warp * STREAM_TILE);
   __syncthreads();
-  row.hand_out(p.group);
+  if (!dry) STAMP(12);
+  row.hand_out(p.group, dry);
+#ifdef DRY
+  if (dry) {
+    __syncthreads();
+    room.bins[thread] = 0;
+    if (thread == 0) room.few = 0;
+    if (thread < ClusterShared::FEW) room.few_ranks[thread] = 0;
+  }
+  }
+#endif
   STAMP(10);
   row.finish_slice(p.group);
   STAMP(13);

@@ -9,6 +9,11 @@
 __device__ __forceinline__ void stamp_at(void* to, int which) {
   if (!to || threadIdx.x) return;
   long long t;
+  if (which == 0) {
+    unsigned sm;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+    static_cast<long long*>(to)[400 * 16 + (blockIdx.y * gridDim.x + blockIdx.x) * 16 + 15] = sm + 1;
+  }
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)::"memory");
   static_cast<long long*>(to)[400 * 16 + (blockIdx.y * gridDim.x + blockIdx.x) * 16 + which] = t;
 }
@@ -17,7 +22,7 @@ __device__ __forceinline__ void stamp_at(void* to, int which) {
 #define STAMP(k)
 #endif
 #ifndef LET
-#define LET 2
+#define LET 0
 #endif
 
 namespace hfl {
@@ -41,12 +46,13 @@ struct alignas(128) ClusterShared {
   uint4 queries[LIST_DIM / 32][32];
   float2 states[LIST_WARPS][LIST_ROWS];
   uint32_t bins[BINS];
-  uint32_t above[96], within[96];  // a bit for each block of the row: of a larger rank, and of the last bin
-  uint32_t few_ranks[FEW];
-  int few_blocks[FEW];
+  uint32_t taken[96];  // a bit for each block of the row
+  alignas(16) uint32_t few_ranks[FEW];
+  alignas(16) int few_blocks[FEW];
   uint32_t most[LIST_WARPS], least[LIST_WARPS], second[LIST_WARPS];
   int full[LIST_WARPS];
   int few;
+  ClusterTask task;
   uint64_t tiles[CLUSTER_TILES + 1], ranks_there, parts_there;
 };
 
@@ -99,7 +105,7 @@ struct ClusterChooser {
   }
 
   // Find which are the `take` best of blocks `first` to `last` - 1, 0 < take < last - first.
-  __device__ __forceinline__ void choose(int first, int last, uint32_t take, void* stamps) {
+  __device__ __forceinline__ void choose(int first, int last, uint32_t take, void* stamps, bool dry = false) {
     const int thread = static_cast<int>(threadIdx.x);
     uint32_t x[CLUSTER_TILES];
     uint32_t best = 0, second = 0, least = UINT32_MAX;
@@ -107,6 +113,9 @@ struct ClusterChooser {
     for (int j = 0; j < CLUSTER_TILES; ++j) {
       const int block = j * CHOOSERS + thread;
       x[j] = block >= first && block < last ? room.ranks[block] : 0;
+#ifdef DRY
+      if (dry) x[j] = block < last ? static_cast<uint32_t>(block) * 2654435761u >> 3 | 1u : 0u;
+#endif
       second = max(second, min(best, x[j])), best = max(best, x[j]), least = min(least, x[j] - 1);
     }
     const int full = 2 * __popc(__ballot_sync(0xffffffffu, second != 0));
@@ -145,64 +154,78 @@ struct ClusterChooser {
 #ifdef STAMPS
     stamp_at(stamps, 5);
 #endif
-    const bool few = count != left && count <= ClusterShared::FEW;
+    uint32_t rank = base - 1;
+    int block = -1;
+    if (count > ClusterShared::FEW) {
+      rank = base, block = last_alike(x, base);
+    } else if (count > left) {
+      last_of_few(x, base, over, rank, block);
+    }
 #pragma unroll
     for (int j = 0; j < CLUSTER_TILES; ++j) {
-      const bool in = x[j] - base <= over;
-      const uint32_t higher = __ballot_sync(0xffffffffu, x[j] > base && !in), same = __ballot_sync(0xffffffffu, in);
-      if (lane == j) room.above[j * LIST_WARPS + warp] = higher, room.within[j * LIST_WARPS + warp] = same;
-      if (few && in) {
-        const int place = atomicAdd(&room.few, 1);
-        room.few_ranks[place] = x[j], room.few_blocks[place] = j * CHOOSERS + thread;
-      }
+      const uint32_t taken = __ballot_sync(0xffffffffu, x[j] > rank || (x[j] == rank && j * CHOOSERS + thread <= block));
+      if (lane == j) room.taken[j * LIST_WARPS + warp] = taken;
     }
     __syncthreads();
   }
 
   // The block that is the one at `place` of all that are taken, in order; by a warp.
-  __device__ __forceinline__ int find(int place) {
-    uint32_t taken[3], same[3];
+  __device__ __forceinline__ int find(int place) const {
+    uint32_t bits[3];
 #pragma unroll
-    for (int i = 0; i < 3; ++i) taken[i] = room.above[3 * lane + i], same[i] = room.within[3 * lane + i];
-    if (count == left) {
-#pragma unroll
-      for (int i = 0; i < 3; ++i) taken[i] |= same[i];
-    } else if (count <= ClusterShared::FEW) {
-      const bool there = lane < static_cast<int>(count);
-      const uint32_t mine = there ? room.few_ranks[lane] : 0;
-      const int where = there ? room.few_blocks[lane] : INT_MAX;
-      uint32_t before = 0;
-#pragma unroll 1
-      for (int i = 0; i < static_cast<int>(count); ++i) {
-        const uint32_t other = room.few_ranks[i];
-        before += other > mine || (other == mine && room.few_blocks[i] < where) ? 1u : 0u;
-      }
-#pragma unroll 1
-      for (uint32_t bits = __ballot_sync(0xffffffffu, there && before < left); bits; bits &= bits - 1) {
-        const int block = __shfl_sync(0xffffffffu, where, __ffs(static_cast<int>(bits)) - 1), word = block / 32 - 3 * lane;
-#pragma unroll
-        for (int i = 0; i < 3; ++i) taken[i] |= word == i ? 1u << block % 32 : 0u;
-      }
-    } else {  // all alike: the first ones
-      const int own = __popc(same[0]) + __popc(same[1]) + __popc(same[2]);
-      int rest = static_cast<int>(left) - (sum_up_to(own, lane) - own);
-#pragma unroll
-      for (int i = 0; i < 3; ++i) {
-#pragma unroll 1
-        for (uint32_t bits = same[i]; bits && rest > 0; bits &= bits - 1, --rest) taken[i] |= bits & (0u - bits);
-      }
-    }
-    const int first = __popc(taken[0]), next = first + __popc(taken[1]), own = next + __popc(taken[2]);
+    for (int i = 0; i < 3; ++i) bits[i] = room.taken[3 * lane + i];
+    const int first = __popc(bits[0]), next = first + __popc(bits[1]), own = next + __popc(bits[2]);
     int rest = place - (sum_up_to(own, lane) - own), block = -1;
     if (rest >= 0 && rest < own) {
       const int which = rest < first ? 0 : rest < next ? 1 : 2;
-      uint32_t bits = which == 0 ? taken[0] : which == 1 ? taken[1] : taken[2];
+      uint32_t word = which == 0 ? bits[0] : which == 1 ? bits[1] : bits[2];
       rest -= which == 0 ? 0 : which == 1 ? first : next;
 #pragma unroll 1
-      for (; rest > 0; --rest) bits &= bits - 1;
-      block = (3 * lane + which) * 32 + __ffs(static_cast<int>(bits)) - 1;
+      for (; rest > 0; --rest) word &= word - 1;
+      block = (3 * lane + which) * 32 + __ffs(static_cast<int>(word)) - 1;
     }
     return __reduce_max_sync(0xffffffffu, block);
+  }
+
+ private:
+  // Of the few of the last bin, the `left`-th: its rank, and its block, after which none of that rank is taken.
+  __device__ __forceinline__ void last_of_few(const uint32_t (&x)[CLUSTER_TILES], uint32_t base, uint32_t over,
+                                              uint32_t& rank, int& block) {
+#pragma unroll
+    for (int j = 0; j < CLUSTER_TILES; ++j) {
+      if (x[j] - base > over) continue;
+      const int place = atomicAdd(&room.few, 1);
+      room.few_ranks[place] = x[j], room.few_blocks[place] = j * CHOOSERS + static_cast<int>(threadIdx.x);
+    }
+    __syncthreads();
+    const bool there = lane < static_cast<int>(count);
+    const uint32_t mine = room.few_ranks[lane];  // 0 where there is none
+    const int where = room.few_blocks[lane];
+    uint32_t before = 0;
+#pragma unroll 1
+    for (int i = 0; i < static_cast<int>(count); i += 4) {
+      const uint4 others = *reinterpret_cast<const uint4*>(room.few_ranks + i);
+      const int4 blocks = *reinterpret_cast<const int4*>(room.few_blocks + i);
+      before += others.x > mine || (others.x == mine && blocks.x < where) ? 1u : 0u;
+      before += others.y > mine || (others.y == mine && blocks.y < where) ? 1u : 0u;
+      before += others.z > mine || (others.z == mine && blocks.z < where) ? 1u : 0u;
+      before += others.w > mine || (others.w == mine && blocks.w < where) ? 1u : 0u;
+    }
+    const int last = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, there && before == left - 1))) - 1;
+    rank = __shfl_sync(0xffffffffu, mine, last), block = __shfl_sync(0xffffffffu, where, last);
+  }
+
+  // Of many that are alike, the `left`-th block.
+  __device__ __forceinline__ int last_alike(const uint32_t (&x)[CLUSTER_TILES], uint32_t base) {
+#pragma unroll
+    for (int j = 0; j < CLUSTER_TILES; ++j) {
+      const uint32_t same = __ballot_sync(0xffffffffu, x[j] == base);
+      if (lane == j) room.taken[j * LIST_WARPS + warp] = same;
+    }
+    __syncthreads();
+    const int block = find(static_cast<int>(left) - 1);
+    __syncthreads();
+    return block;
   }
 };
 
@@ -228,7 +251,7 @@ struct ClusterRow {
     return entry < end && entry * int64_t{LIST_SLAB} < pos && end * int64_t{LIST_SLAB} > pos - JUST_STORED;
   }
   // A tile's ranks to all blocks.
-  __device__ __forceinline__ void score(int local, const StreamQueries<T>& queries) const {
+  __device__ __forceinline__ void score(int local, const StreamQueries<T>& queries, bool dry = false) const {
     const uint4* entries = reinterpret_cast<const uint4*>(ring + local * STREAM_TILE);
     const StreamSums sums = stream_sums<T>(entries, queries, lane);
     const float2 best = stream_scores(sums, s.list.group, lane);
@@ -242,6 +265,12 @@ struct ClusterRow {
     }
     const uint32_t to = shared_address(room.ranks + first_of_tile(local) + lane % 4 * 4);
     const uint32_t bar = shared_address(&room.ranks_there);
+#ifdef DRY
+    if (dry) {
+      if ((x[0] ^ x[1] ^ x[2] ^ x[3]) == 0x12345677u) room.few = 77;
+      return;
+    }
+#endif
 #pragma unroll
     for (int i = 0; i < CLUSTER / 8; ++i) {
       const int target = lane / 4 + i * 8;
@@ -249,7 +278,7 @@ struct ClusterRow {
     }
   }
   // What the warps left: a slice of channels to each block.
-  __device__ __forceinline__ void hand_out(int rows) const {
+  __device__ __forceinline__ void hand_out(int rows, bool dry = false) const {
     const uint32_t bar = shared_address(&room.parts_there);
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < rows * (LIST_DIM / 2); i += CHOOSERS) {
@@ -266,6 +295,12 @@ struct ClusterRow {
         const float* outs = reinterpret_cast<const float*>(ring + w * STREAM_TILE);
         add(sum, weight, *reinterpret_cast<const float2*>(outs + row * LIST_OUT + channel));
       }
+#ifdef DRY
+      if (dry) {
+        if (sum.x == 1234.5f && state.y == 77.0f) room.few = 77;
+        continue;
+      }
+#endif
       const uint32_t there = at_rank(bar, target);
       send(at_rank(shared_address(&room.parts[rank][row][channel % CLUSTER_SLICE]), target), there, sum);
       if (channel % CLUSTER_SLICE == 0) send(at_rank(shared_address(&room.totals[rank][row]), target), there, state);
