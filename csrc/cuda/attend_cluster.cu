@@ -12,13 +12,8 @@
 //   bounds, then values, and 22 KiB. Bound by: latency.
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
 
 #include "attend_cluster.cuh"
-#ifdef STAMPS
-extern "C" __attribute__((visibility("default"))) void* hfl_stamps;
-void* hfl_stamps;
-#endif
 
 namespace hfl {
 namespace {
@@ -27,7 +22,7 @@ namespace {
 __device__ __forceinline__ void keep(const ClusterTask& from, ClusterTask& to) {
   const uint64_t base = __cvta_generic_to_grid_constant(&from);
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof(ClusterTask) / 4); i += CHOOSERS) {
+  for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof(ClusterTask) / 4); i += CLUSTER_THREADS) {
     uint32_t x;
     asm volatile("ld.param.u32 %0, [%1];" : "=r"(x) : "l"(base + i * 4));
     reinterpret_cast<uint32_t*>(&to)[i] = x;
@@ -36,53 +31,45 @@ __device__ __forceinline__ void keep(const ClusterTask& from, ClusterTask& to) {
 static_assert(sizeof(ClusterTask) % 4 == 0);
 
 template <typename T>
-__global__ void __launch_bounds__(CHOOSERS, 2) attend_cluster_kernel(const __grid_constant__ ClusterTask given) {
+__global__ void __launch_bounds__(CLUSTER_THREADS, CLUSTER / 8) attend_cluster_kernel(const __grid_constant__ ClusterTask given) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char memory[];
   ClusterShared& room = *reinterpret_cast<ClusterShared*>(memory);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int rank = static_cast<int>(blockIdx.x);
   int problem = static_cast<int>(blockIdx.y);
-#ifdef CONSTANT
-  touch(given);
-  const ClusterTask& s = given;
-#else
   keep(given, room.task);
   const ClusterTask& s = room.task;
-#endif
   const ListTask& p = s.list;
-#ifndef CONSTANT
   __syncthreads();
-#endif
-  STAMP(0);
   if (problem >= p.problems) {  // a block that stores a token, or none
     problem = (problem - p.problems) * CLUSTER + rank;
     if (problem >= p.problems) return;
     const int b = p.kv_heads.divide(problem), head = problem - b * p.kv_heads.by;
     wait_for_previous(b | head);
-    ListWarp<T>::store(p, b, head, problem, memory + sizeof(ClusterShared));
+    if (thread < CHOOSERS) ListWarp<T>::store(p, b, head, problem, memory + sizeof(ClusterShared));
     return;
   }
   const int b = p.kv_heads.divide(problem), head = problem - b * p.kv_heads.by;
   const ClusterRow<T> row = {s, room, memory + sizeof(ClusterShared), rank, problem, b, head, warp, lane};
-  const int extra = (LIST_WARPS + warp) * CLUSTER + rank < s.tiles && warp < CLUSTER_TILES - LIST_WARPS;
+  const int extra = (CLUSTER_WARPS + warp) * CLUSTER + rank < s.tiles && warp < CLUSTER_TILES - CLUSTER_WARPS;
   const bool there = warp * CLUSTER + rank < s.tiles;
   const int64_t* const pos_at = p.append.pos + b * p.append.pos_b;
   bool again = false;
   if (lane == 0) {
     if (thread == 0) barrier_init(room.ranks_there, 1), barrier_init(room.parts_there, 1);
     barrier_init(room.tiles[warp], 1);
-    if (extra) barrier_init(room.tiles[LIST_WARPS + warp], 1);
+    if (extra) barrier_init(room.tiles[CLUSTER_WARPS + warp], 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     if (there) row.begin(warp);
-    if (extra) row.begin(LIST_WARPS + warp);
+    if (extra) row.begin(CLUSTER_WARPS + warp);
     const int64_t pos = glance(pos_at);  // which may not be its last word
     again = there && row.changed(warp, pos, static_cast<int>(pos / LIST_SLAB));
     if (again) barrier_wait(room.tiles[warp], 0);
     if (thread == 0) barrier_expect(room.parts_there, CLUSTER * p.group * (CLUSTER_SLICE + 2) * 4), room.few = 0;
   }
-  room.bins[thread] = 0;
-  if (thread < 96) room.taken[thread] = 0;
+  if (thread < ClusterShared::BINS) room.bins[thread] = 0;
+  if (thread < ClusterShared::WORDS) room.taken[thread] = 0;
   if (thread < ClusterShared::FEW) room.few_ranks[thread] = 0;
   __syncwarp();
   const auto load_queries = [&](uint4 (&y)[4]) {
@@ -95,27 +82,14 @@ __global__ void __launch_bounds__(CHOOSERS, 2) attend_cluster_kernel(const __gri
       if (g < p.group) y[j] = __ldcg(reinterpret_cast<const uint4*>(from + j * 32));
     }
   };
-  const int place = rank * LIST_WARPS + warp;
-#ifdef DRY
-#pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
-  const bool dry = pass == 0;
-#else
-  constexpr bool dry = false;
-#endif
-  if (!dry) {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    wait_alone(lane);
-#if LET == 0
-    let_next();
-#endif
-    STAMP(1);
-    if (again) row.begin(warp);
-    again = __shfl_sync(0xffffffffu, static_cast<int>(again), 0);
-  }
+  const int place = rank * CLUSTER_WARPS + warp;
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  wait_for_previous(lane);
+  if (again) row.begin(warp);
+  again = __shfl_sync(0xffffffffu, static_cast<int>(again), 0);
   const int64_t pos = __ldcg(pos_at);
-  const int limit = dry ? -1 : static_cast<int>(min(__ldcg(p.a.q_pos + b * p.a.q_pos_b), static_cast<int64_t>(p.a.stored)));
-  ListShape shape(p.pick, b);
+  const int limit = static_cast<int>(min(__ldcg(p.a.q_pos + b * p.a.q_pos_b), static_cast<int64_t>(p.a.stored)));
+  const ListShape shape(p.pick, b);
   StreamQueries<T> queries;
   {
     uint4 y[4];
@@ -129,78 +103,50 @@ __global__ void __launch_bounds__(CHOOSERS, 2) attend_cluster_kernel(const __gri
       if (warp == 0) room.queries[j][lane] = y[j];
     }
   }
-  if (dry) shape.first = 0, shape.last = min(s.entries, 2048), shape.end = shape.last, shape.taken = shape.last / 8;
   const bool chosen = shape.chosen();
   const auto scored = [&](int local) {
     const int entry = row.first_of_tile(local);
     return chosen && entry < shape.last && entry + TILE > shape.first;
   };
-  if (!dry) {
-    if (thread == 0 && chosen) {
-      barrier_expect(room.ranks_there, ((shape.last - 1) / TILE - shape.first / TILE + 1) * TILE * 4);
-    }
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    STAMP(11);
+  if (thread == 0 && chosen) {
+    barrier_expect(room.ranks_there, ((shape.last - 1) / TILE - shape.first / TILE + 1) * TILE * 4);
   }
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #pragma unroll 1
-  for (int local = warp; local < LIST_WARPS + (extra ? warp + 1 : 0); local += LIST_WARPS) {
+  for (int local = warp; local < CLUSTER_WARPS + (extra ? warp + 1 : 0); local += CLUSTER_WARPS) {
     if (local == warp && !there) continue;
     const bool second = local == warp && again;
-    if (!dry) barrier_wait(room.tiles[local], second ? 1 : 0);
+    barrier_wait(room.tiles[local], second ? 1 : 0);
     if (!scored(local)) continue;
-    if (!dry && !second && row.changed(local, pos, shape.last)) {
+    if (!second && row.changed(local, pos, shape.last)) {
       if (lane == 0) row.begin(local);
       barrier_wait(room.tiles[local], 1);
     }
-    row.score(local, queries, dry);
+    row.score(local, queries);
   }
-#if LET == 1
-  if (!dry) let_next();
-#endif
-  if (!dry) STAMP(2);
   ClusterChooser chooser = {room, warp, lane};
   if (chosen) {
-    if (!dry) barrier_wait(room.ranks_there, 0);
-    if (!dry) STAMP(3);
-    chooser.choose(shape.first, shape.last, static_cast<uint32_t>(shape.taken), dry ? nullptr : p.pick.scratch, dry);
+    barrier_wait(room.ranks_there, 0);
+    chooser.choose(shape.first, shape.last, static_cast<uint32_t>(shape.taken));
   } else {
     __syncthreads();
   }
-  if (!dry) STAMP(6);
   int block = place < p.a.chosen ? shape.at(place) : -1;
   if (block == -2) block = chooser.find(place - shape.first);
-  if (!dry) STAMP(7);
   ListWarp<T> mine(p, b, head, row.ring + warp * STREAM_TILE, lane);
   mine.limit = limit;
   const int at = block < 0 ? -1 : block * LIST_SLAB;
   if (mine.whole(at)) {
     mine.load(at);
-  } else if (at >= 0 && !dry) {
+  } else if (at >= 0) {
     mine.load_last(p, at);
   }
-#if LET == 2
-  if (!dry) let_next();
-#endif
-  if (!dry) STAMP(8);
-  if (!dry && lane == 0 && place < p.a.chosen) p.pick.ids[static_cast<int64_t>(problem) * p.a.chosen + place] = block;
+  if (lane == 0 && place < p.a.chosen) p.pick.ids[static_cast<int64_t>(problem) * p.a.chosen + place] = block;
   if (at >= 0) mine.attend(p, room.queries, at, -1, false);
-  if (!dry) STAMP(9);
-  mine.leave(room.states[warp], p.group, dry ? reinterpret_cast<unsigned char*>(room.parts) : row.ring + warp * STREAM_TILE);
+  mine.leave(room.states[warp], p.group, row.ring + warp * STREAM_TILE);
   __syncthreads();
-  if (!dry) STAMP(12);
-  row.hand_out(p.group, dry);
-#ifdef DRY
-  if (dry) {
-    __syncthreads();
-    room.bins[thread] = 0;
-    if (thread == 0) room.few = 0;
-    if (thread < ClusterShared::FEW) room.few_ranks[thread] = 0;
-  }
-  }
-#endif
-  STAMP(10);
+  row.hand_out(p.group);
   row.finish_slice(p.group);
-  STAMP(13);
 #endif
 }
 
@@ -210,7 +156,7 @@ const void* kernel_of() {
 }
 
 int bytes_of(int tiles) {
-  const int local = std::max((tiles - 1) / CLUSTER + 1, LIST_WARPS);
+  const int local = std::max((tiles - 1) / CLUSTER + 1, CLUSTER_WARPS);
   return static_cast<int>(sizeof(ClusterShared)) + local * STREAM_TILE;
 }
 
@@ -230,7 +176,7 @@ bool allow(const void* kernel) {
     cudaLaunchAttribute size = {};
     size.id = cudaLaunchAttributeClusterDimension;
     size.val.clusterDim.x = CLUSTER, size.val.clusterDim.y = size.val.clusterDim.z = 1;
-    config.gridDim = dim3(CLUSTER, 8), config.blockDim = dim3(CHOOSERS);
+    config.gridDim = dim3(CLUSTER, 8), config.blockDim = dim3(CLUSTER_THREADS);
     config.dynamicSmemBytes = static_cast<size_t>(bytes_of(CLUSTER * CLUSTER_TILES));
     config.attrs = &size, config.numAttrs = 1;
     good = good &&
@@ -239,9 +185,6 @@ bool allow(const void* kernel) {
                                 bytes_of(CLUSTER * CLUSTER_TILES)) == cudaSuccess &&
            keep_shared(each) == cudaSuccess &&
            cudaOccupancyMaxActiveClusters(&clusters, each, &config) == cudaSuccess && clusters >= 9;
-#ifdef STAMPS
-    printf("cluster: %d at a time, %s\n", clusters, good ? "good" : cudaGetErrorString(cudaGetLastError()));
-#endif
   }
   if (!good) static_cast<void>(cudaGetLastError());
   known[device].store(good ? 2 : 1, std::memory_order_release);
@@ -255,7 +198,7 @@ bool cluster_takes(const hfl_layer_group& g) {
   const hfl_score& c = g.score;
   if (!c.scores || a.k.bits || !list_takes(g) || a.select_heads != a.kv_heads) return false;
   if (a.block != LIST_SLAB || g.append.sub != LIST_SLAB || c.subs != 1 || a.batch * a.kv_heads > 8) return false;
-  if (a.chosen > CLUSTER * LIST_WARPS || c.entries > CLUSTER * CLUSTER_TILES * TILE) return false;
+  if (a.chosen > CLUSTER * CLUSTER_WARPS || c.entries > CLUSTER_MOST) return false;
   if (c.q != a.q || c.q_b != a.q_b || c.q_h != a.q_h) return false;
   return allow(nullptr);
 }
@@ -268,13 +211,10 @@ const char* cluster_in_turn(const hfl_layer_group& g, const Heads& heads, void* 
   p.kv_heads = Divisor(a.kv_heads), p.problems = a.batch * a.kv_heads;
   s.summary = g.score.summary, s.s_b = g.score.s_b, s.s_h = g.score.s_h, s.entries = g.score.entries;
   s.tiles = score_tiles(g.score);
-#ifdef STAMPS
-  p.pick.scratch = hfl_stamps;
-#endif
   const void* kernel = a.dtype == HFL_BF16 ? kernel_of<__nv_bfloat16>() : kernel_of<__half>();
   void* arguments[] = {&s};
   const int rows = p.problems + (p.problems - 1) / CLUSTER + 1;
-  const cudaError_t error = launch(kernel, dim3(CLUSTER, static_cast<unsigned>(rows)), CHOOSERS,
+  const cudaError_t error = launch(kernel, dim3(CLUSTER, static_cast<unsigned>(rows)), CLUSTER_THREADS,
                                    static_cast<size_t>(bytes_of(s.tiles)), stream, arguments, true, CLUSTER);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

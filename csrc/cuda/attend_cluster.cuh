@@ -5,31 +5,17 @@
 #include "barrier.cuh"
 #include "score_stream.cuh"
 
-#ifdef STAMPS
-__device__ __forceinline__ void stamp_at(void* to, int which) {
-  if (!to || threadIdx.x) return;
-  long long t;
-  if (which == 0) {
-    unsigned sm;
-    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
-    static_cast<long long*>(to)[400 * 16 + (blockIdx.y * gridDim.x + blockIdx.x) * 16 + 15] = sm + 1;
-  }
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)::"memory");
-  static_cast<long long*>(to)[400 * 16 + (blockIdx.y * gridDim.x + blockIdx.x) * 16 + which] = t;
-}
-#define STAMP(k) stamp_at(p.pick.scratch, k)
-#else
-#define STAMP(k)
-#endif
-#ifndef LET
-#define LET 0
-#endif
-
 namespace hfl {
 
-constexpr int CLUSTER = 16;                      // blocks
-constexpr int CLUSTER_TILES = 11;                // tiles of bounds of a block, at most
-constexpr int CLUSTER_SLICE = LIST_DIM / CLUSTER;  // channels that a block sums up
+#ifndef CL
+#define CL 16
+#endif
+constexpr int CLUSTER = CL;                         // blocks
+constexpr int CLUSTER_WARPS = 128 / CLUSTER;        // of a block
+constexpr int CLUSTER_THREADS = CLUSTER_WARPS * 32;
+constexpr int CLUSTER_TILES = 176 / CLUSTER;        // tiles of bounds of a block, at most
+constexpr int CLUSTER_SLICE = LIST_DIM / CLUSTER;   // channels that a block sums up
+constexpr int CLUSTER_MOST = CLUSTER * CLUSTER_TILES * TILE;  // blocks of keys of a row
 
 struct ClusterTask {
   ListTask list;
@@ -39,18 +25,18 @@ struct ClusterTask {
 };
 
 struct alignas(128) ClusterShared {
-  static constexpr int MOST = CLUSTER_TILES * CHOOSERS, WORDS = MOST / 32, BINS = 256, FEW = 32;
-  uint32_t ranks[MOST];                             // of the row, by all blocks
+  static constexpr int BINS = 256, FEW = 32, WORDS = 96;
+  uint32_t ranks[CLUSTER_MOST];                             // of the row, by all blocks
   float parts[CLUSTER][LIST_ROWS][CLUSTER_SLICE];   // of all blocks
   float2 totals[CLUSTER][LIST_ROWS];
   uint4 queries[LIST_DIM / 32][32];
-  float2 states[LIST_WARPS][LIST_ROWS];
+  float2 states[CLUSTER_WARPS][LIST_ROWS];
   uint32_t bins[BINS];
-  uint32_t taken[96];  // a bit for each block of the row
+  uint32_t taken[WORDS];  // a bit for each block of the row
   alignas(16) uint32_t few_ranks[FEW];
   alignas(16) int few_blocks[FEW];
-  uint32_t most[LIST_WARPS], least[LIST_WARPS], second[LIST_WARPS];
-  int full[LIST_WARPS];
+  uint32_t most[CLUSTER_WARPS], least[CLUSTER_WARPS], second[CLUSTER_WARPS];
+  int full[CLUSTER_WARPS];
   int few;
   ClusterTask task;
   uint64_t tiles[CLUSTER_TILES + 1], ranks_there, parts_there;
@@ -80,6 +66,8 @@ __device__ __forceinline__ int64_t glance(const int64_t* at) {
 
 // The choice among the ranks of a row, by all threads of a block.
 struct ClusterChooser {
+  static constexpr int EACH = (CLUSTER_MOST - 1) / CLUSTER_THREADS + 1;  // blocks of keys of a thread
+
   ClusterShared& room;
   int warp, lane;
   uint32_t left = 0, count = 0;  // of the last bin, so many are taken of so many
@@ -105,17 +93,15 @@ struct ClusterChooser {
   }
 
   // Find which are the `take` best of blocks `first` to `last` - 1, 0 < take < last - first.
-  __device__ __forceinline__ void choose(int first, int last, uint32_t take, void* stamps, bool dry = false) {
+  __device__ __forceinline__ void choose(int first, int last, uint32_t take) {
     const int thread = static_cast<int>(threadIdx.x);
-    uint32_t x[CLUSTER_TILES];
+    uint32_t x[EACH];
     uint32_t best = 0, second = 0, least = UINT32_MAX;
 #pragma unroll
-    for (int j = 0; j < CLUSTER_TILES; ++j) {
-      const int block = j * CHOOSERS + thread;
+    for (int j = 0; j < EACH; ++j) {
+      const int block = j * CLUSTER_THREADS + thread;
       x[j] = block >= first && block < last ? room.ranks[block] : 0;
-#ifdef DRY
-      if (dry) x[j] = block < last ? static_cast<uint32_t>(block) * 2654435761u >> 3 | 1u : 0u;
-#endif
+      if (j * CLUSTER_THREADS >= last) continue;
       second = max(second, min(best, x[j])), best = max(best, x[j]), least = min(least, x[j] - 1);
     }
     const int full = 2 * __popc(__ballot_sync(0xffffffffu, second != 0));
@@ -123,22 +109,19 @@ struct ClusterChooser {
     second = __reduce_min_sync(0xffffffffu, second - 1);
     if (lane == 0) room.most[warp] = best, room.least[warp] = least, room.second[warp] = second, room.full[warp] = full;
     __syncthreads();
-    const uint32_t most = __reduce_max_sync(0xffffffffu, room.most[lane % LIST_WARPS]);
-    least = __reduce_min_sync(0xffffffffu, room.least[lane % LIST_WARPS]);
-    second = __reduce_min_sync(0xffffffffu, room.second[lane % LIST_WARPS]);
-    const uint32_t many = __reduce_add_sync(0xffffffffu, lane < LIST_WARPS ? room.full[lane] : 0);
+    const uint32_t most = __reduce_max_sync(0xffffffffu, room.most[lane % CLUSTER_WARPS]);
+    least = __reduce_min_sync(0xffffffffu, room.least[lane % CLUSTER_WARPS]);
+    second = __reduce_min_sync(0xffffffffu, room.second[lane % CLUSTER_WARPS]);
+    const uint32_t many = __reduce_add_sync(0xffffffffu, lane < CLUSTER_WARPS ? room.full[lane] : 0);
     uint32_t base = (many >= take ? second : least) + 1, over = most - base;
     int shift = max(24 - __clz(static_cast<int>(over)), 0);
     left = take;
-#ifdef STAMPS
-    stamp_at(stamps, 4);
-#endif
     const uint32_t bins = shared_address(room.bins);
 #pragma unroll 1
     for (;;) {
 #pragma unroll
-      for (int j = 0; j < CLUSTER_TILES; ++j) {
-        if (j * CHOOSERS >= last) break;
+      for (int j = 0; j < EACH; ++j) {
+        if (j * CLUSTER_THREADS >= last) break;
         asm volatile("{\n.reg .pred p;\nsetp.le.u32 p, %0, %1;\n@p red.shared.add.u32 [%2], 1;\n}" ::"r"(x[j] - base),
                      "r"(over), "r"(bins + ((x[j] - base) >> shift) * 4)
                      : "memory");
@@ -148,23 +131,21 @@ struct ClusterChooser {
       if (count <= ClusterShared::FEW || shift == 0) break;
       shift = max(shift - 8, 0);
       __syncthreads();
-      room.bins[thread] = 0;
+      if (thread < ClusterShared::BINS) room.bins[thread] = 0;
       __syncthreads();
     }
-#ifdef STAMPS
-    stamp_at(stamps, 5);
-#endif
     uint32_t rank = base - 1;
     int block = -1;
     if (count > ClusterShared::FEW) {
-      rank = base, block = last_alike(x, base);
+      rank = base, block = last_alike(x, base, last);
     } else if (count > left) {
       last_of_few(x, base, over, rank, block);
     }
 #pragma unroll
-    for (int j = 0; j < CLUSTER_TILES; ++j) {
-      const uint32_t taken = __ballot_sync(0xffffffffu, x[j] > rank || (x[j] == rank && j * CHOOSERS + thread <= block));
-      if (lane == j) room.taken[j * LIST_WARPS + warp] = taken;
+    for (int j = 0; j < EACH; ++j) {
+      if (j * CLUSTER_THREADS >= last) break;
+      const uint32_t taken = __ballot_sync(0xffffffffu, x[j] > rank || (x[j] == rank && j * CLUSTER_THREADS + thread <= block));
+      if (lane == j) room.taken[j * CLUSTER_WARPS + warp] = taken;
     }
     __syncthreads();
   }
@@ -189,13 +170,16 @@ struct ClusterChooser {
 
  private:
   // Of the few of the last bin, the `left`-th: its rank, and its block, after which none of that rank is taken.
-  __device__ __forceinline__ void last_of_few(const uint32_t (&x)[CLUSTER_TILES], uint32_t base, uint32_t over,
+  __device__ __forceinline__ void last_of_few(const uint32_t (&x)[EACH], uint32_t base, uint32_t over,
                                               uint32_t& rank, int& block) {
+    uint32_t own = 0;
 #pragma unroll
-    for (int j = 0; j < CLUSTER_TILES; ++j) {
-      if (x[j] - base > over) continue;
+    for (int j = 0; j < EACH; ++j) own |= x[j] - base <= over ? 1u << j : 0u;
+#pragma unroll 1
+    for (; own; own &= own - 1) {  // most warps have none
+      const int found = (__ffs(static_cast<int>(own)) - 1) * CLUSTER_THREADS + static_cast<int>(threadIdx.x);
       const int place = atomicAdd(&room.few, 1);
-      room.few_ranks[place] = x[j], room.few_blocks[place] = j * CHOOSERS + static_cast<int>(threadIdx.x);
+      room.few_ranks[place] = room.ranks[found], room.few_blocks[place] = found;
     }
     __syncthreads();
     const bool there = lane < static_cast<int>(count);
@@ -216,11 +200,12 @@ struct ClusterChooser {
   }
 
   // Of many that are alike, the `left`-th block.
-  __device__ __forceinline__ int last_alike(const uint32_t (&x)[CLUSTER_TILES], uint32_t base) {
+  __device__ __forceinline__ int last_alike(const uint32_t (&x)[EACH], uint32_t base, int end) {
 #pragma unroll
-    for (int j = 0; j < CLUSTER_TILES; ++j) {
+    for (int j = 0; j < EACH; ++j) {
+      if (j * CLUSTER_THREADS >= end) break;
       const uint32_t same = __ballot_sync(0xffffffffu, x[j] == base);
-      if (lane == j) room.taken[j * LIST_WARPS + warp] = same;
+      if (lane == j) room.taken[j * CLUSTER_WARPS + warp] = same;
     }
     __syncthreads();
     const int block = find(static_cast<int>(left) - 1);
@@ -251,7 +236,7 @@ struct ClusterRow {
     return entry < end && entry * int64_t{LIST_SLAB} < pos && end * int64_t{LIST_SLAB} > pos - JUST_STORED;
   }
   // A tile's ranks to all blocks.
-  __device__ __forceinline__ void score(int local, const StreamQueries<T>& queries, bool dry = false) const {
+  __device__ __forceinline__ void score(int local, const StreamQueries<T>& queries) const {
     const uint4* entries = reinterpret_cast<const uint4*>(ring + local * STREAM_TILE);
     const StreamSums sums = stream_sums<T>(entries, queries, lane);
     const float2 best = stream_scores(sums, s.list.group, lane);
@@ -265,12 +250,6 @@ struct ClusterRow {
     }
     const uint32_t to = shared_address(room.ranks + first_of_tile(local) + lane % 4 * 4);
     const uint32_t bar = shared_address(&room.ranks_there);
-#ifdef DRY
-    if (dry) {
-      if ((x[0] ^ x[1] ^ x[2] ^ x[3]) == 0x12345677u) room.few = 77;
-      return;
-    }
-#endif
 #pragma unroll
     for (int i = 0; i < CLUSTER / 8; ++i) {
       const int target = lane / 4 + i * 8;
@@ -278,29 +257,23 @@ struct ClusterRow {
     }
   }
   // What the warps left: a slice of channels to each block.
-  __device__ __forceinline__ void hand_out(int rows, bool dry = false) const {
+  __device__ __forceinline__ void hand_out(int rows) const {
     const uint32_t bar = shared_address(&room.parts_there);
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < rows * (LIST_DIM / 2); i += CHOOSERS) {
+    for (int i = static_cast<int>(threadIdx.x); i < rows * (LIST_DIM / 2); i += CLUSTER_THREADS) {
       const int row = i / (LIST_DIM / 2), channel = i % (LIST_DIM / 2) * 2, target = channel / CLUSTER_SLICE;
       float2 state = make_float2(NOTHING, 0.0f), sum = make_float2(0.0f, 0.0f);
 #pragma unroll
-      for (int w = 0; w < LIST_WARPS; ++w) state.x = fmaxf(state.x, room.states[w][row].x);
+      for (int w = 0; w < CLUSTER_WARPS; ++w) state.x = fmaxf(state.x, room.states[w][row].x);
       const float base = state.x == NOTHING ? 0.0f : state.x;
 #pragma unroll
-      for (int w = 0; w < LIST_WARPS; ++w) {
+      for (int w = 0; w < CLUSTER_WARPS; ++w) {
         const float2 own = room.states[w][row];
         const float weight = power_of_two(own.x - base);
         state.y += weight * own.y;
         const float* outs = reinterpret_cast<const float*>(ring + w * STREAM_TILE);
         add(sum, weight, *reinterpret_cast<const float2*>(outs + row * LIST_OUT + channel));
       }
-#ifdef DRY
-      if (dry) {
-        if (sum.x == 1234.5f && state.y == 77.0f) room.few = 77;
-        continue;
-      }
-#endif
       const uint32_t there = at_rank(bar, target);
       send(at_rank(shared_address(&room.parts[rank][row][channel % CLUSTER_SLICE]), target), there, sum);
       if (channel % CLUSTER_SLICE == 0) send(at_rank(shared_address(&room.totals[rank][row]), target), there, state);
@@ -308,6 +281,7 @@ struct ClusterRow {
   }
   // The block's slice of the output, a row a warp.
   __device__ __forceinline__ void finish_slice(int rows) const {
+    constexpr int LANES = CLUSTER_SLICE / 2;  // of a source
     barrier_wait(room.parts_there, 0);
     if (warp >= rows) return;
     const float2 own = room.totals[lane % CLUSTER][warp];
@@ -322,18 +296,18 @@ struct ClusterRow {
     for (int step = 1; step < CLUSTER; step *= 2) state.y += __shfl_xor_sync(0xffffffffu, state.y, step);
     float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
-    for (int i = 0; i < CLUSTER / 8; ++i) {
-      const int from = lane / 4 + 8 * i;
+    for (int i = 0; i < CLUSTER * LANES / 32; ++i) {
+      const int from = lane / LANES + 32 / LANES * i;
       add(sum, __shfl_sync(0xffffffffu, weight, from),
-          *reinterpret_cast<const float2*>(&room.parts[from][warp][lane % 4 * 2]));
+          *reinterpret_cast<const float2*>(&room.parts[from][warp][lane % LANES * 2]));
     }
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
+    for (int step = LANES; step < 32; step *= 2) {
       sum.x += __shfl_xor_sync(0xffffffffu, sum.x, step), sum.y += __shfl_xor_sync(0xffffffffu, sum.y, step);
     }
-    if (lane < 4) finish<ListWarp<T>>(s.list, b, head, warp, rank * CLUSTER_SLICE + lane * 2, sum, state);
+    if (lane < LANES) finish<ListWarp<T>>(s.list, b, head, warp, rank * CLUSTER_SLICE + lane * 2, sum, state);
   }
 };
-static_assert(CLUSTER_SLICE == 8, "four lanes a row");
+static_assert(CLUSTER % 8 == 0 && CLUSTER <= 16 && LIST_ROWS <= CLUSTER_WARPS, "lanes and warps");
 
 }  // namespace hfl

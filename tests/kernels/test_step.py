@@ -98,14 +98,14 @@ CASES = [
     replace(BASE, groups=((1, 0),), subs=2, room=40000, ends=(39999, 20000), take=50),
     # short rows, each KV head's by a cluster: all that it may have, other shapes, scores alike, and few blocks
     *(
-        replace(BASE, groups=((2, 0, 3, 1),), group=g, room=45000, ends=(44990, -1), take=t, sinks=g > 1, seed=g)
+        replace(BASE, groups=((2, 0, 3, 1),), group=g, room=45056, ends=(44990, -1), take=t, sinks=g > 1, seed=g)
         for g, t in ((1, 125), (7, 100), (8, 50))
     ),
     *(
-        replace(BASE, room=45000, ends=(e, e - 10000, 3000), take=125, channels=c, seed=e)
-        for e, c in ((44999, 256), (32768, 0), (32775, 1), (32767, 2))
+        replace(BASE, room=45056, ends=(e, e - 10000, 3000), take=125, channels=c, seed=e)
+        for e, c in ((45055, 256), (32768, 0), (32775, 1), (32767, 2))
     ),
-    replace(BASE, groups=((0,),), room=33000, ends=(32770, 32759, 32760, 32761, 1999, 2000, 63, 2040), take=125),
+    replace(BASE, groups=((0,),), room=33024, ends=(32770, 32759, 32760, 32761, 1999, 2000, 63, 2040), take=125),
     replace(MIXED, odd=True),
     replace(MIXED, odd=True, dtype=torch.float16, bits=8),
     replace(BASE, groups=(tuple(range(0, 40, 2)), tuple(range(1, 40, 2))), kinds=("window", "chosen"), group=1, dim=64),
