@@ -1,15 +1,15 @@
-// A step of short rows that choose, in one kernel: a cluster of 16 blocks for each row and KV head scores blocks of keys
-// from their bounds, chooses, and attends to what is chosen, for one query a row of 16 bits and 128 channels.
+// A step of short rows that choose, in one kernel: a cluster of blocks for each row and KV head scores blocks of keys
+// from their bounds, chooses, and attends to what is chosen, for one query a row of 16 bits and 128 channels, on sm_90.
 //
 // Paper: the top-k of Quest (arXiv:2406.10774) sections 3.2 and 3.3, as score.cu and pick.cu define them.
-// Work: tile t of 16 bounds is copied by block t % 16, a warp each, before the kernels before this one are done; those
-//   of the last tokens are read once more. Each warp sends the scores of its tile to all blocks, so that each block finds
-//   all of the choice, by a histogram, and each warp the one block of keys that it attends to. Results of a block's
-//   warps become one, of which each block of the cluster gets 8 channels and writes them. Nothing goes through global
-//   memory, and nobody waits for other clusters. The step's own token comes from where it is fresh; clusters behind
-//   all others store it.
-// Grid: (16, B * Hkv, and rows for blocks that store), clusters of 16; 256 threads. Shared memory: 64 KiB or more of
-//   bounds, then values, and 22 KiB. Bound by: latency.
+// Work: tile t of 16 bounds is copied by block t % CLUSTER, a warp each, before the kernels before this one are done;
+//   those that the last tokens changed are read once more. A warp sends the scores of its tile to all blocks, so that
+//   each of them finds the whole choice, by a histogram, and each warp the one block of keys that it attends to. The
+//   results of a block's warps become one, of which every block of the cluster gets some channels, sums them up and
+//   writes them. Nothing goes through global memory, and no cluster waits for another. The step's own token comes from
+//   where it is fresh; clusters behind all others store it.
+// Grid: (CLUSTER, B * Hkv, and rows for blocks that store), in clusters. Shared memory: bounds, at least 8 KiB a warp,
+//   then values; and 24 KiB. Bound by: latency, and instructions of the choice, which each block makes for itself.
 #include <algorithm>
 #include <atomic>
 
@@ -18,21 +18,12 @@
 namespace hfl {
 namespace {
 
-// A kernel's arguments to shared memory, where reading them takes the same time whenever that is; by all threads.
-__device__ __forceinline__ void keep(const ClusterTask& from, ClusterTask& to) {
-  const uint64_t base = __cvta_generic_to_grid_constant(&from);
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof(ClusterTask) / 4); i += CLUSTER_THREADS) {
-    uint32_t x;
-    asm volatile("ld.param.u32 %0, [%1];" : "=r"(x) : "l"(base + i * 4));
-    reinterpret_cast<uint32_t*>(&to)[i] = x;
-  }
-}
-static_assert(sizeof(ClusterTask) % 4 == 0);
+constexpr int MOST_CLUSTERS = 8;  // rows times KV heads: more of them do not find room at a time
 
 template <typename T>
-__global__ void __launch_bounds__(CLUSTER_THREADS, CLUSTER / 8) attend_cluster_kernel(const __grid_constant__ ClusterTask given) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__global__ void __launch_bounds__(CLUSTER_THREADS, CLUSTER / 8)
+    attend_cluster_kernel(const __grid_constant__ ClusterTask given) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
   extern __shared__ __align__(128) unsigned char memory[];
   ClusterShared& room = *reinterpret_cast<ClusterShared*>(memory);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -52,7 +43,7 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, CLUSTER / 8) attend_cluster_k
   }
   const int b = p.kv_heads.divide(problem), head = problem - b * p.kv_heads.by;
   const ClusterRow<T> row = {s, room, memory + sizeof(ClusterShared), rank, problem, b, head, warp, lane};
-  const int extra = (CLUSTER_WARPS + warp) * CLUSTER + rank < s.tiles && warp < CLUSTER_TILES - CLUSTER_WARPS;
+  const bool extra = (CLUSTER_WARPS + warp) * CLUSTER + rank < s.tiles && warp < CLUSTER_TILES - CLUSTER_WARPS;
   const bool there = warp * CLUSTER + rank < s.tiles;
   const int64_t* const pos_at = p.append.pos + b * p.append.pos_b;
   bool again = false;
@@ -72,16 +63,6 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, CLUSTER / 8) attend_cluster_k
   if (thread < ClusterShared::WORDS) room.taken[thread] = 0;
   if (thread < ClusterShared::FEW) room.few_ranks[thread] = 0;
   __syncwarp();
-  const auto load_queries = [&](uint4 (&y)[4]) {
-    const int g = lane >> 2;
-    const T* from = static_cast<const T*>(p.a.q) + b * p.a.q_b + (p.heads.of(head) * p.group + g) * p.a.q_h +
-                    (lane & 3) * 8;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      y[j] = make_uint4(0, 0, 0, 0);
-      if (g < p.group) y[j] = __ldcg(reinterpret_cast<const uint4*>(from + j * 32));
-    }
-  };
   const int place = rank * CLUSTER_WARPS + warp;
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   wait_for_previous(lane);
@@ -92,8 +73,14 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, CLUSTER / 8) attend_cluster_k
   const ListShape shape(p.pick, b);
   StreamQueries<T> queries;
   {
+    const int g = lane >> 2, q_head = p.heads.of(head) * p.group + g;
+    const T* from = static_cast<const T*>(p.a.q) + b * p.a.q_b + q_head * p.a.q_h + (lane & 3) * 8;
     uint4 y[4];
-    load_queries(y);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      y[j] = make_uint4(0, 0, 0, 0);
+      if (g < p.group) y[j] = __ldcg(reinterpret_cast<const uint4*>(from + j * 32));
+    }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const uint4 low = make_uint4(below_zero(y[j].x, T()), below_zero(y[j].y, T()), below_zero(y[j].z, T()),
@@ -160,35 +147,30 @@ int bytes_of(int tiles) {
   return static_cast<int>(sizeof(ClusterShared)) + local * STREAM_TILE;
 }
 
-// Let a kernel have what it may need; whether the current device can hold all clusters of a step, and of the next one,
-// at a time.
-bool allow(const void* kernel) {
+// Let the kernels have what they may need; whether the current device has room for all clusters of a step at a time.
+bool fits() {
   static std::atomic<int> known[MOST_DEVICES];  // 0: not known yet, 1: no, 2: yes
-  int device = 0, clusters = 0;
+  int device = 0, clusters = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= MOST_DEVICES) return false;
   const int answer = known[device].load(std::memory_order_acquire);
   if (answer) return answer == 2;
-  static_cast<void>(kernel);
-  bool good = true;
-  for (const void* each : {kernel_of<__half>(), kernel_of<__nv_bfloat16>()}) {
-    if (!waits(each)) return false;
-    cudaLaunchConfig_t config = {};
+  bool all = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+  for (const void* kernel : {kernel_of<__half>(), kernel_of<__nv_bfloat16>()}) {
+    const int bytes = bytes_of(CLUSTER * CLUSTER_TILES);
     cudaLaunchAttribute size = {};
     size.id = cudaLaunchAttributeClusterDimension;
     size.val.clusterDim.x = CLUSTER, size.val.clusterDim.y = size.val.clusterDim.z = 1;
-    config.gridDim = dim3(CLUSTER, 8), config.blockDim = dim3(CLUSTER_THREADS);
-    config.dynamicSmemBytes = static_cast<size_t>(bytes_of(CLUSTER * CLUSTER_TILES));
-    config.attrs = &size, config.numAttrs = 1;
-    good = good &&
-           cudaFuncSetAttribute(each, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-           cudaFuncSetAttribute(each, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                bytes_of(CLUSTER * CLUSTER_TILES)) == cudaSuccess &&
-           keep_shared(each) == cudaSuccess &&
-           cudaOccupancyMaxActiveClusters(&clusters, each, &config) == cudaSuccess && clusters >= 9;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(CLUSTER, MOST_CLUSTERS + 1), config.blockDim = dim3(CLUSTER_THREADS);
+    config.dynamicSmemBytes = static_cast<size_t>(bytes), config.attrs = &size, config.numAttrs = 1;
+    all = all && cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess &&
+          keep_shared(kernel) == cudaSuccess &&
+          cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > MOST_CLUSTERS;
   }
-  if (!good) static_cast<void>(cudaGetLastError());
-  known[device].store(good ? 2 : 1, std::memory_order_release);
-  return good;
+  if (!all) static_cast<void>(cudaGetLastError());
+  known[device].store(all ? 2 : 1, std::memory_order_release);
+  return all;
 }
 
 }  // namespace
@@ -197,13 +179,16 @@ bool cluster_takes(const hfl_layer_group& g) {
   const hfl_attend& a = g.attend;
   const hfl_score& c = g.score;
   if (!c.scores || a.k.bits || !list_takes(g) || a.select_heads != a.kv_heads) return false;
-  if (a.block != LIST_SLAB || g.append.sub != LIST_SLAB || c.subs != 1 || a.batch * a.kv_heads > 8) return false;
+  if (a.block != LIST_SLAB || g.append.sub != LIST_SLAB || c.subs != 1) return false;
+  if (a.batch * a.kv_heads > MOST_CLUSTERS) return false;
   if (a.chosen > CLUSTER * CLUSTER_WARPS || c.entries > CLUSTER_MOST) return false;
   if (c.q != a.q || c.q_b != a.q_b || c.q_h != a.q_h) return false;
-  return allow(nullptr);
+  return waits(kernel_of<__half>()) && fits();
 }
 
 const char* cluster_in_turn(const hfl_layer_group& g, const Heads& heads, void* stream) {
+  const char* message = wrong_score(g.score);
+  if (message) return message;
   const hfl_attend& a = g.attend;
   ClusterTask s = {};
   ListTask& p = s.list;

@@ -10,11 +10,11 @@ namespace hfl {
 #ifndef CL
 #define CL 16
 #endif
-constexpr int CLUSTER = CL;                         // blocks
-constexpr int CLUSTER_WARPS = 128 / CLUSTER;        // of a block
+constexpr int CLUSTER = CL;                   // blocks
+constexpr int CLUSTER_WARPS = 128 / CLUSTER;  // of a block
 constexpr int CLUSTER_THREADS = CLUSTER_WARPS * 32;
-constexpr int CLUSTER_TILES = 176 / CLUSTER;        // tiles of bounds of a block, at most
-constexpr int CLUSTER_SLICE = LIST_DIM / CLUSTER;   // channels that a block sums up
+constexpr int CLUSTER_TILES = 176 / CLUSTER;                  // of a block, at most, 16 bounds each
+constexpr int CLUSTER_SLICE = LIST_DIM / CLUSTER;             // channels that a block sums up
 constexpr int CLUSTER_MOST = CLUSTER * CLUSTER_TILES * TILE;  // blocks of keys of a row
 
 struct ClusterTask {
@@ -26,8 +26,8 @@ struct ClusterTask {
 
 struct alignas(128) ClusterShared {
   static constexpr int BINS = 256, FEW = 32, WORDS = 96;
-  uint32_t ranks[CLUSTER_MOST];                             // of the row, by all blocks
-  float parts[CLUSTER][LIST_ROWS][CLUSTER_SLICE];   // of all blocks
+  uint32_t ranks[CLUSTER_MOST];                    // of the row, from all blocks
+  float parts[CLUSTER][LIST_ROWS][CLUSTER_SLICE];  // likewise of results
   float2 totals[CLUSTER][LIST_ROWS];
   uint4 queries[LIST_DIM / 32][32];
   float2 states[CLUSTER_WARPS][LIST_ROWS];
@@ -39,8 +39,20 @@ struct alignas(128) ClusterShared {
   int full[CLUSTER_WARPS];
   int few;
   ClusterTask task;
-  uint64_t tiles[CLUSTER_TILES + 1], ranks_there, parts_there;
+  uint64_t tiles[CLUSTER_TILES], ranks_there, parts_there;
 };
+
+// A kernel's arguments to shared memory, where reading them takes the same time whenever that is; by all threads.
+__device__ __forceinline__ void keep(const ClusterTask& from, ClusterTask& to) {
+  const uint64_t base = __cvta_generic_to_grid_constant(&from);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof(ClusterTask) / 4); i += CLUSTER_THREADS) {
+    uint32_t x;
+    asm volatile("ld.param.u32 %0, [%1];" : "=r"(x) : "l"(base + i * 4));
+    reinterpret_cast<uint32_t*>(&to)[i] = x;
+  }
+}
+static_assert(sizeof(ClusterTask) % 4 == 0);
 
 // To the shared memory of a block of the cluster, where a barrier counts bytes.
 __device__ __forceinline__ uint32_t at_rank(uint32_t address, int rank) {
@@ -144,7 +156,8 @@ struct ClusterChooser {
 #pragma unroll
     for (int j = 0; j < EACH; ++j) {
       if (j * CLUSTER_THREADS >= last) break;
-      const uint32_t taken = __ballot_sync(0xffffffffu, x[j] > rank || (x[j] == rank && j * CLUSTER_THREADS + thread <= block));
+      const bool in = x[j] > rank || (x[j] == rank && j * CLUSTER_THREADS + thread <= block);
+      const uint32_t taken = __ballot_sync(0xffffffffu, in);
       if (lane == j) room.taken[j * CLUSTER_WARPS + warp] = taken;
     }
     __syncthreads();

@@ -141,6 +141,7 @@ const char* cluster_in_turn(const hfl_layer_group& g, const Heads& heads, void* 
 // What is needed of them before.
 const char* wrong_append(const hfl_append& a);
 const char* wrong_attend(const hfl_attend& a);
+const char* wrong_score(const hfl_score& a);
 int score_blocks(const hfl_score& a);  // that work on a row
 bool score_streams(const hfl_score& a);
 int score_tiles(const hfl_score& a);
