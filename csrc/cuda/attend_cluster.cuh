@@ -7,10 +7,7 @@
 
 namespace hfl {
 
-#ifndef CL
-#define CL 16
-#endif
-constexpr int CLUSTER = CL;                   // blocks
+constexpr int CLUSTER = 16;                   // blocks; 8 of twice as many warps take as long
 constexpr int CLUSTER_WARPS = 128 / CLUSTER;  // of a block
 constexpr int CLUSTER_THREADS = CLUSTER_WARPS * 32;
 constexpr int CLUSTER_TILES = 176 / CLUSTER;                  // of a block, at most, 16 bounds each
