@@ -3,11 +3,11 @@
 #include <math.h>
 
 #include "eight.cuh"
+#include "numbers.cuh"
 
 namespace hfl {
 
 __device__ __forceinline__ float least_of(float a, float b) { return a < b || a != a ? a : b; }
-__device__ __forceinline__ float most_of(float a, float b) { return a > b || a != a ? a : b; }
 
 // A lane's eight channels as they are packed, and the scale and zero of the token.
 struct Encoded {

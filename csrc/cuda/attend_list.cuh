@@ -10,6 +10,7 @@
 #include "append_row.cuh"
 #include "choose.cuh"
 #include "divide.cuh"
+#include "numbers.cuh"
 #include "ptx.cuh"
 #include "step.cuh"
 
@@ -66,12 +67,6 @@ static_assert(sizeof(ChooseRoom) <= LIST_WARPS * LIST_VALUES && CHOOSERS * 16 * 
                   LIST_ROWS * MOST_PARTS * 4 <= LIST_WARPS * LIST_VALUES,
               "room");
 
-__device__ __forceinline__ void multiply(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, __half) {
-  mma_f16(c, a, b0, b1);
-}
-__device__ __forceinline__ void multiply(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, __nv_bfloat16) {
-  mma_bf16(c, a, b0, b1);
-}
 __device__ __forceinline__ uint32_t pack(float low, float high, __half) { return pack_f16(low, high); }
 __device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) { return pack_bf16(low, high); }
 

@@ -5,7 +5,8 @@
 //   first blocks store the token; two groups may share a launch. So a group whose choice stands takes one launch; the
 //   others' attention begins with the first rows that are picked, and the tokens are stored, and groups without a
 //   choice are read, meanwhile. Where it fits (score_stream.cuh, choose.cuh, attend_list.cu) scores are streamed and
-//   chosen from by a faster kernel, or where the list is read, which saves the launch between.
+//   chosen from by a faster kernel, or where the list is read, which saves the launch between; of short rows one kernel
+//   does all (attend_cluster.cu).
 // What is scored does not wait for the token: it lies in a block that is forced, whose score nobody reads.
 // Bound by: bytes of summaries, keys and values, and by about five waits for memory that follow each other.
 #include <utility>
@@ -97,6 +98,9 @@ class Step {
 
   const char* run() {
     const char* message = nullptr;
+    if (layer_.count == 1 && cluster_takes(layer_.groups[0])) {
+      return cluster_in_turn(layer_.groups[0], groups_[0].heads, layer_.stream);
+    }
     for (int i = 0; i < layer_.count && !message; ++i) {
       if (layer_.groups[i].score.scores) message = score(layer_.groups[i], groups_[i]);
     }

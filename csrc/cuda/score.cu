@@ -162,6 +162,8 @@ cudaError_t launch_score(const hfl_score& a, const ScoreTurn& turn) {
 
 }  // namespace
 
+const char* wrong_score(const hfl_score& a) { return check(a); }
+
 bool score_streams(const hfl_score& a) {
   const bool halves = a.subs == 1 || a.subs == 2 || a.subs == 4 || a.subs == 8;
   if (!halves || a.dtype == HFL_F32 || a.vectors != 2 || a.dim != 128 || a.tokens != 1 || a.share != HFL_KV_HEAD ||

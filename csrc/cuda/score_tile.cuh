@@ -2,6 +2,7 @@
 #pragma once
 #include "../hf_longctx.h"
 #include "divide.cuh"
+#include "numbers.cuh"
 #include "step.cuh"
 
 namespace hfl {
@@ -35,15 +36,6 @@ struct ScoreRoom {
 __device__ __forceinline__ float as_float(float x) { return x; }
 __device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-__device__ __forceinline__ float most_of(float a, float b) { return a > b || a != a ? a : b; }
-
-__device__ __forceinline__ void multiply(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, __half) {
-  mma_f16(c, a, b0, b1);
-}
-__device__ __forceinline__ void multiply(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1, __nv_bfloat16) {
-  mma_bf16(c, a, b0, b1);
-}
 
 // The numbers below zero of a word of one or two, sign bit and NaN with it.
 __device__ __forceinline__ uint32_t below_zero(uint32_t x, float) { return x & (0u - (x >> 31)); }

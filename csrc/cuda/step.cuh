@@ -134,9 +134,14 @@ bool list_takes(const hfl_layer_group& g);
 int64_t list_scratch(const hfl_layer_group& g);  // bytes
 const char* list_in_turn(const hfl_layer_group& g, const ListTurn& turn, void* stream);
 
+// The same in one kernel, of a group that is alone in its layer: where rows are short.
+bool cluster_takes(const hfl_layer_group& g);
+const char* cluster_in_turn(const hfl_layer_group& g, const Heads& heads, void* stream);
+
 // What is needed of them before.
 const char* wrong_append(const hfl_append& a);
 const char* wrong_attend(const hfl_attend& a);
+const char* wrong_score(const hfl_score& a);
 int score_blocks(const hfl_score& a);  // that work on a row
 bool score_streams(const hfl_score& a);
 int score_tiles(const hfl_score& a);
