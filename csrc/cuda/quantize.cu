@@ -22,33 +22,29 @@ namespace {
 constexpr int WARP = 32, MOST_THREADS = 1024, MOST_CHANNELS = 32768, MANY = 2048;
 constexpr float LEAST = 0x1p-100f, ROUNDS = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
 
+// Of a warp and of a block, the same in all threads. Sizes are numbers of at least 0, which are in order as their bits
+// are; a NaN is larger than all.
 struct Largest {
-  __device__ __forceinline__ float operator()(float x, float y) const {
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+  __device__ __forceinline__ uint32_t of_warp(uint32_t x) const { return __reduce_max_sync(0xffffffffu, x); }
+};
+struct Sum {
+  __device__ __forceinline__ int of_warp(int x) const { return __reduce_add_sync(0xffffffffu, x); }
+  __device__ __forceinline__ float of_warp(float x) const {
+#pragma unroll
+    for (int step = WARP / 2; step; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
   }
 };
-struct Sum {
-  template <class T>
-  __device__ __forceinline__ T operator()(T x, T y) const {
-    return x + y;
-  }
-};
 
-// The same in all threads.
-template <class T, class Both>
-__device__ __forceinline__ T of_block(T x, Both both, T nothing) {
+template <class T, class All>
+__device__ __forceinline__ T of_block(T x, All all) {
   __shared__ T parts[MOST_THREADS / WARP];
   const int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
-#pragma unroll
-  for (int step = WARP / 2; step; step /= 2) x = both(x, __shfl_xor_sync(0xffffffffu, x, step));
+  x = all.of_warp(x);
   if (blockDim.x == WARP) return x;
   if (lane == 0) parts[warp] = x;
   __syncthreads();
-  x = lane < static_cast<int>(blockDim.x) / WARP ? parts[lane] : nothing;
-#pragma unroll
-  for (int step = WARP / 2; step; step /= 2) x = both(x, __shfl_xor_sync(0xffffffffu, x, step));
-  return x;
+  return all.of_warp(lane < static_cast<int>(blockDim.x) / WARP ? parts[lane] : T(0));
 }
 
 __device__ __forceinline__ uint32_t low_bytes(const uint32_t* of) {
@@ -141,16 +137,12 @@ struct Row {
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum = fmaf(y.x[i], y.x[i], sum);
       if (!apart) continue;
-#pragma unroll
-      for (int step = WARP / 2; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      sum = Sum().of_warp(sum);
       if (lane == 0) parts[p * warps + warp] = sum;
     }
-    if (!apart) return of_block(sum, Sum(), 0.0f);
+    if (!apart) return of_block(sum, Sum());
     __syncthreads();
-    sum = lane < warps * PIECES ? parts[lane] : 0.0f;
-#pragma unroll
-    for (int step = WARP / 2; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
+    return Sum().of_warp(lane < warps * PIECES ? parts[lane] : 0.0f);
   }
 
   __device__ __forceinline__ void normalize(int64_t row) {
@@ -182,7 +174,7 @@ struct Row {
       most = larger<DTYPE>(larger<DTYPE>(most, x[p].z), x[p].w);
     }
     const float2 pair = DTYPE == HFL_BF16 ? unpack_bf16(most) : unpack_f16(most);
-    return of_block(Largest()(pair.x, pair.y), Largest(), 0.0f);
+    return __uint_as_float(of_block(max(__float_as_uint(pair.x), __float_as_uint(pair.y)), Largest()));
   }
 
   // Values, and the sum of this thread's. None is beyond 127 by more than what is rounded away.
@@ -221,11 +213,9 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) quantize_kernel(const __grid_
   const float most = x.largest();
   const bool finite = most < INFINITY;  // and no NaN
   const float up = !finite || most < LEAST ? 0.0f : __fdiv_rn(127.0f, most);
-  const int sum = of_block(x.write(row, up), Sum(), 0);
-  if (threadIdx.x == 0) {
-    a.scale[row] = finite ? __fdiv_rn(most, 127.0f) : __int_as_float(0x7fc00000);
-    a.sums[row] = sum;
-  }
+  if (threadIdx.x == 0) a.scale[row] = finite ? __fdiv_rn(most, 127.0f) : __int_as_float(0x7fc00000);
+  const int sum = of_block(x.write(row, up), Sum());
+  if (threadIdx.x == 0) a.sums[row] = sum;
 }
 
 // With 8 channels a thread once, twice, four times.
