@@ -14,6 +14,7 @@
 
 #include "linear_few.cuh"
 #include "linear_many.cuh"
+#include "linear_pair.cuh"
 #include "linear_plan.h"
 #include "linear_rows.cuh"
 #include "linear_wide.cuh"
@@ -22,7 +23,7 @@
 namespace hfl {
 namespace {
 
-enum class Kind { ROWS, FEW, SHARED, ALONE, MANY };
+enum class Kind { ROWS, FEW, SHARED, PAIR, ALONE, MANY };
 
 struct Kernel {
   const void* function;
@@ -64,6 +65,12 @@ Kernel wide() {
           SUMS ? Kind::SHARED : Kind::ALONE, R::ROWS};
 }
 
+template <Form F>
+Kernel pair() {
+  using R = PairRoom<F>;
+  return {reinterpret_cast<const void*>(&linear_pair_kernel<R>), R::T, R::THREADS, R::BYTES, Kind::PAIR, R::ROWS};
+}
+
 // The first that a device has shared memory for.
 template <Form F>
 Kernel few(const hfl_linear& a, int shared_bytes) {
@@ -77,6 +84,7 @@ Kernel few(const hfl_linear& a, int shared_bytes) {
 }
 template <Form F>
 Kernel many(const ManyPlan& plan) {
+  if (plan.pairs) return pair<F>();
   if (plan.shares) {
     if (plan.tokens == 128) return wide<F, 128, 2, true>();
     return plan.panels == 1 ? wide<F, 64, 1, true>() : wide<F, 64, 2, true>();
@@ -195,6 +203,7 @@ bool map_tokens(CUtensorMap& map, const hfl_linear& a, int tokens) {
 
 int blocks_of(const LinearTask& p, const Kernel& kernel, int processors) {
   if (kernel.kind == Kind::SHARED) return p.whole_tiles * p.shares;
+  if (kernel.kind == Kind::PAIR) return processors / 2 * 2;
   if (kernel.kind == Kind::ALONE) return std::min(p.panels, processors / p.token_tiles) * p.token_tiles;
   return std::max(p.shares, std::min(p.whole_tiles, processors));
 }
@@ -218,7 +227,7 @@ const char* run(const hfl_linear& a, const Device& device) {
     if (kernel.kind < Kind::SHARED) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);
     error = launch(kernel.function, dim3(static_cast<unsigned>(blocks)), kernel.threads,
                    static_cast<size_t>(kernel.bytes), a.stream, arguments, a.ahead || p.tokens_from,
-                   kernel.kind == Kind::SHARED ? static_cast<unsigned>(p.shares) : 1);
+                   kernel.kind == Kind::SHARED ? static_cast<unsigned>(p.shares) : kernel.kind == Kind::PAIR ? 2 : 1);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

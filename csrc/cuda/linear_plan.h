@@ -11,6 +11,7 @@ struct ManyPlan {
   int split_tiles;  // how many of all are split
   int shares;       // blocks of a cluster for each tile; 0: a block computes one tile after the other
   int panels;       // of 64 rows, of a tile of linear_wide.cuh; 0: linear_many.cuh
+  bool pairs;       // linear_pair.cuh
 };
 
 // By what things took on an H200, in microseconds. Of linear_many.cuh: 128 columns of a tile, its results, and what is
@@ -29,7 +30,7 @@ struct WideCost {
 };
 constexpr WideCost ALONE_COSTS[] = {{64, 4, 0.25, 0.073, 1.0}, {128, 4, 0.35, 0.125, 1.6}};
 constexpr WideCost SHARED_COSTS[] = {{64, 1, 0.11, 0.0, 1.5}, {64, 2, 0.205, 0.0, 1.4}, {128, 2, 0.31, 0.0, 2.2}};
-constexpr double OTHER = 0.9;
+constexpr double OTHER = 0.9, PAIRED = 1.3;
 constexpr int MOST_WIDE = 256;  // tokens
 
 // Of linear_wide.cuh; tokens is 0 where no plan fits.
@@ -45,14 +46,18 @@ inline ManyPlan plan_wide(int tokens, int panels, int steps, int processors) {
     if (!blocks) continue;
     const int most = (panels + blocks - 1) / blocks, tiles = (most + cost.panels - 1) / cost.panels;
     const double step = tiles * (cost.step - cost.more) + most * cost.more;
-    consider({cost.tokens, 0, 0, cost.panels}, steps * step + tiles * cost.around);
+    consider({cost.tokens, 0, 0, cost.panels, false}, steps * step + tiles * cost.around);
+    const int pairs = processors / 2, both = pairs ? (panels + pairs - 1) / pairs : 0;
+    if (tokens <= 64 && cost.tokens == 64 && both >= 2 && both <= 8 && panels >= 2 * pairs && steps >= 4) {
+      consider({cost.tokens, 0, 0, cost.panels, true}, steps * (cost.step + (both / 2.0 - 1) * cost.more) + PAIRED);
+    }
   }
   for (const WideCost& cost : SHARED_COSTS) {
     const int token_tiles = (tokens + cost.tokens - 1) / cost.tokens;
     const long long tiles = (panels + cost.panels - 1LL) / cost.panels * token_tiles;
     for (int shares = 1; shares <= std::min(2, steps) && tiles * shares <= processors; ++shares) {
       const double around = cost.around + (shares - 1) * OTHER;
-      consider({cost.tokens, 0, shares, cost.panels}, (steps + shares - 1) / shares * cost.step + around);
+      consider({cost.tokens, 0, shares, cost.panels, false}, (steps + shares - 1) / shares * cost.step + around);
     }
   }
   return best;
@@ -72,8 +77,8 @@ inline ManyPlan plan_many(int tokens, int panels, int steps, int processors) {
     const double tile = steps * cost.step + cost.results, whole = static_cast<double>(rounds) * tile;
     const double added = static_cast<double>(rest + processors) * 128 * std::min(tokens, cost.tokens) / ADDED_PER_US;
     const double split = static_cast<double>(rest) * steps / processors * cost.step + added + SPLIT;
-    consider({cost.tokens, 0, 0, 0}, whole + (rest ? tile : 0.0));
-    if (rest) consider({cost.tokens, static_cast<int>(rest), 0, 0}, whole + split);
+    consider({cost.tokens, 0, 0, 0, false}, whole + (rest ? tile : 0.0));
+    if (rest) consider({cost.tokens, static_cast<int>(rest), 0, 0, false}, whole + split);
   }
   return best;
 }
