@@ -65,9 +65,9 @@ Kernel wide() {
           SUMS ? Kind::SHARED : Kind::ALONE, R::ROWS};
 }
 
-template <Form F>
+template <Form F, int T>
 Kernel pair() {
-  using R = PairRoom<F>;
+  using R = PairRoom<F, T>;
   return {reinterpret_cast<const void*>(&linear_pair_kernel<R>), R::T, R::THREADS, R::BYTES, Kind::PAIR, R::ROWS};
 }
 
@@ -84,7 +84,8 @@ Kernel few(const hfl_linear& a, int shared_bytes) {
 }
 template <Form F>
 Kernel many(const ManyPlan& plan) {
-  if (plan.pairs) return pair<F>();
+  if (plan.pairs) return plan.tokens == 16 ? pair<F, 16>() : pair<F, 64>();
+  if (plan.tokens == 16) return plan.shares ? wide<F, 16, 1, true>() : wide<F, 16, 4, false>();
   if (plan.shares) {
     if (plan.tokens == 128) return wide<F, 128, 2, true>();
     return plan.panels == 1 ? wide<F, 64, 1, true>() : wide<F, 64, 2, true>();
@@ -144,6 +145,7 @@ LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
   p.a = a, p.panels = (a.rows + PANEL - 1) / PANEL;
   p.chunks = chunks_of(a);
   p.groups = a.group ? 128 / a.group : 0;
+  p.box = std::min(a.tokens, kernel.tokens);
   p.bias = a.group || a.bits == 8 ? 128 : 0;
   p.tokens = many ? a.tokens : std::min(a.tokens, kernel.tokens);
   p.row_tiles = (a.rows + kernel.rows - 1) / kernel.rows;
@@ -215,7 +217,7 @@ const char* run(const hfl_linear& a, const Device& device) {
     return "w4a8_linear: expected fewer than 2^30 steps of 128 rows and columns";
   }
   CUtensorMap map;
-  if (kernel.kind >= Kind::SHARED && !map_tokens(map, a, kernel.tokens)) {
+  if (kernel.kind >= Kind::SHARED && !map_tokens(map, a, kernel.kind == Kind::MANY ? kernel.tokens : p.box)) {
     return "w4a8_linear: the driver makes no map of the tokens";
   }
   if (p.split_tiles && !a.scratch) return "w4a8_linear: expected scratch memory";

@@ -25,6 +25,7 @@ struct LinearTask {
   int panels, chunks, groups;  // of 64 rows; of 4096 bytes in a panel; in a chunk
   int bias;                    // what stored integers are too large by
   int tokens_from, tokens;     // what part of all tokens this launch computes
+  int box;                     // tokens of a copy; what more a tile has is computed of what lies there, and not used
   int steps, shares;           // of a tile; blocks that share the steps of tiles that are split, or of one
   int row_tiles, token_tiles, split_tiles, whole_tiles;
   LinearPart parts[MOST_PARTS];

@@ -1,4 +1,4 @@
-// w4a8_linear of 17 to 64 tokens and many rows for sm_90a: as linear_wide.cuh, but two blocks share panels of rows
+// w4a8_linear of up to 64 tokens and many rows for sm_90a: as linear_wide.cuh, but two blocks share panels of rows
 // evenly. Of an odd number of panels each block has half of the columns of one. linear.cu says what it computes.
 //
 // Grid: a cluster of two blocks for every two multiprocessors, which has up to 8 panels. Block: as of linear_wide.cuh.
@@ -10,10 +10,10 @@
 
 namespace hfl {
 
-template <Form F>
-struct PairRoom : WideRoom<F, 64, 4, false> {
-  using Wide = WideRoom<F, 64, 4, false>;
-  static constexpr int SUMS_AT = Wide::STAGES * Wide::STAGE, HALF = Wide::T / 4;  // sums of a thread, of half the tokens
+template <Form F, int T>
+struct PairRoom : WideRoom<F, T, 4, false> {
+  using Wide = WideRoom<F, T, 4, false>;
+  static constexpr int SUMS_AT = Wide::STAGES * Wide::STAGE, HALF = T / 4;  // sums of a thread, of half the tokens
   static constexpr int BYTES = Wide::BYTES + HALF * 512;
 };
 
@@ -134,7 +134,7 @@ struct PairFeeder {
       const int at = work.stage(i), count = steps_of(at);
       barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
       if (elected()) {
-        barrier_expect(board.full[ring.stage], count * R::TOKENS);
+        barrier_expect(board.full[ring.stage], count * p.box * 128);
 #pragma unroll
         for (int s = 0; s < R::S; ++s) {
           if (s < count) {

@@ -28,8 +28,9 @@ struct WideCost {
   int tokens, panels;
   double step, more, around;
 };
-constexpr WideCost ALONE_COSTS[] = {{64, 4, 0.25, 0.073, 1.0}, {128, 4, 0.35, 0.125, 1.6}};
-constexpr WideCost SHARED_COSTS[] = {{64, 1, 0.11, 0.0, 1.5}, {64, 2, 0.205, 0.0, 1.4}, {128, 2, 0.31, 0.0, 2.2}};
+constexpr WideCost ALONE_COSTS[] = {{16, 4, 0.25, 0.06, 1.0}, {64, 4, 0.25, 0.073, 1.0}, {128, 4, 0.35, 0.125, 1.6}};
+constexpr WideCost SHARED_COSTS[] = {
+    {16, 1, 0.09, 0.0, 1.3}, {64, 1, 0.11, 0.0, 1.5}, {64, 2, 0.205, 0.0, 1.4}, {128, 2, 0.31, 0.0, 2.2}};
 constexpr double OTHER = 0.9, PAIRED = 1.3;
 constexpr int MOST_WIDE = 256;  // tokens
 
@@ -41,6 +42,7 @@ inline ManyPlan plan_wide(int tokens, int panels, int steps, int processors) {
     if (time < least) least = time, best = plan;
   };
   for (const WideCost& cost : ALONE_COSTS) {
+    if ((cost.tokens == 16) != (tokens <= 16)) continue;
     const int token_tiles = (tokens + cost.tokens - 1) / cost.tokens;
     const int blocks = std::min(panels, processors / token_tiles);
     if (!blocks) continue;
@@ -48,11 +50,12 @@ inline ManyPlan plan_wide(int tokens, int panels, int steps, int processors) {
     const double step = tiles * (cost.step - cost.more) + most * cost.more;
     consider({cost.tokens, 0, 0, cost.panels, false}, steps * step + tiles * cost.around);
     const int pairs = processors / 2, both = pairs ? (panels + pairs - 1) / pairs : 0;
-    if (tokens <= 64 && cost.tokens == 64 && both >= 2 && both <= 8 && panels >= 2 * pairs && steps >= 4) {
+    if (tokens <= 64 && cost.tokens <= 64 && both >= 2 && both <= 8 && panels >= 2 * pairs && steps >= 4) {
       consider({cost.tokens, 0, 0, cost.panels, true}, steps * (cost.step + (both / 2.0 - 1) * cost.more) + PAIRED);
     }
   }
   for (const WideCost& cost : SHARED_COSTS) {
+    if ((cost.tokens == 16) != (tokens <= 16)) continue;
     const int token_tiles = (tokens + cost.tokens - 1) / cost.tokens;
     const long long tiles = (panels + cost.panels - 1LL) / cost.panels * token_tiles;
     for (int shares = 1; shares <= std::min(2, steps) && tiles * shares <= processors; ++shares) {

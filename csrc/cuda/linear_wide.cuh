@@ -191,12 +191,48 @@ struct WideGroup {
       multiply(work);
       barrier_wait(board.shown, 0);
       if (!R::OWN_STAGE) meet(1, R::WORKERS);  // all groups are done with the operands
-      if (p.shares == 1) {
+      if constexpr (T == 16) {
+        if (p.shares == 1) {
+          finish_few<1>(work, 0);
+        } else {
+          finish_few<2>(work, rank);
+        }
+      } else if (p.shares == 1) {
         finish<1>(work, 0);
       } else {
         finish<2>(work, rank);
       }
     });
+  }
+
+  // The same of 16 tokens, of which two groups have eight each, and in the end each block.
+  template <int SHARES>
+  __device__ __forceinline__ void finish_few(const WideWork& work, int rank) {
+    constexpr int FOUR = 128 * 16;
+    if (SHARES > 1) come_by_cluster();
+    const uint32_t thread = base + (warp * 32 + lane) * 16;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (k != part) store_sums(thread + (R::KG + part) * R::STAGE + k * FOUR, acc + 4 * k);
+    }
+    meet(1, R::WORKERS);
+    int own[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) own[i] = part ? acc[4 + i] : acc[i];
+    if (part < 2) {
+#pragma unroll
+      for (int k = 0; k < R::KG; ++k) {
+        if (k != part) add_sums(own, thread + (R::KG + k) * R::STAGE + part * FOUR);
+      }
+    }
+    if constexpr (SHARES > 1) {
+      wait_for_cluster();  // the other block is done with its operands, too
+      if (part < 2 && part != rank) store_at(thread + R::EXCHANGED, rank ^ 1, own);
+      come_by_cluster(), wait_for_cluster();
+      if (part != rank) return;
+      add_sums(own, thread + R::EXCHANGED);
+    }
+    if (part < 2) leave(own, work, 0, part * 8);
   }
 
   // Each group gets sums of its part of the tokens, of all groups with the same rows, then of both blocks.

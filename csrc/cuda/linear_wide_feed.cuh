@@ -9,13 +9,13 @@ namespace hfl {
 template <Form F_, int T_, int RG_, bool SUMS_>
 struct WideRoom {
   static constexpr Form F = F_;
-  static constexpr int T = T_, RG = RG_, S = T == 64 && F != Form::BYTES ? 2 : 1;
+  static constexpr int T = T_, RG = RG_, S = T <= 64 && F != Form::BYTES ? 2 : 1;
   static constexpr bool SUMS = SUMS_;
   static constexpr int KG = 4 / RG, ROWS = 64 * RG;
   static constexpr int WORKERS = 512, FEEDERS = 128, THREADS = WORKERS + FEEDERS;
   // What registers are cut out for: of 64 tokens they leave room for a small block of the kernel before or after.
-  static constexpr int BOUND = T == 64 ? 896 : THREADS;
-  static constexpr int WORKER_REGISTERS = T == 64 ? 80 : 112, FEEDER_REGISTERS = T == 64 ? 40 : 32;
+  static constexpr int BOUND = T <= 64 ? 896 : THREADS;
+  static constexpr int WORKER_REGISTERS = T <= 64 ? 80 : 112, FEEDER_REGISTERS = T <= 64 ? 40 : 32;
   static constexpr int TOKENS = T * 128, CHUNKS = F == Form::BYTES ? 2 : 1;  // of 128 columns
   static constexpr int CODES = CHUNKS * CHUNK_BYTES, LEVELS = F == Form::GROUP ? 128 : F == Form::FINE ? 512 : 0;
   static constexpr int PANEL_BYTES = S * (CODES + LEVELS);
@@ -87,7 +87,7 @@ struct WideFeeder {
         const int count = min(R::S, work.last - step);
         barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
         if (elected()) {
-          barrier_expect(board.full[ring.stage], count * R::TOKENS);
+          barrier_expect(board.full[ring.stage], count * p.box * 128);
 #pragma unroll
           for (int s = 0; s < R::S; ++s) {
             if (s < count) {
