@@ -140,12 +140,14 @@ struct WideGroup {
   }
   template <bool WHOLE, int N>
   __device__ __forceinline__ void leave(const int (&x)[N], int row, int first_token, int rows_list, int token) {
-    const float2* scales = reinterpret_cast<const float2*>(board.scale + token) + lane % 4;
-    const int2* less = reinterpret_cast<const int2*>(board.less + token) + lane % 4;
-    const OfRow of_rows[2] = {board.rows[rows_list * 64 + warp * 16 + lane / 4],
-                              board.rows[rows_list * 64 + warp * 16 + lane / 4 + 8]};
-    const bool odd = lane % 2;
-    const int own = row + (odd ? 8 : 0) + lane % 4 / 2 * 4, first = first_token + token + lane / 4;
+    int own_lane = lane;  // so that what follows is computed here, and not kept in registers all the while
+    asm volatile("" : "+r"(own_lane));
+    const float2* scales = reinterpret_cast<const float2*>(board.scale + token) + own_lane % 4;
+    const int2* less = reinterpret_cast<const int2*>(board.less + token) + own_lane % 4;
+    const OfRow of_rows[2] = {board.rows[rows_list * 64 + warp * 16 + own_lane / 4],
+                              board.rows[rows_list * 64 + warp * 16 + own_lane / 4 + 8]};
+    const bool odd = own_lane % 2;
+    const int own = row + (odd ? 8 : 0) + own_lane % 4 / 2 * 4, first = first_token + token + own_lane / 4;
     uint16_t* to = place_of(p, first, own);
 #pragma unroll
     for (int q = 0; q < N / 4; ++q) {
