@@ -20,6 +20,7 @@ namespace hfl {
 namespace {
 
 constexpr int WARP = 32, MOST_THREADS = 1024, MOST_CHANNELS = 32768, MANY = 2048;
+constexpr int WIDE = 16, BESIDE = 512;  // rows from which linear_wide.cuh follows; threads of a block beside its own
 constexpr float LEAST = 0x1p-100f, ROUNDS = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
 
 // Of a warp and of a block, the same in all threads. Sizes are numbers of at least 0, which are in order as their bits
@@ -74,6 +75,19 @@ __device__ __forceinline__ uint32_t larger(uint32_t most, uint32_t x) {
 template <int DTYPE>
 __device__ __forceinline__ uint32_t packed(float low, float high) {
   return DTYPE == HFL_BF16 ? pack_bf16(low, high) : pack_f16(low, high);
+}
+
+// 127 / x, rounded as a division is, of what 16 bits hold of at least LEAST: a division calls a subprogram, for which
+// there are no registers.
+__device__ __forceinline__ float steps_of(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  const float part = __uint_as_float((bits & 0x7fffffu) | 128u << 23);  // of 2 to 4
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(part));
+  y = __fmaf_rn(y, __fmaf_rn(-part, y, 1.0f), y);
+  float steps = __fmul_rn(y, 127.0f);
+  steps = __fmaf_rn(y, __fmaf_rn(-part, steps, 127.0f), steps);
+  return __fmul_rn(steps, __uint_as_float((255u << 23) - (bits & 0x7f800000u)));
 }
 
 template <int PIECES, int DTYPE>
@@ -201,8 +215,10 @@ struct Row {
   }
 };
 
-template <int PIECES, int KIND, int DTYPE>
-__global__ void __launch_bounds__(MOST_THREADS, 1) quantize_kernel(const __grid_constant__ hfl_quantize a) {
+// THREADS: at most; of fewer, registers are so few that a block fits beside one of linear_wide.cuh, which then is set up
+// while this one runs.
+template <int PIECES, int KIND, int DTYPE, int THREADS = MOST_THREADS>
+__global__ void __launch_bounds__(THREADS, THREADS == BESIDE ? 3 : 1) quantize_kernel(const __grid_constant__ hfl_quantize a) {
   const int64_t row = blockIdx.x;
   let_next_begin();
   wait_for_last();
@@ -212,21 +228,23 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) quantize_kernel(const __grid_
   if (KIND == HFL_OF_NORM) x.normalize(row);
   const float most = x.largest();
   const bool finite = most < INFINITY;  // and no NaN
-  const float up = !finite || most < LEAST ? 0.0f : __fdiv_rn(127.0f, most);
+  const float up = !finite || most < LEAST ? 0.0f : steps_of(most);
+  const int own = x.write(row, up);
   if (threadIdx.x == 0) a.scale[row] = finite ? __fdiv_rn(most, 127.0f) : __int_as_float(0x7fc00000);
-  const int sum = of_block(x.write(row, up), Sum());
+  const int sum = of_block(own, Sum());
   if (threadIdx.x == 0) a.sums[row] = sum;
 }
 
-// With 8 channels a thread once, twice, four times.
+// With 8 channels a thread once, twice, four times; and that beside another kernel.
 template <int KIND, int DTYPE>
-std::array<const void*, 3> kernels() {
+std::array<const void*, 4> kernels() {
   return {reinterpret_cast<const void*>(&quantize_kernel<1, KIND, DTYPE>),
           reinterpret_cast<const void*>(&quantize_kernel<2, KIND, DTYPE>),
-          reinterpret_cast<const void*>(&quantize_kernel<4, KIND, DTYPE>)};
+          reinterpret_cast<const void*>(&quantize_kernel<4, KIND, DTYPE>),
+          KIND == HFL_OF_ROWS ? reinterpret_cast<const void*>(&quantize_kernel<4, HFL_OF_ROWS, DTYPE, BESIDE>) : nullptr};
 }
 template <int DTYPE>
-std::array<const void*, 3> kernels_of(int kind) {
+std::array<const void*, 4> kernels_of(int kind) {
   if (kind == HFL_OF_ROWS) return kernels<HFL_OF_ROWS, DTYPE>();
   return kind == HFL_OF_NORM ? kernels<HFL_OF_NORM, DTYPE>() : kernels<HFL_OF_GATE, DTYPE>();
 }
@@ -255,18 +273,22 @@ const char* check(const hfl_quantize& a) {
 
 extern "C" const char* hfl_quantize_cuda(const hfl_quantize* a) {
   if (const char* message = hfl::check(*a)) return message;
-  const int warps = (a->columns / 8 + hfl::WARP - 1) / hfl::WARP, most = hfl::MOST_THREADS / hfl::WARP;
+  const int warps = (a->columns / 8 + hfl::WARP - 1) / hfl::WARP;
+  const bool beside = a->kind == HFL_OF_ROWS && a->tokens >= hfl::WIDE && a->tokens < hfl::MANY &&
+                      warps <= 4 * hfl::BESIDE / hfl::WARP;
+  const int most = (beside ? hfl::BESIDE : hfl::MOST_THREADS) / hfl::WARP;
   const auto kernels =
       a->dtype == HFL_BF16 ? hfl::kernels_of<HFL_BF16>(a->kind) : hfl::kernels_of<HFL_F16>(a->kind);
   // Of few rows, more threads are done sooner; of many, smaller blocks are more rows at a time. A norm of which a thread
   // has more than 8 channels in norm.cu has as many here.
   int which = a->tokens >= hfl::MANY && warps >= 4 && (a->kind != HFL_OF_NORM || warps <= most) ? 2 : 0;
   while (warps > most << which) ++which;
+  const void* kernel = kernels[static_cast<size_t>(beside && which == 2 ? 3 : which)];
   const int threads = (warps + (1 << which) - 1) / (1 << which) * hfl::WARP;
   hfl_quantize copy = *a;
   void* arguments[] = {&copy};
-  cudaError_t error = hfl::keep_shared(kernels[static_cast<size_t>(which)]);
+  cudaError_t error = hfl::keep_shared(kernel);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  error = hfl::launch(kernels[static_cast<size_t>(which)], dim3(static_cast<unsigned>(a->tokens)), threads, 0, a->stream, arguments);
+  error = hfl::launch(kernel, dim3(static_cast<unsigned>(a->tokens)), threads, 0, a->stream, arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
