@@ -84,7 +84,7 @@ Kernel few(const hfl_linear& a, int shared_bytes) {
 }
 template <Form F>
 Kernel many(const ManyPlan& plan) {
-  if (plan.pairs) return plan.tokens == 16 ? pair<F, 16>() : pair<F, 64>();
+  if (plan.shares && plan.panels == 4) return plan.tokens == 16 ? pair<F, 16>() : pair<F, 64>();
   if (plan.tokens == 16) return plan.shares ? wide<F, 16, 1, true>() : wide<F, 16, 4, false>();
   if (plan.shares) {
     if (plan.tokens == 128) return wide<F, 128, 2, true>();

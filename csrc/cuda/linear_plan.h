@@ -10,8 +10,7 @@ struct ManyPlan {
   int tokens;       // of a tile
   int split_tiles;  // how many of all are split
   int shares;       // blocks of a cluster for each tile; 0: a block computes one tile after the other
-  int panels;       // of 64 rows, of a tile of linear_wide.cuh; 0: linear_many.cuh
-  bool pairs;       // linear_pair.cuh
+  int panels;       // of 64 rows, of a tile of linear_wide.cuh; 0: linear_many.cuh; 4 that are shared: linear_pair.cuh
 };
 
 // By what things took on an H200, in microseconds. Of linear_many.cuh: 128 columns of a tile, its results, and what is
@@ -48,10 +47,10 @@ inline ManyPlan plan_wide(int tokens, int panels, int steps, int processors) {
     if (!blocks) continue;
     const int most = (panels + blocks - 1) / blocks, tiles = (most + cost.panels - 1) / cost.panels;
     const double step = tiles * (cost.step - cost.more) + most * cost.more;
-    consider({cost.tokens, 0, 0, cost.panels, false}, steps * step + tiles * cost.around);
+    consider({cost.tokens, 0, 0, cost.panels}, steps * step + tiles * cost.around);
     const int pairs = processors / 2, both = pairs ? (panels + pairs - 1) / pairs : 0;
     if (tokens <= 64 && cost.tokens <= 64 && both >= 2 && both <= 8 && panels >= 2 * pairs && steps >= 4) {
-      consider({cost.tokens, 0, 0, cost.panels, true}, steps * (cost.step + (both / 2.0 - 1) * cost.more) + PAIRED);
+      consider({cost.tokens, 0, 2, cost.panels}, steps * (cost.step + (both / 2.0 - 1) * cost.more) + PAIRED);
     }
   }
   for (const WideCost& cost : SHARED_COSTS) {
@@ -60,7 +59,7 @@ inline ManyPlan plan_wide(int tokens, int panels, int steps, int processors) {
     const long long tiles = (panels + cost.panels - 1LL) / cost.panels * token_tiles;
     for (int shares = 1; shares <= std::min(2, steps) && tiles * shares <= processors; ++shares) {
       const double around = cost.around + (shares - 1) * OTHER;
-      consider({cost.tokens, 0, shares, cost.panels, false}, (steps + shares - 1) / shares * cost.step + around);
+      consider({cost.tokens, 0, shares, cost.panels}, (steps + shares - 1) / shares * cost.step + around);
     }
   }
   return best;
@@ -80,8 +79,8 @@ inline ManyPlan plan_many(int tokens, int panels, int steps, int processors) {
     const double tile = steps * cost.step + cost.results, whole = static_cast<double>(rounds) * tile;
     const double added = static_cast<double>(rest + processors) * 128 * std::min(tokens, cost.tokens) / ADDED_PER_US;
     const double split = static_cast<double>(rest) * steps / processors * cost.step + added + SPLIT;
-    consider({cost.tokens, 0, 0, 0, false}, whole + (rest ? tile : 0.0));
-    if (rest) consider({cost.tokens, static_cast<int>(rest), 0, 0, false}, whole + split);
+    consider({cost.tokens, 0, 0, 0}, whole + (rest ? tile : 0.0));
+    if (rest) consider({cost.tokens, static_cast<int>(rest), 0, 0}, whole + split);
   }
   return best;
 }

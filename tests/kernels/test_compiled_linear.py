@@ -30,12 +30,15 @@ forms = pytest.mark.parametrize("form", FORMS)
 SIXTEEN = [torch.bfloat16, torch.float16]
 PLANNED = [
     *((17, 2, 5, 64, 0, 1, 1), (17, 1, 128, 64, 0, 2, 1), (200, 65, 12, 64, 0, 1, 2), (100, 60, 120, 64, 0, 2, 2)),
-    *((250, 130, 9, 128, 0, 1, 2), (200, 60, 40, 128, 0, 2, 2), (40, 301, 9, 64, 0, 0, 4), (100, 301, 9, 128, 0, 0, 4)),
+    *((250, 130, 9, 128, 0, 1, 2), (200, 60, 40, 128, 0, 2, 2), (40, 500, 9, 64, 0, 0, 4), (100, 301, 9, 128, 0, 0, 4)),
+    *((40, 301, 9, 64, 0, 2, 4), (64, 448, 32, 64, 0, 2, 4), (16, 441, 15, 16, 0, 2, 4), (5, 448, 32, 16, 0, 2, 4)),
+    *((16, 96, 32, 16, 0, 1, 1), (9, 30, 57, 16, 0, 2, 1), (2, 33, 3, 16, 0, 1, 1), (12, 700, 7, 16, 0, 0, 4)),
     *((300, 26, 16, 128, 0, 0, 0), (300, 178, 64, 128, 3, 0, 0), (300, 90, 16, 256, 0, 0, 0)),
     (2500, 134, 96, 256, 10, 0, 0),
 ]
 """On 132 multiprocessors, tokens, panels of 64 rows, steps of 128 columns; and which tiles are computed then: tokens of
-one, how many of them are split, blocks of a cluster, or 0 where there are none, and panels, or 0 in linear_many.cuh."""
+one, how many of them are split, blocks of a cluster, or 0 where there are none, and panels, or 0 in linear_many.cuh; 4
+that a cluster has together are those of linear_pair.cuh."""
 
 
 def dtypes(device: str) -> list[torch.dtype]:
@@ -128,6 +131,19 @@ def test_tokens(columns: int, device: str) -> None:
         assert_bits(got, expected)
 
 
+@devices
+def test_all_sizes(device: str) -> None:
+    """Of the largest of a row, that 16 bits hold."""
+    need(device)
+    for dtype in SIXTEEN:
+        size = torch.arange(1 << 15).to(torch.int16).view(dtype)
+        x = size[torch.isfinite(size)][:, None] * torch.tensor([1, -0.3, 0.77, 0.1, 0, -1, 0.013, 0.5], dtype=dtype)
+        with use_backend("compiled"):
+            got = linear.quantize_tokens(x.to(device))
+        with use_backend("reference"):
+            assert_bits(got, linear.quantize_tokens(x))
+
+
 def assert_same(got: Tokens, expected: Tokens) -> None:
     assert all(torch.equal(getattr(got, name), getattr(expected, name)) for name in ("values", "scale", "sums"))
 
@@ -196,9 +212,10 @@ def stored_weight(form: str, rows: int, columns: int) -> PackedWeight:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("form", ["channel", "group 128", "bytes"])
 @pytest.mark.parametrize("planned", PLANNED)
-def test_each_way_to_share_tiles(form: str, planned: tuple[int, ...]) -> None:
+def test_each_way_to_share_tiles(form: str, planned: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, so that they overlap; the last tile has rows that are not there."""
     need("cuda")
+    monkeypatch.setattr(compiled, "FEW", 0)
     rows, panels, steps, *_ = planned
     weight = stored_weight(form, panels * 64 - 30, steps * 128)
     tokens = [moved(random_tokens(rows, steps * 128, seed), "cuda") for seed in range(2)]
@@ -215,7 +232,7 @@ def test_which_tiles_are_split(tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++ on the PATH")
-    shapes = [(m, n, k) for m in (17, 64, 65, 256, 400, 2048, 8192) for n in (1, 33, 96, 448) for k in (1, 9, 32, 112)]
+    shapes = [(m, n, k) for m in (1, 16, 17, 64, 65, 256, 400, 2048, 8192) for n in (1, 33, 96, 448) for k in (1, 9, 32, 112)]
     shapes += [planned[:3] for planned in PLANNED] + [(m, 64, 112) for m in (64, 256)]
     code = """
 #include <cstdio>
@@ -238,15 +255,20 @@ int main() {
         tile, split, shares, of_rows = map(int, line.split())
         tiles = -(-tokens // tile) * -(-panels // (of_rows or 2))
         assert bool(of_rows) == (tokens <= 256)
-        assert (tile, of_rows) in {(64, 1), (64, 2), (128, 2)} if shares else {(64, 4), (128, 4), (128, 0), (256, 0)}
+        alone = {(16, 4), (64, 4), (128, 4), (128, 0), (256, 0)}
+        assert (tile, of_rows) in ({(16, 1), (64, 1), (64, 2), (128, 2), (16, 4), (64, 4)} if shares else alone)
+        assert (tile == 16) == (tokens <= 16)
         assert split in ((0,) if of_rows else (0, tiles % 132))
         assert shares in (0, 1, 2)
         assert shares <= steps  # no block is without a step
-        assert tiles * shares <= 132
+        if shares and of_rows == 4:
+            assert (tokens <= tile, 132 <= panels <= 66 * 8, shares) == (True, True, 2)
+        else:
+            assert tiles * shares <= 132
         found[tokens, panels, steps] = tile, split, shares, of_rows
     assert [found[planned[:3]] for planned in PLANNED] == [planned[3:] for planned in PLANNED]
     assert found[8192, 448, 32] == (256, 0, 0, 0)
-    assert [found[m, 448, 32] for m in (64, 256)] == [(64, 0, 0, 4), (128, 0, 0, 4)]
+    assert [found[m, 448, 32] for m in (64, 256)] == [(64, 0, 2, 4), (128, 0, 0, 4)]
     assert [found[m, 64, 112] for m in (64, 256)] == [(64, 0, 2, 1), (128, 0, 2, 2)]
 
 
