@@ -5,9 +5,9 @@
 // Codes are operand a, tokens operand b: so a fragment of codes is as it was stored, and few tokens fill what they use.
 //   Integers in registers are unsigned, too large by 128 where there are two levels or 8 bits; the sum of the token's
 //   values, times that, goes off in the end.
-// Up to 16 tokens: linear_rows.cuh. More on other architectures: linear_few.cuh, 64 at a time. Bound by: bytes of the
+// Few tokens (`few`): linear_rows.cuh. More on other architectures: linear_few.cuh, 64 at a time. Bound by: bytes of the
 //   weight, but for a matrix of Llama-3-8B as much by kernels that wait for each other.
-// More on sm_90a: up to 256 linear_wide.cuh, else linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens
+// More on sm_90a: up to 256 linear_wide.cuh and linear_pair.cuh, else linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens
 //   on an H200; of few tokens as much by kernels that wait for each other.
 #include <algorithm>
 #include <initializer_list>

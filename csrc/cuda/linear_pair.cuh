@@ -95,11 +95,9 @@ struct PairGroup : WideGroup<R> {
     const PairWork work = PairWork::of<R>(p, rank);
     const bool both = group == 3 && work.shared >= 0;
     const int panel = both ? work.shared : work.panel + group;
-    this->show_rows(panel * PANEL);
     wait_for_last();
     multiply_panel(work, both ? work.half : group < work.own ? work.stages : 0);
     barrier_wait(board.shown, 0);
-    meet(2 + group, 128);
     const WideWork place{panel - group, 4, 0, 0, 0};
     if (both) {
       int left[R::HALF];
@@ -198,10 +196,14 @@ __global__ void __launch_bounds__(R::BOUND, 1) linear_pair_kernel(const __grid_c
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(R::FEEDER_REGISTERS));
     const int warp = warp_of_block() - R::WORKERS / 32;
+    const PairWork work = PairWork::of<R>(p, rank);
     if (warp == 3) {
-      WideFeeder<R>{p, map, board, base}.show();
+      const auto row = [&](int, int n) {
+        return (n >= 3 * PANEL && work.shared >= 0 ? work.shared - 3 : work.panel) * PANEL + n;
+      };
+      WideFeeder<R>{p, map, board, base}.show(row, true);
     } else {
-      PairFeeder<R> feeder{p, map, board, base, PairWork::of<R>(p, rank)};
+      PairFeeder<R> feeder{p, map, board, base, work};
       if (warp == 0) feeder.tokens();
       if (warp == 1 || warp == 2) feeder.codes(warp - 1);
     }

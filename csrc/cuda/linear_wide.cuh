@@ -1,10 +1,11 @@
-// w4a8_linear of 17 to 256 tokens for sm_90a: as linear_many.cuh, but four groups of warps, of which some expand codes
+// w4a8_linear of up to 256 tokens for sm_90a: as linear_many.cuh, but four groups of warps, of which some expand codes
 // while others multiply, and panels of rows shared out evenly. linear.cu says what it computes.
 //
 // Grid: a cluster of 1 or 2 blocks for each tile of 64 RG rows and T tokens, which share its columns; or, where tiles
 //   are not shared, a block for each multiprocessor, which computes its part of the rows, up to RG panels at a time.
 // Block: four groups of four warps, of which RG have 64 rows each, and KG every KG-th stage of columns; beside them a
-//   warp that copies tokens, and two that copy codes and scales, which need not wait for the kernel before.
+//   warp that copies tokens, two that copy codes and scales, which need not wait for the kernel before, and one that
+//   shows what belongs to tokens and, where there is one tile, to rows.
 // Sums of groups that have the same rows are exchanged in shared memory, so that each has all of a part of the tokens;
 //   then those of both blocks, by writes to the other one's. Exact.
 // Shared memory: STAGES times tokens, codes and scales of S times 128 columns, up to 216 KiB; in the end, sums.
@@ -124,7 +125,7 @@ struct WideGroup {
 
   // Of the 64 rows from `row` on, of this group.
   __device__ __forceinline__ void show_rows(int row) {
-    for (int n = warp * 32 + lane; n < 64; n += 128) board.rows[(R::SUMS ? rows : group) * 64 + n] = row_of(p, row + n);
+    for (int n = warp * 32 + lane; n < 64; n += 128) board.rows[group * 64 + n] = row_of(p, row + n);
   }
 
   // Results of 16 rows, and of 2 N tokens from `token` of the tile on. Of two threads that have two tokens and two rows
@@ -188,8 +189,8 @@ struct WideGroup {
   // This block's part of a tile.
   __device__ __forceinline__ void run_shared(int rank) {
     each_wide<R>(p, rank, [&](const WideWork& work) {
-      if (part == 0) show_rows((work.panel + rows) * 64);
       wait_for_last();
+      if (part == 0) asm volatile("" ::: "memory");  // without a branch here nvcc 13.0 finds no registers for the loop
       multiply(work);
       barrier_wait(board.shown, 0);
       if (!R::OWN_STAGE) meet(1, R::WORKERS);  // all groups are done with the operands
@@ -313,7 +314,9 @@ __global__ void __launch_bounds__(R::BOUND, 1) linear_wide_kernel(const __grid_c
     const int warp = warp_of_block() - R::WORKERS / 32;
     if (warp == 0) WideFeeder<R>{p, map, board, base}.tokens(rank);
     if (warp == 1 || warp == 2) WideFeeder<R>{p, map, board, base}.codes(rank, warp - 1);
-    if (warp == 3) WideFeeder<R>{p, map, board, base}.show();
+    if (warp == 3) {
+      WideFeeder<R>{p, map, board, base}.show([&](int tile, int n) { return tile / p.token_tiles * R::ROWS + n; });
+    }
   }
 #endif
 }

@@ -100,8 +100,9 @@ struct WideFeeder {
     });
   }
 
-  // What belongs to tokens, so that who multiplies waits for operands alone.
-  __device__ __forceinline__ void show() {
+  // What belongs to tokens, and to the rows of a tile that is shared, so that who multiplies waits for operands alone.
+  template <class Row>
+  __device__ __forceinline__ void show(Row&& row, bool shared = R::SUMS) {
     int lane, block;  // not what others have computed before: it would stay in their registers
     asm volatile("mov.u32 %0, %%laneid;\nmov.u32 %1, %%ctaid.x;" : "=r"(lane), "=r"(block));
     const int tile = block / (R::SUMS ? p.shares : 1);
@@ -111,6 +112,10 @@ struct WideFeeder {
     for (int m = lane; m < R::T; m += 32) {
       const OfToken of = token_of(p, token + m);
       board.scale[m] = of.scale, board.less[m] = R::F == Form::CHANNEL ? __float_as_int(of.sum) : of.bias;
+    }
+    if (shared) {
+#pragma unroll 2
+      for (int n = lane; n < R::ROWS; n += 32) board.rows[n] = row_of(p, row(tile, n));
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(board.shown);
