@@ -7,8 +7,8 @@
 //   values, times that, goes off in the end.
 // Few tokens (`few`): linear_rows.cuh. More on other architectures: linear_few.cuh, 64 at a time. Bound by: bytes of the
 //   weight, but for a matrix of Llama-3-8B as much by kernels that wait for each other.
-// More on sm_90a: up to 256 linear_wide.cuh and linear_pair.cuh, else linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens
-//   on an H200; of few tokens as much by kernels that wait for each other.
+// More on sm_90a: up to 256 linear_wide.cuh and linear_pair.cuh, else linear_many.cuh. Bound by: tensor cores; 1,220
+//   TOP/s with 8192 tokens on an H200; of few tokens as much by kernels that wait for each other.
 #include <algorithm>
 #include <initializer_list>
 

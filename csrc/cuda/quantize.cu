@@ -215,10 +215,11 @@ struct Row {
   }
 };
 
-// THREADS: at most; of fewer, registers are so few that a block fits beside one of linear_wide.cuh, which then is set up
+// THREADS: at most; of fewer, registers are so few that a block fits beside one of linear_wide.cuh, which is then set up
 // while this one runs.
 template <int PIECES, int KIND, int DTYPE, int THREADS = MOST_THREADS>
-__global__ void __launch_bounds__(THREADS, THREADS == BESIDE ? 3 : 1) quantize_kernel(const __grid_constant__ hfl_quantize a) {
+__global__ void __launch_bounds__(THREADS, THREADS == BESIDE ? 3 : 1) quantize_kernel(
+    const __grid_constant__ hfl_quantize a) {
   const int64_t row = blockIdx.x;
   let_next_begin();
   wait_for_last();
@@ -241,7 +242,7 @@ std::array<const void*, 4> kernels() {
   return {reinterpret_cast<const void*>(&quantize_kernel<1, KIND, DTYPE>),
           reinterpret_cast<const void*>(&quantize_kernel<2, KIND, DTYPE>),
           reinterpret_cast<const void*>(&quantize_kernel<4, KIND, DTYPE>),
-          KIND == HFL_OF_ROWS ? reinterpret_cast<const void*>(&quantize_kernel<4, HFL_OF_ROWS, DTYPE, BESIDE>) : nullptr};
+          reinterpret_cast<const void*>(&quantize_kernel<4, HFL_OF_ROWS, DTYPE, BESIDE>)};
 }
 template <int DTYPE>
 std::array<const void*, 4> kernels_of(int kind) {

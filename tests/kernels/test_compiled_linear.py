@@ -232,7 +232,9 @@ def test_which_tiles_are_split(tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++ on the PATH")
-    shapes = [(m, n, k) for m in (1, 16, 17, 64, 65, 256, 400, 2048, 8192) for n in (1, 33, 96, 448) for k in (1, 9, 32, 112)]
+    shapes = [
+        (m, n, k) for m in (1, 16, 17, 64, 65, 256, 400, 2048, 8192) for n in (1, 33, 96, 448) for k in (1, 9, 32, 112)
+    ]
     shapes += [planned[:3] for planned in PLANNED] + [(m, 64, 112) for m in (64, 256)]
     code = """
 #include <cstdio>
