@@ -111,6 +111,13 @@ def attend(
     if forward.probe is not None:
         forward.probe[layer] = (query, key)
         return query.new_zeros(query.shape[0], *query.shape[2:0:-1], value.shape[-1])
+    if forward.cache is not None:
+        if ("attended", layer) in forward.memo:
+            raise UnsupportedError(
+                f"attention: expected each layer to attend once in a call, which stores its tokens; got another call "
+                f"in layer {layer} ({name}). Unpatch the model."
+            )
+        forward.memo["attended", layer] = True
     plan = forward.plan.layers[layer]
     if key.shape[1] != plan.kv_heads:
         raise ValueError(
@@ -203,6 +210,9 @@ def _logits(
             continue
         if key not in expected or value != expected[key]:
             raise _unknown(name, layer, key, value, "unpatch the model for this input")
+    if own_window is not None and kwargs.get("sliding_window") is None:
+        remedy = f"unpatch the model, whose cache has a window of {own_window} tokens there"
+        raise _unknown(name, layer, "sliding_window", None, remedy)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     sinks = _zeros(forward, query) if forward.plan.zero_sink else kwargs.get("s_aux")
     return ops.Logits(float(scale), kwargs.get("softcap"), sinks, kwargs.get("slopes"))
