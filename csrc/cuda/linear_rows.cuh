@@ -235,29 +235,13 @@ struct RowsBlock {
   }
 };
 
+// All units of a block, whose first codes are on their way, in groups of copies of which one waits as if each had its own.
 template <Form F, int MT, bool STREAM>
-__global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_rows_kernel(
-    const __grid_constant__ LinearTask p) {
+__device__ __forceinline__ void multiply_units(const LinearTask& p, RowsBlock<F, MT, STREAM>& block,
+                                               RowsCursor<RowsRoom<F, MT, STREAM>>& ahead,
+                                               const OfToken (&tokens)[RowsRoom<F, MT, STREAM>::EACH]) {
   using R = RowsRoom<F, MT, STREAM>;
-  extern __shared__ __align__(128) unsigned char shared[];
-  let_next_begin();
-  RowsBlock<F, MT, STREAM> block(p, shared_address(shared));
-  RowsCursor<R> ahead(p, block.warp, block.lane);
-#pragma unroll 1
-  for (int i = 0; i < R::STAGES && ahead.there(); ++i) {  // codes need not wait for the tokens
-    block.copy_codes(i, ahead);
-    ahead.next();
-  }
-  block.clear_sums();
   const int thread = static_cast<int>(threadIdx.x);
-  wait_for_last();
-  block.copy_first_tokens();
-  copy_commit();
-  OfToken tokens[R::EACH];
-#pragma unroll
-  for (int i = 0; i < R::EACH; ++i) tokens[i] = token_of(p, thread / R::ROWS + i * (R::THREADS / R::ROWS));
-  copy_wait<0>();
-  __syncthreads();
   int stage = 0, turn = 0;
   const auto refill = [&] {
     if (ahead.there()) {
@@ -298,6 +282,32 @@ __global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_ro
     block.finish(sums, weight, n, row, tokens);
     turn ^= 1;
   }
+}
+
+template <Form F, int MT, bool STREAM>
+__global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_rows_kernel(
+    const __grid_constant__ LinearTask p) {
+  using R = RowsRoom<F, MT, STREAM>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  let_next_begin();
+  RowsBlock<F, MT, STREAM> block(p, shared_address(shared));
+  RowsCursor<R> ahead(p, block.warp, block.lane);
+#pragma unroll 1
+  for (int i = 0; i < R::STAGES && ahead.there(); ++i) {  // codes need not wait for the tokens
+    block.copy_codes(i, ahead);
+    ahead.next();
+  }
+  block.clear_sums();
+  const int thread = static_cast<int>(threadIdx.x);
+  wait_for_last();
+  block.copy_first_tokens();
+  copy_commit();
+  OfToken tokens[R::EACH];
+#pragma unroll
+  for (int i = 0; i < R::EACH; ++i) tokens[i] = token_of(p, thread / R::ROWS + i * (R::THREADS / R::ROWS));
+  copy_wait<0>();
+  __syncthreads();
+  multiply_units(p, block, ahead, tokens);
 }
 
 }  // namespace hfl

@@ -15,6 +15,8 @@ from ..linear import PackedWeight, Tokens
 from . import library
 
 MOST_CHANNELS = 32768
+MOST_OF_ONE = 16384
+"""Channels of a row up to which the launch of the product makes 8 bits of it."""
 FEW = 16
 """Tokens up to which the time on CUDA is that of reading the weight."""
 
@@ -40,7 +42,7 @@ class HflLinear(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("tokens", "rows", "columns", "bits", "group", "dtype", "few", "ahead")),
         *((name, ctypes.c_void_p) for name in ("values", "token_scale", "sums", "codes", "scale", "shift", "groups")),
-        *((name, ctypes.c_void_p) for name in ("bias", "out", "scratch", "stream", "next")),
+        *((name, ctypes.c_void_p) for name in ("bias", "out", "scratch", "stream", "next", "of")),
     )
 
 
@@ -187,11 +189,51 @@ def w4a8_linears(
     return outs
 
 
-def _block(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> HflLinear:
+def reject_linears_of(
+    x: Tensor, up: Tensor | None, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]
+) -> str | None:
+    """Why the library does not take these arguments, or None."""
+    reason = _reject_rows(x) if up is None else _reject_gated(x, up)
+    if reason is not None:
+        return reason
+    nothing = x.new_empty(0, dtype=torch.int8)
+    like = Tokens(x.new_empty(1, dtype=torch.int8), nothing, nothing)
+    return reject_linears(like, weights, biases, x.dtype)
+
+
+def w4a8_linears_of(
+    x: Tensor, up: Tensor | None, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """`linear.w4a8_linears_of`: one launch for one row, else two."""
+    if not is_one(x):
+        tokens = quantize_tokens(x) if up is None else quantize_gated(x, up)
+        return w4a8_linears(tokens, weights, biases, x.dtype)
+    of = HflQuantize(1, x.shape[1], library.DTYPES[x.dtype], 0 if up is None else 2)
+    of.x, of.x_row, of.y, of.y_row = x.data_ptr(), x.stride(0), library.pointer(up), 0
+    outs = [x.new_empty(1, len(w.scale)) for w in weights]
+    blocks = [_block(None, *each) for each in zip(weights, biases, outs, strict=True)]
+    for block, after in pairwise(blocks):
+        block.next = ctypes.addressof(after)
+    known = [_is_known(weight) for weight in weights]
+    for block in blocks:  # of which three are one launch
+        block.of, block.ahead, block.stream = ctypes.addressof(of), all(known), library.stream(x.device)
+    library.run("linear", blocks[0], x.device)
+    return outs
+
+
+def is_one(x: Tensor) -> bool:
+    """True if the launch of the product makes 8 bits of x."""
+    one = x.is_cuda and len(x) == 1 and x.shape[1] <= MOST_OF_ONE
+    return one and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def _block(tokens: Tokens | None, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> HflLinear:
     (rows, columns), group = weight.shape, weight.group or 0
     block = HflLinear(len(out), rows, columns, weight.bits, group, library.DTYPES[out.dtype], FEW)
-    block.values, block.token_scale = tokens.values.data_ptr(), tokens.scale.data_ptr()
-    block.sums, block.codes, block.scale = tokens.sums.data_ptr(), weight.codes.data_ptr(), weight.scale.data_ptr()
+    if tokens is not None:
+        block.values, block.token_scale = tokens.values.data_ptr(), tokens.scale.data_ptr()
+        block.sums = tokens.sums.data_ptr()
+    block.codes, block.scale = weight.codes.data_ptr(), weight.scale.data_ptr()
     block.shift, block.groups = library.pointer(weight.shift), library.pointer(weight.groups)
     block.bias, block.out = library.pointer(bias), out.data_ptr()
     return block
@@ -203,4 +245,5 @@ OPS = {
     "quantize_gated": Implementation(quantize_gated, _reject_gated),
     "w4a8_linear": Implementation(w4a8_linear, reject_linear),
     "w4a8_linears": Implementation(w4a8_linears, reject_linears),
+    "w4a8_linears_of": Implementation(w4a8_linears_of, reject_linears_of),
 }
