@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -337,17 +338,14 @@ def test_picks(case: Massed) -> None:
     assert torch.equal(got, select.pick_blocks(*moved))
 
 
-@pytest.mark.cuda
-def test_captured_calls_choose_anew() -> None:
+def check_captured(score: Callable[..., Tensor], pick: Callable[..., Tensor]) -> None:
     """Queries and positions lie in the same memory; what they are may change."""
-    need("cuda")
-    q, k, q_pos, *rest = on_cuda(tiles(Tiled(spans=((0, 512),), more=0)))
+    q, *rest = on_cuda(tiles(Tiled(spans=((0, 512),), more=0)))
     low = torch.arange(4, device="cuda")[None]
     tau = torch.full((q.shape[1],), 0.7, device="cuda")
 
     def choose() -> Tensor:
-        scores = antidiagonal.score_antidiagonal(q, k, q_pos, *rest)
-        return select.pick_blocks(scores, low, low, 0, None, tau, 1)
+        return pick(score(q, *rest), low, low, 0, None, tau, 1)
 
     choose()
     graph = torch.cuda.CUDAGraph()
@@ -360,3 +358,9 @@ def test_captured_calls_choose_anew() -> None:
         seen.append(ids.clone())
         assert torch.equal(ids, choose())
     assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.cuda
+def test_captured_calls_choose_anew() -> None:
+    need("cuda")
+    check_captured(antidiagonal.score_antidiagonal, select.pick_blocks)

@@ -96,25 +96,36 @@ def test_sums_that_fill_32_bits(device: str) -> None:
     assert torch.equal(got, defined(tokens, weight, None, torch.bfloat16))
 
 
+def hard_rows(columns: int, dtype: torch.dtype, made: torch.Generator) -> Tensor:
+    """Nine rows that lie apart: some of nothing, of what is no number, and of very small ones."""
+    x = (torch.randn(9, 2 * columns, generator=made) * 3).to(dtype)[:, :columns]
+    x[1], x[2, 5], x[3, 31], x[4, 0] = 0, torch.nan, torch.inf, -torch.inf
+    x[5] *= 1e-6
+    if dtype != torch.float16:
+        x[6] = 2.0**-101
+    return x
+
+
+def assert_bits(got: Tokens, expected: Tokens) -> None:
+    """Of tokens that may hold NaN; `got` on any device."""
+    for field in ("values", "scale", "sums"):
+        mine, theirs = getattr(got, field).cpu(), getattr(expected, field)
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
 @devices
 @pytest.mark.parametrize("columns", [32, 72, 576, 4096, 16392])
 def test_tokens(columns: int, device: str) -> None:
     need(device)
     made = torch.Generator().manual_seed(columns)
     for dtype in dtypes(device):
-        x = (torch.randn(9, 2 * columns, generator=made) * 3).to(dtype)[:, :columns]
-        x[1], x[2, 5], x[3, 31], x[4, 0] = 0, torch.nan, torch.inf, -torch.inf
-        x[5] *= 1e-6
-        if dtype != torch.float16:
-            x[6] = 2.0**-101
+        x = hard_rows(columns, dtype, made)
         with use_backend("compiled"):
             got = linear.quantize_tokens(x.to(device))
         with use_backend("reference"):
             expected = linear.quantize_tokens(x)
-        for field in ("values", "scale", "sums"):
-            mine, theirs = getattr(got, field).cpu(), getattr(expected, field)
-            assert mine.dtype == theirs.dtype
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+        assert_bits(got, expected)
 
 
 def assert_same(got: Tokens, expected: Tokens) -> None:

@@ -121,15 +121,7 @@ def test_rows_of_a_slot_that_is_not_there_are_nan(device: str) -> None:
 @pytest.mark.cuda
 def test_a_captured_call_follows_its_rows() -> None:
     need("cuda")
-    x, base, bits, scales, slots = make(Case(9, 1024, 200, 4, 1, by_row=True), BF16, device="cuda")
-    run(x, base, bits, scales, slots)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(x, base, bits, scales, slots)
-    for step in range(3):
-        x.mul_(-1.5), base.add_(step), slots.copy_(slots.roll(1))
-        graph.replay()
-        assert torch.equal(captured, run(x, base, bits, scales, slots))
+    compiled.check_captured(run)
 
 
 def test_gradients_are_those_of_the_definition() -> None:

@@ -11,7 +11,7 @@ from hf_longctx.kernels import dispatch, linear, ops
 from hf_longctx.kernels.dispatch import UnsupportedError, use_backend
 from hf_longctx.kernels.linear import Tokens
 
-from .test_compiled_linear import assert_same
+from .test_compiled_linear import assert_bits, assert_same, hard_rows
 from .test_triton import DEVICES, need
 
 
@@ -25,19 +25,13 @@ def test_tokens(columns: int, device: str) -> None:
     need(device)
     made = torch.Generator().manual_seed(columns)
     for dtype in dtypes(device):
-        x = (torch.randn(9, 2 * columns, generator=made) * 3).to(dtype)[:, :columns]
-        x[1], x[2, 5], x[3, 31], x[4, 0] = 0, torch.nan, torch.inf, -torch.inf
-        x[5] *= 1e-6
-        if dtype != torch.float16:
-            x[6] = 2.0**-101
+        x = hard_rows(columns, dtype, made)
         with use_backend("triton"):
             got = linear.quantize_tokens(x.to(device))
         assert dispatch.last_used()["quantize_tokens"] == "triton"
         with use_backend("reference"):
             expected = linear.quantize_tokens(x)
-        for field in ("values", "scale", "sums"):
-            mine, theirs = getattr(got, field).cpu(), getattr(expected, field)
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+        assert_bits(got, expected)
 
 
 @pytest.mark.cuda

@@ -34,23 +34,13 @@ def reject(
     see: Visibility,
     turns: Turns | None,
     selection: Selection | None = None,
+    long: int = LONG,
 ) -> str | None:
-    """Why the library does not take these arguments, or None."""
+    """Why the library does not take these arguments, or None; long: from how many queries on it takes causal texts."""
     reason = library.reason_on_cuda(q, "has many queries a row on CUDA only")
-    reason = reason or _reject_dense(q, k, logits, see, turns, selection, LONG)
-    return reason or _reject_any(q, k, v, logits, see, turns, selection)
-
-
-def _reject_any(
-    q: Tensor,
-    k: Tensor | Packed,
-    v: Tensor | Packed,
-    logits: Logits,
-    see: Visibility,
-    turns: Turns | None,
-    selection: Selection | None,
-) -> str | None:
-    """The same, whatever torch may be faster at."""
+    reason = reason or _reject_dense(q, k, logits, see, turns, selection, long)
+    if reason is not None:
+        return reason
     if 0 in (q.numel(), k.shape[2]):
         return "takes no empty tensors"
     if k.shape[2] < q.shape[2] and (see.q_pos is None or see.k_pos is not None):
@@ -101,13 +91,13 @@ def _reject_dense(
     see: Visibility,
     turns: Turns | None,
     selection: Selection | None,
-    least: int,
+    long: int,
 ) -> str | None:
     """Causal attention of a whole text is what torch's kernels are fastest at, but for a long one on sm_90."""
     stored = k.shape[2]
     whole = see.aligned and q.shape[2] == stored and (see.window is None or see.window >= stored)
     dense = selection is None and turns is None and whole and logits.plain
-    if dense and isinstance(k, Tensor) and stored >= least and q.shape[3] == WIDE and _has_tiles(q.device):
+    if dense and isinstance(k, Tensor) and stored >= long and q.shape[3] == WIDE and _has_tiles(q.device):
         return None
     return "leaves plain causal attention to torch" if dense else None
 
@@ -150,9 +140,7 @@ def reject_heads(
         return "needs queries, heads and results on one device, and results in the dtype of the queries"
     if out.stride(-1) != 1 or (out.is_cuda and not library.aligned(out)):
         return "needs rows that begin at multiples of 16 bytes"
-    reason = library.reason_on_cuda(q, "has many queries a row on CUDA only")
-    reason = reason or _reject_dense(q, k, logits, see, turns, selection, LONG_OF_SOME)
-    return reason or _reject_any(q, k, v, logits, see, turns, selection)
+    return reject(q, k, v, logits, see, turns, selection, LONG_OF_SOME)
 
 
 def attend_heads(
