@@ -180,6 +180,7 @@ const char* check(const hfl_linear& a) {
   if (a.group && (a.bits == 8 || !a.groups || a.columns % a.group)) {
     return "w4a8_linear: expected groups that divide the columns, of 4 bits";
   }
+  if (a.shift && (a.group || a.bits == 8)) return "w4a8_linear: expected a shift only of 4 bits without groups";
   if (a.rows > (1 << 24) || a.tokens > (1 << 24)) return "w4a8_linear: expected at most 2^24 rows and tokens";
   if (a.of && (a.tokens != 1 || a.of->tokens != 1 || a.of->columns != a.columns || a.of->dtype != a.dtype)) {
     return "w4a8_linears_of: expected one row of as many columns, in one dtype";

@@ -138,16 +138,17 @@ def reject_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dty
 
 def _is_known(weight: PackedWeight) -> bool:
     """True if the weight was read before and has not been written to since, so that no kernel can still do so."""
-    read = [x for x in (weight.codes, weight.groups) if x is not None]
-    if any(x.is_inference() for x in read):  # nobody counts how often it is written to
-        return False
-    now = [(x.data_ptr(), x._version) for x in read]
-    base: Any = (
-        weight.codes if weight.codes._base is None else weight.codes._base
-    )  # a layer makes views, each call anew
-    known = getattr(base, "_hfl_read", None)
-    base._hfl_read = now
-    return bool(known == now)
+    known = True
+    for x in (weight.codes, weight.groups, weight.scale, weight.shift):
+        if x is None:
+            continue
+        if x.is_inference():  # nobody counts how often it is written to
+            return False
+        base: Any = x if x._base is None else x._base  # a layer makes views, each call anew
+        now = x.data_ptr(), x._version
+        known = known and getattr(base, "_hfl_read", None) == now
+        base._hfl_read = now
+    return known
 
 
 def reject_linears(
