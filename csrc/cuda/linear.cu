@@ -14,6 +14,7 @@
 
 #include "linear_few.cuh"
 #include "linear_many.cuh"
+#include "linear_one.h"
 #include "linear_pair.cuh"
 #include "linear_plan.h"
 #include "linear_rows.cuh"
@@ -113,6 +114,11 @@ ManyPlan plan_of(const hfl_linear& a, int processors) {
 
 template <Form F>
 Kernel of_form(const hfl_linear& a, const Device& device) {
+  if (a.of) {
+    Kernel kernel = rows<F, 1, false>(a, 1);
+    kernel.function = linear_one(F, a.columns, a.of->kind);
+    return kernel;
+  }
   if (a.tokens > a.few) {
     const Kernel kernel = many<F>(plan_of(a, device.processors));
     cudaFuncAttributes found;
@@ -184,7 +190,12 @@ const char* check(const hfl_linear& a) {
   if (a.group && (a.bits == 8 || !a.groups || a.columns % a.group)) {
     return "w4a8_linear: expected groups that divide the columns, of 4 bits";
   }
+  if (a.shift && (a.group || a.bits == 8)) return "w4a8_linear: expected a shift only of 4 bits without groups";
   if (a.rows > (1 << 24) || a.tokens > (1 << 24)) return "w4a8_linear: expected at most 2^24 rows and tokens";
+  if (a.of && (a.tokens != 1 || a.of->tokens != 1 || a.of->columns != a.columns || a.of->dtype != a.dtype)) {
+    return "w4a8_linears_of: expected one row of as many columns, in one dtype";
+  }
+  if (a.of && a.of->kind != HFL_OF_ROWS && a.of->kind != HFL_OF_GATE) return "w4a8_linears_of: expected rows or a gate";
   if (a.next && !alike(a, *a.next)) return "w4a8_linear: expected weights of one form, for the same tokens";
   for (const void* x : {static_cast<const void*>(a.values), static_cast<const void*>(a.codes),
                         static_cast<const void*>(a.groups), static_cast<const void*>(a.out)}) {
@@ -212,6 +223,7 @@ int blocks_of(const LinearTask& p, const Kernel& kernel, int processors) {
 
 const char* run(const hfl_linear& a, const Device& device) {
   const Kernel kernel = choose(a, device);
+  if (!kernel.function || kernel.bytes > device.shared_bytes) return "w4a8_linears_of: expected fewer columns";
   LinearTask p = task_of(a, kernel, device.processors);
   if (static_cast<int64_t>(p.row_tiles) * p.token_tiles * p.steps > INT32_MAX / 2) {
     return "w4a8_linear: expected fewer than 2^30 steps of 128 rows and columns";
@@ -224,7 +236,10 @@ const char* run(const hfl_linear& a, const Device& device) {
   cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes);
   if (error == cudaSuccess) error = keep_shared(kernel.function);
   const int blocks = blocks_of(p, kernel, device.processors);
+  hfl_quantize of = {};
+  if (a.of) of = *a.of;
   void* arguments[] = {&p, &map};  // a kernel of few tokens has one parameter
+  if (a.of) arguments[1] = &of;
   for (; error == cudaSuccess && p.tokens_from < a.tokens; p.tokens_from += p.tokens) {
     if (kernel.kind < Kind::SHARED) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);
     error = launch(kernel.function, dim3(static_cast<unsigned>(blocks)), kernel.threads,

@@ -291,6 +291,68 @@ def test_several_weights(form: str, rows: int, device: str) -> None:
             assert torch.equal(out, defined(tokens, weight, bias, torch.bfloat16))
 
 
+def drawn_rows(rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
+    """Such as there are, nothing but zeros, too small for a scale, and what is no number."""
+    torch.manual_seed(columns)
+    x = torch.randn(rows, columns).to(dtype)
+    lost, spiked = x.clone(), x.clone()
+    lost[0, columns // 2], spiked[0, -1] = float("inf"), 1000.0
+    return [x, torch.zeros_like(x), x * 1e-35, lost, spiked]
+
+
+@devices
+@forms
+@pytest.mark.parametrize("columns", [128, 224, 640, 1664, 4096, 4160])
+def test_rows_that_are_quantized_in_the_launch(form: str, columns: int, device: str) -> None:
+    """And, on CUDA, a gate with what it is multiplied with; of one weight and of several."""
+    need(device)
+    columns = columns // 128 * 128 if form == "group 128" else columns // 64 * 64 if form == "group 64" else columns
+    weights = [moved(packing.pack(random_codes(form, n, columns, n)), device) for n in (72, 200, 16, 64)]
+    biases = [None, torch.randn(200, device=device), None, None]
+    for rows, dtype in ((1, torch.bfloat16), (1, torch.float16), (3, torch.bfloat16)):
+        for x in drawn_rows(rows, columns, dtype):
+            gated = [torch.randn(rows, columns).to(device, dtype)] if device == "cuda" else []
+            for up in (None, *gated):
+                with use_backend("reference"):
+                    expected = linear.w4a8_linears_of(x.to(device), up, weights, biases)
+                with use_backend("compiled"):
+                    got = linear.w4a8_linears_of(x.to(device), up, weights, biases)
+                for a, b in zip(got, expected, strict=True):
+                    assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("columns", [4096, 14336, 16384])
+def test_one_row_of_a_large_layer(columns: int) -> None:
+    """Often, one after the other, so that each begins while the one before still writes what it reads; in a graph."""
+    need("cuda")
+    there, back = stored(columns, 4096), stored(4096, columns)
+    x = torch.randn(1, 4096, device="cuda").bfloat16()
+
+    def steps(of: Any) -> list[Tensor]:
+        found = [x]
+        for _ in range(4):
+            y = of(found[-1], there)
+            found += [y, of(y, back)]
+        return found
+
+    def alone(x: Tensor, weight: PackedWeight) -> Tensor:
+        return linear.w4a8_linears(linear.quantize_tokens(x), [weight], [None], torch.bfloat16)[0]
+
+    def together(x: Tensor, weight: PackedWeight) -> Tensor:
+        return linear.w4a8_linears_of(x, None, [weight], [None])[0]
+
+    assert linear.is_one_launch(x) == (torch.cuda.get_device_capability()[0] >= 9)
+    steps(together)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = steps(together)
+    for seed in range(5):
+        x.copy_(torch.randn(1, 4096, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got, steps(alone), strict=True))
+
+
 @pytest.mark.cuda
 @forms
 def test_many_tokens_where_only_the_kernel_of_few_is(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +370,7 @@ def test_the_shapes_of_a_large_layer(form: str) -> None:
     """Often enough for a race to show, and one after the other, so that they overlap."""
     need("cuda")
     weights = [moved(packing.pack(random_codes(form, n, 4096, n)), "cuda") for n in (6144, 4096)]
-    for rows in (1, 16, 64, 256, 1024):
+    for rows in (1, 2, 16, 17, 64, 256, 1024):
         tokens = [moved(random_tokens(rows, 4096, seed), "cuda") for seed in range(2)]
         with use_backend("reference"):
             expected = [linear.w4a8_linear(t, w, None, torch.bfloat16) for t in tokens for w in weights]
@@ -346,7 +408,7 @@ def test_units_of_a_block(outputs: int, columns: int) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("rows", [64, 200])
+@pytest.mark.parametrize("rows", [2, 16, 64, 200])
 def test_counters_that_nobody_needs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a graph that is captured on another stream they would be filled in each call, and nothing begin before."""
     need("cuda")
