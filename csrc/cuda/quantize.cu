@@ -13,6 +13,7 @@ namespace hfl {
 namespace {
 
 constexpr int MOST_CHANNELS = 32768, MANY = 2048;
+constexpr int ASKED = 256;              // rows, up to which they are asked for early
 constexpr int WIDE = 16, BESIDE = 512;  // rows from which linear_wide.cuh follows; threads of a block beside its own
 
 // THREADS: at most; of fewer, registers are so few that a block fits beside one of linear_wide.cuh, which is then set up
@@ -22,8 +23,13 @@ __global__ void __launch_bounds__(THREADS, THREADS == BESIDE ? 3 : 1) quantize_k
     const __grid_constant__ hfl_quantize a) {
   const int64_t row = blockIdx.x;
   let_next_begin();
-  wait_for_last();
   Row<PIECES, DTYPE> x(a);
+  if (a.tokens <= ASKED) {
+    x.ask(a.x, row * a.x_row);
+    if (KIND == HFL_OF_GATE) x.ask(a.y, row * a.y_row);
+    if (KIND == HFL_OF_NORM && a.weight_dtype != HFL_F32) x.ask(a.weight, 0);
+  }
+  wait_for_last();
   x.read(row);
   if (KIND == HFL_OF_GATE) x.multiply(row);
   if (KIND == HFL_OF_NORM) x.normalize(row);
