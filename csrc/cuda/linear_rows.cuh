@@ -143,16 +143,41 @@ struct RowsBlock {
     }
   }
 
-  // Of all chunks, or of as many as there is room for.
+  // Of as many chunks as there is room for.
   __device__ __forceinline__ void copy_first_tokens() const {
     int chunk = warp;
 #pragma unroll 1
     for (int slot = 0; slot < rows_slots<F, MT, STREAM>(p.chunks); ++slot, chunk += R::WARPS) {
       if (chunk >= p.chunks) {
-        if (!STREAM || warp >= p.chunks) break;
+        if (warp >= p.chunks) break;
         chunk = warp;  // of the next unit
       }
       copy_tokens(slot, chunk);
+    }
+  }
+
+  // Of all chunks. Not copied as codes are, for then no code could be used before all that were asked for are there.
+  __device__ __forceinline__ void load_tokens() const {
+    constexpr int PIECES = R::CHUNK / 16, TOGETHER = 32 / PIECES, AT_ONCE = 4;  // of 16 bytes; parts of a warp's loads
+    const int8_t* from = p.a.values + static_cast<int64_t>(p.tokens_from) * p.a.columns;
+    const int all = (p.chunks - warp + R::WARPS - 1) / R::WARPS * p.tokens, piece = lane % PIECES;
+#pragma unroll 1
+    for (int first = lane / PIECES; first < all; first += AT_ONCE * TOGETHER) {
+      uint4 x[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int at = first + i * TOGETHER, slot = at / p.tokens, m = at % p.tokens;
+        const int column = (warp + slot * R::WARPS) * R::CHUNK + piece * 16;
+        x[i] = make_uint4(0, 0, 0, 0);
+        if (at < all && column < p.a.columns) {
+          x[i] = *reinterpret_cast<const uint4*>(from + static_cast<int64_t>(m) * p.a.columns + column);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int at = first + i * TOGETHER;
+        if (at < all) store_shared(tokens + at * R::CHUNK + (piece ^ turn(at % p.tokens)) * 16, x[i]);
+      }
     }
   }
 
@@ -356,20 +381,27 @@ __global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_ro
   RowsBlock<F, MT, STREAM> block(p, shared_address(shared));
   RowsCursor<R> ahead(p, block.warp, block.lane);
 #pragma unroll 1
-  for (int i = 0; i < R::STAGES && ahead.there(); ++i) {  // codes need not wait for the tokens
-    block.copy_codes(i, ahead);
-    ahead.next();
+  for (int i = 0; i < R::STAGES; ++i) {  // codes need not wait for the tokens
+    if (ahead.there()) {
+      block.copy_codes(i, ahead);
+      ahead.next();
+    }
+    if (!STREAM) copy_commit();
   }
   block.clear_sums();
+  __syncthreads();
   wait_for_last();
+  if (STREAM) {
+    block.copy_first_tokens();
+    copy_commit();
+  } else {
+    block.load_tokens();
+  }
   results.find_bias();
-  block.copy_first_tokens();
-  copy_commit();
   TokensOf<R> tokens{p};
 #pragma unroll
   for (int i = 0; i < R::EACH; ++i) tokens.read(i, results.token(i));
-  copy_wait<0>();
-  __syncthreads();
+  if (STREAM) copy_wait<0>();
   multiply_units(p, block, ahead, results, tokens);
 }
 
