@@ -13,17 +13,6 @@
 namespace hfl {
 namespace {
 
-__device__ __forceinline__ uint32_t most_of_warp(uint32_t x) {
-  uint32_t y;
-  asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
-  return y;
-}
-__device__ __forceinline__ int sum_of_warp(int x) {
-  int y;
-  asm volatile("redux.sync.add.s32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
-  return y;
-}
-
 // The row in registers: every thread has 8 values at a time of columns that its own warp multiplies, so that no warp
 // waits for another but for how large the largest is.
 template <Form F, int PIECES, int KIND, int DTYPE>
@@ -107,10 +96,12 @@ struct OneRow {
 };
 
 // What each warp found; and what belongs to the token, which is complete once all warps were waited for.
+constexpr int PARTS = 16;  // warps of a block
 struct OneParts {
-  uint32_t most[16];
-  int sums[16];
+  uint32_t most[PARTS];
+  int sums[PARTS];
 };
+template <class R>
 struct OneToken {
   const LinearTask& p;
   const OneParts& parts;
@@ -120,7 +111,7 @@ struct OneToken {
   __device__ __forceinline__ void complete(bool first) {
     if (!first) return;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    sum = sum_of_warp(lane < 16 ? parts.sums[lane] : 0);
+    sum = sum_of_warp(lane < PARTS ? parts.sums[lane] : 0);
     scale = Steps(scale).scale;
   }
   __device__ __forceinline__ OfToken operator()(int) const { return {scale, __int2float_rn(sum), p.bias * sum}; }
@@ -136,7 +127,7 @@ __device__ __forceinline__ float make_codes(const LinearTask& p, const hfl_quant
   const uint32_t own = row.largest();
   if (lane == 0) parts.most[warp] = own;
   __syncthreads();
-  const uint32_t all = most_of_warp(parts.most[lane % 16]);
+  const uint32_t all = most_of_warp(parts.most[lane % PARTS]);
   const float most = DTYPE == HFL_BF16 ? unpack_bf16(all).x : unpack_f16(all).x;
   const int sum = row.write(Steps(most).up, tokens);
   if (lane == 0) parts.sums[warp] = sum;
@@ -168,7 +159,7 @@ __global__ void __launch_bounds__(RowsRoom<F, 1, false>::THREADS, 2) linear_one_
                                             : make_codes<F, PIECES, KIND, HFL_F16>(p, from, parts, block.tokens);
   if (KIND == HFL_OF_GATE) results.begin();  // else there was no register to keep it in
   results.find_bias();
-  OneToken token{p, parts, most, 0};
+  OneToken<R> token{p, parts, most, 0};
   RowsCursor<R> ahead(p, block.warp, block.lane);  // anew: there was no register to keep it in
 #pragma unroll 1
   for (int i = 0; i < R::STAGES && ahead.there(); ++i) ahead.next();
