@@ -129,6 +129,18 @@ struct RowsBlock {
     }
   }
 
+  // That was all that a stage has; until that of two stages, or of one, is there, when no more is asked for than there is
+  // room for.
+  __device__ __forceinline__ void asked() const { copy_commit(); }
+  __device__ __forceinline__ void wait(int, int) const {
+    copy_wait<R::STAGES - 2>();
+    __syncwarp();
+  }
+  __device__ __forceinline__ void wait(int) const {
+    copy_wait<R::STAGES - 1>();
+    __syncwarp();
+  }
+
   __device__ __forceinline__ static int turn(int token) { return R::CHUNK == 128 ? token % 8 : token / 2 % 4; }
 
   __device__ __forceinline__ void copy_tokens(int slot, int chunk) const {
@@ -326,11 +338,10 @@ struct TokensOf {
 };
 
 // All units of a block, whose first codes are on their way, in groups of copies of which one waits as if each had its own.
-template <Form F, int MT, bool STREAM, class Results, class Tokens>
-__device__ __forceinline__ void multiply_units(const LinearTask& p, RowsBlock<F, MT, STREAM>& block,
-                                               RowsCursor<RowsRoom<F, MT, STREAM>>& ahead,
+template <bool STREAM, class Block, class Results, class Tokens>
+__device__ __forceinline__ void multiply_units(const LinearTask& p, Block& block, RowsCursor<typename Block::R>& ahead,
                                                Results& results, Tokens& tokens) {
-  using R = RowsRoom<F, MT, STREAM>;
+  using R = typename Block::R;
   int stage = 0, turn = 0;
   const auto refill = [&] {
     if (ahead.there()) {
@@ -338,7 +349,7 @@ __device__ __forceinline__ void multiply_units(const LinearTask& p, RowsBlock<F,
       if (STREAM) block.copy_tokens(stage, ahead.chunk);
       ahead.next();
     }
-    copy_commit();
+    block.asked();
     stage = stage + 1 == R::STAGES ? 0 : stage + 1;
   };
 #pragma unroll 1
@@ -347,16 +358,14 @@ __device__ __forceinline__ void multiply_units(const LinearTask& p, RowsBlock<F,
 #pragma unroll 1
     for (; left >= 2; left -= 2, slot += 2) {
       const int second = stage + 1 == R::STAGES ? 0 : stage + 1;
-      copy_wait<R::STAGES - 2>();
-      __syncwarp();
+      block.wait(stage, second);
       block.multiply(block.acc[0], stage, STREAM ? stage : slot);
       block.multiply(block.acc[R::SETS - 1], second, STREAM ? second : slot + 1);
       __syncwarp();
       refill(), refill();
     }
     if (left > 0) {
-      copy_wait<R::STAGES - 1>();
-      __syncwarp();
+      block.wait(stage);
       block.multiply(block.acc[0], stage, STREAM ? stage : slot);
       __syncwarp();
       refill();
@@ -386,7 +395,7 @@ __global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_ro
       block.copy_codes(i, ahead);
       ahead.next();
     }
-    if (!STREAM) copy_commit();
+    if (!STREAM) block.asked();
   }
   block.clear_sums();
   __syncthreads();
@@ -402,7 +411,7 @@ __global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_ro
 #pragma unroll
   for (int i = 0; i < R::EACH; ++i) tokens.read(i, results.token(i));
   if (STREAM) copy_wait<0>();
-  multiply_units(p, block, ahead, results, tokens);
+  multiply_units<STREAM>(p, block, ahead, results, tokens);
 }
 
 }  // namespace hfl
