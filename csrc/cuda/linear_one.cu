@@ -6,7 +6,6 @@
 //   while its first codes are on their way, and leaves them in shared memory where its warps look for them; so that there
 //   is no kernel between two linears that would have to wait for the first and be waited for by the second.
 // sm_90 and later. Shared memory: that of linear_rows.cuh. Bound by: bytes of the weight.
-#include "barrier.cuh"
 #include "linear_one.h"
 #include "linear_rows.cuh"
 #include "quantize_row.cuh"
@@ -135,45 +134,6 @@ __device__ __forceinline__ float make_codes(const LinearTask& p, const hfl_quant
   return most;
 }
 
-// Codes come in bulk, behind which the row that is read after them does not queue up.
-template <Form F>
-struct OneBlock : RowsBlock<F, 1, false> {
-  using Base = RowsBlock<F, 1, false>;
-  using R = typename Base::R;
-  uint64_t* bars;  // of this warp, of each stage
-  uint32_t turns;  // a bit for each stage: the parity of what is waited for next
-
-  __device__ __forceinline__ OneBlock(const LinearTask& p, uint32_t base, uint64_t (*of_warps)[R::STAGES])
-      : Base(p, base), bars(of_warps[threadIdx.x / 32]), turns(0) {
-    if (this->lane < R::STAGES) barrier_init(bars[this->lane], 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    __syncwarp();
-  }
-
-  __device__ __forceinline__ void copy_codes(int stage, const RowsCursor<R>& from) const {
-    if (this->lane) return;
-    const uint32_t to = this->ring + stage * R::STAGE;
-    const int groups = R::LEVELS ? this->p.groups : 0;
-    barrier_expect(bars[stage], 1024 + groups * 32);
-    copy(to, from.codes, 1024, bars[stage]);
-    for (int i = 0; i < groups; ++i) copy(to + 1024 + i * 32, from.levels + i * (2 * PANEL), 32, bars[stage]);
-  }
-  __device__ __forceinline__ void asked() const {}
-  __device__ __forceinline__ void wait(int stage, int second) { wait(stage), wait(second); }
-  __device__ __forceinline__ void wait(int stage) {
-    barrier_wait(bars[stage], turns >> stage & 1);
-    turns ^= 1u << stage;
-    __syncwarp();
-  }
-
- private:
-  static __device__ __forceinline__ void copy(uint32_t to, const void* from, int bytes, uint64_t& bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(shared_address(&bar))
-                 : "memory");
-  }
-};
-
 template <Form F, int PIECES, int KIND>
 __global__ void __launch_bounds__(RowsRoom<F, 1, false>::THREADS, 2) linear_one_kernel(
     const __grid_constant__ LinearTask p, const __grid_constant__ hfl_quantize from) {
@@ -181,11 +141,10 @@ __global__ void __launch_bounds__(RowsRoom<F, 1, false>::THREADS, 2) linear_one_
   using R = RowsRoom<F, 1, false>;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ OneParts parts;
-  __shared__ uint64_t bars[R::WARPS][R::STAGES];
   RowsResults<R, 1> results{p};
   if (KIND != HFL_OF_GATE) results.begin();  // before the codes, behind which it would come late
-  OneBlock<F> block(p, shared_address(shared), bars);
-  RowsCursor<R> first(p, block.warp, 0);
+  BulkBlock<F, 1> block(p, shared_address(shared));
+  RowsCursor<R> first(p, block.warp, block.first_lane());
 #pragma unroll 1
   for (int i = 0; i < R::STAGES && first.there(); ++i) {
     block.copy_codes(i, first);
@@ -198,7 +157,7 @@ __global__ void __launch_bounds__(RowsRoom<F, 1, false>::THREADS, 2) linear_one_
   if (KIND == HFL_OF_GATE) results.begin();  // else there was no register to keep it in
   results.find_bias();
   OneToken<R> token{p, parts, most, 0};
-  RowsCursor<R> ahead(p, block.warp, 0);  // anew: there was no register to keep it in
+  RowsCursor<R> ahead(p, block.warp, block.first_lane());  // anew: there was no register to keep it in
 #pragma unroll 1
   for (int i = 0; i < R::STAGES && ahead.there(); ++i) ahead.next();
   multiply_units<false>(p, block, ahead, results, token);

@@ -10,6 +10,8 @@
 // Products: mma.m16n8k32, codes as operand a, which one mask takes out of 16 stored bytes.
 // Shared memory: codes and scales of STAGES chunks of each warp; tokens, all or of as many chunks; up to 113 KiB.
 #pragma once
+#include <type_traits>
+
 #include "linear.cuh"
 
 namespace hfl {
@@ -24,7 +26,8 @@ struct RowsRoom {
   static constexpr int TILE = 1024 + LEVELS, STAGE = TILES * TILE;
   static constexpr int STAGES = STREAM ? 3 : 5;
   static constexpr int SETS = WARPS == 16 ? 1 : 2;  // of sums: those of two chunks at a time do not wait for each other
-  static constexpr int RING = WARPS * STAGES * STAGE;
+  static constexpr int BARS = STREAM ? 0 : (STAGES * 8 + 15) / 16 * 16;  // of BulkBlock
+  static constexpr int OF_WARP = STAGES * STAGE + BARS, RING = WARPS * OF_WARP;
   static constexpr int LINE = ROWS + 4, SUMS = 8 * MT * LINE;           // of a token, so that banks differ; of a unit
   static constexpr int EACH = (8 * MT * ROWS + THREADS - 1) / THREADS;  // results of a thread
   static constexpr int BYTES = RING + 2 * SUMS * 4;                     // without tokens
@@ -92,7 +95,7 @@ struct RowsBlock {
   __device__ RowsBlock(const LinearTask& p_, uint32_t base)
       : p(p_), sums(base + R::RING), warp(static_cast<int>(threadIdx.x) / 32),
         lane(static_cast<int>(threadIdx.x) % 32) {
-    ring = base + warp * R::STAGES * R::STAGE;
+    ring = base + warp * R::OF_WARP;
     tokens = base + R::BYTES + warp * rows_slots<F, MT, STREAM>(p.chunks) * p.tokens * R::CHUNK;
 #pragma unroll
     for (int m = 0; m < MT; ++m) {  // of no more tokens than there are
@@ -131,6 +134,7 @@ struct RowsBlock {
 
   // That was all that a stage has; until that of two stages, or of one, is there, when no more is asked for than there is
   // room for.
+  __device__ __forceinline__ int first_lane() const { return lane; }  // whose part of codes a cursor is for
   __device__ __forceinline__ void asked() const { copy_commit(); }
   __device__ __forceinline__ void wait(int, int) const {
     copy_wait<R::STAGES - 2>();
@@ -170,7 +174,7 @@ struct RowsBlock {
 
   // Of all chunks. Not copied as codes are, for then no code could be used before all that were asked for are there.
   __device__ __forceinline__ void load_tokens() const {
-    constexpr int PIECES = R::CHUNK / 16, TOGETHER = 32 / PIECES, AT_ONCE = 4;  // of 16 bytes; parts of a warp's loads
+    constexpr int PIECES = R::CHUNK / 16, TOGETHER = 32 / PIECES, AT_ONCE = MT == 1 ? 2 : 4;  // of 16 bytes; parts of a warp's loads
     const int8_t* from = p.a.values + static_cast<int64_t>(p.tokens_from) * p.a.columns;
     const int all = (p.chunks - warp + R::WARPS - 1) / R::WARPS * p.tokens, piece = lane % PIECES;
 #pragma unroll 1
@@ -253,6 +257,50 @@ struct RowsBlock {
       }
     }
     clear();
+  }
+};
+
+// Codes come in bulk, behind which tokens that are read after them do not queue up. sm_90 and later.
+template <Form F, int MT>
+struct BulkBlock : RowsBlock<F, MT, false> {
+  using Base = RowsBlock<F, MT, false>;
+  using R = typename Base::R;
+  uint32_t turns;  // a bit for each stage: the parity of what is waited for next
+
+  __device__ __forceinline__ BulkBlock(const LinearTask& p, uint32_t base) : Base(p, base), turns(0) {
+    if (this->lane < R::STAGES) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar(this->lane)) : "memory");
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ static int first_lane() { return 0; }
+
+  __device__ __forceinline__ void copy_codes(int stage, const RowsCursor<R>& from) const {
+    if (this->lane) return;
+    const uint32_t to = this->ring + stage * R::STAGE, bar = this->bar(stage);
+    const int groups = R::LEVELS ? this->p.groups : 0;
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(1024 + groups * 32) : "memory");
+    copy(to, from.codes, 1024, bar);
+    for (int i = 0; i < groups; ++i) copy(to + 1024 + i * 32, from.levels + i * (2 * PANEL), 32, bar);
+  }
+  __device__ __forceinline__ void asked() const {}
+  __device__ __forceinline__ void wait(int stage, int second) { wait(stage), wait(second); }
+  __device__ __forceinline__ void wait(int stage) {
+    asm volatile("{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra wait;\n}" ::"r"(bar(stage)), "r"(turns >> stage & 1)
+                 : "memory");
+    turns ^= 1u << stage;
+    __syncwarp();
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t bar(int stage) const { return this->ring + R::STAGES * R::STAGE + stage * 8; }
+  static __device__ __forceinline__ void copy(uint32_t to, const void* from, int bytes, uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(bar)
+                 : "memory");
   }
 };
 
@@ -379,16 +427,24 @@ __device__ __forceinline__ void multiply_units(const LinearTask& p, Block& block
   }
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+template <Form F, int MT, bool STREAM>
+using BlockOf = std::conditional_t<STREAM, RowsBlock<F, MT, STREAM>, BulkBlock<F, MT>>;
+#else
+template <Form F, int MT, bool STREAM>
+using BlockOf = RowsBlock<F, MT, STREAM>;
+#endif
+
 template <Form F, int MT, bool STREAM>
 __global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_rows_kernel(
     const __grid_constant__ LinearTask p) {
   using R = RowsRoom<F, MT, STREAM>;
   extern __shared__ __align__(128) unsigned char shared[];
-  let_next_begin();
+  if (STREAM) let_next_begin();
   RowsResults<R> results{p};
   results.begin();  // before the codes, behind which it would come late
-  RowsBlock<F, MT, STREAM> block(p, shared_address(shared));
-  RowsCursor<R> ahead(p, block.warp, block.lane);
+  BlockOf<F, MT, STREAM> block(p, shared_address(shared));
+  RowsCursor<R> ahead(p, block.warp, block.first_lane());
 #pragma unroll 1
   for (int i = 0; i < R::STAGES; ++i) {  // codes need not wait for the tokens
     if (ahead.there()) {
@@ -405,6 +461,7 @@ __global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_ro
     copy_commit();
   } else {
     block.load_tokens();
+    let_next_begin();  // its codes would come before what was just read
   }
   results.find_bias();
   TokensOf<R> tokens{p};
