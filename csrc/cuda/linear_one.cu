@@ -117,13 +117,15 @@ struct OneToken {
   __device__ __forceinline__ OfToken operator()(int) const { return {scale, __int2float_rn(sum), p.bias * sum}; }
 };
 
-template <Form F, int PIECES, int KIND, int DTYPE>
+// Meanwhile: what there is to do while the row is on its way.
+template <Form F, int PIECES, int KIND, int DTYPE, class Meanwhile>
 __device__ __forceinline__ float make_codes(const LinearTask& p, const hfl_quantize& from, OneParts& parts,
-                                            uint32_t tokens) {
+                                            uint32_t tokens, Meanwhile&& meanwhile) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   OneRow<F, PIECES, KIND, DTYPE> row{p, from, {}};
   row.read();
   let_next_begin();  // its codes would come before what was just read
+  meanwhile();
   const uint32_t own = row.largest();
   if (lane == 0) parts.most[warp] = own;
   __syncthreads();
@@ -143,24 +145,32 @@ __global__ void __launch_bounds__(RowsRoom<F, 1, false>::THREADS, 2) linear_one_
   __shared__ OneParts parts;
   RowsResults<R, 1> results{p};
   if (KIND != HFL_OF_GATE) results.begin();  // before the codes, behind which it would come late
-  BulkBlock<F, 1> block(p, shared_address(shared));
-  RowsCursor<R> first(p, block.warp, block.first_lane());
+  RowsBlock<F, 1, false> block(p, shared_address(shared));
+  RowsCursor<R> ahead(p, block.warp, block.lane);
 #pragma unroll 1
-  for (int i = 0; i < R::STAGES && first.there(); ++i) {
-    block.copy_codes(i, first);
-    first.next();
+  for (int i = 0; i < R::STAGES; ++i) {
+    if (ahead.there()) {
+      block.copy_codes(i, ahead);
+      ahead.next();
+    }
+    copy_commit();
   }
   block.clear_sums();
   wait_for_last();
-  const float most = from.dtype == HFL_BF16 ? make_codes<F, PIECES, KIND, HFL_BF16>(p, from, parts, block.tokens)
-                                            : make_codes<F, PIECES, KIND, HFL_F16>(p, from, parts, block.tokens);
-  if (KIND == HFL_OF_GATE) results.begin();  // else there was no register to keep it in
-  results.find_bias();
+  const auto meanwhile = [&] {
+    if (KIND != HFL_OF_GATE) results.find_bias();
+  };
+  const float most = from.dtype == HFL_BF16
+                         ? make_codes<F, PIECES, KIND, HFL_BF16>(p, from, parts, block.tokens, meanwhile)
+                         : make_codes<F, PIECES, KIND, HFL_F16>(p, from, parts, block.tokens, meanwhile);
   OneToken<R> token{p, parts, most, 0};
-  RowsCursor<R> ahead(p, block.warp, block.first_lane());  // anew: there was no register to keep it in
-#pragma unroll 1
-  for (int i = 0; i < R::STAGES && ahead.there(); ++i) ahead.next();
-  multiply_units<false>(p, block, ahead, results, token);
+  if constexpr (KIND == HFL_OF_GATE) {  // anew, as there was no register to keep it in
+    results.begin(), results.find_bias();
+    RowsCursor<R> again(p, block.warp, block.lane, R::STAGES);
+    multiply_units(p, block, again, results, token);
+  } else {
+    multiply_units(p, block, ahead, results, token);
+  }
 #endif
 }
 

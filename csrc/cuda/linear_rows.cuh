@@ -10,8 +10,6 @@
 // Products: mma.m16n8k32, codes as operand a, which one mask takes out of 16 stored bytes.
 // Shared memory: codes and scales of STAGES chunks of each warp; tokens, all or of as many chunks; up to 113 KiB.
 #pragma once
-#include <type_traits>
-
 #include "linear.cuh"
 
 namespace hfl {
@@ -26,8 +24,7 @@ struct RowsRoom {
   static constexpr int TILE = 1024 + LEVELS, STAGE = TILES * TILE;
   static constexpr int STAGES = STREAM ? 3 : 5;
   static constexpr int SETS = WARPS == 16 ? 1 : 2;  // of sums: those of two chunks at a time do not wait for each other
-  static constexpr int BARS = STREAM ? 0 : (STAGES * 8 + 15) / 16 * 16;  // of BulkBlock
-  static constexpr int OF_WARP = STAGES * STAGE + BARS, RING = WARPS * OF_WARP;
+  static constexpr int RING = WARPS * STAGES * STAGE;
   static constexpr int LINE = ROWS + 4, SUMS = 8 * MT * LINE;           // of a token, so that banks differ; of a unit
   static constexpr int EACH = (8 * MT * ROWS + THREADS - 1) / THREADS;  // results of a thread
   static constexpr int BYTES = RING + 2 * SUMS * 4;                     // without tokens
@@ -60,8 +57,14 @@ struct RowsCursor {
   int unit, chunk, warp, lane;
   const uint8_t *codes, *levels;
 
-  __device__ __forceinline__ RowsCursor(const LinearTask& p_, int warp_, int lane_)
+  // Behind so many chunks.
+  __device__ __forceinline__ RowsCursor(const LinearTask& p_, int warp_, int lane_, int passed = 0)
       : p(p_), unit(static_cast<int>(blockIdx.x)), chunk(warp_), warp(warp_), lane(lane_) {
+#pragma unroll
+    for (int i = 0; i < passed; ++i) {
+      chunk += R::WARPS;
+      if (chunk >= p.chunks) chunk = warp, unit += static_cast<int>(gridDim.x);
+    }
     find();
   }
   __device__ __forceinline__ bool there() const { return chunk < p.chunks && unit < p.whole_tiles; }
@@ -95,7 +98,7 @@ struct RowsBlock {
   __device__ RowsBlock(const LinearTask& p_, uint32_t base)
       : p(p_), sums(base + R::RING), warp(static_cast<int>(threadIdx.x) / 32),
         lane(static_cast<int>(threadIdx.x) % 32) {
-    ring = base + warp * R::OF_WARP;
+    ring = base + warp * R::STAGES * R::STAGE;
     tokens = base + R::BYTES + warp * rows_slots<F, MT, STREAM>(p.chunks) * p.tokens * R::CHUNK;
 #pragma unroll
     for (int m = 0; m < MT; ++m) {  // of no more tokens than there are
@@ -132,19 +135,6 @@ struct RowsBlock {
     }
   }
 
-  // That was all that a stage has; until that of two stages, or of one, is there, when no more is asked for than there is
-  // room for.
-  __device__ __forceinline__ int first_lane() const { return lane; }  // whose part of codes a cursor is for
-  __device__ __forceinline__ void asked() const { copy_commit(); }
-  __device__ __forceinline__ void wait(int, int) const {
-    copy_wait<R::STAGES - 2>();
-    __syncwarp();
-  }
-  __device__ __forceinline__ void wait(int) const {
-    copy_wait<R::STAGES - 1>();
-    __syncwarp();
-  }
-
   __device__ __forceinline__ static int turn(int token) { return R::CHUNK == 128 ? token % 8 : token / 2 % 4; }
 
   __device__ __forceinline__ void copy_tokens(int slot, int chunk) const {
@@ -159,22 +149,23 @@ struct RowsBlock {
     }
   }
 
-  // Of as many chunks as there is room for.
+  // Of all chunks, or of as many as there is room for.
   __device__ __forceinline__ void copy_first_tokens() const {
     int chunk = warp;
 #pragma unroll 1
     for (int slot = 0; slot < rows_slots<F, MT, STREAM>(p.chunks); ++slot, chunk += R::WARPS) {
       if (chunk >= p.chunks) {
-        if (warp >= p.chunks) break;
+        if (!STREAM || warp >= p.chunks) break;
         chunk = warp;  // of the next unit
       }
       copy_tokens(slot, chunk);
     }
   }
 
-  // Of all chunks. Not copied as codes are, for then no code could be used before all that were asked for are there.
+  // Of all chunks, where a thread has few of them. Not copied as codes are, for then no code could be used before all that
+  // were asked for are there.
   __device__ __forceinline__ void load_tokens() const {
-    constexpr int PIECES = R::CHUNK / 16, TOGETHER = 32 / PIECES, AT_ONCE = MT == 1 ? 2 : 4;  // of 16 bytes; parts of a warp's loads
+    constexpr int PIECES = R::CHUNK / 16, TOGETHER = 32 / PIECES, AT_ONCE = 4;  // of 16 bytes; parts of a warp's loads
     const int8_t* from = p.a.values + static_cast<int64_t>(p.tokens_from) * p.a.columns;
     const int all = (p.chunks - warp + R::WARPS - 1) / R::WARPS * p.tokens, piece = lane % PIECES;
 #pragma unroll 1
@@ -182,20 +173,21 @@ struct RowsBlock {
       uint4 x[AT_ONCE];
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        const int at = first + i * TOGETHER, slot = at / p.tokens, m = at % p.tokens;
+        const int at = first + i * TOGETHER, slot = p.tokens == 1 ? at : at / 2, m = at - slot * p.tokens;
         const int column = (warp + slot * R::WARPS) * R::CHUNK + piece * 16;
         x[i] = make_uint4(0, 0, 0, 0);
         if (at < all && column < p.a.columns) {
-          x[i] = *reinterpret_cast<const uint4*>(from + static_cast<int64_t>(m) * p.a.columns + column);
+          x[i] = *reinterpret_cast<const uint4*>(from + m * p.a.columns + column);
         }
       }
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
         const int at = first + i * TOGETHER;
-        if (at < all) store_shared(tokens + at * R::CHUNK + (piece ^ turn(at % p.tokens)) * 16, x[i]);
+        if (at < all) store_shared(tokens + at * R::CHUNK + (piece ^ turn(p.tokens == 1 ? 0 : at % 2)) * 16, x[i]);
       }
     }
   }
+  __device__ __forceinline__ bool loads_tokens() const { return !STREAM && MT == 1 && p.tokens <= 2; }
 
   // Operand a of 64 columns of a tile; by: the scales where there is one group.
   __device__ __forceinline__ void codes(uint32_t (&a)[8], uint32_t tile, int half, const Levels& by) const {
@@ -257,50 +249,6 @@ struct RowsBlock {
       }
     }
     clear();
-  }
-};
-
-// Codes come in bulk, behind which tokens that are read after them do not queue up. sm_90 and later.
-template <Form F, int MT>
-struct BulkBlock : RowsBlock<F, MT, false> {
-  using Base = RowsBlock<F, MT, false>;
-  using R = typename Base::R;
-  uint32_t turns;  // a bit for each stage: the parity of what is waited for next
-
-  __device__ __forceinline__ BulkBlock(const LinearTask& p, uint32_t base) : Base(p, base), turns(0) {
-    if (this->lane < R::STAGES) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar(this->lane)) : "memory");
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    __syncwarp();
-  }
-
-  __device__ __forceinline__ static int first_lane() { return 0; }
-
-  __device__ __forceinline__ void copy_codes(int stage, const RowsCursor<R>& from) const {
-    if (this->lane) return;
-    const uint32_t to = this->ring + stage * R::STAGE, bar = this->bar(stage);
-    const int groups = R::LEVELS ? this->p.groups : 0;
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(1024 + groups * 32) : "memory");
-    copy(to, from.codes, 1024, bar);
-    for (int i = 0; i < groups; ++i) copy(to + 1024 + i * 32, from.levels + i * (2 * PANEL), 32, bar);
-  }
-  __device__ __forceinline__ void asked() const {}
-  __device__ __forceinline__ void wait(int stage, int second) { wait(stage), wait(second); }
-  __device__ __forceinline__ void wait(int stage) {
-    asm volatile("{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra wait;\n}" ::"r"(bar(stage)), "r"(turns >> stage & 1)
-                 : "memory");
-    turns ^= 1u << stage;
-    __syncwarp();
-  }
-
- private:
-  __device__ __forceinline__ uint32_t bar(int stage) const { return this->ring + R::STAGES * R::STAGE + stage * 8; }
-  static __device__ __forceinline__ void copy(uint32_t to, const void* from, int bytes, uint32_t bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(bar)
-                 : "memory");
   }
 };
 
@@ -386,10 +334,11 @@ struct TokensOf {
 };
 
 // All units of a block, whose first codes are on their way, in groups of copies of which one waits as if each had its own.
-template <bool STREAM, class Block, class Results, class Tokens>
-__device__ __forceinline__ void multiply_units(const LinearTask& p, Block& block, RowsCursor<typename Block::R>& ahead,
+template <Form F, int MT, bool STREAM, class Results, class Tokens>
+__device__ __forceinline__ void multiply_units(const LinearTask& p, RowsBlock<F, MT, STREAM>& block,
+                                               RowsCursor<RowsRoom<F, MT, STREAM>>& ahead,
                                                Results& results, Tokens& tokens) {
-  using R = typename Block::R;
+  using R = RowsRoom<F, MT, STREAM>;
   int stage = 0, turn = 0;
   const auto refill = [&] {
     if (ahead.there()) {
@@ -397,7 +346,7 @@ __device__ __forceinline__ void multiply_units(const LinearTask& p, Block& block
       if (STREAM) block.copy_tokens(stage, ahead.chunk);
       ahead.next();
     }
-    block.asked();
+    copy_commit();
     stage = stage + 1 == R::STAGES ? 0 : stage + 1;
   };
 #pragma unroll 1
@@ -406,14 +355,16 @@ __device__ __forceinline__ void multiply_units(const LinearTask& p, Block& block
 #pragma unroll 1
     for (; left >= 2; left -= 2, slot += 2) {
       const int second = stage + 1 == R::STAGES ? 0 : stage + 1;
-      block.wait(stage, second);
+      copy_wait<R::STAGES - 2>();
+      __syncwarp();
       block.multiply(block.acc[0], stage, STREAM ? stage : slot);
       block.multiply(block.acc[R::SETS - 1], second, STREAM ? second : slot + 1);
       __syncwarp();
       refill(), refill();
     }
     if (left > 0) {
-      block.wait(stage);
+      copy_wait<R::STAGES - 1>();
+      __syncwarp();
       block.multiply(block.acc[0], stage, STREAM ? stage : slot);
       __syncwarp();
       refill();
@@ -427,48 +378,39 @@ __device__ __forceinline__ void multiply_units(const LinearTask& p, Block& block
   }
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-template <Form F, int MT, bool STREAM>
-using BlockOf = std::conditional_t<STREAM, RowsBlock<F, MT, STREAM>, BulkBlock<F, MT>>;
-#else
-template <Form F, int MT, bool STREAM>
-using BlockOf = RowsBlock<F, MT, STREAM>;
-#endif
-
 template <Form F, int MT, bool STREAM>
 __global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_rows_kernel(
     const __grid_constant__ LinearTask p) {
   using R = RowsRoom<F, MT, STREAM>;
   extern __shared__ __align__(128) unsigned char shared[];
-  if (STREAM) let_next_begin();
+  let_next_begin();
   RowsResults<R> results{p};
   results.begin();  // before the codes, behind which it would come late
-  BlockOf<F, MT, STREAM> block(p, shared_address(shared));
-  RowsCursor<R> ahead(p, block.warp, block.first_lane());
+  RowsBlock<F, MT, STREAM> block(p, shared_address(shared));
+  RowsCursor<R> ahead(p, block.warp, block.lane);
 #pragma unroll 1
   for (int i = 0; i < R::STAGES; ++i) {  // codes need not wait for the tokens
     if (ahead.there()) {
       block.copy_codes(i, ahead);
       ahead.next();
     }
-    if (!STREAM) block.asked();
+    if (block.loads_tokens()) copy_commit();
   }
   block.clear_sums();
   __syncthreads();
   wait_for_last();
-  if (STREAM) {
+  if (block.loads_tokens()) {
+    block.load_tokens();
+  } else {
     block.copy_first_tokens();
     copy_commit();
-  } else {
-    block.load_tokens();
-    let_next_begin();  // its codes would come before what was just read
   }
   results.find_bias();
   TokensOf<R> tokens{p};
 #pragma unroll
   for (int i = 0; i < R::EACH; ++i) tokens.read(i, results.token(i));
-  if (STREAM) copy_wait<0>();
-  multiply_units<STREAM>(p, block, ahead, results, tokens);
+  if (!block.loads_tokens()) copy_wait<0>();
+  multiply_units(p, block, ahead, results, tokens);
 }
 
 }  // namespace hfl
