@@ -13,17 +13,6 @@
 namespace hfl {
 namespace {
 
-__device__ __forceinline__ uint32_t most_of_warp(uint32_t x) {
-  uint32_t y;
-  asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
-  return y;
-}
-__device__ __forceinline__ int sum_of_warp(int x) {
-  int y;
-  asm volatile("redux.sync.add.s32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
-  return y;
-}
-
 // The row in registers: every thread has 8 values at a time of columns that its own warp multiplies, so that no warp
 // waits for another but for how large the largest is.
 template <Form F, int PIECES, int KIND, int DTYPE>
@@ -107,10 +96,12 @@ struct OneRow {
 };
 
 // What each warp found; and what belongs to the token, which is complete once all warps were waited for.
+constexpr int PARTS = 16;  // warps of a block
 struct OneParts {
-  uint32_t most[16];
-  int sums[16];
+  uint32_t most[PARTS];
+  int sums[PARTS];
 };
+template <class R>
 struct OneToken {
   const LinearTask& p;
   const OneParts& parts;
@@ -120,23 +111,25 @@ struct OneToken {
   __device__ __forceinline__ void complete(bool first) {
     if (!first) return;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    sum = sum_of_warp(lane < 16 ? parts.sums[lane] : 0);
+    sum = sum_of_warp(lane < PARTS ? parts.sums[lane] : 0);
     scale = Steps(scale).scale;
   }
   __device__ __forceinline__ OfToken operator()(int) const { return {scale, __int2float_rn(sum), p.bias * sum}; }
 };
 
-template <Form F, int PIECES, int KIND, int DTYPE>
+// Meanwhile: what there is to do while the row is on its way.
+template <Form F, int PIECES, int KIND, int DTYPE, class Meanwhile>
 __device__ __forceinline__ float make_codes(const LinearTask& p, const hfl_quantize& from, OneParts& parts,
-                                            uint32_t tokens) {
+                                            uint32_t tokens, Meanwhile&& meanwhile) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   OneRow<F, PIECES, KIND, DTYPE> row{p, from, {}};
   row.read();
   let_next_begin();  // its codes would come before what was just read
+  meanwhile();
   const uint32_t own = row.largest();
   if (lane == 0) parts.most[warp] = own;
   __syncthreads();
-  const uint32_t all = most_of_warp(parts.most[lane % 16]);
+  const uint32_t all = most_of_warp(parts.most[lane % PARTS]);
   const float most = DTYPE == HFL_BF16 ? unpack_bf16(all).x : unpack_f16(all).x;
   const int sum = row.write(Steps(most).up, tokens);
   if (lane == 0) parts.sums[warp] = sum;
@@ -153,26 +146,31 @@ __global__ void __launch_bounds__(RowsRoom<F, 1, false>::THREADS, 2) linear_one_
   RowsResults<R, 1> results{p};
   if (KIND != HFL_OF_GATE) results.begin();  // before the codes, behind which it would come late
   RowsBlock<F, 1, false> block(p, shared_address(shared));
-  RowsCursor<R> first(p, block.warp, block.lane);
+  RowsCursor<R> ahead(p, block.warp, block.lane);
 #pragma unroll 1
   for (int i = 0; i < R::STAGES; ++i) {
-    if (first.there()) {
-      block.copy_codes(i, first);
-      first.next();
+    if (ahead.there()) {
+      block.copy_codes(i, ahead);
+      ahead.next();
     }
     copy_commit();
   }
   block.clear_sums();
   wait_for_last();
-  const float most = from.dtype == HFL_BF16 ? make_codes<F, PIECES, KIND, HFL_BF16>(p, from, parts, block.tokens)
-                                            : make_codes<F, PIECES, KIND, HFL_F16>(p, from, parts, block.tokens);
-  if (KIND == HFL_OF_GATE) results.begin();  // else there was no register to keep it in
-  results.find_bias();
-  OneToken token{p, parts, most, 0};
-  RowsCursor<R> ahead(p, block.warp, block.lane);  // anew: there was no register to keep it in
-#pragma unroll 1
-  for (int i = 0; i < R::STAGES && ahead.there(); ++i) ahead.next();
-  multiply_units(p, block, ahead, results, token);
+  const auto meanwhile = [&] {
+    if (KIND != HFL_OF_GATE) results.find_bias();
+  };
+  const float most = from.dtype == HFL_BF16
+                         ? make_codes<F, PIECES, KIND, HFL_BF16>(p, from, parts, block.tokens, meanwhile)
+                         : make_codes<F, PIECES, KIND, HFL_F16>(p, from, parts, block.tokens, meanwhile);
+  OneToken<R> token{p, parts, most, 0};
+  if constexpr (KIND == HFL_OF_GATE) {  // anew, as there was no register to keep it in
+    results.begin(), results.find_bias();
+    RowsCursor<R> again(p, block.warp, block.lane, R::STAGES);
+    multiply_units(p, block, again, results, token);
+  } else {
+    multiply_units(p, block, ahead, results, token);
+  }
 #endif
 }
 

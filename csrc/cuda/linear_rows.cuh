@@ -57,8 +57,14 @@ struct RowsCursor {
   int unit, chunk, warp, lane;
   const uint8_t *codes, *levels;
 
-  __device__ __forceinline__ RowsCursor(const LinearTask& p_, int warp_, int lane_)
+  // Behind so many chunks.
+  __device__ __forceinline__ RowsCursor(const LinearTask& p_, int warp_, int lane_, int passed = 0)
       : p(p_), unit(static_cast<int>(blockIdx.x)), chunk(warp_), warp(warp_), lane(lane_) {
+#pragma unroll
+    for (int i = 0; i < passed; ++i) {
+      chunk += R::WARPS;
+      if (chunk >= p.chunks) chunk = warp, unit += static_cast<int>(gridDim.x);
+    }
     find();
   }
   __device__ __forceinline__ bool there() const { return chunk < p.chunks && unit < p.whole_tiles; }
@@ -155,6 +161,33 @@ struct RowsBlock {
       copy_tokens(slot, chunk);
     }
   }
+
+  // Of all chunks, where a thread has few of them. Not copied as codes are, for then no code could be used before all that
+  // were asked for are there.
+  __device__ __forceinline__ void load_tokens() const {
+    constexpr int PIECES = R::CHUNK / 16, TOGETHER = 32 / PIECES, AT_ONCE = 4;  // of 16 bytes; parts of a warp's loads
+    const int8_t* from = p.a.values + static_cast<int64_t>(p.tokens_from) * p.a.columns;
+    const int all = (p.chunks - warp + R::WARPS - 1) / R::WARPS * p.tokens, piece = lane % PIECES;
+#pragma unroll 1
+    for (int first = lane / PIECES; first < all; first += AT_ONCE * TOGETHER) {
+      uint4 x[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int at = first + i * TOGETHER, slot = p.tokens == 1 ? at : at / 2, m = at - slot * p.tokens;
+        const int column = (warp + slot * R::WARPS) * R::CHUNK + piece * 16;
+        x[i] = make_uint4(0, 0, 0, 0);
+        if (at < all && column < p.a.columns) {
+          x[i] = *reinterpret_cast<const uint4*>(from + m * p.a.columns + column);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int at = first + i * TOGETHER;
+        if (at < all) store_shared(tokens + at * R::CHUNK + (piece ^ turn(p.tokens == 1 ? 0 : at % 2)) * 16, x[i]);
+      }
+    }
+  }
+  __device__ __forceinline__ bool loads_tokens() const { return !STREAM && MT == 1 && p.tokens <= 2; }
 
   // Operand a of 64 columns of a tile; by: the scales where there is one group.
   __device__ __forceinline__ void codes(uint32_t (&a)[8], uint32_t tile, int half, const Levels& by) const {
@@ -356,20 +389,27 @@ __global__ void __launch_bounds__(RowsRoom<F, MT, STREAM>::THREADS, 2) linear_ro
   RowsBlock<F, MT, STREAM> block(p, shared_address(shared));
   RowsCursor<R> ahead(p, block.warp, block.lane);
 #pragma unroll 1
-  for (int i = 0; i < R::STAGES && ahead.there(); ++i) {  // codes need not wait for the tokens
-    block.copy_codes(i, ahead);
-    ahead.next();
+  for (int i = 0; i < R::STAGES; ++i) {  // codes need not wait for the tokens
+    if (ahead.there()) {
+      block.copy_codes(i, ahead);
+      ahead.next();
+    }
+    if (block.loads_tokens()) copy_commit();
   }
   block.clear_sums();
+  __syncthreads();
   wait_for_last();
+  if (block.loads_tokens()) {
+    block.load_tokens();
+  } else {
+    block.copy_first_tokens();
+    copy_commit();
+  }
   results.find_bias();
-  block.copy_first_tokens();
-  copy_commit();
   TokensOf<R> tokens{p};
 #pragma unroll
   for (int i = 0; i < R::EACH; ++i) tokens.read(i, results.token(i));
-  copy_wait<0>();
-  __syncthreads();
+  if (!block.loads_tokens()) copy_wait<0>();
   multiply_units(p, block, ahead, results, tokens);
 }
 

@@ -19,6 +19,18 @@ struct Sum {
   }
 };
 
+// Of a warp, the same in all threads.
+__device__ __forceinline__ uint32_t most_of_warp(uint32_t x) {
+  uint32_t y;
+  asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
+  return y;
+}
+__device__ __forceinline__ int sum_of_warp(int x) {
+  int y;
+  asm volatile("redux.sync.add.s32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // The same in all threads.
 template <class T, class Both>
 __device__ __forceinline__ T of_block(T x, Both both, T nothing) {

@@ -355,6 +355,21 @@ def test_one_row_of_a_large_layer(columns: int) -> None:
 
 @pytest.mark.cuda
 @forms
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9])
+def test_more_units_than_threads_that_write_results(rows: int, form: str) -> None:
+    """Of 16 rows each, so many for a block that what belongs to a row is asked for once its thread has had another."""
+    need("cuda")
+    outputs = 16 * 33 * torch.cuda.get_device_properties(0).multi_processor_count + 5
+    x = hard_rows(128, torch.bfloat16, torch.Generator().manual_seed(rows))[:rows].cuda()
+    weight, bias = moved(packing.pack(random_codes(form, outputs, 128)), "cuda"), torch.randn(outputs, device="cuda")
+    with use_backend("reference"):
+        expected = linear.w4a8_linears_of(x, None, [weight], [bias])[0]
+    got = [linear.w4a8_linears_of(x, None, [weight], [bias])[0] for _ in range(3)]
+    assert all(torch.equal(each.nan_to_num(7.0), expected.nan_to_num(7.0)) for each in got)
+
+
+@pytest.mark.cuda
+@forms
 def test_many_tokens_where_only_the_kernel_of_few_is(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One launch for every 64 of them."""
     monkeypatch.setattr(compiled, "FEW", 1 << 30)
@@ -448,7 +463,7 @@ def test_captured_calls_follow_their_input(rows: int) -> None:
 
 @pytest.mark.cuda
 def test_a_weight_that_was_just_written_is_read_as_it_is_now() -> None:
-    """Codes are read ahead of what the stream does; not those that may still be under way."""
+    """It is read ahead of what the stream does; not where that may still be under way."""
     need("cuda")
     tokens = moved(random_tokens(1, 4096), "cuda")
     weights = [moved(packing.pack(random_codes("channel", 8192, 4096, seed)), "cuda") for seed in (0, 1)]
@@ -462,17 +477,28 @@ def test_a_weight_that_was_just_written_is_read_as_it_is_now() -> None:
         changed.codes.copy_(codes)
         now = dataclasses.replace(weight, codes=changed.codes)
         assert torch.equal(linear.w4a8_linear(tokens, now, None, torch.bfloat16), result)
+    for part in (now.scale, now.shift):
+        noise @ noise
+        part.mul_(2)
+        made = torch.full((len(now.scale),), 3.0, device="cuda")  # of which nobody knows before
+        got = linear.w4a8_linear(tokens, now, made, torch.bfloat16)
+        with use_backend("reference"):
+            assert torch.equal(got, linear.w4a8_linear(tokens, now, made, torch.bfloat16))
 
 
 def test_when_a_weight_is_known() -> None:
     """Read before, at the same place, and not written to since."""
-    weight = packing.pack(random_codes("group 128", 64, 128))
-    assert weight.groups is not None
-    assert [compiled._is_known(weight) for _ in range(3)] == [False, True, True]
-    for part in (weight.codes, weight.groups):
-        part.add_(1)
+    for form in ("channel", "group 128"):
+        weight = packing.pack(random_codes(form, 64, 128))
+        assert [compiled._is_known(weight) for _ in range(3)] == [False, True, True]
+        for part in (weight.codes, weight.groups, weight.scale, weight.shift):
+            if part is None:
+                continue
+            part.add_(1)
+            assert [compiled._is_known(weight) for _ in range(2)] == [False, True]
+        assert not compiled._is_known(copy.deepcopy(weight))
+        weight = dataclasses.replace(weight, scale=weight.scale.clone())
         assert [compiled._is_known(weight) for _ in range(2)] == [False, True]
-    assert not compiled._is_known(copy.deepcopy(weight))
     views = [dataclasses.replace(weight, codes=weight.codes.view(2, -1).view(weight.codes.shape)) for _ in range(3)]
     assert [compiled._is_known(each) for each in (weight, *views)] == [True] * 4
     views[0].codes.add_(1)
