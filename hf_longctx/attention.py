@@ -117,7 +117,7 @@ def attend(
                 f"attention: expected each layer to attend once in a call, which stores its tokens; got another call "
                 f"in layer {layer} ({name}). Unpatch the model."
             )
-        forward.memo["attended", layer] = True
+        forward.memo["attended", layer], forward.cache.stacks[layer].handed = True, False
     plan = forward.plan.layers[layer]
     if key.shape[1] != plan.kv_heads:
         raise ValueError(

@@ -42,6 +42,7 @@ class Patch:
         ledger: of the last cache handed out.
         train: the plan has a gradient; calls in training mode get no cache.
         recorder: of calls of one token; stands in place of the decoder's `forward`.
+        apart: attention modules that had a configuration of their own, and that.
         watch: told of every choice of blocks, as `Forward.watch`.
         tap: told of what each group of heads read, as `Forward.tap`.
     """
@@ -59,6 +60,7 @@ class Patch:
     ledger: Ledger = field(default_factory=Ledger)
     hooks: list[Any] = field(default_factory=list)
     cache: ReferenceType[LongContextCache] | None = None
+    apart: list[tuple[Any, Any]] = field(default_factory=list)
     watch: Any = None
     tap: Any = None
 

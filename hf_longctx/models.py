@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cache
+from math import gcd
 from typing import Any, Literal
 
 import torch
@@ -119,7 +120,7 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
     dtype, place = str(decoder.dtype).removeprefix("torch."), decoder.device
     has_sinks = any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in modules)
     vision, device = VISION.get(base.config.model_type), device_name(place)
-    shard = find_shard(base, modules, layers[0].q_heads, layers[0].kv_heads)
+    shard = find_shard(base, modules, gcd(*(x.q_heads for x in layers)), gcd(*(x.kv_heads for x in layers)))
     places = tuple(next(module.parameters()).device for module in modules)
     places = () if len(set(places)) == 1 or any(x.type == "meta" for x in places) else places
     return ModelFacts(

@@ -219,6 +219,12 @@ def _install(state: Patch) -> None:
     state.settings = dict(vars(own))
     own._attn_implementation_internal = NAME
     _share(state, state.stock, own)
+    for module in attention_modules(state.decoder):
+        config = module.__dict__.get("config")
+        if config is not None and config is not own:  # as of layers that PEFT has replicated
+            state.apart.append((module, config))
+            module.__dict__["config"] = apart = copy.copy(config)
+            apart._attn_implementation_internal = NAME
     state.hooks = [
         state.decoder.register_forward_pre_hook(BeforeForward(state), with_kwargs=True),
         state.decoder.register_forward_hook(AfterForward(state), always_call=True),
@@ -241,6 +247,8 @@ def _remove(state: Patch) -> None:
     if state.facts.family in ADAPTED:
         for module in attention_modules(state.decoder):
             adapters.remove(module)
+    for module, config in state.apart:
+        module.__dict__["config"] = config
     own: Any = state.decoder.config
     if own is not state.stock:  # what the user set meanwhile stays set
         state.follow()

@@ -72,20 +72,29 @@ def _text(forward: Forward, row: int, columns: slice) -> Text:
     return Text(row, columns, replace(forward, step=step, reads=[], memo={}))
 
 
+def _since_first(step: Step, mask: Tensor | None) -> Tensor:
+    """`[B or 1, T]`, int64: columns from each row's first real token, padding in between counted, too, as models do."""
+    if mask is None or mask.shape[1] != step.columns + step.tokens:
+        return step.pos_in_text
+    columns = torch.arange(step.columns, mask.shape[1], device=mask.device)
+    return (columns - mask.bool().int().argmax(1)[:, None]).clamp(min=0)
+
+
 def place(forward: Forward, decoder: Any, kwargs: dict[str, Any], rows: int, texts: list[tuple[int, slice]]) -> None:
     """Tell the layers which texts are packed, and give the model the positions at which it shall rotate.
 
     These matter where the plan keeps them small, and where it looks at keys as they are rotated (scores, quantized
     keys): a padded row must be what it is alone. Learned positions are the model's own matter: families count them from
-    different numbers. A mask of ones then keeps the model from reading packed texts into
-    positions that jump; where there are some, they are apart already.
+    different numbers. A mask of ones then keeps the model from reading packed texts into positions that jump; where
+    there are some, they are apart already.
     """
     forward.texts = tuple(_text(forward, row, columns) for row, columns in texts)
     plan, given, step = forward.plan, kwargs.get("position_ids"), forward.step
     rotates = forward.facts.not_in_cache is None
     moved = takes_positions(decoder) and (plan.bounded or (rotates and plan.looks and step.ragged and given is None))
     if moved:
-        pos = (text_positions(forward) if plan.bounded else step.pos_in_text).expand(rows, -1)
+        pos = text_positions(forward) if plan.bounded else _since_first(step, kwargs.get("attention_mask"))
+        pos = pos.expand(rows, -1)
         kwargs["position_ids"] = pos if not isinstance(given, Tensor) or given.ndim == 2 else pos.expand_as(given)
     if (moved or forward.texts) and forward.cache is None and kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = torch.ones(rows, step.tokens, dtype=torch.bool, device=step.device)

@@ -65,7 +65,17 @@ class LongContextCache(Cache):
         return self.pending
 
     def commit(self, step: Step, looked: bool = True) -> None:
-        """Count the tokens of a call that ran to its end; looked: as in `begin`, and then something may have grown."""
+        """Count the tokens of a call that ran to its end; looked: as in `begin`, and then something may have grown.
+
+        Raises:
+            RuntimeError: a layer attended by itself.
+        """
+        missed = [i for i, layer in enumerate(self.stacks) if layer.handed]
+        if missed:
+            raise RuntimeError(
+                "LongContextCache: expected every layer to attend by hf_longctx; got another attention function in "
+                f"layer {missed[0]}, which saw fresh tokens alone. Patch the model as it is now, and start a new cache."
+            )
         ledger = self.ledger
         ledger.tail = step.tail_after(ledger.tail)
         ledger.columns += step.tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -16,7 +17,11 @@ from .stores import store_for
 
 
 class LongContextLayer(CacheLayerMixin):
-    """One layer's stores behind the contract of transformers' cache layers."""
+    """One layer's stores behind the contract of transformers' cache layers.
+
+    Attributes:
+        handed: fresh tokens were handed through that our attention has not taken yet.
+    """
 
     is_sliding = False
     is_croppable = True
@@ -45,6 +50,8 @@ class LongContextLayer(CacheLayerMixin):
                 "one that was unpatched since. Call hf_longctx.patch again, or start without this cache."
             )
         self.is_initialized = True
+        if not torch.compiler.is_compiling():
+            self.handed = True
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -64,7 +71,7 @@ class LongContextLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything but whether to record."""
         self.stores = [(group, store_for(group.policy)) for group in self.plan.groups]
-        self.is_initialized = False
+        self.is_initialized = self.handed = False
         if self.recording:
             self.activate_past_recording()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -14,6 +15,7 @@ from hf_longctx.models import CACHE, inspect_model
 
 from ..methods.test_limits import TOLERANCE, error
 from .cases import _MOE, _NO_GROUPS, _SIZES, BY_NAME, ORIGINAL, WINDOW, _model, _rope
+from .snapshot import differences, snapshot
 from .test_generate import NEW, PROMPT, batch, generate, single
 from .tiny import Case
 
@@ -71,6 +73,14 @@ def test_heads_of_each_layer(case: Case, cls: str, heads: list[tuple[int, int]])
     assert [(layer.kv_heads, layer.head_dim) for layer in inspect_model(case.make()).layers] == heads
 
 
+@each
+def test_what_is_planned_for_layers_that_differ(case: Case, cls: str, heads: list[tuple[int, int]]) -> None:
+    """For all methods but those that need a pattern of heads, of which none fits."""
+    look = lc.plan(case.make(), 1024, memory="1GiB")
+    assert set(look.refused) == {"duo_attention", "lserve"}
+    assert "expected a published head pattern" in look.refused["duo_attention"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 @each
 @torch.no_grad()
@@ -95,6 +105,38 @@ def test_layers_that_differ_where_most_is_dropped(case: Case, cls: str, heads: A
     assert error(torch.stack(got.logits), torch.stack(expected.logits)) < TOLERANCE
 
 
+# layers with a configuration of their own -------------------------------------------------------------------------
+
+
+def _replicated() -> Any:
+    """PEFT copies layers, and their configurations with them."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(layer_replication=[[0, 2], [1, 2]], target_modules=["q_proj"], init_lora_weights=False)
+    return peft.get_peft_model(BY_NAME["llama"].make(), config).eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replicated_layers(method: str) -> None:
+    model, inputs = _replicated(), batch(BY_NAME["llama"])
+    expected, before = generate(model, inputs).sequences, snapshot(model)
+    assert torch.equal(generate(lc.patch(model, METHODS[method]), inputs).sequences, expected)
+    assert torch.equal(generate(lc.patch(model, "dense"), inputs).sequences, expected)
+    assert differences(before, snapshot(lc.unpatch(model))) == []
+    assert torch.equal(generate(model, inputs).sequences, expected)
+
+
+def test_a_layer_that_attends_by_itself_is_noticed() -> None:
+    """Its cache would hand it the fresh tokens, and nothing else."""
+    case = BY_NAME["llama"]
+    model, stock = lc.patch(case.make(), "dense"), case.make()
+    module = model.model.layers[1].self_attn
+    own, module.config = module.config, stock.config
+    with pytest.raises(RuntimeError, match="got another attention function in layer 1"):
+        generate(model, single(case))
+    module.config = own
+    assert torch.equal(generate(model, single(case)).sequences, generate(stock, single(case)).sequences)
+
+
 # positions --------------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +149,23 @@ def test_learned_positions_are_the_models_own(method: Any) -> None:
     stock, model, real = case.make(), lc.patch(case.make(), method), batch(case)["attention_mask"].bool()
     expected, got = (x(**batch(case)).logits for x in (stock, model))
     assert error(got[real], expected[real]) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["dense", "quest", "xattention"])
+@torch.no_grad()
+def test_padding_between_two_parts_of_a_text(method: str) -> None:
+    """Its columns count, as in the unpatched model, where nobody gives positions; in one call and in two."""
+    case = BY_NAME["llama"]
+    ids, mask = case.prompt(PROMPT, rows=2), torch.ones(2, PROMPT, dtype=torch.long)
+    mask[0, :6], mask[0, 20:25] = 0, 0
+    stock, model, real = case.make(), lc.patch(case.make(), METHODS[method]), mask.bool()
+    expected = stock(ids, attention_mask=mask).logits
+    assert error(model(ids, attention_mask=mask).logits[real], expected[real]) < TOLERANCE
+    cache = model(ids[:, :18], attention_mask=mask[:, :18], use_cache=True)[CACHE]
+    got = model(ids[:, 18:-1], attention_mask=mask[:, :-1], **{CACHE: cache}).logits
+    assert error(got[real[:, 18:-1]], expected[:, 18:-1][real[:, 18:-1]]) < TOLERANCE
+    last = model(ids[:, -1:], attention_mask=mask, **{CACHE: cache}).logits
+    assert error(last, expected[:, -1:]) < TOLERANCE
 
 
 @pytest.mark.skipif(not hasattr(hf, "Ministral3ForCausalLM"), reason="this transformers has no Ministral 3")
