@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from hf_longctx.kernels import dispatch
 from hf_longctx.kernels.compiled import library
-from hf_longctx.kernels.linear import PackedWeight, quantize_gated, quantize_norm, quantize_tokens, w4a8_linear
+from hf_longctx.kernels.linear import PackedWeight, quantize_norm, w4a8_linear, w4a8_linears_of
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 MUST = {1: 2.8, 16: 2.8, 64: 2.4, 256: 1.6, 2048: 1.15, 8192: 1.25}
@@ -87,13 +87,13 @@ def quantized_layers(form: str) -> list[dict[str, PackedWeight]]:
 
 
 def quantized_time(weights: list[dict[str, PackedWeight]], tokens: int) -> float:
-    """Of the four linears with their tokens quantized before each."""
+    """Of the four linears and the quantization of what goes into each."""
     x = inputs(tokens)
 
     def run() -> None:
         for layer in weights:
             for name, weight in layer.items():
-                w4a8_linear(quantize_tokens(x[name]), weight, None, DTYPE)
+                w4a8_linears_of(x[name], None, [weight], [None])
 
     return median_time(run, len(weights))
 
@@ -105,10 +105,10 @@ def fused_time(weights: list[dict[str, PackedWeight]], tokens: int) -> float:
     def run() -> None:
         for layer in weights:
             w4a8_linear(quantize_norm(x["qkv"], norm, 1e-5, 0.0, True)[1], layer["qkv"], None, DTYPE)
-            w4a8_linear(quantize_tokens(x["o"]), layer["o"], None, DTYPE)
+            w4a8_linears_of(x["o"], None, [layer["o"]], [None])
             _, normed = quantize_norm(x["gate_up"], norm, 1e-5, 0.0, True)
             gate, up = w4a8_linear(normed, layer["gate_up"], None, DTYPE).chunk(2, 1)
-            w4a8_linear(quantize_gated(gate, up), layer["down"], None, DTYPE)
+            w4a8_linears_of(gate, up, [layer["down"]], [None])
 
     return median_time(run, len(weights))
 
@@ -147,7 +147,7 @@ def linear_rows() -> Iterator[dict[str, Any]]:
                     "met": ratio >= must,
                     "shapes": {"M": tokens, **{name: list(shape) for name, shape in SHAPES.items()}},
                     "layers": len(weights),
-                    "backend": dispatch.last_used()["w4a8_linear"],
+                    "backend": dispatch.last_used()["w4a8_linears_of"],
                 }
         del weights
         torch.cuda.empty_cache()

@@ -44,6 +44,7 @@ typedef struct hfl_linear {
   int32_t* scratch;       // hfl_linear_scratch elements, zero before and after every call
   void* stream;
   const struct hfl_linear* next;  // on CUDA: another weight for the same tokens, of the same form; or NULL
+  const hfl_quantize* of;         // on CUDA: what one token is made of in the same launch (w4a8_linears_of); or NULL
 } hfl_linear;
 
 int64_t hfl_linear_scratch(const hfl_linear* a);  // int32 elements; tensors are not looked at

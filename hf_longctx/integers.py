@@ -16,7 +16,7 @@ from torch import nn
 
 from . import shortcut
 from .kernels.compiled import library
-from .kernels.linear import quantize_gated, quantize_norm
+from .kernels.linear import is_one_launch, quantize_gated, quantize_norm
 from .shortcut import ShortCut
 from .shortcuts import Norm
 from .weights.qoq.linear import QoQLinear, keep_tokens
@@ -69,8 +69,10 @@ class Gated(ShortCut):
         if kwargs or not self.due() or not all(map(_plain, layers)) or args[0].dtype not in DTYPES:
             return self.stock(*args, **kwargs)
         x, (gate, up, down) = args[0], layers
-        tokens = quantize_gated(gate(x).flatten(0, -2), up(x).flatten(0, -2))
-        return down.of_tokens(tokens, x.dtype).view(*x.shape[:-1], -1)
+        opened, raised = gate(x).flatten(0, -2), up(x).flatten(0, -2)
+        if is_one_launch(opened):
+            return down.of_gated(opened, raised).view(*x.shape[:-1], -1)
+        return down.of_tokens(quantize_gated(opened, raised), x.dtype).view(*x.shape[:-1], -1)
 
 
 def _plain(layer: Any) -> bool:

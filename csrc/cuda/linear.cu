@@ -5,15 +5,17 @@
 // Codes are operand a, tokens operand b: so a fragment of codes is as it was stored, and few tokens fill what they use.
 //   Integers in registers are unsigned, too large by 128 where there are two levels or 8 bits; the sum of the token's
 //   values, times that, goes off in the end.
-// Up to 16 tokens: linear_rows.cuh. More on other architectures: linear_few.cuh, 64 at a time. Bound by: bytes of the
+// Few tokens (`few`): linear_rows.cuh. More on other architectures: linear_few.cuh, 64 at a time. Bound by: bytes of the
 //   weight, but for a matrix of Llama-3-8B as much by kernels that wait for each other.
-// More on sm_90a: up to 256 linear_wide.cuh, else linear_many.cuh. Bound by: tensor cores; 1,220 TOP/s with 8192 tokens
-//   on an H200; of few tokens as much by kernels that wait for each other.
+// More on sm_90a: up to 256 linear_wide.cuh and linear_pair.cuh, else linear_many.cuh. Bound by: tensor cores; 1,220
+//   TOP/s with 8192 tokens on an H200; of few tokens as much by kernels that wait for each other.
 #include <algorithm>
 #include <initializer_list>
 
 #include "linear_few.cuh"
 #include "linear_many.cuh"
+#include "linear_one.h"
+#include "linear_pair.cuh"
 #include "linear_plan.h"
 #include "linear_rows.cuh"
 #include "linear_wide.cuh"
@@ -22,7 +24,7 @@
 namespace hfl {
 namespace {
 
-enum class Kind { ROWS, FEW, SHARED, ALONE, MANY };
+enum class Kind { ROWS, FEW, SHARED, PAIR, ALONE, MANY };
 
 struct Kernel {
   const void* function;
@@ -64,6 +66,12 @@ Kernel wide() {
           SUMS ? Kind::SHARED : Kind::ALONE, R::ROWS};
 }
 
+template <Form F, int T>
+Kernel pair() {
+  using R = PairRoom<F, T>;
+  return {reinterpret_cast<const void*>(&linear_pair_kernel<R>), R::T, R::THREADS, R::BYTES, Kind::PAIR, R::ROWS};
+}
+
 // The first that a device has shared memory for.
 template <Form F>
 Kernel few(const hfl_linear& a, int shared_bytes) {
@@ -77,6 +85,8 @@ Kernel few(const hfl_linear& a, int shared_bytes) {
 }
 template <Form F>
 Kernel many(const ManyPlan& plan) {
+  if (plan.shares && plan.panels == 4) return plan.tokens == 16 ? pair<F, 16>() : pair<F, 64>();
+  if (plan.tokens == 16) return plan.shares ? wide<F, 16, 1, true>() : wide<F, 16, 4, false>();
   if (plan.shares) {
     if (plan.tokens == 128) return wide<F, 128, 2, true>();
     return plan.panels == 1 ? wide<F, 64, 1, true>() : wide<F, 64, 2, true>();
@@ -104,6 +114,11 @@ ManyPlan plan_of(const hfl_linear& a, int processors) {
 
 template <Form F>
 Kernel of_form(const hfl_linear& a, const Device& device) {
+  if (a.of) {
+    Kernel kernel = rows<F, 1, false>(a, 1);
+    kernel.function = linear_one(F, a.columns, a.of->kind);
+    return kernel;
+  }
   if (a.tokens > a.few) {
     const Kernel kernel = many<F>(plan_of(a, device.processors));
     cudaFuncAttributes found;
@@ -136,6 +151,7 @@ LinearTask task_of(const hfl_linear& a, const Kernel& kernel, int processors) {
   p.a = a, p.panels = (a.rows + PANEL - 1) / PANEL;
   p.chunks = chunks_of(a);
   p.groups = a.group ? 128 / a.group : 0;
+  p.box = std::min(a.tokens, kernel.tokens);
   p.bias = a.group || a.bits == 8 ? 128 : 0;
   p.tokens = many ? a.tokens : std::min(a.tokens, kernel.tokens);
   p.row_tiles = (a.rows + kernel.rows - 1) / kernel.rows;
@@ -174,7 +190,12 @@ const char* check(const hfl_linear& a) {
   if (a.group && (a.bits == 8 || !a.groups || a.columns % a.group)) {
     return "w4a8_linear: expected groups that divide the columns, of 4 bits";
   }
+  if (a.shift && (a.group || a.bits == 8)) return "w4a8_linear: expected a shift only of 4 bits without groups";
   if (a.rows > (1 << 24) || a.tokens > (1 << 24)) return "w4a8_linear: expected at most 2^24 rows and tokens";
+  if (a.of && (a.tokens != 1 || a.of->tokens != 1 || a.of->columns != a.columns || a.of->dtype != a.dtype)) {
+    return "w4a8_linears_of: expected one row of as many columns, in one dtype";
+  }
+  if (a.of && a.of->kind != HFL_OF_ROWS && a.of->kind != HFL_OF_GATE) return "w4a8_linears_of: expected rows or a gate";
   if (a.next && !alike(a, *a.next)) return "w4a8_linear: expected weights of one form, for the same tokens";
   for (const void* x : {static_cast<const void*>(a.values), static_cast<const void*>(a.codes),
                         static_cast<const void*>(a.groups), static_cast<const void*>(a.out)}) {
@@ -195,30 +216,35 @@ bool map_tokens(CUtensorMap& map, const hfl_linear& a, int tokens) {
 
 int blocks_of(const LinearTask& p, const Kernel& kernel, int processors) {
   if (kernel.kind == Kind::SHARED) return p.whole_tiles * p.shares;
+  if (kernel.kind == Kind::PAIR) return processors / 2 * 2;
   if (kernel.kind == Kind::ALONE) return std::min(p.panels, processors / p.token_tiles) * p.token_tiles;
   return std::max(p.shares, std::min(p.whole_tiles, processors));
 }
 
 const char* run(const hfl_linear& a, const Device& device) {
   const Kernel kernel = choose(a, device);
+  if (!kernel.function || kernel.bytes > device.shared_bytes) return "w4a8_linears_of: expected fewer columns";
   LinearTask p = task_of(a, kernel, device.processors);
   if (static_cast<int64_t>(p.row_tiles) * p.token_tiles * p.steps > INT32_MAX / 2) {
     return "w4a8_linear: expected fewer than 2^30 steps of 128 rows and columns";
   }
   CUtensorMap map;
-  if (kernel.kind >= Kind::SHARED && !map_tokens(map, a, kernel.tokens)) {
+  if (kernel.kind >= Kind::SHARED && !map_tokens(map, a, kernel.kind == Kind::MANY ? kernel.tokens : p.box)) {
     return "w4a8_linear: the driver makes no map of the tokens";
   }
   if (p.split_tiles && !a.scratch) return "w4a8_linear: expected scratch memory";
   cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.bytes);
   if (error == cudaSuccess) error = keep_shared(kernel.function);
   const int blocks = blocks_of(p, kernel, device.processors);
+  hfl_quantize of = {};
+  if (a.of) of = *a.of;
   void* arguments[] = {&p, &map};  // a kernel of few tokens has one parameter
+  if (a.of) arguments[1] = &of;
   for (; error == cudaSuccess && p.tokens_from < a.tokens; p.tokens_from += p.tokens) {
     if (kernel.kind < Kind::SHARED) p.tokens = std::min(kernel.tokens, a.tokens - p.tokens_from);
     error = launch(kernel.function, dim3(static_cast<unsigned>(blocks)), kernel.threads,
                    static_cast<size_t>(kernel.bytes), a.stream, arguments, a.ahead || p.tokens_from,
-                   kernel.kind == Kind::SHARED ? static_cast<unsigned>(p.shares) : 1);
+                   kernel.kind == Kind::SHARED ? static_cast<unsigned>(p.shares) : kernel.kind == Kind::PAIR ? 2 : 1);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

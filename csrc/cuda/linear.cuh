@@ -25,6 +25,7 @@ struct LinearTask {
   int panels, chunks, groups;  // of 64 rows; of 4096 bytes in a panel; in a chunk
   int bias;                    // what stored integers are too large by
   int tokens_from, tokens;     // what part of all tokens this launch computes
+  int box;                     // tokens of a copy; what more a tile has is computed of what lies there, and not used
   int steps, shares;           // of a tile; blocks that share the steps of tiles that are split, or of one
   int row_tiles, token_tiles, split_tiles, whole_tiles;
   LinearPart parts[MOST_PARTS];
@@ -73,6 +74,9 @@ __device__ __forceinline__ uint4 load_shared(uint32_t at) {
   uint4 x;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
   return x;
+}
+__device__ __forceinline__ void store_shared(uint32_t at, const uint4& x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 __device__ __forceinline__ uint32_t load_word(uint32_t at) {
   uint32_t x;

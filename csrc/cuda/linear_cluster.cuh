@@ -27,7 +27,21 @@ __device__ __forceinline__ void store_at(uint32_t at, int rank, const int* x) {
                "r"(x[3])
                : "memory");
 }
-// The same of this block.
+// Arrive at the barrier of a block of the cluster, behind what this thread has written there; and wait for such threads.
+__device__ __forceinline__ void arrive_in_cluster(uint64_t& bar, int rank) {
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(&bar)),
+               "r"(rank)
+               : "memory");
+}
+__device__ __forceinline__ void wait_in_cluster(uint64_t& bar, int parity) {
+  asm volatile("{\n.reg .pred done;\nwait:\n"
+               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra wait;\n}" ::"r"(
+                   shared_address(&bar)),
+               "r"(parity)
+               : "memory");
+}
+// Four sums to the shared memory of this block.
 __device__ __forceinline__ void store_sums(uint32_t at, const int* x) {
   asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
                : "memory");

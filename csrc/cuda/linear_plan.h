@@ -10,7 +10,7 @@ struct ManyPlan {
   int tokens;       // of a tile
   int split_tiles;  // how many of all are split
   int shares;       // blocks of a cluster for each tile; 0: a block computes one tile after the other
-  int panels;       // of 64 rows, of a tile of linear_wide.cuh; 0: linear_many.cuh
+  int panels;       // of 64 rows, of a tile of linear_wide.cuh; 0: linear_many.cuh; 4 that are shared: linear_pair.cuh
 };
 
 // By what things took on an H200, in microseconds. Of linear_many.cuh: 128 columns of a tile, its results, and what is
@@ -27,9 +27,10 @@ struct WideCost {
   int tokens, panels;
   double step, more, around;
 };
-constexpr WideCost ALONE_COSTS[] = {{64, 4, 0.25, 0.073, 1.0}, {128, 4, 0.35, 0.125, 1.6}};
-constexpr WideCost SHARED_COSTS[] = {{64, 1, 0.11, 0.0, 1.5}, {64, 2, 0.205, 0.0, 1.4}, {128, 2, 0.31, 0.0, 2.2}};
-constexpr double OTHER = 0.9;
+constexpr WideCost ALONE_COSTS[] = {{16, 4, 0.25, 0.06, 1.0}, {64, 4, 0.25, 0.073, 1.0}, {128, 4, 0.35, 0.125, 1.6}};
+constexpr WideCost SHARED_COSTS[] = {
+    {16, 1, 0.09, 0.0, 1.3}, {64, 1, 0.11, 0.0, 1.5}, {64, 2, 0.205, 0.0, 1.4}, {128, 2, 0.31, 0.0, 2.2}};
+constexpr double OTHER = 0.9, PAIRED = 1.3;
 constexpr int MOST_WIDE = 256;  // tokens
 
 // Of linear_wide.cuh; tokens is 0 where no plan fits.
@@ -40,14 +41,20 @@ inline ManyPlan plan_wide(int tokens, int panels, int steps, int processors) {
     if (time < least) least = time, best = plan;
   };
   for (const WideCost& cost : ALONE_COSTS) {
+    if ((cost.tokens == 16) != (tokens <= 16)) continue;
     const int token_tiles = (tokens + cost.tokens - 1) / cost.tokens;
     const int blocks = std::min(panels, processors / token_tiles);
     if (!blocks) continue;
     const int most = (panels + blocks - 1) / blocks, tiles = (most + cost.panels - 1) / cost.panels;
     const double step = tiles * (cost.step - cost.more) + most * cost.more;
     consider({cost.tokens, 0, 0, cost.panels}, steps * step + tiles * cost.around);
+    const int pairs = processors / 2, both = pairs ? (panels + pairs - 1) / pairs : 0;
+    if (tokens <= 64 && cost.tokens <= 64 && both >= 2 && both <= 8 && panels >= 2 * pairs && steps >= 4) {
+      consider({cost.tokens, 0, 2, cost.panels}, steps * (cost.step + (both / 2.0 - 1) * cost.more) + PAIRED);
+    }
   }
   for (const WideCost& cost : SHARED_COSTS) {
+    if ((cost.tokens == 16) != (tokens <= 16)) continue;
     const int token_tiles = (tokens + cost.tokens - 1) / cost.tokens;
     const long long tiles = (panels + cost.panels - 1LL) / cost.panels * token_tiles;
     for (int shares = 1; shares <= std::min(2, steps) && tiles * shares <= processors; ++shares) {

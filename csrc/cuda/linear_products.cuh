@@ -44,6 +44,14 @@ __device__ __forceinline__ void product_u8(int (&x)[32], const uint32_t* a, uint
                : HFL_32(0)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
 }
+// The same with 16 tokens.
+__device__ __forceinline__ void product_u8(int (&x)[8], const uint32_t* a, uint64_t b, int more) {
+  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %13, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7}, "
+               "{%8, %9, %10, %11}, %12, more;\n}"
+               : HFL_8(0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+}
 // The same with 256 tokens.
 __device__ __forceinline__ void product_u8(int (&x)[128], const uint32_t* a, uint64_t b, int more) {
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %133, 0;\n"

@@ -1,10 +1,11 @@
-// w4a8_linear of 17 to 256 tokens for sm_90a: as linear_many.cuh, but four groups of warps, of which some expand codes
+// w4a8_linear of up to 256 tokens for sm_90a: as linear_many.cuh, but four groups of warps, of which some expand codes
 // while others multiply, and panels of rows shared out evenly. linear.cu says what it computes.
 //
 // Grid: a cluster of 1 or 2 blocks for each tile of 64 RG rows and T tokens, which share its columns; or, where tiles
 //   are not shared, a block for each multiprocessor, which computes its part of the rows, up to RG panels at a time.
 // Block: four groups of four warps, of which RG have 64 rows each, and KG every KG-th stage of columns; beside them a
-//   warp that copies tokens, and two that copy codes and scales, which need not wait for the kernel before.
+//   warp that copies tokens, two that copy codes and scales, which need not wait for the kernel before, and one that
+//   shows what belongs to tokens and, where there is one tile, to rows.
 // Sums of groups that have the same rows are exchanged in shared memory, so that each has all of a part of the tokens;
 //   then those of both blocks, by writes to the other one's. Exact.
 // Shared memory: STAGES times tokens, codes and scales of S times 128 columns, up to 216 KiB; in the end, sums.
@@ -118,42 +119,36 @@ struct WideGroup {
     if (before >= 0) release();
   }
 
-  // What belongs to tokens, `apart` threads of which this is number `first`.
-  __device__ __forceinline__ void show(int list, int token, int first, int apart) {
-    for (int m = first; m < T; m += apart) {
-      const OfToken of = token_of(p, token + m);
-      board.scale[list][m] = of.scale, board.less[list][m] = SHIFTED ? __float_as_int(of.sum) : of.bias;
-    }
-  }
   __device__ __forceinline__ static OfToken token_with(float scale, int less) {
     return {scale, SHIFTED ? __int_as_float(less) : 0.0f, SHIFTED ? 0 : less};
   }
 
   // Of the 64 rows from `row` on, of this group.
-  __device__ __forceinline__ void show_rows(int list, int row) {
-    for (int n = warp * 32 + lane; n < 64; n += 128) board.rows[list * 64 + n] = row_of(p, row + n);
+  __device__ __forceinline__ void show_rows(int row) {
+    for (int n = warp * 32 + lane; n < 64; n += 128) board.rows[group * 64 + n] = row_of(p, row + n);
   }
 
   // Results of 16 rows, and of 2 N tokens from `token` of the tile on. Of two threads that have two tokens and two rows
   // each, of both eighths of the rows, one gets four rows of the first and one of the second.
   template <int N>
-  __device__ __forceinline__ void leave(const int (&x)[N], const WideWork& work, int list, int rows_list, int token) {
+  __device__ __forceinline__ void leave(const int (&x)[N], const WideWork& work, int rows_list, int token) {
     const int row = (work.panel + rows) * 64 + warp * 16;
     if (work.token + token + 2 * N <= p.tokens && row + 16 <= p.a.rows && p.a.rows % 4 == 0) {
-      leave<true>(x, row, work.token, list, rows_list, token);
+      leave<true>(x, row, work.token, rows_list, token);
     } else {
-      leave<false>(x, row, work.token, list, rows_list, token);
+      leave<false>(x, row, work.token, rows_list, token);
     }
   }
   template <bool WHOLE, int N>
-  __device__ __forceinline__ void leave(const int (&x)[N], int row, int first_token, int list, int rows_list,
-                                        int token) {
-    const float2* scales = reinterpret_cast<const float2*>(board.scale[list] + token) + lane % 4;
-    const int2* less = reinterpret_cast<const int2*>(board.less[list] + token) + lane % 4;
-    const OfRow of_rows[2] = {board.rows[rows_list * 64 + warp * 16 + lane / 4],
-                              board.rows[rows_list * 64 + warp * 16 + lane / 4 + 8]};
-    const bool odd = lane % 2;
-    const int own = row + (odd ? 8 : 0) + lane % 4 / 2 * 4, first = first_token + token + lane / 4;
+  __device__ __forceinline__ void leave(const int (&x)[N], int row, int first_token, int rows_list, int token) {
+    int own_lane = lane;  // so that what follows is computed here, and not kept in registers all the while
+    asm volatile("" : "+r"(own_lane));
+    const float2* scales = reinterpret_cast<const float2*>(board.scale + token) + own_lane % 4;
+    const int2* less = reinterpret_cast<const int2*>(board.less + token) + own_lane % 4;
+    const OfRow of_rows[2] = {board.rows[rows_list * 64 + warp * 16 + own_lane / 4],
+                              board.rows[rows_list * 64 + warp * 16 + own_lane / 4 + 8]};
+    const bool odd = own_lane % 2;
+    const int own = row + (odd ? 8 : 0) + own_lane % 4 / 2 * 4, first = first_token + token + own_lane / 4;
     uint16_t* to = place_of(p, first, own);
 #pragma unroll
     for (int q = 0; q < N / 4; ++q) {
@@ -181,26 +176,31 @@ struct WideGroup {
   // One tile after the other.
   __device__ __forceinline__ void run_alone() {
     wait_for_last();
-    int shown = -1;
     each_wide<R>(p, 0, [&](const WideWork& work) {
-      if (shown < 0) shown = work.token, show(group, work.token, warp * 32 + lane, 128);
       meet(2 + group, 128);  // nobody needs the rows of the tile before any more
-      show_rows(group, (work.panel + rows) * 64);
+      show_rows((work.panel + rows) * 64);
       multiply(work);
       meet(2 + group, 128);
-      if (rows < work.panels) leave(acc, work, group, group, 0);
+      barrier_wait(board.shown, 0);
+      if (rows < work.panels) leave(acc, work, group, 0);
     });
   }
 
   // This block's part of a tile.
   __device__ __forceinline__ void run_shared(int rank) {
     each_wide<R>(p, rank, [&](const WideWork& work) {
-      if (part == 0) show_rows(rows, (work.panel + rows) * 64);
       wait_for_last();
-      show(0, work.token, R::WORKERS - 1 - static_cast<int>(threadIdx.x), R::WORKERS);
+      if (part == 0) asm volatile("" ::: "memory");  // without a branch here nvcc 13.0 finds no registers for the loop
       multiply(work);
-      meet(1, R::WORKERS);  // all groups are done with the operands, and what was shown is there
-      if (p.shares == 1) {
+      barrier_wait(board.shown, 0);
+      if (!R::OWN_STAGE) meet(1, R::WORKERS);  // all groups are done with the operands
+      if constexpr (T == 16) {
+        if (p.shares == 1) {
+          finish_few<1>(work, 0);
+        } else {
+          finish_few<2>(work, rank);
+        }
+      } else if (p.shares == 1) {
         finish<1>(work, 0);
       } else {
         finish<2>(work, rank);
@@ -208,19 +208,53 @@ struct WideGroup {
     });
   }
 
+  // The same of 16 tokens, of which two groups have eight each, and in the end each block.
+  template <int SHARES>
+  __device__ __forceinline__ void finish_few(const WideWork& work, int rank) {
+    constexpr int FOUR = 128 * 16;
+    if (SHARES > 1) come_by_cluster();
+    const uint32_t thread = base + (warp * 32 + lane) * 16;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (k != part) store_sums(thread + (R::KG + part) * R::STAGE + k * FOUR, acc + 4 * k);
+    }
+    meet(1, R::WORKERS);
+    int own[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) own[i] = part ? acc[4 + i] : acc[i];
+    if (part < 2) {
+#pragma unroll
+      for (int k = 0; k < R::KG; ++k) {
+        if (k != part) add_sums(own, thread + (R::KG + k) * R::STAGE + part * FOUR);
+      }
+    }
+    if constexpr (SHARES > 1) {
+      wait_for_cluster();  // the other block is done with its operands, too
+      if (part < 2 && part != rank) store_at(thread + R::EXCHANGED, rank ^ 1, own);
+      come_by_cluster(), wait_for_cluster();
+      if (part != rank) return;
+      add_sums(own, thread + R::EXCHANGED);
+    }
+    if (part < 2) leave(own, work, 0, part * 8);
+  }
+
   // Each group gets sums of its part of the tokens, of all groups with the same rows, then of both blocks.
   template <int SHARES>
   __device__ __forceinline__ void finish(const WideWork& work, int rank) {
     constexpr int N = R::OWN, LEFT = N / SHARES, FOUR = 128 * 16;  // bytes of four sums of all threads
     if (SHARES > 1) come_by_cluster();
+    // A group that alone reads its stages need not wait for the others: it leaves its sums in one of them.
     const uint32_t thread = base + (warp * 32 + lane) * 16;
+    const auto place = [&](int of, int by) {
+      return R::OWN_STAGE ? thread + (R::KG + by) * R::STAGE + of * (N / 4) * FOUR
+                       : thread + (of * R::KG + by) * (N / 4) * FOUR;
+    };
     int own[N];
 #pragma unroll
     for (int k = 0; k < R::KG; ++k) {
 #pragma unroll
       for (int i = 0; i < N; i += 4) {
-        const uint32_t at = thread + (((k * R::RG + rows) * R::KG + part) * (N / 4) + i / 4) * FOUR;
-        if (k != part) store_sums(at, acc + k * N + i);
+        if (k != part) store_sums(place(k * R::RG + rows, part) + i / 4 * FOUR, acc + k * N + i);
       }
 #pragma unroll
       for (int i = 0; i < N; ++i) own[i] = k == 0 || k == part ? acc[k * N + i] : own[i];
@@ -230,7 +264,7 @@ struct WideGroup {
     for (int k = 0; k < R::KG; ++k) {
       if (k == part) continue;
 #pragma unroll
-      for (int i = 0; i < N; i += 4) add_sums(own + i, thread + ((group * R::KG + k) * (N / 4) + i / 4) * FOUR);
+      for (int i = 0; i < N; i += 4) add_sums(own + i, place(group, k) + i / 4 * FOUR);
     }
     if constexpr (SHARES > 1) {
       int left[LEFT];
@@ -248,9 +282,9 @@ struct WideGroup {
       come_by_cluster(), wait_for_cluster();
 #pragma unroll
       for (int i = 0; i < LEFT; i += 4) add_sums(left + i, at + i / 4 * FOUR);
-      if (rows < work.panels) leave(left, work, 0, rows, part * (T / R::KG) + rank * 2 * LEFT);
+      if (rows < work.panels) leave(left, work, rows, part * (T / R::KG) + rank * 2 * LEFT);
     } else {
-      if (rows < work.panels) leave(own, work, 0, rows, part * (T / R::KG));
+      if (rows < work.panels) leave(own, work, rows, part * (T / R::KG));
     }
   }
 };
@@ -280,6 +314,9 @@ __global__ void __launch_bounds__(R::BOUND, 1) linear_wide_kernel(const __grid_c
     const int warp = warp_of_block() - R::WORKERS / 32;
     if (warp == 0) WideFeeder<R>{p, map, board, base}.tokens(rank);
     if (warp == 1 || warp == 2) WideFeeder<R>{p, map, board, base}.codes(rank, warp - 1);
+    if (warp == 3) {
+      WideFeeder<R>{p, map, board, base}.show([&](int tile, int n) { return tile / p.token_tiles * R::ROWS + n; });
+    }
   }
 #endif
 }

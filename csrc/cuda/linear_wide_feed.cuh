@@ -9,36 +9,40 @@ namespace hfl {
 template <Form F_, int T_, int RG_, bool SUMS_>
 struct WideRoom {
   static constexpr Form F = F_;
-  static constexpr int T = T_, RG = RG_, S = T == 64 && F != Form::BYTES ? 2 : 1;
+  static constexpr int T = T_, RG = RG_, S = T <= 64 && F != Form::BYTES ? 2 : 1;
   static constexpr bool SUMS = SUMS_;
   static constexpr int KG = 4 / RG, ROWS = 64 * RG;
   static constexpr int WORKERS = 512, FEEDERS = 128, THREADS = WORKERS + FEEDERS;
   // What registers are cut out for: of 64 tokens they leave room for a small block of the kernel before or after.
-  static constexpr int BOUND = T == 64 ? 896 : THREADS;
-  static constexpr int WORKER_REGISTERS = T == 64 ? 80 : 112, FEEDER_REGISTERS = T == 64 ? 40 : 32;
+  static constexpr int BOUND = T <= 64 ? 896 : THREADS;
+  static constexpr int WORKER_REGISTERS = T <= 64 ? 80 : 112, FEEDER_REGISTERS = T <= 64 ? 40 : 32;
   static constexpr int TOKENS = T * 128, CHUNKS = F == Form::BYTES ? 2 : 1;  // of 128 columns
   static constexpr int CODES = CHUNKS * CHUNK_BYTES, LEVELS = F == Form::GROUP ? 128 : F == Form::FINE ? 512 : 0;
   static constexpr int PANEL_BYTES = S * (CODES + LEVELS);
   static constexpr int STAGE = (S * TOKENS + RG * PANEL_BYTES + 1023) / 1024 * 1024;
-  static constexpr int STAGES = 216 * 1024 / STAGE;
+  static constexpr int STAGES = RG == 1 ? 216 * 1024 / STAGE / KG * KG : 216 * 1024 / STAGE;
   static constexpr int BYTES = STAGES * STAGE + 1024;   // so that it can begin at a multiple of 1024
-  static constexpr int LISTS = SUMS ? 1 : 4;            // of tokens
   static constexpr int OWN = T / 2 / KG;                // sums of a thread, of T / KG tokens
-  static constexpr int EXCHANGED = 4 * KG * OWN * 512;  // bytes
+  // Where sums of the other block come, behind those of this one; or before, where a group leaves its own in a stage.
+  static constexpr bool OWN_STAGE = RG == 1;
+  static constexpr int EXCHANGED = OWN_STAGE ? 0 : 4 * KG * OWN * 512;
   static_assert(!SUMS || EXCHANGED + 4 * OWN * 256 <= STAGES * STAGE, "sums lie where operands were");
+  static_assert(!OWN_STAGE || (STAGES % KG == 0 && STAGES >= 2 * KG && KG * OWN * 512 <= STAGE),
+                "a group alone has two of the stages, and its sums have room in the second");
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 template <class R>
 struct WideBoard {
-  uint64_t full[R::STAGES], empty[R::STAGES];
-  // Of the tokens that each group is at, or all are; less: what sums are too large by, or the float of a sum of values.
-  float scale[R::LISTS][R::T];
-  int less[R::LISTS][R::T];
+  uint64_t full[R::STAGES], empty[R::STAGES], shown;
+  // Of the tokens; less: what sums are too large by, or the float of a sum of values.
+  float scale[R::T];
+  int less[R::T];
   OfRow rows[4 * 64];
   __device__ void init() {
     for (int s = 0; s < R::STAGES; ++s) barrier_init(full[s], 3), barrier_init(empty[s], 4 * R::RG);
+    barrier_init(shown, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 };
@@ -83,7 +87,7 @@ struct WideFeeder {
         const int count = min(R::S, work.last - step);
         barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
         if (elected()) {
-          barrier_expect(board.full[ring.stage], count * R::TOKENS);
+          barrier_expect(board.full[ring.stage], count * p.box * 128);
 #pragma unroll
           for (int s = 0; s < R::S; ++s) {
             if (s < count) {
@@ -94,6 +98,27 @@ struct WideFeeder {
         }
       }
     });
+  }
+
+  // What belongs to tokens, and to the rows of a tile that is shared, so that who multiplies waits for operands alone.
+  template <class Row>
+  __device__ __forceinline__ void show(Row&& row, bool shared = R::SUMS) {
+    int lane, block;  // not what others have computed before: it would stay in their registers
+    asm volatile("mov.u32 %0, %%laneid;\nmov.u32 %1, %%ctaid.x;" : "=r"(lane), "=r"(block));
+    const int tile = block / (R::SUMS ? p.shares : 1);
+    const int token = tile % p.token_tiles * R::T;
+    wait_for_last();
+#pragma unroll 1
+    for (int m = lane; m < R::T; m += 32) {
+      const OfToken of = token_of(p, token + m);
+      board.scale[m] = of.scale, board.less[m] = R::F == Form::CHANNEL ? __float_as_int(of.sum) : of.bias;
+    }
+    if (shared) {
+#pragma unroll 2
+      for (int n = lane; n < R::ROWS; n += 32) board.rows[n] = row_of(p, row(tile, n));
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(board.shown);
   }
 
   // Every other panel.

@@ -51,6 +51,7 @@ OPS = (
     "quantize_gated",
     "w4a8_linear",
     "w4a8_linears",
+    "w4a8_linears_of",
     "sort_experts",
     "w4a8_experts",
     "combine_experts",

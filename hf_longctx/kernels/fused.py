@@ -152,5 +152,6 @@ OPS = {
     "score_antidiagonal": Implementation(antidiagonals.score_antidiagonal, antidiagonals.reject),
     "w4a8_linear": Implementation(products.w4a8_linear, products.reject),
     "w4a8_linears": Implementation(products.w4a8_linears, products.reject_all),
+    "w4a8_linears_of": Implementation(products.w4a8_linears_of, products.reject_of),
     "w4a8_experts": Implementation(products.w4a8_experts, products.reject_experts),
 }

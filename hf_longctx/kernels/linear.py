@@ -179,23 +179,63 @@ def w4a8_linears(
     """
     for weight in weights:
         _check(tokens, weight)
+    _check_alike(weights, biases)
+    out: list[Tensor] = dispatch.call("w4a8_linears", tokens, weights, biases, dtype)
+    return out
+
+
+def is_one_launch(x: Tensor) -> bool:
+    """True if `w4a8_linears_of` makes 8 bits of x `[M, K]` in the launch of the product, by every block once again."""
+    from .compiled import library
+    from .compiled.linear import is_one
+
+    return dispatch.wanted() in (None, "compiled") and library.reason(x.device) is None and is_one(x)
+
+
+def w4a8_linears_of(
+    x: Tensor, up: Tensor | None, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """`w4a8_linears` of `quantize_tokens(x)` or of `quantize_gated(x, up)`: one launch on CUDA for one row.
+
+    Args:
+        x: `[M, K]`, float32, float16 or bfloat16; a gate, where there is `up`.
+        up: `[M, K]`, which SiLU of the gate is multiplied with; or None.
+        weights: `[N, K]` each, of one form.
+        biases: as many, `[N]` or None.
+
+    Returns:
+        `[M, N]` each, in the dtype of x.
+
+    Raises:
+        ValueError: as `w4a8_linears`.
+    """
+    for weight in weights:
+        _check_weight(x.shape[1], weight)
+    _check_alike(weights, biases)
+    out: list[Tensor] = dispatch.call("w4a8_linears_of", x, up, weights, biases)
+    return out
+
+
+def _check_alike(weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]) -> None:
     forms = {(weight.bits, weight.group) for weight in weights}
     if len(forms) != 1 or len(biases) != len(weights):
         raise ValueError(
             f"w4a8_linears: expected weights of one form, with a bias or None for each; got {len(weights)} weights of "
             f"(bits, group) {sorted(forms, key=str)} and {len(biases)} biases. Call w4a8_linear for each."
         )
-    out: list[Tensor] = dispatch.call("w4a8_linears", tokens, weights, biases, dtype)
-    return out
 
 
 def _check(tokens: Tokens, weight: PackedWeight) -> None:
+    _check_weight(tokens.values.shape[1], weight)
+
+
+def _check_weight(columns: int, weight: PackedWeight) -> None:
     if weight.layout != LAYOUT:
         raise ValueError(
             f"w4a8_linear: expected a weight of layout {LAYOUT}; got {weight.layout}. Pack it again, or update."
         )
-    if tokens.values.shape[1] != weight.columns:
+    if columns != weight.columns:
         raise ValueError(
-            f"w4a8_linear: expected tokens of {weight.columns} channels; got {tokens.values.shape[1]}. "
+            f"w4a8_linear: expected tokens of {weight.columns} channels; got {columns}. "
             "Pass tokens that were made for this weight."
         )

@@ -153,6 +153,11 @@ def w4a8_linears(tokens: Tokens, weights: Sequence[PackedWeight], biases: Any, d
     return [w4a8_linear(tokens, weight, None, dtype) for weight in weights]
 
 
+def w4a8_linears_of(x: Tensor, up: Any, weights: Sequence[PackedWeight], biases: Any) -> list[Tensor]:
+    """`[M, N]` each."""
+    return [x.new_empty(x.shape[0], weight.scale.shape[0]) for weight in weights]
+
+
 def sort_experts(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Order and places `[S]`, ends `[E]`."""
     order, places = (ids.new_empty(ids.shape[0], dtype=torch.int32) for _ in range(2))

@@ -12,7 +12,7 @@ from .experts import PackedExperts, Sorted
 from .linear import PackedWeight, Tokens
 from .packing import int8_values, unpack
 from .reference.experts import one_by_one
-from .reference.linear import scaled
+from .reference.linear import quantize_gated, quantize_tokens, scaled
 
 LEAST_ROWS, STEP = 32, 8
 """What cuBLAS takes: more than 16 rows, and columns in multiples of 8."""
@@ -47,6 +47,21 @@ def w4a8_linears(
 ) -> list[Tensor]:
     """`linear.w4a8_linears`, one after the other."""
     return [w4a8_linear(tokens, weight, bias, dtype) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def reject_of(
+    x: Tensor, up: Tensor | None, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]
+) -> str | None:
+    """As `reject`."""
+    return reject(Tokens(x, x, x), weights[0], biases[0], x.dtype)
+
+
+def w4a8_linears_of(
+    x: Tensor, up: Tensor | None, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """`linear.w4a8_linears_of`, quantized as it is defined."""
+    tokens = quantize_tokens(x) if up is None else quantize_gated(x, up)
+    return w4a8_linears(tokens, weights, biases, x.dtype)
 
 
 def reject_experts(tokens: Tokens, weight: PackedExperts, by: Sorted, times: int, dtype: torch.dtype) -> str | None:

@@ -83,6 +83,7 @@ TABLE = {
     "quantize_gated": Row(outputs.quantize_tokens, _THREE),
     "w4a8_linear": Row(outputs.w4a8_linear),
     "w4a8_linears": Row(outputs.w4a8_linears, "Tensor[]"),
+    "w4a8_linears_of": Row(outputs.w4a8_linears_of, "Tensor[]"),
     "sort_experts": Row(outputs.sort_experts, _THREE),
     "w4a8_experts": Row(outputs.w4a8_experts),
     "combine_experts": Row(outputs.combine_experts),

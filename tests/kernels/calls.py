@@ -144,6 +144,9 @@ def _products(device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
         bias = torch.rand(70, device=device)
         yield "w4a8_linear", (tokens, packed, bias, BF16)
         yield "w4a8_linears", (tokens, [packed, packed], [bias, None], BF16)
+        gate, up = (test_layers.random(3, 128).to(device, BF16) for _ in range(2))
+        yield "w4a8_linears_of", (gate[:1], None, [packed, packed], [bias, None])
+        yield "w4a8_linears_of", (gate, up, [packed], [None])
     yield from _experts(device)
 
 

@@ -30,12 +30,15 @@ forms = pytest.mark.parametrize("form", FORMS)
 SIXTEEN = [torch.bfloat16, torch.float16]
 PLANNED = [
     *((17, 2, 5, 64, 0, 1, 1), (17, 1, 128, 64, 0, 2, 1), (200, 65, 12, 64, 0, 1, 2), (100, 60, 120, 64, 0, 2, 2)),
-    *((250, 130, 9, 128, 0, 1, 2), (200, 60, 40, 128, 0, 2, 2), (40, 301, 9, 64, 0, 0, 4), (100, 301, 9, 128, 0, 0, 4)),
+    *((250, 130, 9, 128, 0, 1, 2), (200, 60, 40, 128, 0, 2, 2), (40, 500, 9, 64, 0, 0, 4), (100, 301, 9, 128, 0, 0, 4)),
+    *((40, 301, 9, 64, 0, 2, 4), (64, 448, 32, 64, 0, 2, 4), (16, 441, 15, 16, 0, 2, 4), (5, 448, 32, 16, 0, 2, 4)),
+    *((16, 96, 32, 16, 0, 1, 1), (9, 30, 57, 16, 0, 2, 1), (2, 33, 3, 16, 0, 1, 1), (12, 700, 7, 16, 0, 0, 4)),
     *((300, 26, 16, 128, 0, 0, 0), (300, 178, 64, 128, 3, 0, 0), (300, 90, 16, 256, 0, 0, 0)),
     (2500, 134, 96, 256, 10, 0, 0),
 ]
 """On 132 multiprocessors, tokens, panels of 64 rows, steps of 128 columns; and which tiles are computed then: tokens of
-one, how many of them are split, blocks of a cluster, or 0 where there are none, and panels, or 0 in linear_many.cuh."""
+one, how many of them are split, blocks of a cluster, or 0 where there are none, and panels, or 0 in linear_many.cuh; 4
+that a cluster has together are those of linear_pair.cuh."""
 
 
 def dtypes(device: str) -> list[torch.dtype]:
@@ -128,6 +131,19 @@ def test_tokens(columns: int, device: str) -> None:
         assert_bits(got, expected)
 
 
+@devices
+def test_all_sizes(device: str) -> None:
+    """Of the largest of a row, that 16 bits hold."""
+    need(device)
+    for dtype in SIXTEEN:
+        size = torch.arange(1 << 15).to(torch.int16).view(dtype)
+        x = size[torch.isfinite(size)][:, None] * torch.tensor([1, -0.3, 0.77, 0.1, 0, -1, 0.013, 0.5], dtype=dtype)
+        with use_backend("compiled"):
+            got = linear.quantize_tokens(x.to(device))
+        with use_backend("reference"):
+            assert_bits(got, linear.quantize_tokens(x))
+
+
 def assert_same(got: Tokens, expected: Tokens) -> None:
     assert all(torch.equal(getattr(got, name), getattr(expected, name)) for name in ("values", "scale", "sums"))
 
@@ -196,9 +212,10 @@ def stored_weight(form: str, rows: int, columns: int) -> PackedWeight:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("form", ["channel", "group 128", "bytes"])
 @pytest.mark.parametrize("planned", PLANNED)
-def test_each_way_to_share_tiles(form: str, planned: tuple[int, ...]) -> None:
+def test_each_way_to_share_tiles(form: str, planned: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, so that they overlap; the last tile has rows that are not there."""
     need("cuda")
+    monkeypatch.setattr(compiled, "FEW", 0)
     rows, panels, steps, *_ = planned
     weight = stored_weight(form, panels * 64 - 30, steps * 128)
     tokens = [moved(random_tokens(rows, steps * 128, seed), "cuda") for seed in range(2)]
@@ -215,7 +232,9 @@ def test_which_tiles_are_split(tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++ on the PATH")
-    shapes = [(m, n, k) for m in (17, 64, 65, 256, 400, 2048, 8192) for n in (1, 33, 96, 448) for k in (1, 9, 32, 112)]
+    shapes = [
+        (m, n, k) for m in (1, 16, 17, 64, 65, 256, 400, 2048, 8192) for n in (1, 33, 96, 448) for k in (1, 9, 32, 112)
+    ]
     shapes += [planned[:3] for planned in PLANNED] + [(m, 64, 112) for m in (64, 256)]
     code = """
 #include <cstdio>
@@ -238,15 +257,20 @@ int main() {
         tile, split, shares, of_rows = map(int, line.split())
         tiles = -(-tokens // tile) * -(-panels // (of_rows or 2))
         assert bool(of_rows) == (tokens <= 256)
-        assert (tile, of_rows) in {(64, 1), (64, 2), (128, 2)} if shares else {(64, 4), (128, 4), (128, 0), (256, 0)}
+        alone = {(16, 4), (64, 4), (128, 4), (128, 0), (256, 0)}
+        assert (tile, of_rows) in ({(16, 1), (64, 1), (64, 2), (128, 2), (16, 4), (64, 4)} if shares else alone)
+        assert (tile == 16) == (tokens <= 16)
         assert split in ((0,) if of_rows else (0, tiles % 132))
         assert shares in (0, 1, 2)
         assert shares <= steps  # no block is without a step
-        assert tiles * shares <= 132
+        if shares and of_rows == 4:
+            assert (tokens <= tile, 132 <= panels <= 66 * 8, shares) == (True, True, 2)
+        else:
+            assert tiles * shares <= 132
         found[tokens, panels, steps] = tile, split, shares, of_rows
     assert [found[planned[:3]] for planned in PLANNED] == [planned[3:] for planned in PLANNED]
     assert found[8192, 448, 32] == (256, 0, 0, 0)
-    assert [found[m, 448, 32] for m in (64, 256)] == [(64, 0, 0, 4), (128, 0, 0, 4)]
+    assert [found[m, 448, 32] for m in (64, 256)] == [(64, 0, 2, 4), (128, 0, 0, 4)]
     assert [found[m, 64, 112] for m in (64, 256)] == [(64, 0, 2, 1), (128, 0, 2, 2)]
 
 
@@ -267,6 +291,83 @@ def test_several_weights(form: str, rows: int, device: str) -> None:
             assert torch.equal(out, defined(tokens, weight, bias, torch.bfloat16))
 
 
+def drawn_rows(rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
+    """Such as there are, nothing but zeros, too small for a scale, and what is no number."""
+    torch.manual_seed(columns)
+    x = torch.randn(rows, columns).to(dtype)
+    lost, spiked = x.clone(), x.clone()
+    lost[0, columns // 2], spiked[0, -1] = float("inf"), 1000.0
+    return [x, torch.zeros_like(x), x * 1e-35, lost, spiked]
+
+
+@devices
+@forms
+@pytest.mark.parametrize("columns", [128, 224, 640, 1664, 4096, 4160])
+def test_rows_that_are_quantized_in_the_launch(form: str, columns: int, device: str) -> None:
+    """And, on CUDA, a gate with what it is multiplied with; of one weight and of several."""
+    need(device)
+    columns = columns // 128 * 128 if form == "group 128" else columns // 64 * 64 if form == "group 64" else columns
+    weights = [moved(packing.pack(random_codes(form, n, columns, n)), device) for n in (72, 200, 16, 64)]
+    biases = [None, torch.randn(200, device=device), None, None]
+    for rows, dtype in ((1, torch.bfloat16), (1, torch.float16), (3, torch.bfloat16)):
+        for x in drawn_rows(rows, columns, dtype):
+            gated = [torch.randn(rows, columns).to(device, dtype)] if device == "cuda" else []
+            for up in (None, *gated):
+                with use_backend("reference"):
+                    expected = linear.w4a8_linears_of(x.to(device), up, weights, biases)
+                with use_backend("compiled"):
+                    got = linear.w4a8_linears_of(x.to(device), up, weights, biases)
+                for a, b in zip(got, expected, strict=True):
+                    assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("columns", [4096, 14336, 16384])
+def test_one_row_of_a_large_layer(columns: int) -> None:
+    """Often, one after the other, so that each begins while the one before still writes what it reads; in a graph."""
+    need("cuda")
+    there, back = stored(columns, 4096), stored(4096, columns)
+    x = torch.randn(1, 4096, device="cuda").bfloat16()
+
+    def steps(of: Any) -> list[Tensor]:
+        found = [x]
+        for _ in range(4):
+            y = of(found[-1], there)
+            found += [y, of(y, back)]
+        return found
+
+    def alone(x: Tensor, weight: PackedWeight) -> Tensor:
+        return linear.w4a8_linears(linear.quantize_tokens(x), [weight], [None], torch.bfloat16)[0]
+
+    def together(x: Tensor, weight: PackedWeight) -> Tensor:
+        return linear.w4a8_linears_of(x, None, [weight], [None])[0]
+
+    assert linear.is_one_launch(x) == (torch.cuda.get_device_capability()[0] >= 9)
+    steps(together)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = steps(together)
+    for seed in range(5):
+        x.copy_(torch.randn(1, 4096, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got, steps(alone), strict=True))
+
+
+@pytest.mark.cuda
+@forms
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9])
+def test_more_units_than_threads_that_write_results(rows: int, form: str) -> None:
+    """Of 16 rows each, so many for a block that what belongs to a row is asked for once its thread has had another."""
+    need("cuda")
+    outputs = 16 * 33 * torch.cuda.get_device_properties(0).multi_processor_count + 5
+    x = hard_rows(128, torch.bfloat16, torch.Generator().manual_seed(rows))[:rows].cuda()
+    weight, bias = moved(packing.pack(random_codes(form, outputs, 128)), "cuda"), torch.randn(outputs, device="cuda")
+    with use_backend("reference"):
+        expected = linear.w4a8_linears_of(x, None, [weight], [bias])[0]
+    got = [linear.w4a8_linears_of(x, None, [weight], [bias])[0] for _ in range(3)]
+    assert all(torch.equal(each.nan_to_num(7.0), expected.nan_to_num(7.0)) for each in got)
+
+
 @pytest.mark.cuda
 @forms
 def test_many_tokens_where_only_the_kernel_of_few_is(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +385,7 @@ def test_the_shapes_of_a_large_layer(form: str) -> None:
     """Often enough for a race to show, and one after the other, so that they overlap."""
     need("cuda")
     weights = [moved(packing.pack(random_codes(form, n, 4096, n)), "cuda") for n in (6144, 4096)]
-    for rows in (1, 16, 64, 256, 1024):
+    for rows in (1, 2, 16, 17, 64, 256, 1024):
         tokens = [moved(random_tokens(rows, 4096, seed), "cuda") for seed in range(2)]
         with use_backend("reference"):
             expected = [linear.w4a8_linear(t, w, None, torch.bfloat16) for t in tokens for w in weights]
@@ -322,7 +423,7 @@ def test_units_of_a_block(outputs: int, columns: int) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("rows", [64, 200])
+@pytest.mark.parametrize("rows", [2, 16, 64, 200])
 def test_counters_that_nobody_needs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a graph that is captured on another stream they would be filled in each call, and nothing begin before."""
     need("cuda")
@@ -362,7 +463,7 @@ def test_captured_calls_follow_their_input(rows: int) -> None:
 
 @pytest.mark.cuda
 def test_a_weight_that_was_just_written_is_read_as_it_is_now() -> None:
-    """Codes are read ahead of what the stream does; not those that may still be under way."""
+    """It is read ahead of what the stream does; not where that may still be under way."""
     need("cuda")
     tokens = moved(random_tokens(1, 4096), "cuda")
     weights = [moved(packing.pack(random_codes("channel", 8192, 4096, seed)), "cuda") for seed in (0, 1)]
@@ -376,17 +477,28 @@ def test_a_weight_that_was_just_written_is_read_as_it_is_now() -> None:
         changed.codes.copy_(codes)
         now = dataclasses.replace(weight, codes=changed.codes)
         assert torch.equal(linear.w4a8_linear(tokens, now, None, torch.bfloat16), result)
+    for part in (now.scale, now.shift):
+        noise @ noise
+        part.mul_(2)
+        made = torch.full((len(now.scale),), 3.0, device="cuda")  # of which nobody knows before
+        got = linear.w4a8_linear(tokens, now, made, torch.bfloat16)
+        with use_backend("reference"):
+            assert torch.equal(got, linear.w4a8_linear(tokens, now, made, torch.bfloat16))
 
 
 def test_when_a_weight_is_known() -> None:
     """Read before, at the same place, and not written to since."""
-    weight = packing.pack(random_codes("group 128", 64, 128))
-    assert weight.groups is not None
-    assert [compiled._is_known(weight) for _ in range(3)] == [False, True, True]
-    for part in (weight.codes, weight.groups):
-        part.add_(1)
+    for form in ("channel", "group 128"):
+        weight = packing.pack(random_codes(form, 64, 128))
+        assert [compiled._is_known(weight) for _ in range(3)] == [False, True, True]
+        for part in (weight.codes, weight.groups, weight.scale, weight.shift):
+            if part is None:
+                continue
+            part.add_(1)
+            assert [compiled._is_known(weight) for _ in range(2)] == [False, True]
+        assert not compiled._is_known(copy.deepcopy(weight))
+        weight = dataclasses.replace(weight, scale=weight.scale.clone())
         assert [compiled._is_known(weight) for _ in range(2)] == [False, True]
-    assert not compiled._is_known(copy.deepcopy(weight))
     views = [dataclasses.replace(weight, codes=weight.codes.view(2, -1).view(weight.codes.shape)) for _ in range(3)]
     assert [compiled._is_known(each) for each in (weight, *views)] == [True] * 4
     views[0].codes.add_(1)

@@ -111,4 +111,10 @@ def test_table_of_operations_and_backends() -> None:
     assert all(bool(row.reason) != row.available for row in rows)
     with_torch = {row.op for row in rows if row.backend == "torch" and row.available}
     attends = {"attend_blocks", "attend_pages", "attend_recent"}
-    assert with_torch == attends | {"score_antidiagonal", "w4a8_linear", "w4a8_linears", "w4a8_experts"}
+    assert with_torch == attends | {
+        "score_antidiagonal",
+        "w4a8_linear",
+        "w4a8_linears",
+        "w4a8_linears_of",
+        "w4a8_experts",
+    }

@@ -15,8 +15,10 @@ from ..linear import PackedWeight, Tokens
 from . import library
 
 MOST_CHANNELS = 32768
-FEW = 16
-"""Tokens up to which the time on CUDA is that of reading the weight."""
+MOST_OF_ONE = 16384
+"""Channels of a row up to which the launch of the product makes 8 bits of it."""
+FEW, FEW_OF_SEVERAL = 1, 16
+"""Tokens up to which the time on CUDA is that of reading the weight; or, of several weights, that of their launches."""
 
 
 class HflQuantize(ctypes.Structure):
@@ -40,7 +42,7 @@ class HflLinear(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("tokens", "rows", "columns", "bits", "group", "dtype", "few", "ahead")),
         *((name, ctypes.c_void_p) for name in ("values", "token_scale", "sums", "codes", "scale", "shift", "groups")),
-        *((name, ctypes.c_void_p) for name in ("bias", "out", "scratch", "stream", "next")),
+        *((name, ctypes.c_void_p) for name in ("bias", "out", "scratch", "stream", "next", "of")),
     )
 
 
@@ -136,16 +138,17 @@ def reject_linear(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, dty
 
 def _is_known(weight: PackedWeight) -> bool:
     """True if the weight was read before and has not been written to since, so that no kernel can still do so."""
-    read = [x for x in (weight.codes, weight.groups) if x is not None]
-    if any(x.is_inference() for x in read):  # nobody counts how often it is written to
-        return False
-    now = [(x.data_ptr(), x._version) for x in read]
-    base: Any = (
-        weight.codes if weight.codes._base is None else weight.codes._base
-    )  # a layer makes views, each call anew
-    known = getattr(base, "_hfl_read", None)
-    base._hfl_read = now
-    return bool(known == now)
+    known = True
+    for x in (weight.codes, weight.groups, weight.scale, weight.shift):
+        if x is None:
+            continue
+        if x.is_inference():  # nobody counts how often it is written to
+            return False
+        base: Any = x if x._base is None else x._base  # a layer makes views, each call anew
+        now = x.data_ptr(), x._version
+        known = known and getattr(base, "_hfl_read", None) == now
+        base._hfl_read = now
+    return known
 
 
 def reject_linears(
@@ -167,7 +170,8 @@ def w4a8_linears(
     """`linear.w4a8_linears`."""
     device = tokens.values.device
     outs = [torch.empty(len(tokens.values), len(w.scale), dtype=dtype, device=device) for w in weights]
-    blocks = [_block(tokens, *each) for each in zip(weights, biases, outs, strict=True)]
+    few = FEW if len(weights) == 1 else FEW_OF_SEVERAL
+    blocks = [_block(tokens, *each, few) for each in zip(weights, biases, outs, strict=True)]
     if device.type != "cuda":
         for block in blocks:
             library.run("linear", block, device)
@@ -179,7 +183,7 @@ def w4a8_linears(
     known = [_is_known(weight) for weight in weights]  # each is noted, whatever the others are
     # Zeros that are made while a graph is captured are a launch of their own, before which nothing begins early. Few
     # tokens go on having them: codes that come early keep the kernel that makes the tokens waiting for its own reads.
-    zeros = library.counters(device, count) if count or len(tokens.values) <= FEW else None
+    zeros = library.counters(device, count) if count or len(tokens.values) <= few else None
     scratch, ahead = library.pointer(zeros), all(known)
     for block in blocks:
         block.scratch, block.ahead, block.stream = scratch, ahead, library.stream(device)
@@ -187,11 +191,51 @@ def w4a8_linears(
     return outs
 
 
-def _block(tokens: Tokens, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> HflLinear:
+def reject_linears_of(
+    x: Tensor, up: Tensor | None, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]
+) -> str | None:
+    """Why the library does not take these arguments, or None."""
+    reason = _reject_rows(x) if up is None else _reject_gated(x, up)
+    if reason is not None:
+        return reason
+    nothing = x.new_empty(0, dtype=torch.int8)
+    like = Tokens(x.new_empty(1, dtype=torch.int8), nothing, nothing)
+    return reject_linears(like, weights, biases, x.dtype)
+
+
+def w4a8_linears_of(
+    x: Tensor, up: Tensor | None, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """`linear.w4a8_linears_of`: one launch for one row, else two."""
+    if not is_one(x):
+        tokens = quantize_tokens(x) if up is None else quantize_gated(x, up)
+        return w4a8_linears(tokens, weights, biases, x.dtype)
+    of = HflQuantize(1, x.shape[1], library.DTYPES[x.dtype], 0 if up is None else 2)
+    of.x, of.x_row, of.y, of.y_row = x.data_ptr(), x.stride(0), library.pointer(up), 0
+    outs = [x.new_empty(1, len(w.scale)) for w in weights]
+    blocks = [_block(None, *each, FEW) for each in zip(weights, biases, outs, strict=True)]
+    for block, after in pairwise(blocks):
+        block.next = ctypes.addressof(after)
+    known = [_is_known(weight) for weight in weights]
+    for block in blocks:  # of which three are one launch
+        block.of, block.ahead, block.stream = ctypes.addressof(of), all(known), library.stream(x.device)
+    library.run("linear", blocks[0], x.device)
+    return outs
+
+
+def is_one(x: Tensor) -> bool:
+    """True if the launch of the product makes 8 bits of x."""
+    one = x.is_cuda and len(x) == 1 and x.shape[1] <= MOST_OF_ONE
+    return one and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def _block(tokens: Tokens | None, weight: PackedWeight, bias: Tensor | None, out: Tensor, few: int) -> HflLinear:
     (rows, columns), group = weight.shape, weight.group or 0
-    block = HflLinear(len(out), rows, columns, weight.bits, group, library.DTYPES[out.dtype], FEW)
-    block.values, block.token_scale = tokens.values.data_ptr(), tokens.scale.data_ptr()
-    block.sums, block.codes, block.scale = tokens.sums.data_ptr(), weight.codes.data_ptr(), weight.scale.data_ptr()
+    block = HflLinear(len(out), rows, columns, weight.bits, group, library.DTYPES[out.dtype], few)
+    if tokens is not None:
+        block.values, block.token_scale = tokens.values.data_ptr(), tokens.scale.data_ptr()
+        block.sums = tokens.sums.data_ptr()
+    block.codes, block.scale = weight.codes.data_ptr(), weight.scale.data_ptr()
     block.shift, block.groups = library.pointer(weight.shift), library.pointer(weight.groups)
     block.bias, block.out = library.pointer(bias), out.data_ptr()
     return block
@@ -203,4 +247,5 @@ OPS = {
     "quantize_gated": Implementation(quantize_gated, _reject_gated),
     "w4a8_linear": Implementation(w4a8_linear, reject_linear),
     "w4a8_linears": Implementation(w4a8_linears, reject_linears),
+    "w4a8_linears_of": Implementation(w4a8_linears_of, reject_linears_of),
 }

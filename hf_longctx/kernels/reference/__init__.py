@@ -12,7 +12,7 @@ from .fill import fill_pages
 from .heads import attend_heads
 from .host import bring_blocks, copy_blocks
 from .kv import decode_kv, encode_kv
-from .linear import quantize_gated, quantize_norm, quantize_tokens, w4a8_linear, w4a8_linears
+from .linear import quantize_gated, quantize_norm, quantize_tokens, w4a8_linear, w4a8_linears, w4a8_linears_of
 from .norm import rms_norm
 from .pick import pick_blocks
 from .project import gated, project, project_gated
@@ -57,6 +57,7 @@ OPS = {
     "quantize_gated": Implementation(quantize_gated),
     "w4a8_linear": Implementation(w4a8_linear),
     "w4a8_linears": Implementation(w4a8_linears),
+    "w4a8_linears_of": Implementation(w4a8_linears_of),
     "sort_experts": Implementation(sort_experts),
     "w4a8_experts": Implementation(w4a8_experts),
     "combine_experts": Implementation(combine_experts),

@@ -59,3 +59,11 @@ def w4a8_linears(
 ) -> list[Tensor]:
     """The definition of `linear.w4a8_linears`."""
     return [w4a8_linear(tokens, weight, bias, dtype) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def w4a8_linears_of(
+    x: Tensor, up: Tensor | None, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The definition of `linear.w4a8_linears_of`."""
+    tokens = quantize_tokens(x) if up is None else quantize_gated(x, up)
+    return w4a8_linears(tokens, weights, biases, x.dtype)

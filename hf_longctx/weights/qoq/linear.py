@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.linear import COLUMNS, ROWS, PackedWeight, Tokens, quantize_tokens, w4a8_linear, w4a8_linears
+from ...kernels.linear import (
+    COLUMNS,
+    ROWS,
+    PackedWeight,
+    Tokens,
+    is_one_launch,
+    quantize_tokens,
+    w4a8_linear,
+    w4a8_linears,
+    w4a8_linears_of,
+)
 from ...kernels.packing import pack, unpack
 from .config import QoQConfig
 from .grids import Grid
@@ -30,14 +40,21 @@ class _Kept:
     """The 8-bit form of a tensor as it was: at a version, made in a CUDA graph or not, and which layers have read it.
 
     A layer that comes a second time begins another pass over a tensor that stays, whose content a graph may replace.
-    Results of layers that have read it in the launch of another one wait here until those layers are called.
+    Results of layers that have read it in the launch of another one wait here until those layers are called. The form
+    is made when it is needed: not for layers whose launch makes it itself.
     """
 
-    tokens: Tokens
     version: int
     captured: bool
+    held: list[Tokens] = field(default_factory=list)
     readers: list[QoQLinear] = field(default_factory=list)
     made: dict[int, Tensor] = field(default_factory=dict)
+
+    def tokens(self, x: Tensor) -> Tokens:
+        """The 8-bit form; x is the tensor."""
+        if not self.held:
+            self.held.append(quantize_tokens(x.reshape(-1, x.shape[-1])))
+        return self.held[0]
 
 
 class QoQLinear(nn.Module):
@@ -119,21 +136,29 @@ class QoQLinear(nn.Module):
         """`[M, N]` of a dtype, for inputs that are 8 bits already; without a gradient."""
         return w4a8_linear(tokens, self.packed, None if self.bias is None else self.bias.float(), dtype)
 
+    def of_gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """`[M, N]` of SiLU of a gate `[M, K]` times `up`; without a gradient, in one launch (`is_one_launch`)."""
+        return w4a8_linears_of(gate, up, [self.packed], [None if self.bias is None else self.bias.float()])[0]
+
     def _with_others(self, x: Tensor, kept: _Kept) -> Tensor:
         """The product, and those of layers that will read x, too, while that is one launch; or one that waits."""
         made = kept.made.pop(id(self), None)
         if made is not None:
             return made
-        tokens, first = kept.tokens, kept.readers[0]
-        if len(tokens.values) > TOGETHER or x.device.type not in DEVICES:
-            return self.of_tokens(tokens, x.dtype)
+        rows, first = x.reshape(-1, x.shape[-1]), kept.readers[0]
+        if len(rows) > TOGETHER or x.device.type not in DEVICES:
+            return self.of_tokens(kept.tokens(x), x.dtype)
         if first is not self:
             if self not in first._next and len(first._next) < MOST - 1 and self._is_like(first):
                 first._next = (*first._next, self)
-            return self.of_tokens(tokens, x.dtype)
+            return self.of_tokens(kept.tokens(x), x.dtype)
         layers = [self, *(layer for layer in self._next if self._is_like(layer))]
         biases = [None if layer.bias is None else layer.bias.float() for layer in layers]
-        out, *others = w4a8_linears(tokens, [layer.packed for layer in layers], biases, x.dtype)
+        packed = [layer.packed for layer in layers]
+        if not kept.held and is_one_launch(rows):
+            out, *others = w4a8_linears_of(rows, None, packed, biases)
+        else:
+            out, *others = w4a8_linears(kept.tokens(x), packed, biases, x.dtype)
         kept.made.update({id(layer): y for layer, y in zip(layers[1:], others, strict=True)})
         return out
 
@@ -184,7 +209,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: QoQLinear) -> Tensor:
         ctx.linear = linear
-        tokens = quantize_tokens(x.reshape(-1, x.shape[-1])) if x.is_inference() else _kept(x, linear).tokens
+        tokens = quantize_tokens(x.reshape(-1, x.shape[-1])) if x.is_inference() else _kept(x, linear).tokens(x)
         return linear._shaped(w4a8_linear(tokens, linear.packed, None, x.dtype), x)
 
     @staticmethod
@@ -224,14 +249,14 @@ def _kept(x: Tensor, reader: QoQLinear) -> _Kept:
     kept: _Kept | None = getattr(x, _TOKENS, None)
     known = kept is not None and (kept.version, kept.captured) == (x._version, _captured(x))
     if kept is None or not known or any(layer is reader for layer in kept.readers):
-        kept = keep_tokens(x, quantize_tokens(x.reshape(-1, x.shape[-1])))
+        kept = keep_tokens(x)
     kept.readers.append(reader)
     return kept
 
 
-def keep_tokens(x: Tensor, tokens: Tokens) -> _Kept:
-    """Keep the 8-bit form of a tensor with it, for layers that read it as it is now."""
-    kept = _Kept(tokens, x._version, _captured(x))
+def keep_tokens(x: Tensor, *tokens: Tokens) -> _Kept:
+    """Keep the 8-bit form of a tensor with it, if it was made, for layers that read it as it is now."""
+    kept = _Kept(x._version, _captured(x), list(tokens))
     setattr(x, _TOKENS, kept)
     return kept
 
