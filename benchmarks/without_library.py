@@ -1,6 +1,7 @@
 """A GPU without the compiled library: operations in Triton, and what ran before, as JSON.
 
-python benchmarks/without_library.py prefill steps choice xattention --out benchmarks/results/triton-h200.json
+python benchmarks/without_library.py prefill steps choice xattention --out benchmarks/results/triton-h200.json, and in
+the same way `mass eight` to triton-mass-h200.json.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ DEVICE, DTYPE, DIM, TOKENS = torch.device("cuda"), torch.bfloat16, 128, 128 * K
 MUST = {"attend_blocks, density 10 %, 128K": 380}
 """TFLOP/s on what is kept."""
 SHAPES = {"rows": 1, "tokens": TOKENS, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "dim": DIM}
+LOCAL = 4096
+"""Tokens of InfLLM's window."""
 BYTES_PER_US = 4.3e6
 """That memory moves at most."""
 
@@ -172,6 +175,51 @@ def choice_rows() -> Iterator[dict[str, Any]]:
             yield line(name, tokens, value, other, before)
 
 
+def eight_rows() -> Iterator[dict[str, Any]]:
+    """Milliseconds of scores of tiles that are rounded to 8 bits, against those of 16; and how alike choices are."""
+    for tokens, topics in ((32 * K, 4), (TOKENS, 13)):
+        q, k = prefill_layers.text(tokens, topics)[:2]
+        pos = torch.arange(tokens, device=DEVICE)[None]
+        score = partial(ops.score_antidiagonal, q, k, pos, BLOCK, prefill_layers.STRIDE, DIM**-0.5, True)
+        before = time_of(score, 5)
+        for rounded in ("fp8", "int8"):
+            value = time_of(partial(score, rounded), 5)
+            row = line(f"score_antidiagonal, stride 16, {rounded}", tokens, value, "16 bits, triton", before)
+            alike = round(prefill_layers.alike(q, k, rounded), 4)
+            yield {**row, "alike": alike, "must": ">= 0.99 alike", "met": alike >= 0.99}
+
+
+def reading(tokens: int, keys: int) -> tuple[Any, ...]:
+    """Lists of 512 queries in the middle of a text: its first block, some far ones, and the local window."""
+    q = torch.randn(1, tokens, Q_HEADS, DIM, dtype=DTYPE, device=DEVICE).transpose(1, 2)
+    k, v = torch.randn(2, 1, KV_HEADS, 2 * keys, DIM, dtype=DTYPE, device=DEVICE)
+    size, start, most = min(tokens, 512), 60 * K // BLOCK * BLOCK, keys // BLOCK
+    ids, pages = [], []
+    for first in range(start, start + tokens, size):
+        local = torch.arange((first - LOCAL + 1) // BLOCK, (first + size - 1) // BLOCK + 1)
+        others = torch.randperm(int(local[0]) - 1)[: most - len(local) - 1].sort().values + 1
+        ids.append(torch.cat((torch.zeros(1, dtype=torch.int64), others, local)))
+        pages.append(torch.randperm(2 * most)[:most])
+    lists = [torch.stack(x).int().to(DEVICE)[None, None].expand(1, KV_HEADS, -1, -1) for x in (ids, pages)]
+    pos = torch.arange(start, start + tokens, device=DEVICE)[None]
+    frequencies = 10000.0 ** -(torch.arange(DIM // 2, device=DEVICE) / (DIM // 2))
+    turns = ops.Turns(pos, 2 * LOCAL, BLOCK, frequencies, False, LOCAL - 1)
+    far = 2 + len(others) + -(-size // BLOCK)
+    chosen = ops.Selection(lists[0], BLOCK, size, lists[1], far)
+    return q, k, v, LOGITS, ops.Visibility(q_pos=pos), turns, chosen
+
+
+def mass_rows() -> Iterator[dict[str, Any]]:
+    """Microseconds of a prompt's piece of InfLLM whose keys are weighed, and of a step, against the definition."""
+    for tokens in (1, 512, 2 * K):
+        arguments = (*reading(tokens, 5632), LOCAL)
+        value = recorded_us([partial(ops.attend_mass, *arguments)] * 4)
+        with use_backend("reference"):
+            before = 1e3 * time_of(partial(ops.attend_mass, *arguments), 3)
+        case = f"attend_mass, {tokens} tokens, 5,632 keys at clamped distances"
+        yield {**line("", tokens, value, "reference", before), "case": case, "unit": "us"}
+
+
 def xattention_rows(fa3: bool) -> Iterator[dict[str, Any]]:
     """A layer of XAttention and its choice, all in Triton, against the best dense attention of others."""
     chosen = prefill_layers.SHARES
@@ -232,7 +280,7 @@ def step_rows(only: str) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Measure, and write it down line by line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="+", choices=["prefill", "steps", "choice", "xattention"])
+    parser.add_argument("what", nargs="+", choices=["prefill", "steps", "choice", "xattention", "mass", "eight"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="steps whose name begins so")
     options = parse(parser)
@@ -242,6 +290,8 @@ def main() -> None:
         "steps": partial(step_rows, options.only),
         "choice": choice_rows,
         "xattention": partial(xattention_rows, bool(options.fa3)),
+        "mass": mass_rows,
+        "eight": eight_rows,
     }
     with use_backend("triton"):
         for what in options.what:

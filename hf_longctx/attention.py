@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from .alike import attend_alike
+from .alike import attend_alike, order_of
 from .cache.positions import lap_position
 from .context import NAME, Forward, current
 from .errors import UnsupportedError
@@ -112,6 +111,13 @@ def attend(
     if forward.probe is not None:
         forward.probe[layer] = (query, key)
         return query.new_zeros(query.shape[0], *query.shape[2:0:-1], value.shape[-1])
+    if forward.cache is not None:
+        if ("attended", layer) in forward.memo:
+            raise UnsupportedError(
+                f"attention: expected each layer to attend once in a call, which stores its tokens; got another call "
+                f"in layer {layer} ({name}). Unpatch the model."
+            )
+        forward.memo["attended", layer] = True
     plan = forward.plan.layers[layer]
     if key.shape[1] != plan.kv_heads:
         raise ValueError(
@@ -138,9 +144,9 @@ def _attend(forward: Forward, layer: int, query: Tensor, key: Tensor, value: Ten
         out = attend_group(forward, layer, plan.groups[0], stores[0], query, key, value, logits)
         assert out is not None
         return out.transpose(1, 2).contiguous()
-    order = _order(tuple(group.kv_heads for group in plan.groups), query.shape[1] // key.shape[1], query.device)
+    order = order_of(tuple(group.kv_heads for group in plan.groups), query.shape[1] // key.shape[1], query.device)
     if forward.cache is not None:
-        beside = attend_alike(forward, layer, stores, order.kv, query, key, value, logits)
+        beside = attend_alike(forward, layer, stores, order, query, key, value, logits)
         if beside is not None:
             return beside.transpose(1, 2).contiguous()
     k, v = order.split(key), order.split(value)
@@ -166,39 +172,6 @@ def text_positions(forward: Forward) -> Tensor:
     if forward.texts:
         return torch.cat([text_positions(text.forward) for text in forward.texts], 1).view(-1, forward.step.tokens)
     return lap_position(forward.step.pos_in_text, forward.plan.sink, forward.plan.lap)
-
-
-@dataclass(frozen=True)
-class _Order:
-    """The heads of a layer group by group, as indices on the device; made once, as making them waits for the device.
-
-    Args:
-        q: query heads of each group.
-        places: the same, int32.
-        kv: KV heads of each group, int32.
-        sides: by the number of heads: all of them in this order, and how many each group has.
-        back: `[Hq]`, where each query head stands when groups stand side by side.
-    """
-
-    q: tuple[Tensor, ...]
-    places: tuple[Tensor, ...]
-    kv: tuple[Tensor, ...]
-    sides: Mapping[int, tuple[Tensor, list[int]]]
-    back: Tensor
-
-    def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys or values `[B, H, T, D]` group by group, all from one copy."""
-        heads, sizes = self.sides[x.shape[1]]
-        return picked(x, 1, heads).split_with_sizes(sizes, 1)
-
-
-@lru_cache(maxsize=4096)
-def _order(groups: tuple[tuple[int, ...], ...], per_kv: int, device: torch.device) -> _Order:
-    kv = [torch.tensor(heads, device=device) for heads in groups]
-    q = [(heads[:, None] * per_kv + torch.arange(per_kv, device=device)).flatten() for heads in kv]
-    sides = {sum(map(len, side)): (torch.cat(side), list(map(len, side))) for side in (kv, q)}
-    places, own = (tuple(heads.int() for heads in side) for side in (q, kv))
-    return _Order(tuple(q), places, own, sides, torch.cat(q).argsort())
 
 
 HARMLESS = frozenset(
@@ -237,6 +210,9 @@ def _logits(
             continue
         if key not in expected or value != expected[key]:
             raise _unknown(name, layer, key, value, "unpatch the model for this input")
+    if own_window is not None and kwargs.get("sliding_window") is None:
+        remedy = f"unpatch the model, whose cache has a window of {own_window} tokens there"
+        raise _unknown(name, layer, "sliding_window", None, remedy)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     sinks = _zeros(forward, query) if forward.plan.zero_sink else kwargs.get("s_aux")
     return ops.Logits(float(scale), kwargs.get("softcap"), sinks, kwargs.get("slopes"))

@@ -8,7 +8,6 @@ from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -20,6 +19,7 @@ from .context import NAME, Forward, Rotary, current, enter
 from .errors import UnsupportedError
 from .graph import Recorder
 from .kernels.between import between_graphs
+from .masks import find_padding
 from .memory import check_room
 from .models import CACHE, ModelFacts
 from .places import find_texts, place
@@ -139,6 +139,24 @@ class PrepareSettings:
 
 
 @dataclass(eq=False)
+class NoBatching:
+    """In place of `init_continuous_batching`, whose own paged cache would only fail in another thread."""
+
+    model: PreTrainedModel
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            "hf_longctx: expected generate(), forward or a pipeline; got continuous batching (generate_batch), which "
+            "has a paged cache of its own. Unpatch the model, or serve it with vLLM."
+        )
+
+
+@dataclass(eq=False)
 class BeforeForward:
     """Pre-hook of the decoder: hands out the cache, and the call's context to the layers."""
 
@@ -176,7 +194,7 @@ class BeforeForward:
         _check_looked_at(state)
         state.follow()
         state.find_rotary(state.whole)  # in all processes or in none
-        mask = _padding(state, kwargs)
+        mask = find_padding(decoder, kwargs, tokens.shape[1])
         if state.train and decoder.training and kwargs.get(CACHE) is None:
             kwargs["use_cache"] = False  # nothing reads it again
         cache = _cache(state, decoder, kwargs)
@@ -243,23 +261,6 @@ def _check_looked_at(state: Patch) -> None:
             "hf_longctx: expected a plan that reads all keys as the model makes them, while heads are looked at or "
             f"ablated; got '{state.plan.method}'. Patch with 'dense'."
         )
-
-
-def _padding(state: Patch, kwargs: dict[str, Any]) -> Tensor | None:
-    """The 2-D padding mask of a call, or None; everything else is refused by name."""
-    mask = kwargs.get("attention_mask")
-    if kwargs.get("output_attentions") or getattr(state.decoder.config, "output_attentions", False):
-        raise UnsupportedError(
-            "hf_longctx: expected output_attentions=False, because attention weights are never formed; got True. "
-            "Unpatch the model to look at them."
-        )
-    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
-        return mask
-    shown = f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
-    raise UnsupportedError(
-        f"hf_longctx: expected attention_mask as [B, T] (1 for real tokens) or None; got a {shown} mask. "
-        "Unpatch the model for masks of another form."
-    )
 
 
 def _cache(state: Patch, decoder: Any, kwargs: dict[str, Any]) -> LongContextCache | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from .cache.pages import Pages
 from .plan import HeadPolicy, Plan, Selector
 
 
@@ -37,4 +38,5 @@ def turning_points(plan: Plan) -> list[float]:
     points = {straight_to(plan, policy, False) for policy in policies}
     for selector in {policy.decode for policy in policies if policy.decode is not None}:
         points |= {selector.dense_below, reads_all_to(selector)}
+    points |= {Pages.of(policy).most for policy in policies if policy.placement is not None}
     return sorted(points)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cache
+from math import gcd
 from typing import Any, Literal
 
 import torch
@@ -105,22 +106,22 @@ def inspect_model(model: PreTrainedModel) -> ModelFacts:
             f"hf_longctx: expected a decoder whose attention can be adapted; got '{family}', which {reason}. "
             "Use the model as it is."
         )
-    layers = tuple(_layer(config, i, window) for i, window in enumerate(_windows(config)))
+    windows = _windows(config)
     modules = attention_modules(decoder)
-    found = sorted(int(m.layer_idx) for m in modules)  # type: ignore[arg-type]
-    if found != list(range(len(layers))):
+    found = [int(module.layer_idx) for module in modules]
+    if found != list(range(len(windows))):
         raise UnsupportedError(
-            f"hf_longctx: expected one attention module for each of the {len(layers)} layers of '{family}'; got layers "
-            f"{found}. Use the model as it is."
+            f"hf_longctx: expected one attention module for each of the {len(windows)} layers of '{family}'; got "
+            f"layers {found}. Use the model as it is."
         )
+    layers = tuple(_layer(config, *each) for each in zip(modules, windows, strict=True))
     longest, reason = _in_cache_limits(config, family)
     name = str(getattr(model.config, "_name_or_path", "") or "")
-    dtype = str(decoder.dtype).removeprefix("torch.")
+    dtype, place = str(decoder.dtype).removeprefix("torch."), decoder.device
     has_sinks = any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in modules)
-    place = decoder.device
     vision, device = VISION.get(base.config.model_type), device_name(place)
-    shard = find_shard(base, modules, layers[0].q_heads, layers[0].kv_heads)
-    places = tuple(next(module.parameters()).device for module in sorted(modules, key=lambda m: int(m.layer_idx)))  # type: ignore[arg-type]
+    shard = find_shard(base, modules, gcd(*(x.q_heads for x in layers)), gcd(*(x.kv_heads for x in layers)))
+    places = tuple(next(module.parameters()).device for module in modules)
     places = () if len(set(places)) == 1 or any(x.type == "meta" for x in places) else places
     return ModelFacts(
         family, name, config, layers, longest, reason, device, dtype, has_sinks, place, vision, *shard, places
@@ -155,8 +156,8 @@ def decoder_of(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel
     return decoder, base
 
 
-def attention_modules(decoder: nn.Module) -> list[nn.Module]:
-    """Its self-attention modules: those with a layer index and a cache argument, and no such module inside."""
+def attention_modules(decoder: nn.Module) -> list[Any]:
+    """Its self-attention modules, by layer: those with a layer index and a cache argument, no such module inside."""
 
     def attends(module: nn.Module) -> bool:
         if not isinstance(getattr(module, "layer_idx", None), int):
@@ -164,7 +165,8 @@ def attention_modules(decoder: nn.Module) -> list[nn.Module]:
         return bool({CACHE, "past_key_values", "layer_past"} & set(inspect.signature(module.forward).parameters))
 
     found = [module for module in decoder.modules() if attends(module)]
-    return [m for m in found if not any(attends(child) for child in m.modules() if child is not m)]
+    inner: list[Any] = [m for m in found if not any(attends(child) for child in m.modules() if child is not m)]
+    return sorted(inner, key=lambda module: int(module.layer_idx))
 
 
 def _refusal(config: Any) -> str | None:
@@ -182,7 +184,7 @@ def _refusal(config: Any) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"has layers of type {', '.join(sorted(kinds))}"
-    return None
+    return REFUSED.get(config.model_type)
 
 
 def _refusal_of_modules(decoder: PreTrainedModel, family: str) -> str | None:
@@ -225,12 +227,16 @@ def _windows(config: Any) -> list[int | None]:
     return windows or [None] * int(config.num_hidden_layers)
 
 
-def _layer(config: Any, index: int, window: int | None) -> LayerFacts:
-    q_heads = int(config.num_attention_heads)
-    kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
-    if config.model_type == "falcon":
+def _layer(config: Any, module: Any, window: int | None) -> LayerFacts:
+    """What a module says of itself, for layers may differ; else what the configuration says."""
+    q_heads, own = int(config.num_attention_heads), vars(module)
+    if isinstance(own.get("num_key_value_groups"), int):
+        kv_heads = q_heads // own["num_key_value_groups"]
+    elif config.model_type == "falcon":
         kv_heads = config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
+    else:
+        kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
+    head_dim = own.get("head_dim") or getattr(config, "head_dim", None) or config.hidden_size // q_heads
     return LayerFacts(q_heads, int(kv_heads), int(head_dim), window)
 
 
@@ -263,6 +269,9 @@ VISION = {
     )
 }
 """Vision-language models that stream, by family."""
+
+REFUSED = {"diffllama": "attends twice in each layer, to two halves of its values"}
+"""Families that their configuration does not tell from others, and why not, as the end of a sentence."""
 
 ADAPTED = ("falcon", "mpt")
 """Families whose attention does not go through transformers' attention interface (`adapters.py`)."""

@@ -18,7 +18,7 @@ from .cache.cache import LongContextCache
 from .cache.ledger import Ledger
 from .context import NAME
 from .graph import Recorder
-from .hooks import AfterForward, BeforeForward, Patch, PrepareCache, PrepareSettings
+from .hooks import AfterForward, BeforeForward, NoBatching, Patch, PrepareCache, PrepareSettings
 from .methods import Auto, DuoHeads, Method, check_plan, check_trainable, compose, make, own_facts, own_plan
 from .models import ADAPTED, NO_CACHE_BY_DEFAULT, ModelFacts, attention_modules, decoder_of, inspect_model
 from .plan import KVFormat, Placement, Plan
@@ -29,6 +29,7 @@ _KEY = "_hf_longctx"
 _PREPARE = "_prepare_cache_for_generation"
 _SETTLE = "_prepare_generation_config"
 _PREFILL = "_prefill"
+_BATCHING = "init_continuous_batching"
 
 
 def state_of(model: nn.Module) -> Patch | None:
@@ -114,6 +115,7 @@ def patch(
     if hasattr(base, _PREPARE):
         base.__dict__[_PREPARE] = PrepareCache(base, state)
         base.__dict__[_PREFILL] = Prefill(base, state)
+        base.__dict__[_BATCHING] = NoBatching(base)
         base.__dict__.update({name: Noted(base, name) for name in METHODS})
         if facts.family in NO_CACHE_BY_DEFAULT:
             base.__dict__[_SETTLE] = PrepareSettings(base)
@@ -160,7 +162,7 @@ def unpatch(model: M) -> M:
     _, base = decoder_of(model)
     state: Patch | None = base.__dict__.pop(_KEY, None)
     if state is not None:
-        for name in (_PREPARE, _SETTLE, _PREFILL, *METHODS):
+        for name in (_PREPARE, _SETTLE, _PREFILL, _BATCHING, *METHODS):
             base.__dict__.pop(name, None)
         _remove(state)
     return model

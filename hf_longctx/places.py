@@ -76,12 +76,14 @@ def place(forward: Forward, decoder: Any, kwargs: dict[str, Any], rows: int, tex
     """Tell the layers which texts are packed, and give the model the positions at which it shall rotate.
 
     These matter where the plan keeps them small, and where it looks at keys as they are rotated (scores, quantized
-    keys): a padded row must be what it is alone. A mask of ones then keeps the model from reading packed texts into
+    keys): a padded row must be what it is alone. Learned positions are the model's own matter: families count them from
+    different numbers. A mask of ones then keeps the model from reading packed texts into
     positions that jump; where there are some, they are apart already.
     """
     forward.texts = tuple(_text(forward, row, columns) for row, columns in texts)
     plan, given, step = forward.plan, kwargs.get("position_ids"), forward.step
-    moved = takes_positions(decoder) and (plan.bounded or (plan.looks and step.ragged and given is None))
+    rotates = forward.facts.not_in_cache is None
+    moved = takes_positions(decoder) and (plan.bounded or (rotates and plan.looks and step.ragged and given is None))
     if moved:
         pos = (text_positions(forward) if plan.bounded else step.pos_in_text).expand(rows, -1)
         kwargs["position_ids"] = pos if not isinstance(given, Tensor) or given.ndim == 2 else pos.expand_as(given)

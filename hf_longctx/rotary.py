@@ -56,7 +56,8 @@ def _rotary(facts: ModelFacts, layer: int, q: Tensor, k: Tensor, candidates: lis
             worst = max(worst, float((here - there).abs().max() / there.abs().max().clamp(min=1e-9)))
         return worst
 
-    known = [Rotary(None)] + [Rotary(f.float().clone(), i) for f in candidates for i in (False, True)]
+    fit = [f for f in candidates if 2 * f.shape[-1] <= q.shape[-1]]  # layers may have heads of several sizes
+    known = [Rotary(None)] + [Rotary(f.float().clone(), i) for f in fit for i in (False, True)]
     best = min(known, key=error)
     if error(best) > tolerance:
         raise UnsupportedError(

@@ -98,7 +98,7 @@ def load_session(model: PreTrainedModel, path: str | os.PathLike[str]) -> LongCo
     for name, known in about["sums"].items():
         if name not in tensors or _sum(tensors[name]) != known:
             raise _damaged(path, f"'{name}' is not what was written")
-    modules = sorted(attention_modules(state.decoder), key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
+    modules = attention_modules(state.decoder)
     devices = [next(module.parameters()).device for module in modules]
     return put_together(state.plan, tensors, about["values"], devices)
 

@@ -174,7 +174,7 @@ class Rotation(ShortCut):
     def __init__(self, module: nn.Module, same: Same) -> None:
         super().__init__(module)
         self.same = same
-        own: Any = type(module).forward
+        own, self._renamed = unwrapped(type(module).forward)
         names = {**own.__globals__, _ROTATE: Turn(own.__globals__[_ROTATE], same)}
         self._run = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
         self._run.__kwdefaults__ = own.__kwdefaults__
@@ -187,12 +187,25 @@ class Rotation(ShortCut):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The attention's forward."""
-        return self._run(self.module, *args, **kwargs) if self.due() else self.stock(*args, **kwargs)
+        due = self.due() and self._renamed.isdisjoint(kwargs)
+        return self._run(self.module, *args, **kwargs) if due else self.stock(*args, **kwargs)
+
+
+def unwrapped(forward: Any) -> tuple[Any, frozenset[str]]:
+    """A function without transformers' translation of arguments that it has renamed, and their names before."""
+    names = set()
+    while hasattr(forward, "__wrapped__"):
+        knows = inspect.getclosurevars(forward).nonlocals
+        if not {"old_name", "new_name", "func"} <= knows.keys() or knows["func"] is not forward.__wrapped__:
+            break
+        names.add(knows["old_name"])
+        forward = forward.__wrapped__
+    return forward, frozenset(names)
 
 
 def _rotation(module: nn.Module, known: dict[Any, Any]) -> Rotation | None:
     """The short cut of a module whose own code rotates with a function that is known."""
-    own = type(module).forward
+    own, _ = unwrapped(type(module).forward)
     if not isinstance(own, FunctionType) or _ROTATE not in own.__code__.co_names:
         return None
     stock = own.__globals__.get(_ROTATE)

@@ -1,4 +1,4 @@
-"""The cache that transformers sees: its contract, the rows' lengths, and one store per layer and head group."""
+"""The cache that transformers sees: its contract, and the rows' lengths."""
 
 from __future__ import annotations
 
@@ -8,88 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from ..errors import UnsupportedError
-from ..plan import HeadGroup, LayerPlan, Plan, Retention
+from ..plan import Plan, Retention
 from .angles import Angles, Rotate
 from .floors import floors
+from .layer import LongContextLayer
 from .ledger import Ledger
 from .offload import OffloadedStore
 from .step import Step
 from .store import Store
-from .stores import store_for
-
-
-class LongContextLayer(CacheLayerMixin):
-    """One layer's stores behind the contract of transformers' cache layers."""
-
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = True
-
-    def __init__(self, plan: LayerPlan, ledger: Ledger) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.plan = plan
-        self.ledger = ledger
-        self.stores: list[tuple[HeadGroup, Store | OffloadedStore]] = []
-        self.recording = False
-        self.reset()
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the stores allocate when the first token comes."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hand the fresh tokens through: the attention function stores them, when it knows what its queries may see."""
-        self.is_initialized = True
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of the text, stored or not: masks are ours."""
-        return self.ledger.columns + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Columns seen, stored or not."""
-        return self.ledger.columns
-
-    def get_max_length(self) -> int:
-        """No bound on what may be seen."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def reset(self) -> None:
-        """Forget everything but whether to record."""
-        self.stores = [(group, store_for(group.policy)) for group in self.plan.groups]
-        self.is_initialized = False
-        if self.recording:
-            self.activate_past_recording()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Check that the last `-tokens_to_remove` tokens can be taken back; the cache then shortens its rows."""
-        for _, store in self.stores:
-            store.crop(-tokens_to_remove, self.ledger.columns)
-            store.kept.forget()
-
-    def activate_past_recording(self) -> None:
-        """Hold a little more than the window, so that `crop` can take tokens back."""
-        self.recording = True
-        for _, store in self.stores:
-            store.record()
-
-    def map_rows(self, pick: Tensor) -> None:
-        """Replace the batch rows by `rows[pick]`."""
-        for _, store in self.stores:
-            store.map_rows(pick)
-
-    def offload(self) -> None:
-        """Refused: moving whole layers to the host and back is not what this cache is for."""
-        raise UnsupportedError(
-            "LongContextCache: expected to stay on its devices; got a request to offload. Leave out "
-            "cache_implementation='offloaded'."
-        )
-
-    prefetch = offload
 
 
 class LongContextCache(Cache):
@@ -133,6 +61,7 @@ class LongContextCache(Cache):
         step = Step.of(self.ledger.columns, tokens, device, self.ledger.lengths, mask, look)
         known = self.expected or self.asked
         self.pending = replace(step, expected=self.expected, asked=self.asked) if known else step
+        self.ledger.begun = True
         return self.pending
 
     def commit(self, step: Step, looked: bool = True) -> None:
@@ -142,7 +71,7 @@ class LongContextCache(Cache):
         ledger.columns += step.tokens
         ledger.loose = ledger.loose or (not looked and ledger.lengths is None)
         ledger.lengths = step.lengths_after if step.ragged else None
-        self.pending = None
+        self.pending, ledger.begun = None, False
         if looked:
             self.measure()
 
@@ -264,7 +193,7 @@ class LongContextCache(Cache):
         ledger.columns = ledger.gone = ledger.rows = ledger.kv_bytes = ledger.host_bytes = ledger.index_bytes = 0
         ledger.lookups = []
         ledger.lengths = ledger.tail = None
-        ledger.loose = False
+        ledger.begun = ledger.loose = False
         ledger.tally.clear()
         self.floors.clear()
         self.angles = Angles() if self.plan.at_read else None

@@ -19,6 +19,7 @@ class Ledger:
         columns: columns of the batch so far, padding included, but for those let go.
         gone: columns that were let go, those behind them having moved up.
         lengths: `[B]`, int64, real tokens of each row, or None while all rows are alike.
+        begun: a call has begun and not yet ended, so that attention knows what fresh tokens are beside.
         loose: `lengths` are there only because nobody looked whether the rows are still alike.
         tail: `[B]`, int64, real tokens of each row since its last padding, or None while there is none.
         kv_bytes: bytes of the stores on their devices after the last call.
@@ -34,7 +35,7 @@ class Ledger:
         self.gone = 0
         self.rows = 0
         self.lengths: Tensor | None = None
-        self.loose = False
+        self.begun = self.loose = False
         self.tail: Tensor | None = None
         self.kv_bytes = 0
         self.index_bytes = 0

@@ -163,7 +163,7 @@ class Marks:
         size = room(have, size, max(1, PAGE // self._summary.block))
         if size == have:
             return
-        like = self._stored(k.new_zeros(1, 1, 1, k.shape[3]).detach())
+        like = k if self._bits is None else self._stored(k.new_zeros(1, 1, 1, k.shape[3]))
         grown = each(like, lambda x: x.new_zeros(*k.shape[:2], size * self._subs, x.shape[3]))
         if self._entries is not None:
             for new, old in zip(parts(grown), parts(self._entries), strict=True):

@@ -1,14 +1,15 @@
 """KV memory whose blocks lie in host memory; the device holds those that every step reads, and those read last.
 
 On the device a row and KV head has three kinds of blocks: the sinks', in places of their own; the last ones, which go
-round in a ring; and a pool for whatever else is selected. A block is copied to the host when it is full, so whatever
-the device gives up is there already. Which blocks are in the pool only the device knows: nothing waits for it.
+round in a ring; and a pool for whatever else is selected. While all of a text fits into the first two, there is neither
+a pool nor host memory. From then on a block is copied to the host when it is full, so whatever the device gives up is
+there already. Which blocks are in the pool only the device knows: nothing waits for it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .host import HostTier
 from .index import index_of
 from .kept import Kept
 from .marks import Marks
-from .pages import Pages
+from .pages import Pages, gathered
 from .placement import HostLRU
 from .pool import Pool
 from .rows import Rows, Stored, View, decoded, each, loaded, part, room, saved, straight, token_bytes
@@ -37,7 +38,7 @@ class OffloadedStore:
         floor: None: nothing is ever overwritten.
         limit: None: no bound.
         kept: what the heads chose last in decode.
-        pool: which other blocks are on the device, beside the sinks' and the last ones; None before the first token.
+        pool: which other blocks are on the device, beside the sinks' and the last ones; None while there are no others.
 
     Raises:
         ValueError: the folder for files is not there.
@@ -93,7 +94,8 @@ class OffloadedStore:
         """Bytes of a row and KV head on the device and on the host after `tokens` tokens; arguments as in `Store`."""
         each_token = 2 * token_bytes(self._kv, dim, itemsize)
         beside = 0 if self.index is None else self.index.bytes_at(tokens, dim, itemsize)
-        return self.pages.slots_at(tokens) * each_token + beside, self._host.tokens_at(tokens) * each_token
+        there = 0 if tokens <= self.pages.most else self._host.tokens_at(tokens)
+        return self.pages.slots_at(tokens) * each_token + beside, there * each_token
 
     def append(self, k: Tensor, v: Tensor, step: Step) -> View:
         """Store the call's tokens and return all tokens, in the order of positions.
@@ -121,7 +123,7 @@ class OffloadedStore:
         if self.k is None or not step.decodes:
             self._write(k, v, step, turns)
             return
-        self._reserve(*self.memory, step)
+        self._reserve(step)
         ops.append_pages(*self.memory, k, v, step.pos, *self.pages.round, None, 1, step.first)
         self._save(step)
         if self.index is not None:
@@ -129,14 +131,13 @@ class OffloadedStore:
 
     def prepare(self, step: Step) -> None:
         """Let nothing move on the device while one-token calls follow that `step` has room for."""
-        self._reserve(*self.memory, step)
+        self._reserve(step)
         if self.index is not None:
             self.index.prepare(step)
 
     def make_room(self, step: Step) -> bool:
         """Let the host have room for the blocks that are full after a call; True if it had not."""
-        blocks = step.end // self.pages.block
-        if blocks <= self._host.room:
+        if self.pool is None or (blocks := step.end // self.pages.block) <= self._host.room:
             return False
         self._host.reserve([x for one in self.memory for x in parts(one)], blocks)
         return True
@@ -165,11 +166,12 @@ class OffloadedStore:
         Returns:
             `[B, Hkv, 1, K]`, int32, -1 where there is no block.
         """
-        assert block == self.pages.block and self.pool is not None
-        held, counts, lengths = self.pool.held, self.pool.counts, step.lengths_after
-        if step.width <= self.pages.own * block:
-            return ids.expand(*held.shape[:2], -1, -1)
-        return ops.bring_blocks(*self.memory, self._host.blocks, ids, lengths, held, counts, self.pages)
+        assert block == self.pages.block
+        if step.width <= self.pages.most:
+            return ids.expand(*self._keys.filled.shape[:2], -1, -1)
+        assert self.pool is not None
+        own, lengths = (self.pool.held, self.pool.counts), step.lengths_after
+        return ops.bring_blocks(*self.memory, self._host.blocks, ids, lengths, *own, self.pages)
 
     def whole(self, lengths: Tensor, columns: int) -> tuple[Stored, Stored]:
         """All keys and values on the device as they are stored, column s at position s.
@@ -181,8 +183,8 @@ class OffloadedStore:
             columns: no row is longer.
         """
         keys, values = self.memory
-        if columns > self.pages.own * self.pages.block:
-            keys, values = self._gathered(lengths.to(keys.device), columns)
+        if columns > self.pages.most:
+            keys, values = gathered(self.pages, self.memory, self._host.blocks, lengths.to(keys.device), columns)
         return part(keys, slice(None), 0, columns), part(values, slice(None), 0, columns)
 
     def crop(self, tokens: int, columns: int) -> None:
@@ -233,8 +235,8 @@ class OffloadedStore:
             rows.reserve(stored, values["slots"])
         if k.shape[2]:  # not all of the text was taken back
             step = Step.of(0, k.shape[2], k.device, None, real)
-            self._reserve(k, v, step)
-            for span, piece in self._pieces(step):
+            self._reserve(step)
+            for span, piece in self.pages.pieces(step):
                 for rows, stored in ((self._keys, k), (self._values, v)):
                     rows.put(part(stored, slice(None), span.start, span.stop), piece, *self.pages.round)
                 self._save(piece)
@@ -250,51 +252,49 @@ class OffloadedStore:
         slots = self.pages.slot(torch.arange(first, last, device=self._keys.filled.device))
         return decoded(each(self._keys.filled, lambda x: x[rows, :, slots]))
 
-    def _gathered(self, lengths: Tensor, columns: int) -> tuple[Stored, Stored]:
-        """Whole blocks of all keys and values, each at its id; arguments as `whole`."""
-        block, blocks = self.pages.block, -(-columns // self.pages.block)
-        keys, values = (each(x, lambda x: x.new_zeros(*x.shape[:2], blocks * block, x.shape[3])) for x in self.memory)
-        first, last = torch.full_like(lengths, self.pages.sinks), self.pages.far_from(lengths)
-        ops.copy_blocks(keys, values, self._host.blocks, first, last, blocks, ops.Places(block, blocks, 1), out=False)
-        near, index = self.pages.near(torch.arange(blocks, device=lengths.device)[None], lengths)
-        for target, x in zip(self.pages.paged(keys, values), self.pages.paged(*self.memory), strict=True):
-            own = ops.take_tokens(x, index.expand(x.shape[0], -1))
-            target.copy_(torch.where(near[:, None, :, None], own, target))
-        return keys, values
-
     # writing --------------------------------------------------------------------------------------------------------
 
     def _write(self, k: Tensor, v: Tensor, step: Step, turns: ops.Turns | None, read: tuple[Tensor, ...] = ()) -> None:
         """Store a call of any size; `read` as in `ops.fill_pages`."""
-        like = (self._keys.encode(k[:, :, :1]), self._values.encode(v[:, :, :1])) if self.k is None else self.memory
-        self._reserve(*like, step)
-        for span, piece in self._pieces(step):
+        blank = self.k is None
+        if blank:
+            self._keys.begin(k, self._slots(step))
+            self._values.begin(v, self._slots(step))
+        self._reserve(step)
+        for span, piece in self.pages.pieces(step):
             own_k, own_v, *back = (x if piece is step else x[:, :, span] for x in (k, v, *read))
             where = ops.GroupFill(*self.memory, *self.pages.round, None, 1)
-            ops.fill_pages([where], own_k, own_v, piece.pos, piece.first, back)
+            ops.fill_pages([where], own_k, own_v, piece.pos, piece.first, back, blank)
+            blank = False
             self._save(piece)
             if self.index is not None:
                 self.index.follow(self, own_k, piece, turns)
 
-    def _pieces(self, step: Step) -> Iterator[tuple[slice, Step]]:
-        """A call in pieces that leave the ring time to be copied."""
-        size = self.pages.ring - self.pages.block
-        for start in range(0, step.tokens, size):
-            span = slice(start, min(step.tokens, start + size))
-            yield span, step if span.stop - start == step.tokens else step.part(start, span.stop)
-
-    def _reserve(self, k: Stored, v: Stored, step: Step) -> None:
-        """Make room for a call's tokens, of which one is as those of `k` and `v`."""
-        need = self.pages.slots_at(step.width)
-        for rows, like in ((self._keys, k), (self._values, v)):
-            rows.reserve(like, min(room(rows.slots, need, self.pages.block), self.pages.slots))
-        self.pool = self.pool or Pool(k.shape[0], k.shape[1], self.pages.pool, k.device)
+    def _reserve(self, step: Step) -> None:
+        """Make room for a call's tokens beside those that are there."""
+        for rows in (self._keys, self._values):
+            rows.reserve(rows.filled, self._slots(step))
+        if self.pool is None and step.width > self.pages.most:
+            self._begin(step)
         self.make_room(step)
 
+    def _slots(self, step: Step) -> int:
+        """Tokens of a row that there must be room for in a call."""
+        return min(room(self._keys.slots, self.pages.slots_at(step.width), self.pages.block), self.pages.slots)
+
+    def _begin(self, step: Step) -> None:
+        """Let the host have what rows have so far, all of which is on the device: a call may take the place of some."""
+        k, block = self._keys.filled, self.pages.block
+        self.pool = Pool(k.shape[0], k.shape[1], self.pages.pool, k.device)
+        if step.columns >= block:
+            self.make_room(step)
+            first, last = step.once(("so far", block), lambda: (0 * step.lengths, step.lengths // block))
+            ops.copy_blocks(*self.memory, self._host.blocks, first, last, step.columns // block, self.pages, out=True)
+
     def _save(self, step: Step) -> None:
-        """Copy the blocks that a call has filled to the host; they are all on the device still."""
+        """Copy the blocks that a call has filled to the host, if it is asked yet; they are all on the device still."""
         block = self.pages.block
-        if not step.ragged and step.end // block == step.columns // block:
+        if self.pool is None or (not step.ragged and step.end // block == step.columns // block):
             return
         first, last = step.once(("full", block), lambda: (step.lengths // block, step.lengths_after // block))
         ops.copy_blocks(*self.memory, self._host.blocks, first, last, -(-step.tokens // block), self.pages, out=True)

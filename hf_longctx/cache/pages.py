@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,8 @@ from ..kernels import ops
 from ..plan import HeadPolicy
 from .place import slot_of
 from .placement import HostLRU
-from .step import FEW
+from .rows import Stored, each
+from .step import FEW, Step
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Pages(ops.Places):
     def own(self) -> int:
         """Blocks of the longest text in which every block has a place of its own."""
         return self.sinks + self.tail
+
+    @property
+    def most(self) -> int:
+        """Tokens of such a text; of a longer one the host has blocks."""
+        return self.own * self.block
 
     @property
     def slots(self) -> int:
@@ -80,3 +87,33 @@ class Pages(ops.Places):
         """
         last = (after - 1) // self.block + 1
         return (last - self.tail).clamp(min=self.sinks), last.minimum(self.far_from(before))
+
+    def pieces(self, step: Step) -> Iterator[tuple[slice, Step]]:
+        """A call in pieces that leave the ring time to be copied: which of its tokens, and these as a call."""
+        size = self.ring - self.block
+        for start in range(0, step.tokens, size):
+            span = slice(start, min(step.tokens, start + size))
+            yield span, step if span.stop - start == step.tokens else step.part(start, span.stop)
+
+
+def gathered(
+    pages: Pages, memory: tuple[Stored, Stored], host: ops.HostBlocks, lengths: Tensor, columns: int
+) -> tuple[Stored, Stored]:
+    """Whole blocks of all keys and values of a store, each at its id: `[B, Hkv, >= columns, ?]` each.
+
+    Args:
+        pages: where blocks lie on the device.
+        memory: keys and values there.
+        host: has the others.
+        lengths: `[B or 1]`, int64, tokens of each row.
+        columns: no row is longer.
+    """
+    block, blocks = pages.block, -(-columns // pages.block)
+    keys, values = (each(x, lambda x: x.new_zeros(*x.shape[:2], blocks * block, x.shape[3])) for x in memory)
+    first, last = torch.full_like(lengths, pages.sinks), pages.far_from(lengths)
+    ops.copy_blocks(keys, values, host, first, last, blocks, ops.Places(block, blocks, 1), out=False)
+    near, index = pages.near(torch.arange(blocks, device=lengths.device)[None], lengths)
+    for target, x in zip(pages.paged(keys, values), pages.paged(*memory), strict=True):
+        own = ops.take_tokens(x, index.expand(x.shape[0], -1))
+        target.copy_(torch.where(near[:, None, :, None], own, target))
+    return keys, values

@@ -113,7 +113,7 @@ def _facts(config: Any) -> _Facts:
     get_text_config = getattr(config, "get_text_config", None)
     text = get_text_config(decoder=True) if callable(get_text_config) else config
     keys = {key for known in _KNOWN.values() for key in known}
-    facts: dict[str, object] = {key: getattr(text, key, None) for key in keys}
+    facts: dict[str, object] = {key: _read(text, key) for key in keys}
     if facts["num_key_value_heads"] is None:
         facts["num_key_value_heads"] = facts["num_attention_heads"]
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -121,3 +121,11 @@ def _facts(config: Any) -> _Facts:
         facts.update({key: value for key, value in rope.items() if key in keys})
         facts["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     return facts
+
+
+def _read(config: Any, key: str) -> object:
+    """A fact; None where there is none, or not one for all layers, which transformers then refuses to say."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:
+        return None

@@ -87,17 +87,20 @@ def require_small_positions(method: str, facts: ModelFacts, knobs: str, sizes: S
         sizes: their values; the last can be made smaller.
 
     Raises:
-        UnsupportedError: positions are not rotary, or their frequencies change below that size.
+        UnsupportedError: positions are not rotary, or below that size frequencies change, or the scale of queries.
     """
     if facts.not_in_cache:
         raise UnsupportedError(
             f"{method}: expected positions that can be counted in the cache; got '{facts.family}': "
             f"{facts.not_in_cache}. Use 'dense' or 'duo_attention'."
         )
-    longest = facts.longest_in_cache
+    longest, changes = facts.longest_in_cache, "rotary frequencies change"
+    rope = getattr(facts.config, "rope_parameters", None) or {}
+    if rope.get("llama_4_scaling_beta"):  # by the logarithm of how often a position has this many before it
+        longest, changes = int(rope["original_max_position_embeddings"]), "queries are scaled"
     if longest is not None and sum(sizes) > longest:
         raise UnsupportedError(
-            f"{method}: expected {knobs} <= {longest} for '{facts.family}', because its rotary frequencies change "
+            f"{method}: expected {knobs} <= {longest} for '{facts.family}', because its {changes} "
             f"beyond that length; got {' + '.join(map(str, sizes))}. "
             f"Use {knobs.split()[-1]}={longest - sum(sizes[:-1])} or less."
         )

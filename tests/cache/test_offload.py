@@ -181,6 +181,22 @@ def test_the_device_holds_no_more_however_long_the_text() -> None:
     assert text.store.host_bytes == 2 * 2 * HEADS * 408 * 4 * 4 == text.cache.host_bytes == text.cache.ledger.host_bytes
 
 
+def test_the_host_has_nothing_of_a_text_that_fits_on_the_device() -> None:
+    text = Text(policy(4, 4, 8, 2, None, HostLRU(3)), rows=2)
+    fill(text, [30, 9, 1])
+    assert text.store.pages.most == 40
+    assert (text.store.host_bytes, text.store.pool) == (0, None)
+    text.crop(6)
+    text.pick([1, 0, 0])
+    fill(text, [6])
+    assert_whole(text)
+    assert (text.store.host_bytes, text.store.pool) == (0, None)
+    fill(text, [1])
+    assert text.store.host_bytes == 2 * 3 * HEADS * 48 * 4 * 4
+    fill(text, [50])
+    assert_whole(text)
+
+
 def test_blocks_come_from_the_host_once_while_they_fit() -> None:
     text = Text(policy(4, 4, 8, 2, None, HostLRU(2)), rows=1)
     fill(text, [100])

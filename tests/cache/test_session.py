@@ -28,7 +28,7 @@ from .vectors import CPU, Text, assert_reads, change, reals
 
 MODEL = tiny_llama()
 IDS = torch.randint(8, 64, (2, 60), generator=torch.Generator().manual_seed(0))
-BOUNDS = Selector(UpperBound(MinMax(4, 2)), TopK(8), sink=2, local=6)
+BOUNDS = Selector(UpperBound(MinMax(4, 2)), TopK(8), sink=2, local=2)
 MARKS = Selector(RepresentativeDot(Representatives(4, 2), 90), TopK(8), sink=2, local=6)
 KEEP, HERE = lc.KeepAll(), lc.Absolute()
 POLICIES = {

@@ -257,6 +257,11 @@ REFUSED: tuple[Case, ...] = (
         groups=1,
         refused="latent attention",
     ),
+    Case(
+        "diffllama",
+        _model("DiffLlamaForCausalLM", "DiffLlamaConfig"),
+        refused="attends twice in each layer",
+    ),
     Case("mamba", _model("MambaForCausalLM", "MambaConfig"), refused="no attention", **_OTHER),
     Case(
         "llama4",

@@ -99,15 +99,16 @@ def test_half_precision_on_the_compiled_path(row: Row, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("row", ROWS, ids=named)
 def test_a_replay_does_not_wait(row: Row) -> None:
-    model, ids = lc.patch(LLAMA.make().cuda(), row.method(LLAMA)), LLAMA.prompt(60, rows=2).cuda()
+    model, ids = lc.patch(LLAMA.make().cuda(), row.method(LLAMA)), LLAMA.prompt(72, rows=2).cuda()
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     places = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        cache = model(ids[:, :30], attention_mask=mask[:, :30], position_ids=places[:, :30]).past_key_values
-        for i in range(30, 60):
+        # so many that the host has blocks from the start
+        cache = model(ids[:, :42], attention_mask=mask[:, :42], position_ids=places[:, :42]).past_key_values
+        for i in range(42, 72):
             call = {"attention_mask": mask[:, : i + 1], "position_ids": places[:, i : i + 1], "past_key_values": cache}
-            if i < 40:
+            if i < 52:
                 model(ids[:, i : i + 1], **call)
                 continue
             with no_wait():
@@ -161,15 +162,16 @@ def test_files_are_not_recorded() -> None:
 @torch.no_grad()
 def test_a_copy_of_a_cache_has_host_memory_of_its_own() -> None:
     """Both are read and written by the device, and go on to other texts."""
-    model, ids = lc.patch(LLAMA.make().cuda(), INF_LLM.method(LLAMA)), LLAMA.prompt(90, rows=2).cuda()
-    cache = model(ids[:, :40], use_cache=True).past_key_values
+    model, ids = lc.patch(LLAMA.make().cuda(), INF_LLM.method(LLAMA)), LLAMA.prompt(110, rows=2).cuda()
+    cache = model(ids[:, :60], use_cache=True).past_key_values
+    assert cache.host_bytes > 0
     twin, out = copy.deepcopy(cache), []
-    for i in range(40, 90):
+    for i in range(60, 110):
         out.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
-        model(ids[:, i - 40 : i - 39], past_key_values=twin)
-    again = model(ids[:, :40], use_cache=True).past_key_values
+        model(ids[:, i - 60 : i - 59], past_key_values=twin)
+    again = model(ids[:, :60], use_cache=True).past_key_values
     for i, expected in enumerate(out):
-        assert torch.equal(model(ids[:, 40 + i : 41 + i], past_key_values=again).logits, expected)
+        assert torch.equal(model(ids[:, 60 + i : 61 + i], past_key_values=again).logits, expected)
 
 
 def test_memory_that_moves_is_recorded_again() -> None:

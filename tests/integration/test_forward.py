@@ -135,9 +135,19 @@ PACKED = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
 REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "4-D mask": ({"attention_mask": BLOCK}, lc.UnsupportedError, r"expected attention_mask as \[B, T\].* got a 4-D"),
     "mask per layer type": (
-        {"attention_mask": {"full_attention": BLOCK}},
+        {"attention_mask": {"chunked_attention": BLOCK}},
         lc.UnsupportedError,
         r"expected attention_mask as \[B, T\].* got a dict",
+    ),
+    "both directions": (
+        {"attention_mask": {"full_attention": BLOCK | (torch.arange(10) < 4)}},
+        lc.UnsupportedError,
+        "expected a mask of padding, causality and the model's own windows; got one with more to it",
+    ),
+    "a mask that hides": (
+        {"attention_mask": {"full_attention": BLOCK & (torch.eye(10) + torch.eye(10).roll(1, 0) > 0)}},
+        lc.UnsupportedError,
+        "got one with more to it",
     ),
     "weights": ({"output_attentions": True}, lc.UnsupportedError, "expected output_attentions=False"),
     "wide mask": ({"attention_mask": torch.ones(1, 12)}, ValueError, r"expected \[B, 10\] \(0 cached \+ 10 new"),
@@ -237,6 +247,20 @@ def test_a_filled_foreign_cache_is_refused(make: Any) -> None:
     lc.patch(model, "dense")
     with pytest.raises(TypeError, match=f"got a filled {type(cache).__name__}"):
         model(ids[:, 10:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("other", ["unpatched since", "never patched"])
+def test_a_cache_is_refused_by_a_model_that_is_not_patched(other: str, tokens: int) -> None:
+    """It would attend to the new tokens alone, and of one nobody would notice."""
+    model, ids = lc.patch(LLAMA.make(), "dense"), LLAMA.prompt(20)
+    expected = model(ids).logits[:, -tokens:]
+    cache = model(ids[:, :-tokens]).past_key_values
+    asked = lc.unpatch(model) if other == "unpatched since" else LLAMA.make()
+    with pytest.raises(TypeError, match="got a call of another, or of one that was unpatched since"):
+        asked(ids[:, -tokens:], past_key_values=cache)
+    got = lc.patch(model, "dense")(ids[:, -tokens:], past_key_values=cache).logits
+    assert error(got, expected) < TOLERANCE
 
 
 def test_images_are_refused_where_positions_are_counted_in_the_cache() -> None:

@@ -215,6 +215,15 @@ def test_a_quantized_cache_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
         generate(lc.patch(case.make(), "dense"), single(case), cache_implementation="quantized")
 
 
+def test_continuous_batching_is_refused_by_name() -> None:
+    """Inside it, what our hooks refuse would be a line in a log and an empty answer."""
+    case = BY_NAME["llama"]
+    model = lc.patch(case.make(), "dense")
+    with pytest.raises(lc.UnsupportedError, match="got continuous batching"):
+        model.generate_batch(case.prompt(10).tolist(), generation_config=hf.GenerationConfig(max_new_tokens=2))
+    assert "init_continuous_batching" not in vars(lc.unpatch(model))
+
+
 def test_a_dynamic_cache_is_taken_for_the_default() -> None:
     case = BY_NAME["llama"]
     model = lc.patch(case.make(), LOSSY[0].method(case))

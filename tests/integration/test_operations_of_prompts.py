@@ -63,7 +63,7 @@ METHODS: dict[str, tuple[Any, int]] = {
     "lserve": (lambda layers: lc.LServe(pattern=gates(layers)), 0),
     "streaming_llm": (lambda layers: lc.StreamingLLM(window=1024), 0),
     "duo_attention": (lambda layers: lc.DuoAttention(pattern=gates(layers), sparsity=0.5, window=1024), 0),
-    "inf_llm": (lambda layers: lc.InfLLM(), 80),
+    "inf_llm": (lambda layers: lc.InfLLM(), 2),
 }
 """Each method where it reads all of a prompt, and how many operations a layer it may have beyond the model's own."""
 

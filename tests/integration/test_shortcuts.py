@@ -16,6 +16,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch import nn
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.utils.deprecation import deprecate_kwarg
 
 import hf_longctx as lc
 from hf_longctx import projections, shortcut, shortcuts
@@ -360,6 +361,36 @@ STOCK = modeling_llama.apply_rotary_pos_emb
 def test_rotations_that_are_something_else(function: Any, rotations: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", function)
     assert cuts(lc.patch(LLAMA.make(), "dense")) == (5, rotations)
+
+
+class RenamedAttention(modeling_llama.LlamaAttention):
+    """Takes an argument by its name before, too, as transformers translates it."""
+
+    forward = deprecate_kwarg("states", "99.0", new_name="hidden_states")(
+        shortcuts.unwrapped(modeling_llama.LlamaAttention.forward)[0]
+    )
+
+
+@here
+@pytest.mark.filterwarnings("ignore:`states` is deprecated:FutureWarning")
+def test_an_argument_that_was_renamed() -> None:
+    model, plain = LLAMA.make(), LLAMA.make()
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = RenamedAttention
+    assert cuts(lc.patch(model, "dense")) == (5, 2)
+    with counted() as calls:
+        got = generate(model, single(LLAMA))
+    assert calls["rotate_heads"] == 2 * STEPS
+    assert torch.equal(got.sequences, generate(plain, single(LLAMA)).sequences)
+
+    def before(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {"states" if name == "hidden_states" else name: x for name, x in kwargs.items()}
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(before, with_kwargs=True)
+    with counted() as calls:
+        got = generate(model, single(LLAMA))
+    assert calls["rotate_heads"] == STEPS
+    assert torch.equal(got.sequences, generate(plain, single(LLAMA)).sequences)
 
 
 @here

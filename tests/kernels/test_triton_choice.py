@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_longctx.kernels import dispatch, ops, triton
 from hf_longctx.kernels.dispatch import use_backend
+from hf_longctx.kernels.reference import score
 
 from . import test_compiled_antidiagonal as antidiagonals
 from . import test_compiled_select as selects
@@ -80,15 +81,109 @@ def test_scores_on_a_gpu(case: Tiled) -> None:
     check_scores(on_cuda(tiles(case)))
 
 
+EIGHTS = [
+    SMALL,
+    replace(TINY, dim=10),
+    replace(TINY, dim=64, block=(64, 16)),
+    replace(TINY, dim=128, block=(12, 3), causal=False),
+    replace(SMALL, spans=((600, 640), (0, 30), (60, 130)), rows=3, heads=(1, 3), loud=40.0),
+]
+
+
+def round_more_at_a_time(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """In the interpreter, which runs one program after the other."""
+    if device == "cpu":
+        with use_backend("triton"):
+            dispatch.chosen("score_antidiagonal", *tiles(TINY))
+        monkeypatch.setattr(triton._module("text_tiles"), "EACH", 32)
+
+
+def check_eight(arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded as defined. Sums of whole numbers are exact, of floats so on a CPU; a GPU cuts them off (as `cut` says).
+
+    It cuts sums of 32 floats 13 bits below the largest, and a few more stand for products larger than any sum.
+    """
+    q, k, _, _, stride, *_, rounded = arguments
+    with use_backend("triton"):
+        got = ops.score_antidiagonal(*arguments)
+        assert not q.is_cuda or torch.equal(got, ops.score_antidiagonal(*arguments))
+    assert dispatch.last_used()["score_antidiagonal"] == "triton"
+    largest, shares = [], score.shares_of
+
+    def seen(x: Tensor, tile: Tensor, causal: bool) -> Tensor:
+        largest.append(float(x.abs().amax()))
+        return shares(x, tile, causal)
+
+    monkeypatch.setattr(score, "shares_of", seen)
+    with use_backend("reference"):
+        exact = ops.score_antidiagonal(q.double(), k.double(), *arguments[2:])
+    assert (got.dtype, got.shape) == (F32, exact.shape)
+    cut = (stride * q.shape[3] / 32 + 8) * 2.0**-13 if rounded == "fp8" and q.is_cuda else 16 * torch.finfo(F32).eps
+    off = cut * max(largest, default=0.0)
+    assert bool(((got.double() - exact).abs() <= (2 * off + 1e-5) * exact + 1e-6).all())
+
+
+@pytest.mark.parametrize("rounded", ["fp8", "int8"])
+@pytest.mark.parametrize(
+    ("case", "device"),
+    [(case, "cpu") for case in EIGHTS]
+    + [pytest.param(case, "cuda", marks=pytest.mark.cuda) for case in (*EIGHTS, *antidiagonals.TILED[::3])],
+    ids=str,
+)
+def test_scores_of_eight_bits(case: Tiled, device: str, rounded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    need(device)
+    round_more_at_a_time(monkeypatch, device)
+    arguments = tiles(case) if device == "cpu" else on_cuda(tiles(case))
+    check_eight((*arguments, rounded), monkeypatch)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rounded", ["fp8", "int8"])
+def test_scores_of_eight_bits_read_row_by_row(rounded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs that do not copy tiles by themselves."""
+    need("cuda")
+    with use_backend("triton"):
+        dispatch.chosen("score_antidiagonal", *on_cuda(tiles(Tiled())))
+    monkeypatch.setattr(triton._module("score_antidiagonal"), "LARGE", 1 << 30)
+    check_eight((*on_cuda(tiles(Tiled())), rounded), monkeypatch)
+
+
+@pytest.mark.parametrize("rounded", ["fp8", "int8"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_eight_bits_lose_few_blocks(rounded: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the choice of full precision, on texts in which blocks of one topic pay attention to each other."""
+    need(device)
+    round_more_at_a_time(monkeypatch, device)
+    case = Tiled(heads=(2, 4), spans=((0, 8192),), rows=1, loud=1.0, more=0)
+    if device == "cpu":
+        case = replace(case, heads=(1, 2), spans=((0, 768),), block=(32, 8), dim=64, dtype=F16)
+    q, k, q_pos, *rest = (x.to(device) if isinstance(x, Tensor) else x for x in tiles(case))
+    made, blocks = torch.Generator().manual_seed(0), q.shape[2] // case.block[0]
+    ways = torch.randn(8, case.dim, generator=made).to(q)
+    own = ways[torch.randint(8, (blocks,), generator=made).to(device)].repeat_interleave(case.block[0], 0)
+    at, tau = torch.arange(blocks, device=device)[None], torch.full((q.shape[1],), 0.9, device=device)
+    chosen, all_scores = [], []
+    for to in ("", rounded):
+        with use_backend("triton"):
+            all_scores.append(ops.score_antidiagonal(q + own, k + own, q_pos, *rest, to))
+            ids = ops.pick_blocks(all_scores[-1], at, at, 1, None, tau, 1).long()
+        marks = torch.zeros(*ids.shape[:3], blocks + 1, device=device)
+        chosen.append(marks.scatter_(3, ids % (blocks + 1), 1.0)[..., :blocks] > 0)
+    assert not torch.equal(*all_scores)
+    both, either = chosen[0] & chosen[1], chosen[0] | chosen[1]
+    assert float(both.sum() / either.sum()) >= 0.99
+
+
+@pytest.mark.parametrize("rounded", ["", "fp8", "int8"])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def test_packed_keys_are_read_as_they_are_decoded(bits: int, device: str) -> None:
+def test_packed_keys_are_read_as_they_are_decoded(bits: int, device: str, rounded: str) -> None:
     need(device)
     q, k, *rest = (x.to(device) if isinstance(x, Tensor) else x for x in tiles(TINY))
     packed = ops.encode_kv(k.nan_to_num(0.0), bits)
     with use_backend("triton"):
-        got = ops.score_antidiagonal(q, packed, *rest)
-        decoded = ops.score_antidiagonal(q, reference_of(packed), *rest)
+        got = ops.score_antidiagonal(q, packed, *rest, rounded)
+        decoded = ops.score_antidiagonal(q, reference_of(packed), *rest, rounded)
     assert torch.equal(got, decoded)
 
 
@@ -99,13 +194,14 @@ def reference_of(packed: ops.Packed) -> Tensor:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf])
-def test_a_query_that_is_no_number_spoils_the_scores_of_its_block(odd: float, device: str) -> None:
+@pytest.mark.parametrize("rounded", ["", "fp8", "int8"])
+def test_a_query_that_is_no_number_spoils_the_scores_of_its_block(odd: float, device: str, rounded: str) -> None:
     need(device)
     q, k, q_pos, *rest = (x.to(device) if isinstance(x, Tensor) else x for x in tiles(TINY))
     with use_backend("triton"):
-        clean = ops.score_antidiagonal(q, k, q_pos, *rest)
+        clean = ops.score_antidiagonal(q, k, q_pos, *rest, rounded)
         q[0, 1, 70] = odd
-        got = ops.score_antidiagonal(q, k, q_pos, *rest)
+        got = ops.score_antidiagonal(q, k, q_pos, *rest, rounded)
     assert got[0, 1, 2, :3].isnan().all()
     got[0, 1, 2], clean[0, 1, 2] = 0.0, 0.0
     assert torch.equal(got, clean)
@@ -132,8 +228,8 @@ def test_scores_that_are_for_others() -> None:
     need("cpu")
     arguments = tiles(SMALL)
     with use_backend("triton"):
-        with pytest.raises(dispatch.UnsupportedError, match="triton: rounds nothing to 8 bits"):
-            ops.score_antidiagonal(*arguments, "int8")
+        with pytest.raises(dispatch.UnsupportedError, match="triton: rounds tiles of at most 65536 numbers"):
+            ops.score_antidiagonal(*tiles(replace(TINY, block=(8192, 8192))), "int8")
         with pytest.raises(dispatch.UnsupportedError, match="triton: needs channels that lie side by side"):
             ops.score_antidiagonal(arguments[0], arguments[1].mT.contiguous().mT, *arguments[2:])
 

@@ -19,6 +19,7 @@ WHY = {
     "bert": "'bert', which has attention that is not causal",
     "t5": "'t5', which is an encoder-decoder",
     "deepseek_v3": "'deepseek_v3', which has multi-latent attention",
+    "diffllama": "'diffllama', which attends twice in each layer",
     "mamba": "'mamba', which has layers of type linear_attention",
     "llama4": "'llama4_text', which has layers of type chunked_attention",
     "bloom": "'bloom', which does not let its attention function be chosen, and has no adapter here",

@@ -72,6 +72,7 @@ def _lazy(name: str, module: str, which: str = "") -> Implementation:
 
 _EACH = (
     "attend_blocks",
+    "attend_mass",
     "attend_pages",
     "score_pages",
     "score_antidiagonal",

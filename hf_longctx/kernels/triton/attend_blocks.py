@@ -21,40 +21,17 @@ from .tiles import (
     NEVER,
     PLACES,
     average,
+    column_of,
     head_of,
     logits_of,
     nothing,
+    positions,
     products,
     put,
     queries,
+    reached,
     read,
 )
-
-
-@triton.jit
-def _positions(see, batch, rows, tokens, stored, GIVEN: tl.constexpr):
-    """Of each query, -1 for none."""
-    if GIVEN:
-        return tl.load(see[0] + batch * see[1] + rows, mask=rows < tokens, other=-1).to(tl.int32)
-    return tl.where(rows < tokens, stored - tokens + rows, -1)
-
-
-@triton.jit
-def _chosen(ids, chosen, low, high, block, stored, PAGED: tl.constexpr, CUT: tl.constexpr):
-    """Of a list, how many blocks all queries see as a whole, and how many some query sees: the first ones."""
-    whole, seen = 0, 0
-    for first in range(0, chosen, 128):
-        places = first + tl.arange(0, 128)
-        block_id = tl.load(ids + places, mask=places < chosen, other=-1)
-        begin = block_id * block
-        there = (block_id >= 0) & (begin <= high)
-        seen += tl.sum(there.to(tl.int32), 0)
-        there &= begin + block - 1 <= low
-        if not PAGED:
-            there &= begin + block <= stored
-        if not CUT:
-            whole += tl.sum(there.to(tl.int32), 0)
-    return whole, seen
 
 
 @triton.jit
@@ -79,13 +56,6 @@ def _band(
             whole = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(near - window + 1, 0), BN), first), end)
         rest = tl.minimum(tl.maximum(tl.minimum((low + 1) // BN, stored // BN), whole), end)
     return sinks, first, whole, rest, end
-
-
-@triton.jit
-def _column(pages, i, chosen, BN: tl.constexpr, EACH: tl.constexpr):
-    """First column of a tile of the chosen blocks, of EACH tiles."""
-    page = tl.load(pages + i // EACH, mask=i // EACH < chosen, other=0)
-    return (page * EACH + i % EACH) * BN
 
 
 @triton.jit
@@ -118,7 +88,7 @@ def _kernel(
     kv_head, batch = tl.program_id(1), tl.program_id(2)
     head = kv_head * GROUP + tl.program_id(0) % GROUP
     rows, offsets = tile * BM + tl.arange(0, BM), tl.arange(0, BN)
-    pos = _positions(see, batch, rows, tokens, stored, GIVEN)
+    pos = positions(see, batch, rows, tokens, stored, GIVEN)
     high, low = tl.max(pos, 0), tl.min(tl.where(pos < 0, NEVER, pos), 0)
     sink, window = see[4], see[5]
 
@@ -138,9 +108,9 @@ def _kernel(
         mine = batch.to(tl.int64) * lists[2] + (head * lists[5] // (GROUP * tl.num_programs(1))) * lists[3]
         mine += (tile * BM // lists[8]) * lists[4]
         ids, pages = lists[0] + mine, lists[1] + mine
-        whole, seen = _chosen(ids, chosen, low, high, block, stored, PAGED, CUT)
+        _, _, whole, seen = reached(ids, chosen, low, high, block, stored, 0, PAGED, CUT, False)
         count, some = whole * EACH, (seen - whole) * EACH
-        column = _column(pages, 0, chosen, BN, EACH)
+        column = column_of(pages, 0, chosen, BN, EACH)
     else:
         sinks, first, whole, rest, end = _band(tile, low, high, tokens, stored, see, BM, BN, MODE, WINDOWED)
         count, some = rest - whole, sinks + whole - first + end - rest
@@ -155,7 +125,7 @@ def _kernel(
         if SLOPED:
             begin = column
             if MODE == LISTS:
-                begin = _column(ids, i, chosen, BN, EACH)
+                begin = column_of(ids, i, chosen, BN, EACH)
             distance = (begin + offsets)[None, :] - pos[:, None]
         x = products(asked, key, BITS)
         if PLAIN:
@@ -164,13 +134,13 @@ def _kernel(
             x = logits_of(x, distance, scale, softcap, slope, CAPPED, SLOPED)
             sums, others, top, total = average((sums, others, top, total), x, 1.0, value, BITS, True)
         if MODE == LISTS:
-            column = _column(pages, i + 1, chosen, BN, EACH)
+            column = column_of(pages, i + 1, chosen, BN, EACH)
         else:
             column += BN
 
     for i in tl.range(0, some, num_stages=1):
         if MODE == LISTS:
-            column, begin = _column(pages, count + i, chosen, BN, EACH), _column(ids, count + i, chosen, BN, EACH)
+            column, begin = column_of(pages, count + i, chosen, BN, EACH), column_of(ids, count + i, chosen, BN, EACH)
         else:
             beyond = i - sinks
             number = tl.where(beyond < whole - first, first + beyond, rest + beyond - (whole - first))

@@ -152,11 +152,11 @@ def _part(
 
 
 @triton.jit
-def _merge(
-    out, sums_of, stats_of, sink_logits, splits, q_heads, tokens,
+def merge(
+    out, sums_of, stats_of, sink_logits, totals, splits, q_heads, tokens,
     SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SUNK: tl.constexpr,
 ):  # fmt: skip
-    """The parts of one query of one head."""
+    """The parts of one query of one head; totals: where log2 of its sum of weights goes, +inf if it sees nothing."""
     at, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     split, channels = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     place = ((split * tl.num_programs(2) + batch) * q_heads + head) * tokens + at
@@ -174,7 +174,11 @@ def _merge(
         whole += tl.exp2(sink - largest)
     inside = (split < splits)[:, None] & (channels < DIM)[None, :]
     sums = tl.load(sums_of + place.to(tl.int64)[:, None] * DIM + channels[None, :], mask=inside, other=0.0)
-    result = tl.sum(sums * share[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
+    divisor = tl.where(whole == 0.0, 1.0, whole)
+    if totals is not None:
+        found = tl.where(tl.sum(total, 0) == 0.0, float("inf"), largest + tl.log2(divisor))
+        tl.store(totals + (batch * q_heads + head) * tokens + at, found)
+    result = tl.sum(sums * share[:, None], 0) / divisor
     to = out[0] + batch.to(tl.int64) * out[1] + head * out[2] + at * out[3] + channels
     tl.store(to, result.to(out[0].dtype.element_ty), mask=channels < DIM)
 
@@ -246,11 +250,12 @@ def run(
             **more,
         )
         if splits > 1:
-            _merge[(tokens, q_heads, batch)](
+            merge[(tokens, q_heads, batch)](
                 arguments[3],
                 sums,
                 stats,
                 arguments[6],
+                None,
                 splits,
                 q_heads,
                 tokens,

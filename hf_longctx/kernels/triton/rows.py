@@ -13,6 +13,17 @@ def nearest(x):
 
 
 @triton.jit
+def nearest_float(x):
+    """The nearest number of e4m3, |x| <= 448, of two the even one, as float32, which a cast does not change then.
+
+    They are 2^-9 apart at least, or an eighth of the power of two below; Triton's interpreter cuts small ones off.
+    """
+    power = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, 121)
+    unit, parts = (power - 3) << 23, (257 - power) << 23
+    return nearest(x * parts.to(tl.float32, bitcast=True)) * unit.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _packed(x, steps, scale, zero):
     return tl.minimum(tl.maximum(nearest(tl.div_rn(x, scale[:, None]) + zero[:, None]), 0.0), steps)
 

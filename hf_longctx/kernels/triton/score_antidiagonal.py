@@ -8,7 +8,6 @@ product is left out, and nothing waits for the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,80 +17,31 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..types import Packed
-from .arguments import LARGE, MOST, bits_of, on, reject_stored, rows_of, shared_of, width_of
-from .tiles import LOG2_E, head_of, put, queries, read
+from .arguments import LARGE, MOST, on, reject_stored, shared_of
+from .text_tiles import DEPTH, ROWS, Laid, Located, key_tiles, placed, query_tiles
+from .tiles import LOG2_E
 
 SUMS = 1 << 26
 """Of tiles of queries over blocks of keys that are held at a time, in float32; one strip of tiles at least."""
-ROWS, DEPTH, BUNCH = 128, 64, 8
-"""Tiles of queries of a strip, terms of a step of the product, and strips that walk over the keys together."""
-TOKENS, BLOCKS = 64, 256
-"""That a program puts side by side, or makes shares of, at a time."""
-MOST_TILES = 64
-"""Of a block."""
-
-
-@triton.jit(do_not_specialize=["apart", "tile", "reach", "last", "blocks", "strips", "block", "stride", "tiles"])
-def _places(
-    q_pos, apart, source, tile, reach, last, blocks, strips, block, stride, tiles,
-    ROWS: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    """Where the queries of a block stand, as `Located` has it; all of that is -1 before."""
-    n, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    offsets = tl.arange(0, SIZE)
-    pos = tl.load(q_pos + batch * apart + n * block + offsets, mask=offsets < block, other=-1).to(tl.int32)
-    given = pos >= 0
-    within = tl.where(given, pos % block, 0)
-    line = batch * blocks + n
-    tl.store(source + line * block + within, n * block + offsets, mask=given)
-    tl.atomic_max(tile + line * tiles + within // stride, pos // stride, mask=given)
-    high = tl.max(pos, 0)
-    if high >= 0:
-        tl.atomic_max(reach + batch * strips + n * tiles // ROWS, high // stride)
-        tl.atomic_max(last + batch, high)
-
-
-@triton.jit(do_not_specialize=["last", "last_b", "stored", "columns", "stride"])
-def _put_keys(
-    k, last, last_b, out, stored, columns, stride, depth,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, CAUSAL: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Keys of a tile side by side; zero where there is none."""
-    head, batch = tl.program_id(1), tl.program_id(2)
-    column = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    there = column < stored
-    if CAUSAL:
-        there &= column <= tl.load(last + batch * last_b)
-    like = tl.zeros((1,), out.dtype.element_ty)
-    key = read(
-        head_of(k, batch, head), tl.zeros((), tl.int64), column.to(tl.int64), there, like, DIM, WIDTH, BITS, True
-    )
-    row = (batch * tl.num_programs(1) + head).to(tl.int64) * columns + column // stride
-    put(out, row * depth + column % stride * DIM, column < columns * stride, key[0], key[1], DIM, WIDTH, BITS)
-
-
-@triton.jit(do_not_specialize=["source_b", "first", "count", "stride"])
-def _put_queries(
-    q, source, source_b, out, first, count, stride, depth, DIM: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr
-):  # fmt: skip
-    """Queries of a tile side by side, the last first; zero where there is none."""
-    head, batch = tl.program_id(1), tl.program_id(2)
-    place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    mirrored = first + place // stride * stride + stride - 1 - place % stride
-    token = tl.load(source + batch.to(tl.int64) * source_b + mirrored, mask=place < count * stride, other=-1)
-    rows = q[0] + batch.to(tl.int64) * q[1] + head * q[2]
-    query = queries(rows, token.to(tl.int64) * q[3], token >= 0, DIM, WIDTH, 0)
-    row = (batch * tl.num_programs(1) + head).to(tl.int64) * count + place // stride
-    put(out, row * depth + place % stride * DIM, place < count * stride, query[0], query[1], DIM, WIDTH, 0)
+BUNCH, BLOCKS = 8, 256
+"""Strips that walk over the keys together, and blocks that a program makes shares of at a time."""
+MOST_TILES, MOST_ROUNDED = 64, 1 << 16
+"""Of a block; and numbers of a tile that is rounded: 32 bits hold a sum of 2^17 products."""
+FLOATS_SINCE = (8, 9)
+"""Capability that multiplies floats of 8 bits."""
 
 
 @triton.jit(do_not_specialize=["tile", "tile_b", "reach", "reach_b", "count", "columns", "group", "strips", "bunch"])
 def _product(
-    asked, keys, sums, tile, tile_b, reach, reach_b, count, columns, blocks, depth, group, strips, bunch,
-    factor, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    TILES: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr,
+    asked, keys, asked_sizes, key_sizes, sums, tile, tile_b, reach, reach_b, count, columns, blocks, depth, group,
+    strips, bunch, factor, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
+    CAUSAL: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, WHOLE: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """Log2-sum-exp2 of BM tiles of queries over the blocks of BN tiles of keys; heads of a KV head walk together."""
+    """Log2-sum-exp2 of BM tiles of queries over the blocks of BN tiles of keys; heads of a KV head walk together.
+
+    WHOLE: numbers are. APART: of floats of 8 bits, so many products are summed up before they join the others, which a
+    tensor core would add with few bits; None of others.
+    """
     place, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head = kv_head * group + place % group
     steps = tl.cdiv(columns, BN)
@@ -106,10 +56,12 @@ def _product(
         return
     first = (batch * tl.num_programs(1) * group + head) * count + strip * BM
     begin = (batch * tl.num_programs(1) + kv_head) * columns + step * BN
-    x = tl.zeros((BM, BN), tl.float32)
+    KIND: tl.constexpr = tl.int32 if WHOLE else tl.float32
+    x = tl.zeros((BM, BN), KIND)
     if TILED:
         for i in tl.range(0, depth, BK, num_stages=STAGES):
-            x = tl.dot(asked.load([first, i]), tl.trans(keys.load([begin, i])), x)
+            some, others = asked.load([first, i]), tl.trans(keys.load([begin, i]))
+            x = tl.dot(some, others, x, max_num_imprecise_acc=APART, out_dtype=KIND)
     else:
         terms = tl.arange(0, BK)[None, :]
         row = first + tl.minimum(tl.arange(0, BM), count - 1 - strip * BM)
@@ -117,11 +69,15 @@ def _product(
         some = asked + row.to(tl.int64)[:, None] * depth + terms
         others = keys + column.to(tl.int64)[:, None] * depth + terms
         for _ in tl.range(0, depth, BK, num_stages=STAGES):
-            x = tl.dot(tl.load(some), tl.trans(tl.load(others)), x)
+            x = tl.dot(tl.load(some), tl.trans(tl.load(others)), x, max_num_imprecise_acc=APART, out_dtype=KIND)
             some += BK
             others += BK
     row, column = strip * BM + tl.arange(0, BM), step * BN + tl.arange(0, BN)
     at = tl.load(tile + batch.to(tl.int64) * tile_b + row, mask=row < count, other=-1)
+    if asked_sizes is not None:
+        size = tl.load(asked_sizes + first + tl.arange(0, BM), mask=row < count, other=0.0)
+        others_size = tl.load(key_sizes + begin + tl.arange(0, BN), mask=column < columns, other=0.0)
+        x = x.to(tl.float32) * size[:, None] * others_size[None, :]
     seen = (column < columns)[None, :] & (at >= 0)[:, None]
     if CAUSAL:
         seen &= column[None, :] <= at[:, None]
@@ -172,8 +128,10 @@ def reject(
     q: Tensor, k: Tensor | Packed, q_pos: Tensor, block: int, stride: int, scale: float, causal: bool, rounded: str = ""
 ) -> str | None:
     """Why the kernels do not take these arguments, or None."""
-    if rounded:
-        return "rounds nothing to 8 bits"
+    if rounded and stride * q.shape[3] > MOST_ROUNDED:
+        return f"rounds tiles of at most {MOST_ROUNDED} numbers"
+    if rounded == "fp8" and q.is_cuda and torch.cuda.get_device_capability(q.device) < FLOATS_SINCE:
+        return "multiplies floats of 8 bits from sm_89 on; whole numbers ('int8') everywhere"
     if not q.numel() or not k.shape[2]:
         return "takes no empty tensors"
     if {k.device, q_pos.device} != {q.device}:
@@ -190,47 +148,12 @@ def reject(
     return reject_stored(k)
 
 
-@dataclass(frozen=True)
-class Located:
-    """Where queries stand, int32, in the text that is cut into tiles.
-
-    Args:
-        source: `[B or 1, N * block]`, the query of the call at each place of its blocks, -1 for none.
-        tile: `[B or 1, N * tiles]`, which tile of the text each tile of queries is, -1 where it has none.
-        reach: `[B or 1, strips]`, the last tile of the text of so many tiles of queries.
-        last: `[B or 1, 1]`, the last position of a row.
-    """
-
-    source: Tensor
-    tile: Tensor
-    reach: Tensor
-    last: Tensor
-
-    def of(self, name: str, first: int = 0) -> tuple[Tensor, int]:
-        """Address from a place on, and how far rows are apart."""
-        x: Tensor = getattr(self, name)
-        return x[:, first:], 0 if len(x) == 1 else x.stride(0)
-
-
-def _placed(q_pos: Tensor, block: int, stride: int) -> Located:
-    q_pos = q_pos.contiguous()
-    rows, tokens = q_pos.shape
-    blocks, tiles = tokens // block, block // stride
-    strips = -(-blocks * tiles // ROWS)
-    sizes = [rows * n for n in (tokens, blocks * tiles, strips, 1)]
-    parts = torch.full((sum(sizes),), -1, dtype=torch.int32, device=q_pos.device).split(sizes)
-    places = Located(*(x.view(rows, -1) for x in parts))
-    _places[(blocks, rows)](
-        q_pos, tokens, *parts, blocks, strips, block, stride, tiles, ROWS=ROWS, SIZE=triton.next_power_of_2(block)
-    )
-    return places
-
-
-def _tile_of(device: torch.device) -> tuple[int, dict[str, int]]:
+def _tile_of(device: torch.device, rounded: str) -> tuple[int, dict[str, Any]]:
     """Tiles of keys of a step, and how the product is compiled; TILED: the device copies tiles by itself."""
+    kind = {"WHOLE": rounded == "int8", "APART": DEPTH[rounded] if rounded == "fp8" else None, "num_warps": 8}
     if shared_of(device) < LARGE:
-        return 128, {"TILED": False, "STAGES": 3, "num_warps": 8}
-    return 256, {"TILED": True, "STAGES": 4, "num_warps": 8}
+        return 128, {"TILED": False, "STAGES": 3, **kind}
+    return 128 if rounded == "fp8" else 256, {"TILED": True, "STAGES": 4, **kind}  # of floats there are two sums
 
 
 @torch.no_grad()
@@ -239,27 +162,30 @@ def run(
 ) -> Tensor:
     """`ops.score_antidiagonal`."""
     q = q if q.stride(3) == 1 else q.contiguous()
-    (rows, heads, tokens, dim), (kv_heads, stored) = q.shape, k.shape[1:3]
-    blocks, count, tiles, columns = -(-stored // block), tokens // block, block // stride, -(-stored // stride)
-    depth = -(-stride * dim // DEPTH) * DEPTH
+    (rows, heads, tokens, _), stored = q.shape, k.shape[2]
+    blocks, count, tiles = -(-stored // block), tokens // block, block // stride
     out = torch.empty(rows, heads, count, blocks, device=q.device)
     with on(q.device):
-        places = _placed(q_pos, block, stride)
-        keys = _side_by_side(q, rows * kv_heads * columns, depth, stride)
-        _put_keys[(triton.cdiv(columns * stride, TOKENS), kv_heads, rows)](
-            rows_of(k), *places.of("last"), keys, stored, columns, stride, depth,
-            DIM=dim, WIDTH=width_of(dim, bits_of(k)), BITS=bits_of(k), CAUSAL=causal, TOKENS=TOKENS,
-        )  # fmt: skip
+        places = placed(q_pos, block, stride)
+        keys = key_tiles(k, places, stride, causal, rounded)
         size = max(1, SUMS // (rows * heads * blocks * ROWS)) * ROWS
         for first in range(0, count * tiles, size):
             some = min(size, count * tiles - first)
-            asked = _side_by_side(q, rows * heads * some, depth, stride)
-            _put_queries[(triton.cdiv(some * stride, TOKENS), heads, rows)](
-                (q, *q.stride()[:3]), *places.of("source"), asked, first * stride, some, stride, depth,
-                DIM=dim, WIDTH=width_of(dim), TOKENS=TOKENS,
-            )  # fmt: skip
+            asked = query_tiles(q, places, first, some, stride, rounded)
             sums = torch.empty(rows, heads, some, blocks, device=q.device)
-            _multiply(asked, keys, sums, places, first, columns, tiles, kv_heads, scale / stride, causal)
+            _multiply(
+                asked,
+                keys,
+                sums,
+                places,
+                first,
+                -(-stored // stride),
+                tiles,
+                k.shape[1],
+                scale / stride,
+                causal,
+                rounded,
+            )
             _shares[(some // tiles, heads, rows)](
                 sums, *places.of("tile", first), out, count, some, first // tiles, blocks,
                 TILES=tiles, BLOCKS=BLOCKS, CAUSAL=causal,
@@ -267,25 +193,21 @@ def run(
     return out
 
 
-def _side_by_side(q: Tensor, rows: int, depth: int, stride: int) -> Tensor:
-    """Room for tiles, `[rows, depth]`; zero where no token is put."""
-    return (q.new_zeros if depth > stride * q.shape[3] else q.new_empty)(rows, depth)
-
-
 def _multiply(
-    asked: Tensor, keys: Tensor, sums: Tensor, places: Located, first: int, columns: int, tiles: int, kv_heads: int,
-    factor: float, causal: bool,
+    asked: Laid, keys: Laid, sums: Tensor, places: Located, first: int, columns: int, tiles: int, kv_heads: int,
+    factor: float, causal: bool, rounded: str,
 ) -> None:  # fmt: skip
     """Into `sums`, of tiles of queries from `first` on."""
     rows, heads, count, blocks = sums.shape
-    strips, (width, compiled) = triton.cdiv(count, ROWS), _tile_of(sums.device)
+    strips, (width, compiled), step = triton.cdiv(count, ROWS), _tile_of(sums.device, rounded), DEPTH[rounded]
     bunch, steps = min(BUNCH, triton.next_power_of_2(strips)), triton.cdiv(columns, width)
-    group, depth = heads // kv_heads, asked.shape[1]
-    tables: list[Any] = [asked, keys]
+    group, depth = heads // kv_heads, asked.numbers.shape[1]
+    tables: list[Any] = [asked.numbers, keys.numbers]
     if compiled["TILED"]:
-        tables = [TensorDescriptor(x, list(x.shape), [depth, 1], [n, DEPTH]) for x, n in ((asked, ROWS), (keys, width))]
+        wide = zip(tables, (ROWS, width), strict=True)
+        tables = [TensorDescriptor(x, list(x.shape), [depth, 1], [n, step]) for x, n in wide]
     _product[(group * bunch * steps * triton.cdiv(strips, bunch), kv_heads, rows)](
-        *tables, sums, *places.of("tile", first), *places.of("reach", first // ROWS), count, columns, blocks, depth,
-        group, strips, bunch, factor * LOG2_E.value, BM=ROWS, BN=width, BK=DEPTH, TILES=tiles,
+        *tables, asked.sizes, keys.sizes, sums, *places.of("tile", first), *places.of("reach", first // ROWS), count,
+        columns, blocks, depth, group, strips, bunch, factor * LOG2_E.value, BM=ROWS, BN=width, BK=step, TILES=tiles,
         CAUSAL=causal, **compiled,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What attention kernels do with a tile: read keys or values, make logits of products, average values by them."""
+"""What attention kernels do with a tile: find and read keys or values, make logits of products, average by them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,45 @@ def head_of(rows, batch, head):
     first = batch.to(tl.int64) * rows[3] + head * rows[4]
     few = batch.to(tl.int64) * rows[6] + head * rows[7]
     return rows[0] + first, rows[1] + few, rows[2] + few, rows[5], rows[8]
+
+
+@triton.jit
+def positions(see, batch, rows, tokens, stored, GIVEN: tl.constexpr):
+    """Of each query, -1 for none."""
+    if GIVEN:
+        return tl.load(see[0] + batch * see[1] + rows, mask=rows < tokens, other=-1).to(tl.int32)
+    return tl.where(rows < tokens, stored - tokens + rows, -1).to(tl.int32)
+
+
+@triton.jit
+def column_of(pages, i, chosen, BN: tl.constexpr, EACH: tl.constexpr):
+    """First column of a tile of the chosen blocks, of EACH tiles."""
+    page = tl.load(pages + i // EACH, mask=i // EACH < chosen, other=0)
+    return (page * EACH + i % EACH) * BN
+
+
+@triton.jit
+def reached(ids, chosen, low, high, block, stored, clamp, PAGED: tl.constexpr, CUT: tl.constexpr, TURNED: tl.constexpr):
+    """Of a list, how many blocks are far to all queries, far to some, seen by all as a whole, and seen by some.
+
+    Each is a number of first blocks; a block is counted among the first and the third only if all of it is stored.
+    """
+    far, some_far, whole, seen = 0, 0, 0, 0
+    for first in range(0, chosen, 128):
+        places = first + tl.arange(0, 128)
+        block_id = tl.load(ids + places, mask=places < chosen, other=-1)
+        begin = block_id * block
+        there = (block_id >= 0) & (begin <= high)
+        seen += tl.sum(there.to(tl.int32), 0)
+        if TURNED:
+            some_far += tl.sum((there & (begin < high - clamp)).to(tl.int32), 0)
+        if not PAGED:
+            there &= begin + block <= stored
+        if not CUT:
+            whole += tl.sum((there & (begin + block - 1 <= low)).to(tl.int32), 0)
+            if TURNED:
+                far += tl.sum((there & (begin + block - 1 < low - clamp)).to(tl.int32), 0)
+    return far, some_far, whole, seen
 
 
 @triton.jit
