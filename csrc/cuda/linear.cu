@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "linear_early.cuh"
 #include "linear_few.cuh"
 #include "linear_many.cuh"
 #include "linear_one.h"
@@ -41,8 +42,13 @@ template <Form F, int MT, bool STREAM>
 Kernel rows(const hfl_linear& a, int tokens) {
   using R = RowsRoom<F, MT, STREAM>;
   const int bytes = rows_bytes<F, MT, STREAM>(chunks_of(a), std::min(a.tokens, tokens));
-  return {reinterpret_cast<const void*>(&linear_rows_kernel<F, MT, STREAM>), 8 * MT, R::THREADS, bytes, Kind::ROWS,
-          R::ROWS};
+  const void* function;
+  if constexpr (MT == 1 && !STREAM) {
+    function = reinterpret_cast<const void*>(&linear_early_kernel<F>);
+  } else {
+    function = reinterpret_cast<const void*>(&linear_rows_kernel<F, MT, STREAM>);
+  }
+  return {function, 8 * MT, R::THREADS, bytes, Kind::ROWS, R::ROWS};
 }
 template <Form F, int MT>
 Kernel rows(const hfl_linear& a, int shared_bytes) {

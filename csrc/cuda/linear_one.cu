@@ -2,12 +2,12 @@
 //
 // Paper: QoQ, arXiv:2405.04532, section 5.
 // Shapes: x (and y) [1, K], K at most 8192 or 16384; the rest is that of linear.cu.
-// Grid, block and products: those of linear_rows.cuh. Every block makes the 8 bits of the whole row, as quantize.cu would,
-//   while its first codes are on their way, and leaves them in shared memory where its warps look for them; so that there
-//   is no kernel between two linears that would have to wait for the first and be waited for by the second.
+// Grid, block and products: those of linear_early.cuh. Every block makes the 8 bits of the whole row, as quantize.cu would,
+//   while its first codes are on their way; a warp makes those that it multiplies, and waits once for the others, for the
+//   largest. So there is no kernel between two linears that would have to wait for the first and be waited for.
 // sm_90 and later. Shared memory: that of linear_rows.cuh. Bound by: bytes of the weight.
+#include "linear_early.cuh"
 #include "linear_one.h"
-#include "linear_rows.cuh"
 #include "quantize_row.cuh"
 
 namespace hfl {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(RowsRoom<F, 1, false>::THREADS, 2) linear_one_
   __shared__ OneParts parts;
   RowsResults<R, 1> results{p};
   if (KIND != HFL_OF_GATE) results.begin();  // before the codes, behind which it would come late
-  RowsBlock<F, 1, false> block(p, shared_address(shared));
+  EarlyBlock<F> block(p, shared_address(shared));
   RowsCursor<R> ahead(p, block.warp, block.lane);
 #pragma unroll 1
   for (int i = 0; i < R::STAGES; ++i) {
