@@ -52,7 +52,7 @@ def save_session(
             f"save_session: expected a cache of plan '{state.plan.method}' that has seen tokens; got {got}. "
             "Keep outputs.past_key_values of a call, and pass it as cache."
         )
-    if cache.pending is not None:
+    if cache.ledger.begun:
         raise RuntimeError(
             "save_session: expected a cache whose calls all ran to their end; got one that was interrupted. "
             "Call cache.reset() and feed the text again."

@@ -86,7 +86,8 @@ struct TokensOf {
   }
 };
 
-// All units of a block, whose first codes are on their way, in groups of copies of which one waits as if each had its own.
+// All units of a block, whose first codes are on their way, in groups of copies of which one waits as if each had its
+// own.
 template <class Block, class Results, class Tokens>
 __device__ __forceinline__ void multiply_units(const LinearTask& p, Block& block, RowsCursor<typename Block::R>& ahead,
                                                Results& results, Tokens& tokens) {
@@ -136,8 +137,8 @@ struct EarlyBlock : RowsBlock<F, 1, false> {
   static constexpr int MT = 1;
   using Base::Base, Base::p, Base::tokens, Base::warp, Base::lane, Base::turn;
 
-// Tokens of all chunks, where a thread has few of them. Not copied as codes are, for then no code could be used before all that
-  // were asked for are there.
+  // Tokens of all chunks, where a thread has few of them. Not copied as codes are, for then no code could be used before
+  // all that were asked for are there.
   __device__ __forceinline__ void load_tokens() const {
     constexpr int PIECES = R::CHUNK / 16, TOGETHER = 32 / PIECES, AT_ONCE = 4;  // of 16 bytes; parts of a warp's loads
     const int8_t* from = p.a.values + static_cast<int64_t>(p.tokens_from) * p.a.columns;

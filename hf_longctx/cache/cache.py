@@ -34,7 +34,6 @@ class LongContextCache(Cache):
         self.expected = 0  # columns that the calls of one prompt will come to, where it is known
         self.asked = 0  # columns for which there is room from the first call on, likewise
         self.angles = Angles() if plan.at_read else None
-        self.pending: Step | None = None
         self.stacks = [LongContextLayer(layer, self.ledger) for layer in plan.layers]
         super().__init__(layers=list(self.stacks))
 
@@ -45,7 +44,7 @@ class LongContextCache(Cache):
             RuntimeError: the call before was interrupted, so layers may hold different tokens.
             ValueError: another batch size, or a mask that does not fit.
         """
-        if self.pending is not None:
+        if self.ledger.begun:
             raise RuntimeError(
                 "LongContextCache: expected every call to run to its end; got one that was interrupted, so its layers "
                 "may hold different tokens. Call cache.reset() and feed the text again."
@@ -60,9 +59,8 @@ class LongContextCache(Cache):
             self.ledger.settle()
         step = Step.of(self.ledger.columns, tokens, device, self.ledger.lengths, mask, look)
         known = self.expected or self.asked
-        self.pending = replace(step, expected=self.expected, asked=self.asked) if known else step
         self.ledger.begun = True
-        return self.pending
+        return replace(step, expected=self.expected, asked=self.asked) if known else step
 
     def commit(self, step: Step, looked: bool = True) -> None:
         """Count the tokens of a call that ran to its end; looked: as in `begin`, and then something may have grown.
@@ -81,7 +79,7 @@ class LongContextCache(Cache):
         ledger.columns += step.tokens
         ledger.loose = ledger.loose or (not looked and ledger.lengths is None)
         ledger.lengths = step.lengths_after if step.ragged else None
-        self.pending, ledger.begun = None, False
+        ledger.begun = False
         if looked:
             self.measure()
 
@@ -155,7 +153,7 @@ class LongContextCache(Cache):
             shift: `[B, N]`, int64, by how much each moves up.
             rotate: the model's own routine.
         """
-        assert self.angles is not None and self.pending is None
+        assert self.angles is not None and not self.ledger.begun
         for layer in self.stacks:
             for _, store in layer.stores:
                 assert isinstance(store, Store)  # the plan has no placement
@@ -208,7 +206,6 @@ class LongContextCache(Cache):
         self.floors.clear()
         self.angles = Angles() if self.plan.at_read else None
         self.expected = self.asked = 0
-        self.pending = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the batch rows by `rows[beam_idx]` (beam search)."""

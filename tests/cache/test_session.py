@@ -205,7 +205,7 @@ def test_what_cannot_be_saved_is_said_and_the_old_file_stays(saved: Path, monkey
         cache.begin(1, 2, CPU, None)
         with pytest.raises(RuntimeError, match="got one that was interrupted"):
             save_session(MODEL, saved, cache)
-        cache.pending = None
+        cache.ledger.begun = False
 
         def fail(*args: Any, **kwargs: Any) -> None:
             raise OSError("no space left")

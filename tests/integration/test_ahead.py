@@ -93,7 +93,7 @@ def assert_same_state(a: LongContextCache, b: LongContextCache) -> None:
     """Two caches have seen the same text, and will choose blocks anew at the same steps."""
     assert a.ledger.columns == b.ledger.columns
     assert torch.equal(a.ledger.row_lengths, b.ledger.row_lengths)
-    assert a.pending is None
+    assert not a.ledger.begun
     due = [
         [store.kept.is_due(3, columns) for stack in x.stacks for _, store in stack.stores]
         for columns in range(a.ledger.columns, a.ledger.columns + 4)

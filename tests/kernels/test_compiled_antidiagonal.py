@@ -161,6 +161,20 @@ def test_torch_sums_up_where_there_is_no_library() -> None:
     assert dispatch.last_used()["score_antidiagonal"] == "torch"
 
 
+def defined(arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, float]:
+    """Scores as they are defined, in float64, and the largest sum that was made for them."""
+    largest, shares = [0.0], score.shares_of
+
+    def seen(x: Tensor, tile: Tensor, causal: bool) -> Tensor:
+        largest.append(float(x.abs().amax()))
+        return shares(x, tile, causal)
+
+    monkeypatch.setattr(score, "shares_of", seen)
+    q, k, *rest = arguments
+    with use_backend("reference"):
+        return ops.score_antidiagonal(q.double(), k.double(), *rest), max(largest)
+
+
 def need_eight() -> None:
     need("cuda")
     if torch.cuda.get_device_capability() != (9, 0):
@@ -177,21 +191,13 @@ def test_scores_of_eight_bits(case: Tiled, rounded: str, monkeypatch: pytest.Mon
     """
     need_eight()
     arguments = (*on_cuda(tiles(case)), rounded)
-    q, k, _, _, stride, *_ = arguments
+    stride = arguments[4]
     assert antidiagonal.reject(*arguments) is None
     got = antidiagonal.score_antidiagonal(*arguments)
     assert torch.equal(got, antidiagonal.score_antidiagonal(*arguments))
-    largest, shares = [], score.shares_of
-
-    def seen(x: Tensor, tile: Tensor, causal: bool) -> Tensor:
-        largest.append(float(x.abs().amax()))
-        return shares(x, tile, causal)
-
-    monkeypatch.setattr(score, "shares_of", seen)
-    with use_backend("reference"):
-        exact = ops.score_antidiagonal(q.double(), k.double(), *arguments[2:])
+    exact, largest = defined(arguments, monkeypatch)
     cut = (stride * case.dim / 32 + 8) * 2.0**-13 if rounded == "fp8" else 8 * torch.finfo(torch.float32).eps
-    off = cut * max(largest, default=0.0)
+    off = cut * largest
     assert bool(((got.double() - exact).abs() <= (2 * off + 1e-4) * exact + 1e-6).all())
 
 
