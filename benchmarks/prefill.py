@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from decode import meta, parse
 from prefill_chunks import chunk_rows, piece_rows
+from prefill_flash import flash_rows
 from prefill_generate import generate_rows
 from prefill_layers import layer_rows
 from prefill_lengths import length_rows
@@ -169,7 +170,8 @@ def attention_rows(fa3: bool) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Measure, and write it down line by line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="+", choices=["attention", "layers", "generate", "lengths", "chunks", "pieces"])
+    names = ["attention", "layers", "generate", "lengths", "chunks", "pieces", "flash"]
+    parser.add_argument("what", nargs="+", choices=names)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128 * K], help="of prompts to generate() from")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parse(parser)
@@ -181,6 +183,7 @@ def main() -> None:
         "lengths": length_rows,
         "chunks": lambda: chunk_rows(text, fa3),
         "pieces": lambda: piece_rows(chosen.tokens[0]),
+        "flash": lambda: flash_rows(text),
     }
     written: dict[str, Any] = {"meta": meta(), "rows": []}
     for what in chosen.what:

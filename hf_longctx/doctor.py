@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_PACKAGES = ("hf_longctx", "torch", "transformers", "accelerate", "safetensors", "peft", "triton", "flash-attn", "gguf")
+_PACKAGES = (
+    *("hf_longctx", "torch", "transformers", "accelerate", "safetensors", "peft", "triton"),
+    *("flash-attn", "flash-attn-3", "gguf"),
+)
 _ABSENT = "not installed"
 
 

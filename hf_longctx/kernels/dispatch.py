@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from ..errors import UnsupportedError
 
-ORDER = ("compiled", "triton", "flex", "torch", "reference")
+ORDER = ("flash", "compiled", "triton", "flex", "torch", "reference")
 """Backends, fastest first. `reference` defines every operation and always exists."""
 
 OPS = (
@@ -61,7 +61,7 @@ LACKS = "does not have it"
 """How the reason ends of a backend that has no such operation, on any machine."""
 
 _VARIABLE = "HF_LONGCTX_BACKEND"
-_MODULES = {"compiled": "compiled", "triton": "triton", "flex": "flex", "torch": "fused", "reference": "reference"}
+_MODULES = {name: name for name in ORDER} | {"torch": "fused"}
 _WANTED: ContextVar[str | None] = ContextVar("hf_longctx_backend", default=None)
 _SAID: ContextVar[tuple[str | None] | None] = ContextVar("hf_longctx_backend_of_call", default=None)
 _LAST: dict[str, str] = {}
@@ -189,9 +189,10 @@ def last_used() -> dict[str, str]:
 
 def table() -> list[Row]:
     """Every operation on every backend, and why not where there is a no."""
-    from . import compiled, triton
+    from . import compiled, flash, triton
 
-    rows, without = [], {"compiled": compiled.missing(), "triton": triton.missing()}
+    rows = []
+    without = {"flash": flash.missing(), "compiled": compiled.missing(), "triton": triton.missing()}
     for op in OPS:
         for backend in ORDER:
             has = op in _table()[backend]

@@ -79,15 +79,14 @@ def test_other_threads_have_their_own_wish() -> None:
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
-        pytest.raises(ValueError, match="expected one of compiled, triton, flex, torch, reference; got 'fast'"),
+        pytest.raises(ValueError, match="expected one of flash, compiled, triton, flex, torch, reference; got 'fast'"),
         lc.use_backend("fast"),
     ):
         pass
     assert dispatch.wanted() is None
     monkeypatch.setenv("HF_LONGCTX_BACKEND", "fast")
-    with pytest.raises(
-        ValueError, match="HF_LONGCTX_BACKEND: expected one of compiled, triton, flex, torch, reference; got 'fast'"
-    ):
+    known = "flash, compiled, triton, flex, torch, reference"
+    with pytest.raises(ValueError, match=f"HF_LONGCTX_BACKEND: expected one of {known}; got 'fast'"):
         ops.attend_blocks(*PLAIN)
 
 
