@@ -22,7 +22,7 @@ CAPABILITY = (9, 0)
 """The GPUs that it is faster on than torch's kernels and ours."""
 DIMS = (64, 128, 256)
 """Channels that all of its builds have."""
-LEAST = 1024
+LEAST = 2048
 """Keys from which on a call of it, which takes longer on the host, is worth its while."""
 
 

@@ -19,7 +19,7 @@ from hf_longctx.kernels.dispatch import use_backend
 LOGITS, SEE = ops.Logits(0.2), ops.Visibility()
 
 
-def made(tokens: int = 1100, stored: int = 1100, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+def made(tokens: int = 2100, stored: int = 2100, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """Queries, keys and values as a model has them."""
     made = torch.Generator().manual_seed(0)
     sizes = ((tokens, 4), (stored, 2), (stored, 2))
@@ -69,7 +69,7 @@ def stand(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.mark.parametrize("before", [0, 300])
 def test_whole_texts_and_queries_that_follow_keys(stand: Stand, before: int) -> None:
-    q, k, v = made(1100 - before)
+    q, k, v = made(2100 - before)
     with torch.no_grad():
         got = ops.attend_blocks(q, k, v, LOGITS, SEE, None)
     assert (stand.calls, dispatch.last_used()["attend_blocks"]) == (1, "flash")
@@ -82,9 +82,9 @@ def test_whole_texts_and_queries_that_follow_keys(stand: Stand, before: int) -> 
 def refused() -> dict[str, tuple[Any, ...]]:
     """Arguments that it is not asked for."""
     q, k, v = made()
-    pos = torch.arange(1100)[None]
+    pos = torch.arange(2100)[None]
     ids = torch.zeros(1, 2, 9, 1, dtype=torch.int32)
-    one, few = made(1), made(1000, 1000)
+    one, few = made(1), made(2000, 2000)
     single = made(dtype=torch.float32)
     packed = [ops.encode_kv(x.contiguous(), 8) for x in (k, v)]
     wants = q.clone().requires_grad_()
@@ -96,7 +96,7 @@ def refused() -> dict[str, tuple[Any, ...]]:
         "padding": (q, k, v, LOGITS, ops.Visibility(q_pos=pos, k_pos=pos), None),
         "lap positions": (q, k, v, LOGITS, SEE, ops.Turns(pos.clamp(max=63), 60, 4, torch.ones(2))),
         "chosen blocks": (q, k, v, LOGITS, SEE, None, ops.Selection(ids, 128, 128)),
-        "more queries than keys": (q, k[:, :, :1050], v[:, :, :1050], LOGITS, SEE, None),
+        "more queries than keys": (q, k[:, :, :2080], v[:, :, :2080], LOGITS, SEE, None),
         "one query": (*one, LOGITS, SEE, None),
         "few keys": (*few, LOGITS, SEE, None),
         "float32": (*single, LOGITS, SEE, None),
@@ -114,7 +114,7 @@ def test_what_it_is_not_asked_for(stand: Stand, what: str) -> None:
 
 
 def test_a_window_that_holds_all_is_none(stand: Stand) -> None:
-    assert flash.reject(*made(), LOGITS, ops.Visibility(4, 1100), None) is None
+    assert flash.reject(*made(), LOGITS, ops.Visibility(4, 2100), None) is None
 
 
 def test_where_there_is_no_such_gpu() -> None:
