@@ -144,7 +144,10 @@ def _operations(found: dict[str, Any]) -> list[RenderableType]:
     for op, here in able.items():
         runs = here[0] if asked is None else asked if asked in here else "none"
         shown.add_row(op, runs, ", ".join(backend for backend in here if backend != runs))
-    return [shown, *(f"{by} does not run its {count} operations: {why}" for (by, why), count in refused.items())]
+    return [
+        shown,
+        *(f"{by} does not run its {count} operation{'s' * (count > 1)}: {why}" for (by, why), count in refused.items()),
+    ]
 
 
 if __name__ == "__main__":
