@@ -13,7 +13,7 @@
 
 #include "delta.h"
 
-#define HFL_ABI 7
+#define HFL_ABI 8
 
 #pragma GCC visibility push(default)  // all else is hidden
 #ifdef __cplusplus
@@ -197,11 +197,14 @@ typedef struct {
   int32_t outer, middle, inner, dim;  // x [outer, middle, inner, dim]
   int32_t dtype, weight_dtype;
   int32_t early;  // 1: rows are rounded to dtype before they meet the weight
+  int32_t weights, each;  // where there are numbers: of what, and how many rows in turn have the same one
   float eps, offset;
   const void* x;
   int64_t x_o, x_m, x_i;
-  const void* weight;  // [dim]
-  void* out;           // contiguous; of dtype, but float32 if early and the weight is
+  const void* weight;  // [dim], or [weights, dim] where there are numbers
+  int64_t weight_r;
+  const int64_t* of_row;  // [rows / each], which of the weights, or NULL; zeros where there is none of that number
+  void* out;              // contiguous; of dtype, but float32 if early and the weight is
   void* stream;
 } hfl_norm;
 

@@ -1,4 +1,4 @@
-// ops.rms_norm: rows by the root of their mean square, times a weight: one launch instead of eight.
+// ops.rms_norm: rows by the root of their mean square, times a weight, maybe of their own: one launch instead of eight.
 //
 // Shapes: x [outer, middle, inner, D] with any strides of rows, D a multiple of 8 up to 16384; out contiguous.
 // Grid: a block for a row. Block: a thread for 8 channels, or for 16 where D > 8192; they stay in registers.
@@ -40,11 +40,15 @@ __global__ void __launch_bounds__(MOST_THREADS) norm_kernel(const hfl_norm a) {
   const int row = static_cast<int>(blockIdx.x), inner = row % a.inner, rest = row / a.inner;
   const int64_t from = rest / a.middle * a.x_o + rest % a.middle * a.x_m + inner * a.x_i;
   wait_for_previous(row);
+  const int64_t number = a.of_row ? a.of_row[row / a.each] : 0;
+  const bool there = !a.of_row || (number >= 0 && number < a.weights);
   Raw x[PIECES] = {}, weight[PIECES] = {};
 #pragma unroll
   for (int p = 0; p < PIECES; ++p) {
     const int channel = static_cast<int>(threadIdx.x + p * blockDim.x) * 8;
-    if (channel < a.dim) x[p] = load(a.x, from + channel, a.dtype), weight[p] = load(a.weight, channel, a.weight_dtype);
+    if (channel >= a.dim) continue;
+    x[p] = load(a.x, from + channel, a.dtype);
+    if (there) weight[p] = load(a.weight, number * a.weight_r + channel, a.weight_dtype);
   }
   float sum = 0.0f;
 #pragma unroll
@@ -83,13 +87,17 @@ const char* check(const hfl_norm& a) {
   }
   if (a.outer < 1 || a.middle < 1 || a.inner < 1) return "rms_norm: expected no empty axis";
   if (static_cast<int64_t>(a.outer) * a.middle > INT32_MAX / a.inner) return "rms_norm: expected fewer than 2^31 rows";
-  const int64_t bytes = a.dtype == HFL_F32 ? 4 : 2;
+  if (a.of_row && (a.each < 1 || a.outer * a.middle * a.inner % a.each)) {
+    return "rms_norm: expected as many rows for each number of weights";
+  }
+  const int64_t bytes = a.dtype == HFL_F32 ? 4 : 2, weight_bytes = a.weight_dtype == HFL_F32 ? 4 : 2;
   for (const void* x : {a.x, a.weight, static_cast<const void*>(a.out)}) {
     if (reinterpret_cast<uintptr_t>(x) % 16) return "rms_norm: expected tensors that begin at multiples of 16 bytes";
   }
   for (int64_t stride : {a.x_o, a.x_m, a.x_i}) {
     if (stride * bytes % 16) return "rms_norm: expected rows that begin at multiples of 16 bytes";
   }
+  if (a.weight_r * weight_bytes % 16) return "rms_norm: expected weights that begin at multiples of 16 bytes";
   return nullptr;
 }
 

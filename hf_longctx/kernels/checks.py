@@ -23,7 +23,7 @@ def check(op: str, args: Sequence[Any]) -> None:
 
     Raises:
         ValueError: a list of blocks that is not ascending, names a block twice, points outside or after its queries;
-            a token whose place is outside the store; a slot that there is not.
+            a token whose place is outside the store; a slot or a weight that there is not.
     """
     look = _CHECKS.get(op)
     recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -118,11 +118,18 @@ def _slots(op: str, *args: Any) -> None:
     _refuse(op, f"slots from -1 to {most}", (slots < -1) | (slots > most), slots, "Name slots that there are")
 
 
+def _of_row(op: str, x: Any, weight: Tensor, eps: Any, offset: Any, early: Any, of_row: Tensor | None = None) -> None:
+    if of_row is not None:
+        wrong, most = (of_row < 0) | (of_row >= len(weight)), len(weight) - 1
+        _refuse(op, f"numbers of weights from 0 to {most}", wrong, of_row, "Name weights that there are")
+
+
 _CHECKS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("attend_blocks", "attend_pages", "attend_heads", "attend_mass"), _selected),
     "attend_layer": _layer,
     "append": _append,
     "append_pages": _append_pages,
     "bring_blocks": _brought,
+    "rms_norm": _of_row,
     **dict.fromkeys(("delta_linear", "linear_with_delta", "linears_with_delta"), _slots),
 }

@@ -45,23 +45,24 @@ def rotate_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, size: int) -> t
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool, of_row: Tensor | None = None) -> Tensor:
     """Rows by the root of their mean square, times a weight: `x * rsqrt(mean(x^2) + eps) * (weight + offset)`.
 
     Computed in float32.
 
     Args:
         x: `[..., D]`.
-        weight: `[D]`.
+        weight: `[D]`, or `[W, D]` if there is `of_row`.
         eps: added to the mean.
         offset: added to the weight.
         early: rows are rounded to the dtype of x before they meet the weight, and the result has the wider of both
             dtypes; else all is rounded once, to the dtype of x.
+        of_row: `[len(x)]`, int64, which weight is that of each row along the first axis; None: there is one for all.
 
     Returns:
         The shape of x.
     """
-    out: Tensor = dispatch.call("rms_norm", x, weight, eps, offset, early)
+    out: Tensor = dispatch.call("rms_norm", x, weight, eps, offset, early, of_row)
     return out
 
 

@@ -76,7 +76,7 @@ def rotate_heads(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool, *others: Any) -> Tensor:
     """Shape of x."""
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype) if early else x.dtype)
 

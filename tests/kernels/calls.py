@@ -110,8 +110,9 @@ def _storing(device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 def _layers(device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
     x, weight = (test_layers.random(*shape).to(device, BF16) for shape in ((2, 3, 64), (64,)))
-    yield "rms_norm", (x, weight, 1e-5, 0.0, True)
-    yield "rms_norm", (x, weight.float(), 1e-5, 0.0, True)
+    yield "rms_norm", (x, weight, 1e-5, 0.0, True, None)
+    yield "rms_norm", (x, x[0], 1e-5, 0.0, True, torch.tensor([2, 0], device=device))
+    yield "rms_norm", (x, weight.float(), 1e-5, 0.0, True, None)
     yield "gated", (x, x.flip(0))
     turned, delta = x.view(2, 3, 4, 16), torch.tensor([[3, -1, 0, 8]], device=device)
     yield "rotate", (turned, delta, torch.rand(6, device=device), True)

@@ -125,6 +125,14 @@ def test_slots_that_there_are_not() -> None:
     assert delta.delta_linear(x, base, bits, scales, slots).shape == base.shape
 
 
+@pytest.mark.usefixtures("_checked")
+def test_weights_that_there_are_not() -> None:
+    x = torch.ones(2, 8)
+    with pytest.raises(ValueError, match=r"rms_norm: expected numbers of weights from 0 to 1; got \[0, 2\]"):
+        ops.rms_norm(x, x, 1e-5, 0.0, True, torch.tensor([0, 2]))
+    assert ops.rms_norm(x, x, 1e-5, 0.0, True, torch.tensor([0, 1])).shape == x.shape
+
+
 def test_the_variable_turns_it_on() -> None:
     code = "from hf_longctx.kernels import dispatch; print(dispatch._CHECKED)"
     said = subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "HF_LONGCTX_DEBUG": "1"})

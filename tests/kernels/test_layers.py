@@ -132,6 +132,40 @@ def test_norms_of_rows_that_lie_apart(device: str) -> None:
         assert torch.equal(got, ran("rms_norm", device, x.contiguous(), weight, 1e-6, 0.0, True))
 
 
+OWN = [(4, 1, 4096), (5, 3, 64), (4, 5, 3, 128), (6, 8), (3, 1, 8200)]
+
+
+@devices
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", OWN, ids=str)
+@pytest.mark.parametrize(("dtype", "other"), [*((t, t) for t in DTYPES), (torch.bfloat16, torch.float32)])
+def test_norms_of_rows_with_weights_of_their_own(
+    form: str, shape: tuple[int, ...], dtype: torch.dtype, other: torch.dtype, device: str
+) -> None:
+    """Each row is to the bit what it is alone."""
+    x, weights = (3 * random(*shape)).to(dtype), random(3, 2, shape[-1], seed=1).to(other)[:, 1]
+    of_row, knobs = torch.tensor([2, 0, 1, 1, 2, 2])[: len(x)], (1e-5, *FORMS[form][1:])
+    if x.ndim == 4:
+        x = x.transpose(1, 2)  # heads as projections lay them out
+    got = ran("rms_norm", device, x, weights, *knobs, of_row)
+    for row, own in enumerate(of_row.tolist()):
+        alone = ran("rms_norm", device, x[row : row + 1], weights[own], *knobs)
+        assert got.dtype == alone.dtype
+        assert torch.equal(got[row : row + 1], alone)
+
+
+@pytest.mark.cuda
+def test_weights_that_there_are_not_are_not_read() -> None:
+    x, weights = on_cuda(4, 64), on_cuda(3, 64)
+    found, wanted = (
+        ran("rms_norm", "cuda", x, weights[:2], 1e-5, 0.0, True, torch.tensor(of_row))
+        for of_row in ([0, 2, -1, 1 << 40], [0, 0, 0, 0])
+    )
+    assert torch.equal(found[0], wanted[0])
+    assert not found[1:].any()
+
+
 @devices
 def test_norms_of_what_is_no_number(device: str) -> None:
     x = random(4, 64)
@@ -306,6 +340,14 @@ def test_norms_that_it_does_not_take() -> None:
         (x.clone().requires_grad_(), weight, "computes no gradients"),
     ):
         assert reason in str(norm.reject(rows, scale, 1e-6, 0.0, True))
+    of_row = torch.zeros(2, dtype=torch.int64, device="cuda")
+    for scale, own, reason in (
+        (weight, of_row, "needs weights [W, D]"),
+        (x, of_row[:1], "one number for each row"),
+        (x, of_row.int(), "needs the numbers of weights as int64"),
+        (x, of_row.cpu(), "on the device of x"),
+    ):
+        assert reason in str(norm.reject(x, scale, 1e-6, 0.0, True, own))
 
 
 @pytest.mark.cuda
@@ -334,6 +376,9 @@ REFUSED: list[tuple[str, type[ctypes.Structure], dict[str, int], str]] = [
     ("norm", norm.HflNorm, {**BLOCK, "outer": 1 << 20, "inner": 1 << 12}, "expected fewer than 2^31 rows"),
     ("norm", norm.HflNorm, {**BLOCK, "out": 8}, "expected tensors that begin at multiples of 16 bytes"),
     ("norm", norm.HflNorm, {**BLOCK, "x_i": 2}, "expected rows that begin at multiples of 16 bytes"),
+    ("norm", norm.HflNorm, {**BLOCK, "weight_r": 2}, "expected weights that begin at multiples of 16 bytes"),
+    ("norm", norm.HflNorm, {**BLOCK, "of_row": 8}, "expected as many rows for each number of weights"),
+    ("norm", norm.HflNorm, {**BLOCK, "of_row": 8, "each": 2}, "expected as many rows for each number of weights"),
     ("turn", rotary.HflTurn, {**TURN, "dtype": 3}, "expected float32, float16 or bfloat16"),
     ("turn", rotary.HflTurn, {**TURN, "dtype": 1, "angle_dtype": 2}, "the dtype of the queries, or in float32"),
     ("turn", rotary.HflTurn, {**TURN, "size": 72}, "no more that are turned than there are"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..types import Packed
 
-ABI = 7
+ABI = 8
 FEW = 8
 """Queries, or fresh tokens, of a row that an operation takes."""
 

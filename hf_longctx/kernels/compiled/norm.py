@@ -18,11 +18,14 @@ class HflNorm(ctypes.Structure):
 
     __slots__ = ()
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("outer", "middle", "inner", "dim", "dtype", "weight_dtype", "early")),
+        *((name, ctypes.c_int32) for name in ("outer", "middle", "inner", "dim", "dtype")),
+        *((name, ctypes.c_int32) for name in ("weight_dtype", "early", "weights", "each")),
         *((name, ctypes.c_float) for name in ("eps", "offset")),
         ("x", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("x_o", "x_m", "x_i")),
-        *((name, ctypes.c_void_p) for name in ("weight", "out", "stream")),
+        ("weight", ctypes.c_void_p),
+        ("weight_r", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("of_row", "out", "stream")),
     )
 
 
@@ -37,7 +40,9 @@ class HflGated(ctypes.Structure):
     )
 
 
-def reject(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> str | None:
+def reject(
+    x: Tensor, weight: Tensor, eps: float, offset: float, early: bool, of_row: Tensor | None = None
+) -> str | None:
     """Why the library does not take these arguments, or None."""
     reason = library.reason_on_cuda(x)
     if reason is not None:
@@ -55,18 +60,27 @@ def reject(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) ->
         return f"takes a multiple of 8 channels, at most {MOST_CHANNELS}"
     if not library.aligned(x) or not library.aligned(weight) or {x.stride(-1), weight.stride(-1)} != {1}:
         return "needs channels that lie side by side, and rows that begin at multiples of 16 bytes"
+    if of_row is None:
+        return None
+    if x.ndim < 2 or weight.ndim != 2 or of_row.shape != x.shape[:1] or not of_row.is_contiguous():
+        return "needs weights [W, D], and one number for each row along the first of several axes"
+    if of_row.device != x.device or of_row.dtype != torch.int64:
+        return "needs the numbers of weights as int64, on the device of x"
     return None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, early: bool, of_row: Tensor | None = None) -> Tensor:
     """`ops.rms_norm`."""
     kind, of_weight, more = x.dtype, weight.dtype, 4 - x.ndim
     dtype = torch.promote_types(kind, of_weight) if early and kind != of_weight else kind
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     dims, steps = (1,) * more + x.shape, (0,) * more + x.stride()  # quicker than a view
-    block = HflNorm(*dims, library.DTYPES[kind], library.DTYPES[of_weight], early, eps, offset)
+    block = HflNorm(*dims, library.DTYPES[kind], library.DTYPES[of_weight], early, eps=eps, offset=offset)
     block.x, (block.x_o, block.x_m, block.x_i) = x.data_ptr(), steps[:3]
     block.weight, block.out = weight.data_ptr(), out.data_ptr()
+    if of_row is not None:
+        block.weights, block.each, block.weight_r = len(weight), x.shape[1:-1].numel(), weight.stride(0)
+        block.of_row = of_row.data_ptr()
     library.run("norm", block, x.device)
     return out
 
