@@ -48,6 +48,8 @@ class IntegerNorm(Norm):
         weight: Any = self.module.weight
         if kwargs or not self.due() or args[0].is_inference() or not args[0].dtype == weight.dtype in DTYPES:
             return super().__call__(*args, **kwargs)
+        if self.weights(args[0])[1] is not None:
+            return super().__call__(*args, **kwargs)
         x = args[0]
         rows, tokens = quantize_norm(x.reshape(-1, x.shape[-1]), weight, self.eps, self.offset, self.early)
         normed = rows.view(x.shape)

@@ -83,8 +83,16 @@ class Norm(ShortCut):
         """One launch, or the norm's own."""
         if kwargs or not self.due():
             return self.stock(*args, **kwargs)
-        weight: Any = self.module.weight
-        return ops.rms_norm(args[0], weight, self.eps, self.offset, self.early)
+        weight, of_row = self.weights(args[0])
+        return ops.rms_norm(args[0], weight, self.eps, self.offset, self.early, of_row)
+
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The norm's, or those that a hook names, and which of them each row has."""
+        for hook in self.module._forward_hooks.values():
+            named = getattr(getattr(hook, "__self__", None), "weights_of_rows", None)
+            if named is not None:
+                return named(x)  # type: ignore[no-any-return]
+        return self.module.weight, None  # type: ignore[return-value]
 
 
 def _norm(module: nn.Module, known: dict[Any, Any]) -> Norm | None:

@@ -137,4 +137,4 @@ class Table(Hook):
 
 def _has(rows: Rows, route: Route, ids: Tensor) -> Tensor:
     """Whether the tenant of a row has such a table, of the shape of the rows."""
-    return wide(rows.mine[route.index(len(ids), ids.device) + 1], ids.ndim)
+    return wide(rows.mine[route.index(len(ids), ids.device, 0)], ids.ndim)

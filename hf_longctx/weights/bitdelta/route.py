@@ -64,11 +64,11 @@ class Route:
             self._made[key] = self._spread(list(chosen), rows, torch.bool, device)
         return self._made[key]
 
-    def index(self, rows: int, device: torch.device) -> Tensor:
-        """The slot of each row, `[rows]`, int64; -1 for the base."""
-        key = rows, device
+    def index(self, rows: int, device: torch.device, base: int = -1) -> Tensor:
+        """The slot of each row, `[rows]`, int64, counted from this number for the base."""
+        key = rows, device, base
         if key not in self._made:
-            self._made[key] = self._spread(list(self.slots), rows, torch.int64, device)
+            self._made[key] = self._spread([slot + 1 + base for slot in self.slots], rows, torch.int64, device)
         return self._made[key]
 
     def buffers(self, rows: int) -> list[Tensor]:

@@ -125,7 +125,7 @@ class Signs(Ahead):
                 made = made + self.part.total(delta_linear(flat, torch.zeros_like(made), *arguments))
         self.done = False
         if self.bias is not None:
-            made = made + self.bias[route.index(len(flat), flat.device) + 1].to(made.dtype)
+            made = made + self.bias[route.index(len(flat), flat.device, 0)].to(made.dtype)
         return made.reshape(out.shape)
 
     def kinds(self, route: Route) -> tuple[Kind, ...]:
