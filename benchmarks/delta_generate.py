@@ -23,8 +23,8 @@ COPIED = 2 << 30
 """Bytes of pinned memory with which loading is timed."""
 
 
-def delta_of(model: Any, embeddings: str | None) -> Delta:
-    """Random signs for every linear layer, and tables of its own, in 16 bits or in int8, if asked for."""
+def delta_of(model: Any, embeddings: str | None, norms: bool = False) -> Delta:
+    """Random signs for every linear layer, and tables of its own, in 16 bits or in int8, and norms, if asked for."""
     matrices = {}
     for name, module in model.get_decoder().named_modules(prefix="model"):
         if isinstance(module, torch.nn.Linear):
@@ -35,6 +35,9 @@ def delta_of(model: Any, embeddings: str | None) -> Delta:
     own = {name: x.detach() for name, x in tables.items()} if embeddings else {}
     codes = {name: to_int8(x) for name, x in own.items()} if embeddings == "int8" else {}
     dense = {**own, **{name: values for name, (values, _) in codes.items()}}
+    for name, x in model.named_parameters():
+        if norms and name.endswith("norm.weight"):
+            dense[name] = x.detach() + 0.1 * torch.randn_like(x)
     return Delta("random", Base(), matrices, dense, {name: scale for name, (_, scale) in codes.items()})
 
 
@@ -89,7 +92,7 @@ def floor(model: Any, delta: Delta, bandwidth: float) -> float:
 
 
 def tenant_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
-    """Rows where tenants have embeddings of their own, in 16 bits and in int8, and one where they have the base's.
+    """Rows where tenants have embeddings of their own, in 16 bits, in int8, and with norms, and where they have none.
 
     Args:
         bandwidth: bytes per second that a copy reads and writes.
@@ -99,8 +102,8 @@ def tenant_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
     weights = sum(x.nbytes for x in model.parameters())
     (alone, _), loading = milliseconds(model, 1), load_seconds(weights)
     swapping = NEW / (loading + NEW * alone / 1000)
-    for embeddings in ("16 bits", "int8", None):
-        delta = delta_of(model, embeddings)
+    for embeddings, norms in (("16 bits", False), ("int8", False), ("int8", True), (None, False)):
+        delta = delta_of(model, embeddings, norms)
         tenants = tenants_of(delta)
         lc.deltas.load(model, tenants)
         held, size = weights + lc.deltas.report(model).device_bytes, delta.nbytes
@@ -110,7 +113,8 @@ def tenant_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
         lc.deltas.unload(model)
         yield {
             "case": "generate(), 16 tenants of 8B in a batch, embeddings "
-            + (f"of their own in {embeddings}" if embeddings else "shared"),
+            + (f"of their own in {embeddings}" if embeddings else "shared")
+            + (", norms of their own" if norms else ""),
             "value": round(together, 1),
             "unit": "tokens/s",
             "baseline": f"fine-tunes of 16 bits loaded in turn from pinned memory, {NEW} tokens each",
