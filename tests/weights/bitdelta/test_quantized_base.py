@@ -9,10 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_longctx as lc
+from hf_longctx import integers, shortcut
+from hf_longctx.kernels.linear import quantize_norm
 from hf_longctx.weights.bitdelta import experts
 from hf_longctx.weights.bitdelta.attach import state_of
 from hf_longctx.weights.bitdelta.bits import restore
 from hf_longctx.weights.bitdelta.format import read
+from tests.kernels.built import need
 
 IDS = torch.randint(2, 64, (3, 9), generator=torch.Generator().manual_seed(0))
 
@@ -37,6 +40,26 @@ def test_rows_over_a_quantized_base(llama_pairs: dict[str, Any]) -> None:
         )
     torch.testing.assert_close(logits[0], bare(IDS).logits[0], atol=1e-5, rtol=0)
     assert not torch.equal(logits[2], logits[0])
+
+
+@torch.no_grad()
+def test_norms_of_rows_over_a_quantized_base(llama_pairs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base's rows alone become 8 bits where they are normed; nothing changes by that."""
+    need("cpu")
+    found, calls, pair = [], 0, llama_pairs["law"]
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return quantize_norm(*args)
+
+    monkeypatch.setattr(integers, "quantize_norm", counted)
+    for devices in ({"cpu"}, set()):
+        monkeypatch.setattr(shortcut, "DEVICES", devices)
+        model = lc.patch(lc.deltas.load(quantized(pair).bfloat16(), {"law": pair.folder}), "dense")
+        found.append([model(IDS, adapter_names=names).logits for names in (["law", "__base__", "law"], None)])
+    assert calls == 5
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
