@@ -47,7 +47,7 @@ def test_a_file_that_is_no_library(elsewhere: Path) -> None:
     ("code", "said"),
     [
         ("int other;", "cannot be loaded"),
-        ('extern "C" int hfl_abi() { return 999; }', "has interface 999, this package 7"),
+        ('extern "C" int hfl_abi() { return 999; }', "has interface 999, this package 8"),
     ],
 )
 def test_a_library_of_something_else_or_of_another_version(elsewhere: Path, code: str, said: str) -> None:
