@@ -96,6 +96,17 @@ def test_nothing_changes_by_the_short_cut(served: Any, monkeypatch: pytest.Monke
     assert not calls
 
 
+@torch.no_grad()
+def test_a_compiler_takes_no_short_cut(served: Any) -> None:
+    """Its graph has the base's norms, and what tenants have runs between graphs."""
+    torch._dynamo.reset()
+    model, inputs = served("cpu"), inputs_on("cpu")
+    run = torch.compile(model, backend="eager")
+    for names in (NAMES, NAMES[::-1]):
+        wanted = model(**inputs, adapter_names=names).logits
+        torch.testing.assert_close(run(**inputs, adapter_names=names).logits, wanted, atol=8 * TOLERANCE, rtol=0)
+
+
 @devices
 @torch.no_grad()
 def test_tenants_with_norms_take_turns(served: Any, device: str) -> None:
