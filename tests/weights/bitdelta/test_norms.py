@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,23 @@ def test_a_norm_of_all_rows_is_one_launch(served: Any, tenants: dict[str, Pair],
         wanted = (pair.base if name == "__base__" else pair.stands_for())(**alone).logits[0]
         real = alone["attention_mask"][0].bool()
         torch.testing.assert_close(logits[row].cpu()[real], wanted[real], atol=8 * TOLERANCE, rtol=0)
+
+
+@devices
+@torch.no_grad()
+def test_a_row_of_a_norm_is_what_its_tenants_norm_gives(served: Any, tenants: dict[str, Pair], device: str) -> None:
+    model, inputs, seen = served(device), inputs_on(device), []
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.register_forward_hook(lambda _, args, out, name=name: seen.append((name, args[0], out)))
+    model(**inputs, adapter_names=NAMES)
+    assert len(seen) == norms_of(model)
+    eps = torch.finfo(torch.float32).eps
+    for row, tenant in enumerate(NAMES):
+        merged = tenants["one"].base if tenant == "__base__" else tenants[tenant].tuned
+        for name, x, out in seen:
+            wanted = copy.deepcopy(merged.get_submodule(name)).to(device)(x[row : row + 1])
+            torch.testing.assert_close(out[row : row + 1], wanted, rtol=0 if device == "cpu" else 8 * eps, atol=0)
 
 
 @devices
