@@ -69,7 +69,9 @@ def test_a_norm_of_all_rows_is_one_launch(served: Any, tenants: dict[str, Pair],
     for row, name in enumerate(NAMES):
         alone = {key: x[row : row + 1].cpu() for key, x in inputs.items()}
         pair = tenants["one" if name == "__base__" else name]
-        wanted = (pair.base if name == "__base__" else pair.stands_for())(**alone).logits[0]
+        merged = copy.deepcopy(pair.base) if name == "__base__" else pair.stands_for()
+        merged.set_attn_implementation("eager")  # SDPA has no softcap, and older transformers leave it out there
+        wanted = merged(**alone).logits[0]
         real = alone["attention_mask"][0].bool()
         torch.testing.assert_close(logits[row].cpu()[real], wanted[real], atol=8 * TOLERANCE, rtol=0)
 
