@@ -45,10 +45,14 @@ const char* check(const hfl_streamed& a) {
   return nullptr;
 }
 
+// How many chunks of a warp are on their way: as many as there is room for.
+constexpr int DEEP = 4, LESS = 3;
+
 template <bool BF16>
-const void* kernel_for(int rows) {
-  return rows > 4 ? reinterpret_cast<const void*>(&streamed_kernel<4, BF16>)
-                  : reinterpret_cast<const void*>(&streamed_kernel<1, BF16>);
+const void* kernel_for(int rows, int deep) {
+  if (rows <= 4) return reinterpret_cast<const void*>(&streamed_kernel<1, DEEP, BF16>);
+  return deep == DEEP ? reinterpret_cast<const void*>(&streamed_kernel<4, DEEP, BF16>)
+                      : reinterpret_cast<const void*>(&streamed_kernel<4, LESS, BF16>);
 }
 
 // How many clusters the current device runs at a time; a block has most of a multiprocessor's registers.
@@ -75,7 +79,10 @@ cudaError_t clusters(const void* kernel, int& count) {
 }
 
 const char* run(const hfl_streamed& a) {
-  const void* kernel = a.dtype == HFL_BF16 ? kernel_for<true>(a.rows) : kernel_for<false>(a.rows);
+  const auto kernel_of = [&](int deep) {
+    return a.dtype == HFL_BF16 ? kernel_for<true>(a.rows, deep) : kernel_for<false>(a.rows, deep);
+  };
+  const void* kernel = kernel_of(DEEP);
   cudaFuncAttributes found;
   cudaError_t error = cudaFuncGetAttributes(&found, kernel);
   if (error != cudaSuccess || !found.sharedSizeBytes)
@@ -87,18 +94,29 @@ const char* run(const hfl_streamed& a) {
   if (error == cudaSuccess) error = clusters(kernel, groups);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   bytes -= static_cast<int>(found.sharedSizeBytes) + task.known_bytes();
-  const int most = std::min(MOST_OWNED, bytes / (task.owned_bytes() + task.kept_bytes()));
-  if (bytes < 0 || most < 1) return "linear_with_delta: expected a device with 228 KiB of shared memory";
+  const int each = task.owned_bytes() + task.kept_bytes();
+  const auto owned_of = [&](int tiles) {
+    const int used = std::min(groups, tiles), of_cluster = (tiles + used - 1) / used;
+    return (of_cluster + RANKS - 1) / RANKS;
+  };
+  const auto most_of = [&](int deep) { return std::min(MOST_OWNED, (bytes - StreamTask::ring_bytes(deep)) / each); };
+  const int deep = a.rows > 4 && owned_of(task.tiles) > most_of(DEEP) ? LESS : DEEP;
+  const int most = most_of(deep);
+  if (bytes < StreamTask::ring_bytes(deep) || most < 1)
+    return "linear_with_delta: expected a device with 228 KiB of shared memory";
+  kernel = kernel_of(deep);
+  if (error == cudaSuccess) error = keep_shared(kernel);
   void* arguments[] = {&task};
   for (int left = task.tiles; left && error == cudaSuccess; left -= task.tiles, task.first += task.tiles) {
     task.tiles = std::min(left, most * RANKS * groups);
-    const int used = std::min(groups, task.tiles), each = (task.tiles + used - 1) / used;
-    task.owned = (each + RANKS - 1) / RANKS;
-    const int needed = task.owned * (task.owned_bytes() + task.kept_bytes()) + task.known_bytes();
+    task.owned = owned_of(task.tiles);
+    const int used = std::min(groups, task.tiles);
+    task.each = task.tiles / used, task.more = task.tiles % used;
+    const int needed = task.owned * each + task.known_bytes() + StreamTask::ring_bytes(deep);
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, needed);
     if (error != cudaSuccess) break;
-    error = launch(kernel, dim3(static_cast<unsigned>(used * RANKS)), STREAM_THREADS, static_cast<size_t>(needed),
-                   a.stream, arguments, true, RANKS);
+    error = launch(kernel, dim3(static_cast<unsigned>(used * RANKS)), STREAM_THREADS,
+                   static_cast<size_t>(needed), a.stream, arguments, true, RANKS);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -10,23 +10,13 @@ namespace hfl {
 // c[16, 8] += how many bits of a[16, 256] and b[256, 8] are both set
 __device__ __forceinline__ void count_both(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                            uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// As load_once, but that several rows may read them.
-__device__ __forceinline__ uint4 bits_if(const void* from, bool there) {
-  uint4 x;
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@p ld.global.nc.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-      : "l"(from), "r"(static_cast<int>(there)));
-  return x;
-}
 __device__ __forceinline__ uint4 load_shared(uint32_t at) {
   uint4 x;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
@@ -56,47 +46,60 @@ __device__ __forceinline__ void wait_for_cluster(uint64_t& bar, int parity) {
 // Four warps side by side meet.
 __device__ __forceinline__ void meet(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
+// A warp arrives at a barrier.
+__device__ __forceinline__ void come_by(uint64_t& bar) {
+  __syncwarp();
+  if (lane_of_thread() == 0) barrier_arrive(bar);
+}
+
+// 16 bytes that are read once, or zeros, to shared memory.
+__device__ __forceinline__ void copy_once(uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
+               : "memory");
+}
+
 // Where a lane's first weights and bits of a tile lie, of two outputs 8 apart.
 struct StreamPlace {
   const uint16_t* weights;
   const int32_t* bits;
   int weights_on, bits_on;  // from the first output to the second
   int apart, part;          // words from slot to slot
+  int mine;                 // quarters that are there
 };
 
-// A warp's turn to begin, after all have met: else all of them would compute, and then all wait for memory.
-__device__ __forceinline__ void stagger(int warp) {
-  const unsigned began = static_cast<unsigned>(clock()), turn = static_cast<unsigned>(warp / 4 * STAGGER);
-  while (static_cast<unsigned>(clock()) - began < turn) {
-  }
-}
-
-// What a warp does next: some quarters of a tile of the cluster; or nothing.
-struct StreamWork {
-  int tile, begin, end;
-
-  __device__ __forceinline__ bool there() const { return tile >= 0; }
+// What a warp does next: a quarter of a tile of the cluster; or nothing, where the phase is none.
+struct StreamStep {
+  int phase, tile, quarter, end;
 };
 
-// Who does which tiles: each warp one after the other, all quarters; of the last ones, if they are so few that warps
-// would have none, four warps do one together, a quarter each.
+// Who does which tiles of a phase: each warp one after the other, all quarters; of the last ones, if they are so few that
+// warps would have none, four warps do one together, a quarter each: in the next phase other warps than in this one.
 struct StreamDeal {
-  int tiles, whole;  // whole: those that a warp does alone
+  int tiles, whole, phases;  // whole: those that a warp does alone
 
-  __device__ __forceinline__ explicit StreamDeal(int tiles_) : tiles(tiles_), whole(tiles_) {
+  __device__ __forceinline__ StreamDeal(int tiles_, int phases_) : tiles(tiles_), whole(tiles_), phases(phases_) {
     const int left = tiles % STREAM_WARPS;
     if (left <= STREAM_WARPS - STREAM_WARPS / 4) whole -= left;
   }
-  __device__ __forceinline__ StreamWork at(int tile, int warp) const {
-    if (tile < whole) return {tile, 0, EACH_RANK};
-    return tile < tiles ? StreamWork{tile, warp % 4, warp % 4 + 1} : StreamWork{-1, 0, 0};
+  __device__ __forceinline__ StreamStep at(int phase, int tile, int warp) const {
+    for (; tile >= tiles && phase < phases; tile = first(phase, warp)) ++phase;
+    return tile < whole ? StreamStep{phase, tile, 0, EACH_RANK} : StreamStep{phase, tile, warp % 4, warp % 4 + 1};
   }
-  __device__ __forceinline__ StreamWork first(int warp) const {
-    return at(warp < whole ? warp : whole + warp / 4, warp);
+  __device__ __forceinline__ StreamStep begin(int warp) const { return at(0, first(0, warp), warp); }
+  __device__ __forceinline__ StreamStep after(const StreamStep& now, int warp) const {
+    if (now.quarter + 1 < now.end) return {now.phase, now.tile, now.quarter + 1, now.end};
+    if (now.tile >= whole) return at(now.phase, now.tile + STREAM_WARPS / 4, warp);
+    const int tile = now.tile + STREAM_WARPS;
+    return at(now.phase, tile < whole ? tile : shared_by(now.phase, warp), warp);
   }
-  __device__ __forceinline__ StreamWork after(const StreamWork& now, int warp) const {
-    if (now.tile >= whole) return at(now.tile + STREAM_WARPS / 4, warp);
-    return at(now.tile + STREAM_WARPS < whole ? now.tile + STREAM_WARPS : whole + warp / 4, warp);
+  __device__ __forceinline__ bool there(const StreamStep& step) const { return step.phase < phases; }
+
+ private:
+  __device__ __forceinline__ int first(int phase, int warp) const {
+    return warp < whole ? warp : shared_by(phase, warp);
+  }
+  __device__ __forceinline__ int shared_by(int phase, int warp) const {
+    return whole + ((warp / 4 - phase * (tiles - whole)) & 3);
   }
 };
 

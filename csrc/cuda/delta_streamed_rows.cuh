@@ -9,18 +9,19 @@ namespace hfl {
 constexpr int RANKS = 8, STREAM_WARPS = 16, STREAM_THREADS = STREAM_WARPS * 32, STREAM_ROWS = HFL_STREAMED_ROWS;
 constexpr int TILE = 16, QUARTER = 128, EACH_RANK = 4, PHASE = RANKS * EACH_RANK;  // EACH_RANK: quarters, PHASE: too
 constexpr int PLACES = 24, STEP_BYTES = PLACES * EACH_RANK * QUARTER / 8, X_BYTES = EACH_RANK * QUARTER * 2 + 16;
-constexpr int MOST_OWNED = 64, WARP_FLOATS = 256;  // WARP_FLOATS: of sums, TILE x 16 columns
-constexpr int STAGGER = 900;                       // cycles from four warps of a block to the next
+constexpr int MOST_OWNED = 64, CHUNK_BYTES = 1024;
 static_assert(STREAM_ROWS == STREAM_WARPS, "each row has a warp");
 
 struct StreamTask {
   hfl_streamed a;
   int32_t quarters, phases;          // of all inputs; phases: that blocks read one after the other
   int32_t first, tiles, owned;       // of this launch: the first tile, how many; most of them that a block sums up
+  int32_t each, more;                // tiles of a cluster; how many clusters have one more
   int32_t ends[HFL_STREAMED_PARTS];  // tiles up to the end of each part
 
   explicit StreamTask(const hfl_streamed& a_)
-      : a(a_), quarters(a_.inputs / QUARTER), phases((quarters - 1) / PHASE + 1), first(0), tiles(0), owned(0) {
+      : a(a_), quarters(a_.inputs / QUARTER), phases((quarters - 1) / PHASE + 1), first(0), tiles(0), owned(0),
+        each(0), more(0) {
     for (int p = 0; p < HFL_STREAMED_PARTS; ++p) {
       if (p < a.parts) tiles += (a.outputs[p] + TILE - 1) / TILE;
       ends[p] = tiles;
@@ -29,9 +30,11 @@ struct StreamTask {
   // Columns of results, of rows in memory; bytes of what a block knows of the inputs of a phase, and of each tile that
   // it sums up.
   __host__ __device__ int columns() const { return a.rows > 4 ? 16 : 8; }
-  __host__ __device__ static int deltas_bytes() { return STREAM_WARPS * WARP_FLOATS * 4; }
+  __host__ __device__ int told_bytes() const { return (columns() / 2 + 2) * 128; }  // what a warp tells another of a tile
+  __host__ __device__ int all_told_bytes() const { return STREAM_WARPS / 4 * 3 * told_bytes(); }
   __host__ __device__ int phase_bytes() const { return columns() * X_BYTES + a.rows * STEP_BYTES; }
-  __host__ __device__ int known_bytes() const { return deltas_bytes() + (phases > 1 ? 2 : 1) * phase_bytes(); }
+  __host__ __device__ int known_bytes() const { return all_told_bytes() + (phases > 1 ? 2 : 1) * phase_bytes(); }
+  __host__ __device__ static int ring_bytes(int deep) { return STREAM_WARPS * deep * CHUNK_BYTES; }
   __host__ __device__ int owned_bytes() const { return RANKS * TILE * columns() * 4; }
   __host__ __device__ int kept_bytes() const { return phases > 1 ? owned_bytes() : 0; }  // for each tile of the others
 };
@@ -51,7 +54,9 @@ struct StreamShare {
 // What all warps of a block know.
 struct StreamBoard {
   uint64_t sent[MOST_OWNED];
+  uint64_t known[2], over[2];  // of every other phase: its inputs are known, all are done with it
   int slots[STREAM_ROWS];
+  float scales[HFL_STREAMED_PARTS][STREAM_ROWS];
   // Of every other phase: worth of a whole number of the row, times the scale, twice; and of this rank's inputs without
   // signs.
   float factors[2][HFL_STREAMED_PARTS][STREAM_ROWS], minus[2][HFL_STREAMED_PARTS][STREAM_ROWS];
@@ -60,6 +65,20 @@ struct StreamBoard {
 template <typename T>
 __device__ __forceinline__ T one_of(const T (&x)[HFL_STREAMED_PARTS], int part) {
   return part == 0 ? x[0] : part == 1 ? x[1] : x[2];
+}
+
+// As lane_of_thread, but that what is computed from it is computed where it is needed, and has no registers elsewhere.
+__device__ __forceinline__ int lane_here() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+// A block's number in its cluster likewise.
+__device__ __forceinline__ int rank_here() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
 }
 
 // A 32 x 32 matrix of bits, a row in each lane, transposed.
@@ -87,52 +106,78 @@ struct Transposed {
 // What a warp knows of its row.
 struct StreamRow {
   int row, slot;
-  float scale;  // of the part that is the lane's number
 
-  __device__ __forceinline__ StreamRow(const StreamTask& p, StreamBoard& board) : row(warp_of_thread()), scale(0.0f) {
-    const int lane = lane_of_thread();
-    slot = row < p.a.rows ? p.a.slots_of_rows[row] : -1;
-    const bool there = slot >= 0 && slot < p.a.slots;
-    if (there && lane < p.a.parts) scale = one_of(p.a.scales, lane)[slot];
-    if (slot >= p.a.slots) scale = __int_as_float(0x7fffffff);  // there is no such slot
-    if (lane == 0) board.slots[row] = there ? slot : -1;
+  // Its slot and scales, for the board. The kernel before may still write slots: they are looked at again.
+  __device__ __forceinline__ StreamRow(const StreamTask& p, StreamBoard& board, int row_) : row(row_), slot(now(p)) {
+    find(p, board);
+  }
+  // And the row's inputs of this rank and of the first phase.
+  __device__ __forceinline__ void bring(const StreamTask& p, StreamBoard& board, const StreamShare& share,
+                                        unsigned char* x) {
+    const int lane = lane_of_thread(), before = slot;
+    uint4 raw[2];
+    const uint16_t* from = static_cast<const uint16_t*>(p.a.x) + row * p.a.x_r + share.begin * QUARTER;
+    const auto there = [&](int i) { return row < p.a.rows && lane + 32 * i < share.mine * (QUARTER / 8); };
+#pragma unroll
+    for (int i = 0; i < 2; ++i) raw[i] = there(i) ? reinterpret_cast<const uint4*>(from)[lane + 32 * i] : uint4{};
+    slot = now(p);
+    if (slot != before) find(p, board);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (there(i)) reinterpret_cast<uint4*>(x + row * X_BYTES)[lane + 32 * i] = raw[i];
+    }
   }
 
   // The row's inputs of this rank and of a phase on their way to shared memory.
   __device__ __forceinline__ void fetch(const StreamTask& p, const StreamShare& share, unsigned char* x) const {
-    if (row < p.a.rows) {
-      const uint16_t* from = static_cast<const uint16_t*>(p.a.x) + row * p.a.x_r + share.begin * QUARTER;
-      for (int i = lane_of_thread(); i < share.mine * (QUARTER / 8); i += 32) {
-        copy_async(x + row * X_BYTES + i * 16, from + i * 8, true);
-      }
+    if (row >= p.a.rows) return;
+    const uint16_t* from = static_cast<const uint16_t*>(p.a.x) + row * p.a.x_r + share.begin * QUARTER;
+    for (int i = lane_of_thread(); i < share.mine * (QUARTER / 8); i += 32) {
+      copy_async(x + row * X_BYTES + i * 16, from + i * 8, true);
     }
-    copy_commit();
   }
 
   // What the board says of them, and their bits by places. side: of the board.
   __device__ __forceinline__ void know(const StreamTask& p, StreamBoard& board, int side, const StreamShare& share,
-                                       const unsigned char* x, unsigned char* planes) const {
-    const int lane = lane_of_thread();
-    copy_wait<0>();
+                                       unsigned char* x, unsigned char* planes) const {
+    const int lane = lane_here();
     __syncwarp();
     float factor = 0.0f, minus = 0.0f;
-    if (row < p.a.rows && slot >= 0) {
+    if (row < p.a.rows) {
       const uint4* from = reinterpret_cast<const uint4*>(x + row * X_BYTES);
       uint32_t most = 0;
       for (int i = lane; i < share.mine * (QUARTER / 8); i += 32) most = largest_of(most, from[i]);
-      const RowUnit unit(__reduce_max_sync(0xffffffffu, max(most & 0xffffu, most >> 16)), p.a.dtype);
-      factor = unit.unit * scale;
-      minus = factor * write_places(p, unit.factor, share.mine, x, planes);
+      const float scale = board.scales[min(lane, HFL_STREAMED_PARTS - 1)][row];
+      if (board.slots[row] >= 0 || scale != scale) {
+        const RowUnit unit(__reduce_max_sync(0xffffffffu, max(most & 0xffffu, most >> 16)), p.a.dtype);
+        factor = unit.unit * scale;
+        minus = factor * write_places(p, lane, unit.factor, share.mine, x, planes);
+      }
     }
     if (lane >= HFL_STREAMED_PARTS) return;
     board.factors[side][lane][row] = 2.0f * factor, board.minus[side][lane][row] = minus;
   }
 
  private:
-  // Bits of whole numbers, of each 32 inputs a word of each place; the sum of these numbers.
-  __device__ __forceinline__ float write_places(const StreamTask& p, float factor, int quarters, const unsigned char* x,
-                                                unsigned char* planes) const {
+  __device__ __forceinline__ int now(const StreamTask& p) const {
+    int found = -1;
+    if (row < p.a.rows) {
+      asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(p.a.slots_of_rows + row) : "memory");
+    }
+    return found;
+  }
+  __device__ __forceinline__ void find(const StreamTask& p, StreamBoard& board) const {
     const int lane = lane_of_thread();
+    const bool there = slot >= 0 && slot < p.a.slots;
+    float scale = 0.0f;
+    if (there && lane < p.a.parts) scale = one_of(p.a.scales, lane)[slot];
+    if (slot >= p.a.slots) scale = __int_as_float(0x7fffffff);  // there is no such slot
+    if (lane < HFL_STREAMED_PARTS) board.scales[lane][row] = scale;
+    if (lane == 0) board.slots[row] = there ? slot : -1;
+  }
+  // Bits of whole numbers, of each 32 inputs a word of each place; the sum of these numbers.
+  __device__ __forceinline__ float write_places(const StreamTask& p, int lane, float factor, int quarters, const unsigned char* x,
+                                                unsigned char* planes) const {
     const Transposed transposed(lane);
     int sum = 0;
 #pragma unroll 1
