@@ -13,7 +13,9 @@ namespace hfl {
 template <int EACH, int DEEP, bool BF16>
 struct Streamer {
   static constexpr int NT = EACH == 4 ? 2 : 1, CHUNKS = 4 + EACH;
-  static_assert(DEEP <= 4, "the first of what is asked for are weights, wherever the rows' slots are");
+  // The first of what is asked for are weights, wherever the rows' slots are; and what is asked for beside a quarter's
+  // first chunk is there after the quarter.
+  static_assert(DEEP <= 4 && DEEP < CHUNKS);
   const StreamTask& p;
   const StreamBoard& board;
   int first;      // the cluster's first tile
@@ -326,7 +328,8 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
     if (phase < now.phase) {
       go_on(now.phase);
       own.side = phase % 2;
-      own.x = shared_address(x_of(own.side)) + static_cast<uint32_t>((lane / 8 + lane / 4 % 2 * 4) * X_BYTES + lane % 4 * 16);
+      const int row_at = lane / 8 + lane / 4 % 2 * 4;
+      own.x = shared_address(x_of(own.side)) + static_cast<uint32_t>(row_at * X_BYTES + lane % 4 * 16);
       own.planes = shared_address(planes_of(own.side)) + static_cast<uint32_t>(lane * 16);
       if (phase) barrier_wait(board.known[own.side], (phase - 1) / 2 % 2);
     }
@@ -341,7 +344,8 @@ __global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __gri
       if (together) own.gather(now.quarter, stream_shared + told_at + warp / 4 * 3 * p.told_bytes());
       if (!together || now.quarter == 0) {
         const int owner = now.tile % RANKS, slot = now.tile / RANKS;
-        const uint32_t to = slots + static_cast<uint32_t>(slot * p.owned_bytes() + (rank_here() * S::NT * 32 + lane) * 16);
+        const uint32_t to =
+            slots + static_cast<uint32_t>(slot * p.owned_bytes() + (rank_here() * S::NT * 32 + lane) * 16);
 #pragma unroll
         for (int n = 0; n < S::NT; ++n) {
           const float4 sums = own.sums_of(n, here.part);

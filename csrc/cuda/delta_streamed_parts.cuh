@@ -72,8 +72,8 @@ struct StreamStep {
   int phase, tile, quarter, end;
 };
 
-// Who does which tiles of a phase: each warp one after the other, all quarters; of the last ones, if they are so few that
-// warps would have none, four warps do one together, a quarter each: in the next phase other warps than in this one.
+// Who does which tiles of a phase: each warp one after the other, all quarters; of the last ones, if they are so few
+// that warps would have none, four warps do one together, a quarter each: in the next phase other warps than in this one.
 struct StreamDeal {
   int tiles, whole, phases;  // whole: those that a warp does alone
 

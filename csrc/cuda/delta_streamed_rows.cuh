@@ -30,7 +30,7 @@ struct StreamTask {
   // Columns of results, of rows in memory; bytes of what a block knows of the inputs of a phase, and of each tile that
   // it sums up.
   __host__ __device__ int columns() const { return a.rows > 4 ? 16 : 8; }
-  __host__ __device__ int told_bytes() const { return (columns() / 2 + 2) * 128; }  // what a warp tells another of a tile
+  __host__ __device__ int told_bytes() const { return (columns() / 2 + 2) * 128; }  // of a tile, to another warp
   __host__ __device__ int all_told_bytes() const { return STREAM_WARPS / 4 * 3 * told_bytes(); }
   __host__ __device__ int phase_bytes() const { return columns() * X_BYTES + a.rows * STEP_BYTES; }
   __host__ __device__ int known_bytes() const { return all_told_bytes() + (phases > 1 ? 2 : 1) * phase_bytes(); }
@@ -176,8 +176,8 @@ struct StreamRow {
     if (lane == 0) board.slots[row] = there ? slot : -1;
   }
   // Bits of whole numbers, of each 32 inputs a word of each place; the sum of these numbers.
-  __device__ __forceinline__ float write_places(const StreamTask& p, int lane, float factor, int quarters, const unsigned char* x,
-                                                unsigned char* planes) const {
+  __device__ __forceinline__ float write_places(const StreamTask& p, int lane, float factor, int quarters,
+                                                const unsigned char* x, unsigned char* planes) const {
     const Transposed transposed(lane);
     int sum = 0;
 #pragma unroll 1
