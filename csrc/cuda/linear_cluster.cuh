@@ -19,12 +19,25 @@ __device__ __forceinline__ void come_by_cluster() {
 __device__ __forceinline__ void wait_for_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The same at once, of barriers that were made: what else was written need not be seen.
+__device__ __forceinline__ void meet_cluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // Four sums to the shared memory of a block of the cluster.
 __device__ __forceinline__ void store_at(uint32_t at, int rank, const int* x) {
   uint32_t there;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
   asm volatile("st.shared::cluster.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(there), "r"(x[0]), "r"(x[1]), "r"(x[2]),
                "r"(x[3])
+               : "memory");
+}
+// The same, counted by a barrier there, so that nobody else need say that they are there.
+__device__ __forceinline__ void store_counted(uint32_t at, uint64_t& bar, int rank, const int* x) {
+  asm volatile("{\n.reg .b32 there, counted;\nmapa.shared::cluster.u32 there, %0, %2;\n"
+               "mapa.shared::cluster.u32 counted, %1, %2;\n"
+               "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [there], {%3, %4, %5, %6}, [counted];\n}"
+               ::"r"(at), "r"(shared_address(&bar)), "r"(rank), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
                : "memory");
 }
 // Arrive at the barrier of a block of the cluster, behind what this thread has written there; and wait for such threads.

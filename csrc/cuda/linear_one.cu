@@ -124,7 +124,6 @@ __device__ __forceinline__ float make_codes(const LinearTask& p, const hfl_quant
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   OneRow<F, PIECES, KIND, DTYPE> row{p, from, {}};
   row.read();
-  let_next_begin();  // its codes would come before what was just read
   meanwhile();
   const uint32_t own = row.largest();
   if (lane == 0) parts.most[warp] = own;
@@ -156,6 +155,7 @@ __global__ void __launch_bounds__(RowsRoom<F, 1, false>::THREADS, 2) linear_one_
     copy_commit();
   }
   block.clear_sums();
+  let_next_begin();  // behind this block's own codes
   wait_for_last();
   const auto meanwhile = [&] {
     if (KIND != HFL_OF_GATE) results.find_bias();

@@ -57,18 +57,9 @@ struct PairGroup : WideGroup<R> {
 #pragma unroll 1
     for (; i < mine; ++i) {
       barrier_wait(board.full[stage], turn);
-      const int own = min(R::S, p.steps - work.stage(i) * R::S);
-      this->step(0, before >= 0);
-#pragma unroll
-      for (int s = 1; s < R::S; ++s) {
-        if (s < own) this->step(s, false);
-      }
-      before = stage;
-      this->skip();
+      this->multiply_stage(min(R::S, p.steps - work.stage(i) * R::S));
     }
-    wgmma_wait<0>();
-    in_flight(acc);
-    if (before >= 0) this->release();
+    this->complete();
     if (mine < work.stages && mine) send(work.first != 0);
 #pragma unroll 1
     for (; i < work.stages; ++i) {
@@ -124,22 +115,38 @@ struct PairFeeder {
 
   __device__ __forceinline__ int steps_of(int at) const { return min(R::S, p.steps - at * R::S); }
 
+  __device__ __forceinline__ void put_tokens(int stage, int at) const {
+    const int count = steps_of(at);
+#pragma unroll
+    for (int s = 0; s < R::S; ++s) {
+      if (s < count) {
+        copy_tokens(base + stage * R::STAGE + s * R::TOKENS, &map, board.full[stage], (at * R::S + s) * 128, 0);
+      }
+    }
+  }
+
+  // All that there is to know of the first stages is known, and said, before there are tokens.
   __device__ __forceinline__ void tokens() {
     ManyRing<R> ring;
+    const int early = min(work.stages, R::STAGES);
+    const bool one = elected();
+#pragma unroll 1
+    for (int i = 0; i < early; ++i) {
+      if (one) barrier_expect(board.full[i], steps_of(work.stage(i)) * p.box * 128);
+    }
     wait_for_last();
 #pragma unroll 1
-    for (int i = 0; i < work.stages; ++i, ring.next()) {
-      const int at = work.stage(i), count = steps_of(at);
+    for (int i = 0; i < early; ++i) {
+      if (one) put_tokens(i, work.stage(i));
+    }
+    ring.turn = 1;
+#pragma unroll 1
+    for (int i = early; i < work.stages; ++i, ring.next()) {
+      const int at = work.stage(i);
       barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
       if (elected()) {
-        barrier_expect(board.full[ring.stage], count * p.box * 128);
-#pragma unroll
-        for (int s = 0; s < R::S; ++s) {
-          if (s < count) {
-            copy_tokens(base + ring.stage * R::STAGE + s * R::TOKENS, &map, board.full[ring.stage],
-                        (at * R::S + s) * 128, 0);
-          }
-        }
+        barrier_expect(board.full[ring.stage], steps_of(at) * p.box * 128);
+        put_tokens(ring.stage, at);
       }
     }
   }

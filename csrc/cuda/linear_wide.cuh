@@ -90,6 +90,17 @@ struct WideGroup {
     }
   }
 
+  // Of the stage at hand so many times 128 columns; goes on to the next.
+  __device__ __forceinline__ void multiply_stage(int count) {
+    step(0, before >= 0);
+#pragma unroll
+    for (int s = 1; s < R::S; ++s) {
+      if (s < count) step(s, false);
+    }
+    before = stage;
+    skip();
+  }
+
   // All of this group's stages of a run.
   __device__ __forceinline__ void multiply(const WideWork& work) {
     const int count = work.last - work.first;
@@ -105,15 +116,13 @@ struct WideGroup {
         before = stage, release(), before = -1, skip();
         continue;
       }
-      const int own = min(R::S, count - i * R::S);
-      step(0, before >= 0);
-#pragma unroll
-      for (int s = 1; s < R::S; ++s) {
-        if (s < own) step(s, false);
-      }
-      before = stage;
-      skip();
+      multiply_stage(min(R::S, count - i * R::S));
     }
+    complete();
+  }
+
+  // Until no products are under way.
+  __device__ __forceinline__ void complete() {
     wgmma_wait<0>();
     in_flight(acc);
     if (before >= 0) release();
@@ -212,7 +221,6 @@ struct WideGroup {
   template <int SHARES>
   __device__ __forceinline__ void finish_few(const WideWork& work, int rank) {
     constexpr int FOUR = 128 * 16;
-    if (SHARES > 1) come_by_cluster();
     const uint32_t thread = base + (warp * 32 + lane) * 16;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -229,11 +237,10 @@ struct WideGroup {
       }
     }
     if constexpr (SHARES > 1) {
-      wait_for_cluster();  // the other block is done with its operands, too
-      if (part < 2 && part != rank) store_at(thread + R::EXCHANGED, rank ^ 1, own);
-      come_by_cluster(), wait_for_cluster();
+      if (part < 2 && part != rank) store_counted(thread + R::SENT_AT, board.sent, rank ^ 1, own);
       if (part != rank) return;
-      add_sums(own, thread + R::EXCHANGED);
+      wait_in_cluster(board.sent, 0);
+      add_sums(own, thread + R::SENT_AT);
     }
     if (part < 2) leave(own, work, 0, part * 8);
   }
@@ -301,7 +308,11 @@ __global__ void __launch_bounds__(R::BOUND, 1) linear_wide_kernel(const __grid_c
   let_next_begin();
   const int rank = R::SUMS ? rank_in_cluster() : 0;
   if (threadIdx.x == 0) board.init(), fetch_map(&map);
-  __syncthreads();
+  if (R::SENT && p.shares > 1) {
+    meet_cluster();
+  } else {
+    __syncthreads();
+  }
   if (warp_of_block() < R::WORKERS / 32) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(R::WORKER_REGISTERS));
     if constexpr (R::SUMS) {

@@ -21,7 +21,9 @@ struct WideRoom {
   static constexpr int PANEL_BYTES = S * (CODES + LEVELS);
   static constexpr int STAGE = (S * TOKENS + RG * PANEL_BYTES + 1023) / 1024 * 1024;
   static constexpr int STAGES = RG == 1 ? 216 * 1024 / STAGE / KG * KG : 216 * 1024 / STAGE;
-  static constexpr int BYTES = STAGES * STAGE + 1024;   // so that it can begin at a multiple of 1024
+  // Sums of 16 tokens that the other block sends have room of their own, so that it need not wait until they may come.
+  static constexpr int SENT_AT = STAGES * STAGE, SENT = SUMS && T == 16 ? 128 * 16 : 0;
+  static constexpr int BYTES = SENT_AT + SENT + 1024;   // so that it can begin at a multiple of 1024
   static constexpr int OWN = T / 2 / KG;                // sums of a thread, of T / KG tokens
   // Where sums of the other block come, behind those of this one; or before, where a group leaves its own in a stage.
   static constexpr bool OWN_STAGE = RG == 1;
@@ -35,7 +37,7 @@ struct WideRoom {
 
 template <class R>
 struct WideBoard {
-  uint64_t full[R::STAGES], empty[R::STAGES], shown;
+  uint64_t full[R::STAGES], empty[R::STAGES], shown, sent;
   // Of the tokens; less: what sums are too large by, or the float of a sum of values.
   float scale[R::T];
   int less[R::T];
@@ -43,6 +45,7 @@ struct WideBoard {
   __device__ void init() {
     for (int s = 0; s < R::STAGES; ++s) barrier_init(full[s], 3), barrier_init(empty[s], 4 * R::RG);
     barrier_init(shown, 1);
+    if (R::SENT) barrier_init(sent, 1), barrier_expect(sent, R::SENT);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 };
@@ -77,24 +80,47 @@ struct WideFeeder {
   WideBoard<R>& board;
   uint32_t base;
 
+  // Of a run, the stage at hand.
+  __device__ __forceinline__ int steps_of(const WideWork& work, int i) const {
+    return min(R::S, work.last - work.first - i * R::S);
+  }
+  __device__ __forceinline__ void put_tokens(int stage, int count, int column, int token) const {
+#pragma unroll
+    for (int s = 0; s < R::S; ++s) {
+      if (s < count) {
+        copy_tokens(base + stage * R::STAGE + s * R::TOKENS, &map, board.full[stage], column + s * 128, token);
+      }
+    }
+  }
+
+  // Where a block has one tile, all that there is to know of its first stages is known, and said, before there are tokens.
   __device__ __forceinline__ void tokens(int rank) {
     ManyRing<R> ring;
-    wait_for_last();
+    if (!R::SUMS) wait_for_last();
     each_wide<R>(p, rank, [&](const WideWork& work) {
-      const int token = p.tokens_from + work.token;
+      const int token = p.tokens_from + work.token, stages = (work.last - work.first + R::S - 1) / R::S;
+      int i = 0;
+      if constexpr (R::SUMS) {
+        const int early = min(stages, R::STAGES);
+        const bool one = elected();
 #pragma unroll 1
-      for (int step = work.first; step < work.last; step += R::S, ring.next()) {
-        const int count = min(R::S, work.last - step);
+        for (; i < early; ++i) {
+          if (one) barrier_expect(board.full[i], steps_of(work, i) * p.box * 128);
+        }
+        wait_for_last();
+#pragma unroll 1
+        for (i = 0; i < early; ++i) {
+          if (one) put_tokens(i, steps_of(work, i), (work.first + i * R::S) * 128, token);
+        }
+        if (early == R::STAGES) ring.turn = 1;
+      }
+#pragma unroll 1
+      for (; i < stages; ++i, ring.next()) {
+        const int count = steps_of(work, i);
         barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
         if (elected()) {
           barrier_expect(board.full[ring.stage], count * p.box * 128);
-#pragma unroll
-          for (int s = 0; s < R::S; ++s) {
-            if (s < count) {
-              copy_tokens(base + ring.stage * R::STAGE + s * R::TOKENS, &map, board.full[ring.stage], (step + s) * 128,
-                          token);
-            }
-          }
+          put_tokens(ring.stage, count, (work.first + i * R::S) * 128, token);
         }
       }
     });
@@ -107,15 +133,22 @@ struct WideFeeder {
     asm volatile("mov.u32 %0, %%laneid;\nmov.u32 %1, %%ctaid.x;" : "=r"(lane), "=r"(block));
     const int tile = block / (R::SUMS ? p.shares : 1);
     const int token = tile % p.token_tiles * R::T;
+    if (shared) {
+#pragma unroll
+      for (int n = lane; n < R::ROWS; n += 32) {
+        const int at = min(row(tile, n), p.a.rows - 1);
+        board.rows[n] = {p.a.scale[at], p.a.shift ? p.a.shift[at] : 0.0f, 0.0f};
+      }
+    }
     wait_for_last();
 #pragma unroll 1
     for (int m = lane; m < R::T; m += 32) {
       const OfToken of = token_of(p, token + m);
       board.scale[m] = of.scale, board.less[m] = R::F == Form::CHANNEL ? __float_as_int(of.sum) : of.bias;
     }
-    if (shared) {
+    if (shared && p.a.bias) {  // which a kernel before may have made
 #pragma unroll 2
-      for (int n = lane; n < R::ROWS; n += 32) board.rows[n] = row_of(p, row(tile, n));
+      for (int n = lane; n < R::ROWS; n += 32) board.rows[n].bias = p.a.bias[min(row(tile, n), p.a.rows - 1)];
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(board.shown);

@@ -322,12 +322,13 @@ def test_rows_that_are_quantized_in_the_launch(form: str, columns: int, device: 
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("rows", [1, 2, 16, 64])
 @pytest.mark.parametrize("columns", [4096, 14336, 16384])
-def test_one_row_of_a_large_layer(columns: int) -> None:
+def test_few_rows_of_a_large_layer(columns: int, rows: int) -> None:
     """Often, one after the other, so that each begins while the one before still writes what it reads; in a graph."""
     need("cuda")
     there, back = stored(columns, 4096), stored(4096, columns)
-    x = torch.randn(1, 4096, device="cuda").bfloat16()
+    x = torch.randn(rows, 4096, device="cuda").bfloat16()
 
     def steps(of: Any) -> list[Tensor]:
         found = [x]
@@ -342,13 +343,13 @@ def test_one_row_of_a_large_layer(columns: int) -> None:
     def together(x: Tensor, weight: PackedWeight) -> Tensor:
         return linear.w4a8_linears_of(x, None, [weight], [None])[0]
 
-    assert linear.is_one_launch(x) == (torch.cuda.get_device_capability()[0] >= 9)
+    assert linear.is_one_launch(x) == (rows == 1 and torch.cuda.get_device_capability()[0] >= 9)
     steps(together)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = steps(together)
     for seed in range(5):
-        x.copy_(torch.randn(1, 4096, generator=torch.Generator().manual_seed(seed)))
+        x.copy_(torch.randn(rows, 4096, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
         assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got, steps(alone), strict=True))
 
