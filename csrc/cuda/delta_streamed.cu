@@ -24,6 +24,118 @@
 #include "delta_streamed.cuh"
 
 namespace hfl {
+
+// In code for other architectures it is empty, which shows as a kernel without static shared memory.
+template <int EACH, int DEEP, bool BF16>
+__global__ void __launch_bounds__(STREAM_THREADS, 1) streamed_kernel(const __grid_constant__ StreamTask p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(128) unsigned char stream_shared[];
+  __shared__ StreamBoard board;
+  const int rank = rank_here(), group = static_cast<int>(blockIdx.x) / RANKS, lane = lane_of_thread();
+  const int warp = __shfl_sync(0xffffffffu, warp_of_thread(), 0);
+  const int first = p.first + group * p.each + min(group, p.more), tiles = p.each + (group < p.more),
+            owned = (tiles - rank + RANKS - 1) / RANKS;
+  const uint32_t slots = shared_address(stream_shared), kept_at = static_cast<uint32_t>(p.owned * p.owned_bytes()),
+                 told_at = kept_at + static_cast<uint32_t>(p.owned * p.kept_bytes()),
+                 x_at = told_at + static_cast<uint32_t>(p.all_told_bytes()),
+                 ring_at = x_at + static_cast<uint32_t>((p.phases > 1 ? 2 : 1) * p.phase_bytes());
+  const auto x_of = [&](int side) { return stream_shared + x_at + side * p.phase_bytes(); };
+  const auto planes_of = [&](int side) { return x_of(side) + p.columns() * X_BYTES; };
+  using S = Streamer<EACH, DEEP, BF16>;
+  const uint32_t ring = slots + ring_at + static_cast<uint32_t>(warp * DEEP * CHUNK_BYTES + lane * 16);
+  S own = {p, board, first, warp, lane, ring, ring, 0, 0, 0, 0, {}, {}};
+  const StreamDeal deal(tiles, p.phases);
+  StreamStep now = deal.begin(warp);
+  StreamPlace here = own.place_of(now);
+  own.ask_first(here, now.quarter);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < owned; ++i) barrier_init(board.sent[i], 1);
+    for (int i = 0; i < 2; ++i) barrier_init(board.known[i], STREAM_WARPS), barrier_init(board.over[i], STREAM_WARPS);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int i = 0; i < owned; ++i) barrier_expect(board.sent[i], p.owned_bytes());
+  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  StreamRow row(p, board, warp);
+  wait_for_previous(warp);
+  row.bring(p, board, StreamShare(p, 0, rank), x_of(0));
+  row.know(p, board, 0, StreamShare(p, 0, rank), x_of(0), planes_of(0));
+  __syncthreads();
+  for (int i = 0; i < STREAM_ROWS; ++i) own.some |= (board.slots[i] >= 0 ? 1u : 0u) << i;
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  int phase = -1, turn = 2;
+  // What a warp does beside, once all are done with the phase before: its row's inputs of the next one.
+  const auto look_ahead = [&](int to) {
+    if (turn >= to || phase + 1 == p.phases) return;
+    const StreamShare ahead(p, phase + 1, rank_here());
+    const int side = (phase + 1) % 2;
+    if (turn == 0) {
+      if (phase) barrier_wait(board.over[side], (phase - 1) / 2 % 2);
+      row.fetch(p, ahead, x_of(side));
+      if (to == 2) copy_commit(), copy_wait<0>();
+    }
+    if (to == 2) {
+      row.know(p, board, side, ahead, x_of(side), planes_of(side));
+      come_by(board.known[side]);
+    }
+    turn = to;
+  };
+  const auto go_on = [&](int to) {
+#pragma unroll 1
+    while (phase < to) {
+      if (phase >= 0) look_ahead(2), come_by(board.over[phase % 2]);
+      ++phase, turn = 0;
+    }
+  };
+#pragma unroll 1
+  while (deal.there(now)) {
+    float4* const kept = reinterpret_cast<float4*>(stream_shared + kept_at) + now.tile * S::NT * 32 + lane;
+    const bool together = now.tile >= deal.whole, last = now.phase + 1 == p.phases;
+    if (phase < now.phase) {
+      go_on(now.phase);
+      own.side = phase % 2;
+      const int row_at = lane / 8 + lane / 4 % 2 * 4;
+      own.x = shared_address(x_of(own.side)) + static_cast<uint32_t>(row_at * X_BYTES + lane % 4 * 16);
+      own.planes = shared_address(planes_of(own.side)) + static_cast<uint32_t>(lane * 16);
+      if (phase) barrier_wait(board.known[own.side], (phase - 1) / 2 % 2);
+    }
+    if (together && phase) barrier_wait(board.over[1 - own.side], (phase - 1) / 2 % 2);  // who did it is done with it
+    if (together || now.quarter == 0) own.begin(phase && now.quarter == 0 ? kept : nullptr);
+    const StreamStep next = deal.after(now, warp);
+    StreamPlace there = here;
+    if (now.quarter + 1 == now.end) there = own.place_of(next);
+    if (now.quarter) look_ahead(now.quarter < 2 + warp / 4 % 2 ? 1 : 2);
+    own.run(now, here, next.quarter, there);
+    if (now.quarter + 1 == now.end) {
+      if (together) own.gather(now.quarter, stream_shared + told_at + warp / 4 * 3 * p.told_bytes());
+      if (!together || now.quarter == 0) {
+        const int owner = now.tile % RANKS, slot = now.tile / RANKS;
+        const uint32_t to =
+            slots + static_cast<uint32_t>(slot * p.owned_bytes() + (rank_here() * S::NT * 32 + lane) * 16);
+#pragma unroll
+        for (int n = 0; n < S::NT; ++n) {
+          const float4 sums = own.sums_of(n, here.part);
+          if (!last) {
+            kept[n * 32] = sums;
+          } else {
+            send(over_there(to + static_cast<uint32_t>(n * 512), owner),
+                 over_there(shared_address(&board.sent[slot]), owner), sums);
+          }
+        }
+      }
+    }
+    now = next, here = there;
+  }
+  go_on(p.phases - 1);
+  copy_wait<0>();
+#pragma unroll 1
+  for (int slot = warp; slot * RANKS + rank_here() < tiles; slot += STREAM_WARPS) {
+    wait_for_cluster(board.sent[slot], 0);
+    own.finish(first + slot * RANKS + rank_here(), slots + static_cast<uint32_t>(slot * p.owned_bytes()));
+  }
+#endif
+}
+
 namespace {
 
 const char* check(const hfl_streamed& a) {
