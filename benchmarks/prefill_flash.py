@@ -20,25 +20,15 @@ SIZES = ((512, 0), (K, 0), (2 * K, 0), (4 * K, 0), (16 * K, 0), (128 * K, 0), (4
 PROMPTS = (4 * K, 32 * K, 128 * K)
 
 
-class Asked:
-    """FlashAttention 3 is asked, inside the block, from so many keys on."""
-
-    def __init__(self, least: int) -> None:
-        self.least, self.own = least, flash.LEAST
-
-    def __enter__(self) -> None:
-        flash.LEAST = self.least
-
-    def __exit__(self, *_: object) -> None:
-        flash.LEAST = self.own
-
-
-def named(call: Callable[[], Any], least: int) -> Callable[[], Any]:
-    """The call with FlashAttention 3 from so many keys on."""
+def asked(call: Callable[[], Any], least: int) -> Callable[[], Any]:
+    """The call, in which FlashAttention 3 is asked from so many keys on."""
 
     def run() -> Any:
-        with Asked(least):
+        own, flash.LEAST = flash.LEAST, least
+        try:
             return call()
+        finally:
+            flash.LEAST = own
 
     return run
 
@@ -55,7 +45,7 @@ def flash_rows(text: Callable[[int], list[Tensor]]) -> Iterator[dict[str, Any]]:
         if before:
             k, v = k.contiguous(), v.contiguous()  # as a cache has them
         attend = partial(ops.attend_blocks, q, k, v, ops.Logits(q.shape[3] ** -0.5), ops.Visibility(), None)
-        times = in_turn({"with": named(attend, 0), "without": named(attend, 1 << 40)})
+        times = in_turn({"with": asked(attend, 0), "without": asked(attend, 1 << 40)})
         attend()
         value, base = times["with"], times["without"]
         found = row(f"{tokens} tokens after {before // K}K", tokens, value, "without it", base, None, None, None)
@@ -65,7 +55,7 @@ def flash_rows(text: Callable[[int], list[Tensor]]) -> Iterator[dict[str, Any]]:
     with lc.patched(model, lc.Dense()):
         for tokens in PROMPTS:
             ids = torch.randint(1000, (1, tokens), device=model.device)
-            run = [named(lambda ids=ids: first_token(model, ids), least) for least in (flash.LEAST, 1 << 40)]  # type: ignore[misc]
+            run = [asked(lambda ids=ids: first_token(model, ids), least) for least in (flash.LEAST, 1 << 40)]  # type: ignore[misc]
             each = [(run[0](), run[1]()) for _ in range(3 if tokens > 16 * K else 8)][1:]
             value, base = (min(x) for x in zip(*each, strict=True))
             found = row(f"TTFT {tokens // K}K, dense", tokens, value, "without it", base, None, None, None)
