@@ -2,6 +2,7 @@
 #include "count.h"
 #include "experts.h"
 #include "fill.h"
+#include "host.h"
 #include "joined.h"
 #include "linear.h"
 #include "project.h"

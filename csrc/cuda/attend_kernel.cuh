@@ -90,8 +90,8 @@ __device__ __forceinline__ void attend_part(const AttendTask& p, unsigned char* 
     prepare_queries<D, F>(p, unit, shared, place);  // while the first keys are on their way
     mine.walk(first, end);
     __syncthreads();  // the rings are free
-    mine.leave(reinterpret_cast<float*>(shared) + warp * ROWS * R::OUT,
-               reinterpret_cast<float2*>(shared + R::STATES) + warp * ROWS);
+    leave(mine, reinterpret_cast<float*>(shared) + warp * ROWS * R::OUT,
+          reinterpret_cast<float2*>(shared + R::STATES) + warp * ROWS);
   }
   __syncthreads();
   const Scratch<D> scratch(p, problem, index);

@@ -13,21 +13,32 @@ __device__ __forceinline__ void add(float2& sum, float weight, const float2& x) 
   sum.x += weight * x.x, sum.y += weight * x.y;
 }
 
-// Two channels of a row, of all warps.
-__device__ __forceinline__ void merge_warps(const unsigned char* room, const ListShared& shared, int rows, int row,
-                                            int channel, float* to) {
-  float2 state = make_float2(NOTHING, 0.0f), sum = make_float2(0.0f, 0.0f);
+// Two channels of a row, of all warps, whose results lie so many bytes apart; state: the largest logit and the total.
+template <int WARPS>
+__device__ __forceinline__ float2 sum_of_warps(const unsigned char* room, int apart,
+                                               const float2 (&states)[WARPS][LIST_ROWS], int row, int channel,
+                                               float2& state) {
+  state = make_float2(NOTHING, 0.0f);
+  float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
-  for (int w = 0; w < LIST_WARPS; ++w) state.x = fmaxf(state.x, shared.states[w][row].x);
+  for (int w = 0; w < WARPS; ++w) state.x = fmaxf(state.x, states[w][row].x);
   const float base = state.x == NOTHING ? 0.0f : state.x;
 #pragma unroll
-  for (int w = 0; w < LIST_WARPS; ++w) {
-    const float2 own = shared.states[w][row];
+  for (int w = 0; w < WARPS; ++w) {
+    const float2 own = states[w][row];
     const float weight = power_of_two(own.x - base);
     state.y += weight * own.y;
-    const float* outs = reinterpret_cast<const float*>(room + w * ListShared::warp_bytes(rows));
+    const float* outs = reinterpret_cast<const float*>(room + w * apart);
     add(sum, weight, *reinterpret_cast<const float2*>(outs + row * LIST_OUT + channel));
   }
+  return sum;
+}
+
+// The same to what the block leaves.
+__device__ __forceinline__ void merge_warps(const unsigned char* room, const ListShared& shared, int rows, int row,
+                                            int channel, float* to) {
+  float2 state;
+  const float2 sum = sum_of_warps(room, ListShared::warp_bytes(rows), shared.states, row, channel, state);
   *reinterpret_cast<float2*>(to + row * LIST_OUT + channel) = sum;
   if (channel == 0) *reinterpret_cast<float2*>(to + row * LIST_OUT + LIST_DIM) = state;
 }

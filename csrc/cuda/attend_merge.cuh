@@ -47,6 +47,31 @@ struct Scratch {
   }
 };
 
+// Leave a warp's results in shared memory: out [ROWS, OUT], and largest logit and total.
+template <int D, Format F>
+__device__ void leave(const Warp<D, F>& warp, float* outs, float2* states) {
+  using S = Slab<D, F>;
+  const int g = warp.lane >> 2;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int row = (warp.lane & 3) * 2 + j;
+    if (row >= warp.unit.rows()) continue;
+    if (g == 0) states[row] = make_float2(warp.top(j), warp.total[j]);
+    float* to = outs + row * Room<D, F>::OUT;
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      if constexpr (!S::PACKED) {
+        to[S::out_channel(2 * i, g)] = warp.out[i][j], to[S::out_channel(2 * i + 1, g)] = warp.out[i][2 + j];
+      } else if constexpr (F == Format::int8) {
+        *reinterpret_cast<float2*>(to + S::out_channel(2 * i, g)) = make_float2(warp.out[i][j], warp.out[i][2 + j]);
+      } else if (i % 2 == 0) {  // four channels side by side
+        *reinterpret_cast<float4*>(to + S::out_channel(2 * i, g)) =
+            make_float4(warp.out[i][j], warp.out[i][2 + j], warp.out[i + 1][j], warp.out[i + 1][2 + j]);
+      }
+    }
+  }
+}
+
 // Merge what the warps left: into the output if the unit has but this block, else into scratch.
 template <int D, Format F>
 __device__ void merge_warps(const AttendTask& p, const Unit& unit, const unsigned char* shared,

@@ -42,9 +42,7 @@ struct Warp {
     for (int i = 0; i < D / 16; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
   }
 
-  __device__ Found find(int slab, int end) const {
-    return slab < end ? keys.find(p, slab, lane) : Found{-1, -1};
-  }
+  __device__ Found find(int slab, int end) const { return slab < end ? keys.find(p, slab, lane) : Found{-1, -1}; }
 
   // Whether all rows from the first to the last that is seen follow on each other, so that nothing needs to be noted.
   __device__ bool plain() const {
@@ -92,28 +90,8 @@ struct Warp {
     }
   }
 
-  // Leave the results in shared memory: out [ROWS, OUT] for this warp, and largest logit and total.
-  __device__ void leave(float* outs, float2* states) const {
-    const int g = lane >> 2;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int row = (lane & 3) * 2 + j;
-      if (row >= unit.rows()) continue;
-      if (g == 0) states[row] = make_float2(top(j), total[j]);
-      float* to = outs + row * R::OUT;
-#pragma unroll
-      for (int i = 0; i < D / 16; ++i) {
-        if constexpr (!S::PACKED) {
-          to[S::out_channel(2 * i, g)] = out[i][j], to[S::out_channel(2 * i + 1, g)] = out[i][2 + j];
-        } else if constexpr (F == Format::int8) {
-          *reinterpret_cast<float2*>(to + S::out_channel(2 * i, g)) = make_float2(out[i][j], out[i][2 + j]);
-        } else if (i % 2 == 0) {  // four channels side by side
-          *reinterpret_cast<float4*>(to + S::out_channel(2 * i, g)) =
-              make_float4(out[i][j], out[i][2 + j], out[i + 1][j], out[i + 1][2 + j]);
-        }
-      }
-    }
-  }
+  // The largest logit of a query that the warp has seen.
+  __device__ float top(int j) const { return limit[j] == NOTHING ? NOTHING : base[j] + LIFT; }
 
  private:
   __device__ const unsigned char* rows_of(const hfl_rows& rows) const {
@@ -123,7 +101,6 @@ struct Warp {
     return static_cast<const __half*>(lane & 4 ? rows.zero : rows.scale) + unit.batch * rows.scale_b +
            unit.kv_head * rows.scale_h;
   }
-  __device__ float top(int j) const { return limit[j] == NOTHING ? NOTHING : base[j] + LIFT; }
   __device__ static float over_keys(float x) {
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);

@@ -9,16 +9,16 @@
 // Shared memory: codes, scales and tokens of STAGES chunks of each warp; up to 113 KiB.
 #pragma once
 #include "experts.cuh"
+#include "rows_tile.cuh"
 
 namespace hfl {
 
 template <Form F, int MT>
-struct ExpertsRoom {
+struct ExpertsRoom : RowsTile<F> {
   static constexpr int WARPS = 8, THREADS = WARPS * 32;
   static constexpr int TILES = 2, ROWS = 16 * TILES, TOKENS = 8 * MT;         // of a unit
-  static constexpr int CHUNK = F == Form::BYTES ? 64 : 128;                 // columns, and bytes of a token
-  static constexpr int LEVELS = F == Form::GROUP ? 32 : F == Form::FINE ? 128 : 0;  // of a tile
-  static constexpr int TILE = 1024 + LEVELS, CODES = TILES * TILE, VALUES = TOKENS * CHUNK;  // of a stage
+  using RowsTile<F>::CHUNK, RowsTile<F>::TILE;
+  static constexpr int CODES = TILES * TILE, VALUES = TOKENS * CHUNK;  // of a stage
   static constexpr int FIT = 104 * 1024 / (WARPS * (CODES + VALUES)), STAGES = FIT < 6 ? FIT : 6;
   static constexpr int RING = WARPS * STAGES * CODES, LATER = RING + WARPS * STAGES * VALUES;
   static_assert(RING % 128 == 0, "tokens begin where their order in 128 bytes does");
@@ -30,7 +30,9 @@ struct ExpertsRoom {
 };
 
 // Which token the sorted row is of.
-__device__ __forceinline__ int token_at(const hfl_experts& a, int row) { return a.times ? a.order[row] / a.times : row; }
+__device__ __forceinline__ int token_at(const hfl_experts& a, int row) {
+  return a.times ? a.order[row] / a.times : row;
+}
 
 // Chunks of a warp, unit after unit, and where this thread's part of the codes, the scales and the tokens of one lie.
 template <class R>
@@ -76,8 +78,9 @@ struct ExpertsCursor {
 };
 
 template <Form F, int MT>
-struct ExpertsBlock {
+struct ExpertsBlock : RowsTile<F> {
   using R = ExpertsRoom<F, MT>;
+  using RowsTile<F>::turn, RowsTile<F>::levels, RowsTile<F>::codes;
   static constexpr int TILES = R::TILES;
   static constexpr int SETS = MT == 1 ? 2 : 1;  // of sums: those of two chunks at a time do not wait for each other
   const ExpertsTask& p;
@@ -93,8 +96,6 @@ struct ExpertsBlock {
     row = tokens + lane % 8 * R::CHUNK + (lane / 8 ^ turn(lane % 8)) * 16;
     clear();
   }
-
-  __device__ __forceinline__ static int turn(int token) { return R::CHUNK == 128 ? token % 8 : token / 2 % 4; }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -134,28 +135,6 @@ struct ExpertsBlock {
     }
   }
 
-  // Operand a of 64 columns of a tile; by: the scales where there is one group.
-  __device__ __forceinline__ void codes(uint32_t (&a)[8], uint32_t tile, int half, const Levels& by) const {
-    const uint32_t at = tile + lane * 16;
-    if constexpr (F == Form::BYTES) {
-      const uint4 x = load_shared(at), y = load_shared(at + 512);
-      a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w, a[4] = y.x, a[5] = y.y, a[6] = y.z, a[7] = y.w;
-    } else {
-      const uint4 x = load_shared(at + half * 512);
-      if constexpr (F == Form::CHANNEL) {
-        expand(a, x.x, x.y), expand(a + 4, x.z, x.w);
-      } else if constexpr (F == Form::GROUP) {
-        expand(a, x.x, x.y, by), expand(a + 4, x.z, x.w, by);
-      } else {
-        expand(a, x.x, x.y, Levels(levels(tile, 2 * half * p.groups / 4)));
-        expand(a + 4, x.z, x.w, Levels(levels(tile, (2 * half + 1) * p.groups / 4)));
-      }
-    }
-  }
-  __device__ __forceinline__ uint32_t levels(uint32_t tile, int group) const {
-    return load_word(tile + 1024 + group * 32 + lane / 4 * 4);
-  }
-
   __device__ __forceinline__ void multiply(int (&to)[TILES][MT][4], int stage) {
     const uint32_t from = ring + stage * R::CODES;
 #pragma unroll
@@ -167,7 +146,7 @@ struct ExpertsBlock {
       for (int i = 0; i < TILES; ++i) {
         const uint32_t tile = from + i * R::TILE;
         uint32_t a[8];
-        codes(a, tile, half, Levels(F == Form::GROUP ? levels(tile, 0) : 0));
+        codes(a, tile, half, p.groups, Levels(F == Form::GROUP ? levels(tile, 0, lane) : 0), lane);
 #pragma unroll
         for (int m = 0; m < MT; ++m) mma_u8(to[i][m], a, b[m][0], b[m][1]);
 #pragma unroll
@@ -186,7 +165,8 @@ struct ExpertsBlock {
         if (token >= count) continue;
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
-          add_shared(to + (token * R::LINE + i * 16 + lane / 4 + r / 2 * 8) * 4, acc[0][i][m][r] + (SETS == 2 ? acc[SETS - 1][i][m][r] : 0));
+          add_shared(to + (token * R::LINE + i * 16 + lane / 4 + r / 2 * 8) * 4,
+                     acc[0][i][m][r] + (SETS == 2 ? acc[SETS - 1][i][m][r] : 0));
         }
       }
     }

@@ -6,7 +6,7 @@
 // Grid: bring (B * Hkv), 1024 threads; copy (B * Hkv, blocks of a run), 256 threads.
 // Shared memory: bring 8 bytes a place of the pool, to 32 KiB. Bound by: the bus to the host, with 64 KiB of a row and
 //   KV head on their way; without a miss, latency of the passes over the pool and the ids.
-#include "../hf_longctx.h"
+#include "../host.h"
 #include "scan.cuh"
 
 namespace hfl {

@@ -2,7 +2,8 @@
 // linear.cu says what it computes.
 //
 // Work: up to three weights for the same tokens, in units of 16 rows (32 where tokens do not stay in shared memory),
-//   one of each block after the other. Of 4096, 6144 or 28672 rows each of 132 multiprocessors gets as many, but for 3 %.
+//   one of each block after the other. Of 4096, 6144 or 28672 rows each of 132 multiprocessors gets as many, but for
+//   3 %.
 // Block: of a unit, every warp has each 8th or 16th chunk of columns; it copies the codes, scales and tokens of those
 //   itself, some chunks ahead and over the end of a unit, and waits for no other warp but once a unit, when sums are
 //   added in shared memory. Two blocks fit on a multiprocessor, so that the next kernel's codes come while this one
@@ -10,18 +11,17 @@
 // Products: mma.m16n8k32, codes as operand a, which one mask takes out of 16 stored bytes.
 // Shared memory: codes and scales of STAGES chunks of each warp; tokens, all or of as many chunks; up to 113 KiB.
 #pragma once
-#include "linear.cuh"
+#include "rows_tile.cuh"
 
 namespace hfl {
 
 // STREAM: tokens are copied again for every unit.
 template <Form F, int MT, bool STREAM>
-struct RowsRoom {
+struct RowsRoom : RowsTile<F> {
   static constexpr int WARPS = MT == 1 && !STREAM ? 16 : 8, THREADS = WARPS * 32;
   static constexpr int TILES = STREAM ? 2 : 1, ROWS = 16 * TILES;  // of a unit
-  static constexpr int CHUNK = F == Form::BYTES ? 64 : 128;        // columns, and bytes of a token
-  static constexpr int LEVELS = F == Form::GROUP ? 32 : F == Form::FINE ? 128 : 0;  // of a tile
-  static constexpr int TILE = 1024 + LEVELS, STAGE = TILES * TILE;
+  using RowsTile<F>::CHUNK, RowsTile<F>::TILE;
+  static constexpr int STAGE = TILES * TILE;
   static constexpr int STAGES = STREAM ? 3 : 5;
   static constexpr int SETS = WARPS == 16 ? 1 : 2;  // of sums: those of two chunks at a time do not wait for each other
   static constexpr int RING = WARPS * STAGES * STAGE;
@@ -87,8 +87,9 @@ struct RowsCursor {
 };
 
 template <Form F, int MT, bool STREAM>
-struct RowsBlock {
+struct RowsBlock : RowsTile<F> {
   using R = RowsRoom<F, MT, STREAM>;
+  using RowsTile<F>::turn, RowsTile<F>::levels, RowsTile<F>::codes;
   const LinearTask& p;
   uint32_t ring, tokens, sums;  // of this warp; of this warp; of the block
   uint32_t row[MT];             // where this thread finds its part of operand b in a slot
@@ -135,8 +136,6 @@ struct RowsBlock {
     }
   }
 
-  __device__ __forceinline__ static int turn(int token) { return R::CHUNK == 128 ? token % 8 : token / 2 % 4; }
-
   __device__ __forceinline__ void copy_tokens(int slot, int chunk) const {
     constexpr int PIECES = R::CHUNK / 16;
     const uint32_t to = tokens + slot * p.tokens * R::CHUNK;
@@ -162,38 +161,16 @@ struct RowsBlock {
     }
   }
 
-  // Operand a of 64 columns of a tile; by: the scales where there is one group.
-  __device__ __forceinline__ void codes(uint32_t (&a)[8], uint32_t tile, int half, const Levels& by) const {
-    const uint32_t at = tile + lane * 16;
-    if constexpr (F == Form::BYTES) {
-      const uint4 x = load_shared(at), y = load_shared(at + 512);
-      a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w, a[4] = y.x, a[5] = y.y, a[6] = y.z, a[7] = y.w;
-    } else {
-      const uint4 x = load_shared(at + half * 512);
-      if constexpr (F == Form::CHANNEL) {
-        expand(a, x.x, x.y), expand(a + 4, x.z, x.w);
-      } else if constexpr (F == Form::GROUP) {
-        expand(a, x.x, x.y, by), expand(a + 4, x.z, x.w, by);
-      } else {
-        expand(a, x.x, x.y, Levels(levels(tile, 2 * half * p.groups / 4)));
-        expand(a + 4, x.z, x.w, Levels(levels(tile, (2 * half + 1) * p.groups / 4)));
-      }
-    }
-  }
-  __device__ __forceinline__ uint32_t levels(uint32_t tile, int group) const {
-    return load_word(tile + 1024 + group * 32 + lane / 4 * 4);
-  }
-
   __device__ __forceinline__ void multiply(int (&to)[R::TILES][MT][4], int stage, int slot) {
     const uint32_t tile = ring + stage * R::STAGE, tokens_at = slot * p.tokens * R::CHUNK;
     uint32_t by[R::TILES];
 #pragma unroll
-    for (int i = 0; i < R::TILES; ++i) by[i] = F == Form::GROUP ? levels(tile + i * R::TILE, 0) : 0;
+    for (int i = 0; i < R::TILES; ++i) by[i] = F == Form::GROUP ? levels(tile + i * R::TILE, 0, lane) : 0;
 #pragma unroll
     for (int half = 0; half < R::CHUNK / 64; ++half) {
       uint32_t a[R::TILES][8];
 #pragma unroll
-      for (int i = 0; i < R::TILES; ++i) codes(a[i], tile + i * R::TILE, half, Levels(by[i]));
+      for (int i = 0; i < R::TILES; ++i) codes(a[i], tile + i * R::TILE, half, p.groups, Levels(by[i]), lane);
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         uint32_t b[4];
@@ -242,7 +219,8 @@ struct RowsBlock {
   }
 };
 
-// All units of a block, whose first codes are on their way, in groups of copies of which one waits as if each had its own.
+// All units of a block, whose first codes are on their way, in groups of copies of which one waits as if each had its
+// own.
 template <Form F, int MT, bool STREAM>
 __device__ __forceinline__ void multiply_units(const LinearTask& p, RowsBlock<F, MT, STREAM>& block,
                                                RowsCursor<RowsRoom<F, MT, STREAM>>& ahead,

@@ -102,8 +102,8 @@ __device__ __forceinline__ void recent_part(const RecentTask& both, unsigned cha
     prepare_queries<D, OWN>(p, unit, shared, NEAR ? place : place_far);
     mine.walk(first, end);
     __syncthreads();  // the rings are free
-    mine.leave(reinterpret_cast<float*>(shared) + warp * ROWS * R::OUT,
-               reinterpret_cast<float2*>(shared + R::STATES) + warp * ROWS);
+    leave(mine, reinterpret_cast<float*>(shared) + warp * ROWS * R::OUT,
+          reinterpret_cast<float2*>(shared + R::STATES) + warp * ROWS);
   }
   __syncthreads();
   constexpr float LIFT = Warp<D, F>::LIFT - Warp<D, OWN>::LIFT;  // sums are as if weights had been that of F

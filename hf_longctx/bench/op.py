@@ -18,7 +18,7 @@ from ..evals.runner import bar
 from ..kernels import dispatch
 from ..machine import device_name
 from . import cost, stopwatch
-from .operations import OPERATIONS, SMALL, Operation, Size, arguments, difference
+from .operations import LONG, OPERATIONS, SMALL, Operation, Size, arguments, difference
 from .rivals import rivals_of
 
 NAME = "bench_op"
@@ -62,17 +62,21 @@ class Maker:
     prepare: Callable[[tuple[Any, ...], Size], Callable[[], Any]]
 
 
-def backends_of(one: Operation, size: Size, device: torch.device) -> list[Maker]:
-    """Backends that take the operation; the definition alone only where no other does."""
-    given, found = arguments(one, replace(size, tokens=min(size.tokens, 512)), device), []
-    for backend in dispatch.ORDER:
-        try:
-            with dispatch.use_backend(backend):
-                dispatch.chosen(one.op, *given)
-        except UnsupportedError:
-            continue
-        found.append(_backend(one, backend))
+def backends_of(one: Operation, sizes: Sequence[Size], device: torch.device) -> list[Maker]:
+    """Backends that take the operation at some of the sizes; the definition alone only where no other does."""
+    shorter = dict.fromkeys(replace(size, tokens=min(size.tokens, LONG)) for size in sizes)
+    given = [arguments(one, size, device) for size in shorter]
+    found = [_backend(one, name) for name in dispatch.ORDER if any(_takes(one, name, each) for each in given)]
     return found[:-1] or found  # the last is the reference, which takes everything
+
+
+def _takes(one: Operation, backend: str, given: tuple[Any, ...]) -> bool:
+    try:
+        with dispatch.use_backend(backend):
+            dispatch.chosen(one.op, *given)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def _backend(one: Operation, backend: str) -> Maker:
@@ -135,7 +139,7 @@ def run(
     settings = {"device": device_name(device), "repeats": repeats, **shape}
     journal = Journal(out, NAME, settings, device, resume)
     done = {(row.name, row.by, row.tokens): row for row in (Row(**row) for row in journal.rows) if row.error is None}
-    makers = _makers(names, sizes[0], device, console)
+    makers = _makers(names, sizes, device, console)
     rows = []
     with bar(console) as shown, torch.no_grad():
         task = shown.add_task("", total=len(sizes) * sum(map(len, makers.values())), said="")
@@ -176,13 +180,15 @@ def check(names: Sequence[str], sizes: Sequence[Size]) -> None:
         )
 
 
-def _makers(names: Sequence[str], size: Size, device: torch.device, console: Console) -> dict[str, list[Maker]]:
+def _makers(
+    names: Sequence[str], sizes: Sequence[Size], device: torch.device, console: Console
+) -> dict[str, list[Maker]]:
     """Of every operation, rivals first, the baseline before all; those that are absent are named once."""
     found, missing = {}, []
     for name in names:
-        others, absent = rivals_of(OPERATIONS[name], size, device)
+        others, absent = rivals_of(OPERATIONS[name], sizes[0], device)
         found[name] = [Maker(rival.name, rival.prepare) for rival in others]
-        found[name] += backends_of(OPERATIONS[name], size, device)
+        found[name] += backends_of(OPERATIONS[name], sizes, device)
         missing += absent
     for line in dict.fromkeys(missing):
         console.print(line, style="yellow", markup=False)

@@ -20,6 +20,9 @@ from ..kernels.ops import Logits, Packed, Selection, Visibility
 PAGE, BLOCK, STRIDE = 16, 128, 16
 """Tokens of a page of decode, of a block of a prompt, and of a tile that is scored."""
 
+LONG = 2100
+"""Tokens from which on it does not depend on them which backends are asked."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -213,11 +216,12 @@ _EXACT = ("pick_blocks", "append_pages")
 
 _BASE = Size(tokens=300, batch=2, q_heads=8, kv_heads=2, dim=64, budget=64, window=80)
 _SIZES = (_BASE, replace(_BASE, tokens=129, batch=1, q_heads=4, dim=128), replace(_BASE, dtype=torch.float16))
+_LONGER = {"prefill": (replace(_BASE, tokens=LONG, batch=1, dim=128),)}
 SMALL = {
-    one.name: (*_SIZES, *(replace(_BASE, tokens=304, bits=bits) for bits in (8, 4) if one.packs))
-    for one in OPERATIONS.values()
+    name: (*_SIZES, *(replace(_BASE, tokens=304, bits=bits) for bits in (8, 4) if one.packs), *_LONGER.get(name, ()))
+    for name, one in OPERATIONS.items()
 }
-"""Sizes on which every operation is checked."""
+"""Sizes on which every operation is checked; each backend that is timed takes some of them."""
 
 
 def arguments(one: Operation, size: Size, device: torch.device, seed: int = 0) -> tuple[Any, ...]:

@@ -12,7 +12,8 @@ import torch
 
 from hf_longctx.bench import op, operations, rivals, stopwatch
 from hf_longctx.bench.operations import OPERATIONS, SMALL, Size, arguments, difference
-from hf_longctx.kernels import dispatch, ops
+from hf_longctx.kernels import dispatch, flash, ops
+from hf_longctx.kernels.compiled import prefill
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 EVERY = [(name, number) for name in OPERATIONS for number in range(len(SMALL[name]))]
@@ -23,7 +24,7 @@ TINY = Size(256, 1, 4, 2, 64, budget=64, window=80)
 @pytest.mark.parametrize(("name", "number"), EVERY)
 def test_every_backend_gives_what_is_defined(name: str, number: int, device: str) -> None:
     one, size, place = OPERATIONS[name], SMALL[name][number], torch.device(device)
-    makers = op.backends_of(one, size, place)
+    makers = op.backends_of(one, [size], place)
     assert makers
     for maker in makers:
         assert difference(one, size, lambda given, m=maker: m.prepare(given, size)(), place) is None, maker.by
@@ -83,7 +84,7 @@ def test_each_kind_of_difference_is_told() -> None:
 
 
 def test_an_operation_that_is_wrong_is_named_and_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (backend,) = (maker.by for maker in op.backends_of(OPERATIONS["score"], TINY, torch.device("cpu")))
+    (backend,) = (maker.by for maker in op.backends_of(OPERATIONS["score"], [TINY], torch.device("cpu")))
     table = dict(dispatch._table()["reference"])
     right = table["score_pages"].run
 
@@ -101,6 +102,36 @@ def test_an_operation_that_is_wrong_is_named_and_not_timed(tmp_path: Path, monke
     monkeypatch.undo()
     (row,) = op.run(["score"], [TINY], torch.device("cpu"), tmp_path, repeats=1, resume=True)
     assert row.us is not None
+
+
+def test_backends_that_are_asked_for_long_prompts_alone_are_checked_and_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, one, off = torch.device("cpu"), OPERATIONS["prefill"], [1.0]
+    right = dispatch._table()["torch"]["attend_blocks"].run
+
+    def rejects(q: torch.Tensor, *_: Any) -> str | None:
+        return None if q.shape[2] >= flash.LEAST else "is asked for more keys"
+
+    asked = dispatch.Implementation(lambda *given: right(*given) * off[0], rejects)
+    monkeypatch.setitem(dispatch._TABLE, "flash", {"attend_blocks": asked})
+    monkeypatch.setattr(rivals, "RIVALS", ())
+    sizes = [TINY, replace(TINY, tokens=2 * flash.LEAST)]
+    assert "flash" not in [maker.by for maker in op.backends_of(one, sizes[:1], cpu)]
+    assert op.backends_of(one, sizes, cpu)[0].by == "flash"
+    rows = op.run(["prefill"], sizes, cpu, tmp_path / "right", repeats=1)
+    short, long = (row for row in rows if row.by == "flash")
+    assert str(short.error).startswith("UnsupportedError: ")
+    assert long.us is not None
+    off[0] = 1.1
+    rows = op.run(["prefill"], sizes, cpu, tmp_path / "wrong", repeats=1)
+    assert [str(row.error)[:32] for row in rows if row.by == "flash"] == ["not timed: prefill, 2100 tokens,"] * 2
+
+
+def test_each_backend_is_asked_for_a_size_that_is_checked() -> None:
+    assert max(flash.LEAST, prefill.LONG) <= operations.LONG
+    channels = {size.dim for size in SMALL["prefill"] if size.tokens == operations.LONG}
+    assert channels & {*flash.DIMS} & {prefill.WIDE}
 
 
 def test_rows_are_written_as_they_come_and_kept(tmp_path: Path) -> None:
