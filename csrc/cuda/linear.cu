@@ -221,7 +221,7 @@ bool map_tokens(CUtensorMap& map, const hfl_linear& a, int tokens) {
 }
 
 int blocks_of(const LinearTask& p, const Kernel& kernel, int processors) {
-  if (kernel.kind == Kind::SHARED) return p.whole_tiles * p.shares;
+  if (kernel.kind == Kind::SHARED) return std::max(p.whole_tiles, processors / p.shares) * p.shares;
   if (kernel.kind == Kind::PAIR) return processors / 2 * 2;
   if (kernel.kind == Kind::ALONE) return std::min(p.panels, processors / p.token_tiles) * p.token_tiles;
   return std::max(p.shares, std::min(p.whole_tiles, processors));

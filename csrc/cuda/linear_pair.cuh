@@ -15,6 +15,7 @@ struct PairRoom : WideRoom<F, T, 4, false> {
   using Wide = WideRoom<F, T, 4, false>;
   static constexpr int SUMS_AT = Wide::STAGES * Wide::STAGE, HALF = T / 4;  // sums of a thread, of half the tokens
   static constexpr int BYTES = Wide::BYTES + HALF * 512;
+  static constexpr bool EARLY = true;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -54,11 +55,9 @@ struct PairGroup : WideGroup<R> {
     in_flight(acc);
     before = -1;
     int i = 0;
+    if (R::READ_AHEAD && mine) this->wait(), this->read(0);
 #pragma unroll 1
-    for (; i < mine; ++i) {
-      barrier_wait(board.full[stage], turn);
-      this->multiply_stage(min(R::S, p.steps - work.stage(i) * R::S));
-    }
+    for (; i < mine; ++i) this->multiply_stage(min(R::S, p.steps - work.stage(i) * R::S), i + 1 < mine);
     this->complete();
     if (mine < work.stages && mine) send(work.first != 0);
 #pragma unroll 1
@@ -115,12 +114,12 @@ struct PairFeeder {
 
   __device__ __forceinline__ int steps_of(int at) const { return min(R::S, p.steps - at * R::S); }
 
-  __device__ __forceinline__ void put_tokens(int stage, int at) const {
+  __device__ __forceinline__ void put_tokens(uint64_t& bar, int stage, int at) const {
     const int count = steps_of(at);
 #pragma unroll
     for (int s = 0; s < R::S; ++s) {
       if (s < count) {
-        copy_tokens(base + stage * R::STAGE + s * R::TOKENS, &map, board.full[stage], (at * R::S + s) * 128, 0);
+        copy_tokens(base + stage * R::STAGE + s * R::TOKENS, &map, bar, (at * R::S + s) * 128, 0);
       }
     }
   }
@@ -132,12 +131,12 @@ struct PairFeeder {
     const bool one = elected();
 #pragma unroll 1
     for (int i = 0; i < early; ++i) {
-      if (one) barrier_expect(board.full[i], steps_of(work.stage(i)) * p.box * 128);
+      if (one) barrier_arrive(board.full[i]), barrier_expect(board.first[i], steps_of(work.stage(i)) * p.box * 128);
     }
     wait_for_last();
 #pragma unroll 1
     for (int i = 0; i < early; ++i) {
-      if (one) put_tokens(i, work.stage(i));
+      if (one) put_tokens(board.first[i], i, work.stage(i));
     }
     ring.turn = 1;
 #pragma unroll 1
@@ -146,7 +145,7 @@ struct PairFeeder {
       barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
       if (elected()) {
         barrier_expect(board.full[ring.stage], steps_of(at) * p.box * 128);
-        put_tokens(ring.stage, at);
+        put_tokens(board.full[ring.stage], ring.stage, at);
       }
     }
   }
@@ -160,7 +159,7 @@ struct PairFeeder {
       const int at = work.stage(i), count = steps_of(at);
       const bool also = work.shared >= 0 && which == 1 && i < work.half;
       const int own = (max(0, work.own - which) + 1) / 2 + also;
-      barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
+      WideFeeder<R>::wait_for_room(board, ring);
       const uint32_t to = base + ring.stage * R::STAGE + R::S * R::TOKENS + which * R::PANEL_BYTES;
       if (elected()) {
         barrier_expect(board.full[ring.stage], own * count * (R::CODES + of_levels));
@@ -169,9 +168,9 @@ struct PairFeeder {
           const bool last = j == 1 && also;  // group 3
           if (!last && which + 2 * j >= work.own) continue;
           const int64_t panel = last ? work.shared : work.panel + which + 2 * j, run = panel * p.steps + at * R::S;
-          copy_bytes(to + 2 * j * R::PANEL_BYTES, p.a.codes + run * R::CODES, count * R::CODES, board.full[ring.stage]);
+          copy_once(to + 2 * j * R::PANEL_BYTES, p.a.codes + run * R::CODES, count * R::CODES, board.full[ring.stage]);
           if constexpr (R::LEVELS != 0) {
-            copy_bytes(to + 2 * j * R::PANEL_BYTES + R::S * R::CODES, p.a.groups + run * of_levels, count * of_levels,
+            copy_once(to + 2 * j * R::PANEL_BYTES + R::S * R::CODES, p.a.groups + run * of_levels, count * of_levels,
                        board.full[ring.stage]);
           }
         }

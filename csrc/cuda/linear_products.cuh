@@ -6,8 +6,8 @@ namespace hfl {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-template <int N>
-__device__ __forceinline__ void in_flight(int (&x)[N]) {
+template <class T, int N>
+__device__ __forceinline__ void in_flight(T (&x)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
@@ -89,6 +89,14 @@ __device__ __forceinline__ void copy_tokens(uint32_t to, const CUtensorMap* map,
 __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint64_t& bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(shared_address(&bar))
+               : "memory");
+}
+// The same of what nobody reads again: it leaves the L2 before what somebody does.
+__device__ __forceinline__ void copy_once(uint32_t to, const void* from, int bytes, uint64_t& bar) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+               ::"r"(to), "l"(from), "r"(bytes), "r"(shared_address(&bar)), "l"(policy)
                : "memory");
 }
 

@@ -125,14 +125,14 @@ struct RowsBlock : RowsTile<F> {
     const uint32_t to = ring + stage * R::STAGE + lane * 16;
 #pragma unroll
     for (int i = 0; i < R::TILES; ++i) {
-      copy_async(to + i * R::TILE, from.codes + i * 1024, true);
-      copy_async(to + i * R::TILE + 512, from.codes + i * 1024 + 512, true);
+      copy_async_once(to + i * R::TILE, from.codes + i * 1024, true);
+      copy_async_once(to + i * R::TILE + 512, from.codes + i * 1024 + 512, true);
     }
     if constexpr (R::LEVELS != 0) {
       constexpr int PIECES = 2 * R::TILES;
       const int group = lane / PIECES, tile = lane % PIECES / 2;
       const uint32_t at = ring + stage * R::STAGE + tile * R::TILE + 1024 + group * 32 + lane % 2 * 16;
-      if (lane < PIECES * p.groups) copy_async(at, from.levels, true);
+      if (lane < PIECES * p.groups) copy_async_once(at, from.levels, true);
     }
   }
 

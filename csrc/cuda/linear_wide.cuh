@@ -13,120 +13,21 @@
 //   four panels, not three; of fewer rows by what goes before the first product and comes after the last.
 #pragma once
 #include "linear_cluster.cuh"
-#include "linear_wide_feed.cuh"
+#include "linear_wide_products.cuh"
 
 namespace hfl {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A group that multiplies.
+// A group that multiplies, and what it does with sums.
 template <class R>
-struct WideGroup {
-  static constexpr Form F = R::F;
-  static constexpr bool SHIFTED = F == Form::CHANNEL;
+struct WideGroup : WideProducts<R> {
+  static constexpr bool SHIFTED = R::F == Form::CHANNEL;
   static constexpr int T = R::T;
-  const LinearTask& p;
-  WideBoard<R>& board;
-  uint32_t base;
-  int group, rows, part, warp, lane;  // rows, part: what the group has of rows and of stages
-  int stage, turn = 0, before = -1;   // before: the stage whose products may be under way, or -1
-  int acc[T / 2];
-
-  __device__ WideGroup(const LinearTask& p_, WideBoard<R>& board_, uint32_t base_)
-      : p(p_), board(board_), base(base_), warp(static_cast<int>(threadIdx.x) / 32 % 4),
-        lane(static_cast<int>(threadIdx.x) % 32) {
-    group = warp_of_block() / 4;
-    rows = group % R::RG, part = group / R::RG;
-    stage = part;
-  }
-
-  __device__ __forceinline__ void skip() {
-    stage += R::KG;
-    if (stage >= R::STAGES) stage -= R::STAGES, turn ^= 1;
-  }
-
-  __device__ __forceinline__ void release() {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(board.empty[before]);
-  }
-
-  // Operand a of 64 columns of a step.
-  __device__ __forceinline__ void codes(uint32_t (&a)[8], uint32_t at, uint32_t levels, int half,
-                                        uint32_t level) const {
-    if constexpr (F == Form::BYTES) {
-      const uint4 x = load_shared(at + half * CHUNK_BYTES), y = load_shared(at + half * CHUNK_BYTES + 512);
-      a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w, a[4] = y.x, a[5] = y.y, a[6] = y.z, a[7] = y.w;
-      return;
-    }
-    const uint4 x = load_shared(at + half * 512);
-    if constexpr (F == Form::CHANNEL) {
-      expand(a, x.x, x.y), expand(a + 4, x.z, x.w);
-    } else if constexpr (F == Form::GROUP) {
-      const Levels by(level);
-      expand(a, x.x, x.y, by), expand(a + 4, x.z, x.w, by);
-    } else if constexpr (F == Form::FINE) {
-      expand(a, x.x, x.y, Levels(load_word(levels + 2 * half * p.groups / 4 * (2 * PANEL))));
-      expand(a + 4, x.z, x.w, Levels(load_word(levels + (2 * half + 1) * p.groups / 4 * (2 * PANEL))));
-    }
-  }
-
-  // 128 columns more. Of two halves each is expanded while the other is multiplied.
-  __device__ __forceinline__ void step(int s, bool release_last) {
-    const uint32_t own = base + stage * R::STAGE;
-    const uint32_t panel = own + R::S * R::TOKENS + rows * R::PANEL_BYTES;
-    const uint32_t at = panel + s * R::CODES + warp * 1024 + lane * 16;
-    const uint32_t levels = panel + R::S * R::CODES + s * (p.groups * 2 * PANEL) + warp * 32 + lane / 4 * 4;
-    const uint64_t b = matrix(own + s * R::TOKENS);
-    const uint32_t level = F == Form::GROUP ? load_word(levels) : 0;
-    uint32_t a[2][8];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      codes(a[half], at, levels, half, level);
-      wgmma_fence();
-      product_u8(acc, a[half], b + 4 * half, 1), product_u8(acc, a[half] + 4, b + 4 * half + 2, 1);
-      wgmma_commit();
-      wgmma_wait<1>();
-      if (half == 0 && release_last) release();
-    }
-  }
-
-  // Of the stage at hand so many times 128 columns; goes on to the next.
-  __device__ __forceinline__ void multiply_stage(int count) {
-    step(0, before >= 0);
-#pragma unroll
-    for (int s = 1; s < R::S; ++s) {
-      if (s < count) step(s, false);
-    }
-    before = stage;
-    skip();
-  }
-
-  // All of this group's stages of a run.
-  __device__ __forceinline__ void multiply(const WideWork& work) {
-    const int count = work.last - work.first;
-#pragma unroll
-    for (int i = 0; i < T / 2; ++i) acc[i] = 0;
-    in_flight(acc);
-    const int stages = (count + R::S - 1) / R::S;
-    before = -1;
-#pragma unroll 1
-    for (int i = part; i < stages; i += R::KG) {
-      barrier_wait(board.full[stage], turn);
-      if (rows >= work.panels) {
-        before = stage, release(), before = -1, skip();
-        continue;
-      }
-      multiply_stage(min(R::S, count - i * R::S));
-    }
-    complete();
-  }
-
-  // Until no products are under way.
-  __device__ __forceinline__ void complete() {
-    wgmma_wait<0>();
-    in_flight(acc);
-    if (before >= 0) release();
-  }
+  using Products = WideProducts<R>;
+  using Products::acc, Products::group, Products::rows, Products::part, Products::warp, Products::lane;
+  using Products::p, Products::board, Products::base, Products::multiply;
+  using Products::WideProducts;
 
   __device__ __forceinline__ static OfToken token_with(float scale, int less) {
     return {scale, SHIFTED ? __int_as_float(less) : 0.0f, SHIFTED ? 0 : less};
@@ -306,6 +207,9 @@ __global__ void __launch_bounds__(R::BOUND, 1) linear_wide_kernel(const __grid_c
   __shared__ WideBoard<R> board;
   const uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;  // the same in all blocks
   let_next_begin();
+  // One that only takes its place, until the kernel before is done: where blocks of the next kernel, which are small, find
+  // a multiprocessor empty, several stay together there, and the blocks after them wait until they are done.
+  if (R::SUMS && static_cast<int>(blockIdx.x) >= p.whole_tiles * p.shares) return wait_for_last();
   const int rank = R::SUMS ? rank_in_cluster() : 0;
   if (threadIdx.x == 0) board.init(), fetch_map(&map);
   if (R::SENT && p.shares > 1) {

@@ -18,6 +18,10 @@ struct WideRoom {
   static constexpr int WORKER_REGISTERS = T <= 64 ? 80 : 112, FEEDER_REGISTERS = T <= 64 ? 40 : 32;
   static constexpr int TOKENS = T * 128, CHUNKS = F == Form::BYTES ? 2 : 1;  // of 128 columns
   static constexpr int CODES = CHUNKS * CHUNK_BYTES, LEVELS = F == Form::GROUP ? 128 : F == Form::FINE ? 512 : 0;
+  // So many times 64 columns are multiplied while the next are expanded. What is stored of those is read before that, too,
+  // where there are registers for it; not where it is an operand itself, whose registers products read to their end.
+  static constexpr int BATCH = T == 16 && S == 2 ? 2 : 1, BATCHES = 2 * S / BATCH;
+  static constexpr bool READ_AHEAD = T == 16 && F != Form::BYTES;
   static constexpr int PANEL_BYTES = S * (CODES + LEVELS);
   static constexpr int STAGE = (S * TOKENS + RG * PANEL_BYTES + 1023) / 1024 * 1024;
   static constexpr int STAGES = RG == 1 ? 216 * 1024 / STAGE / KG * KG : 216 * 1024 / STAGE;
@@ -28,6 +32,10 @@ struct WideRoom {
   // Where sums of the other block come, behind those of this one; or before, where a group leaves its own in a stage.
   static constexpr bool OWN_STAGE = RG == 1;
   static constexpr int EXCHANGED = OWN_STAGE ? 0 : 4 * KG * OWN * 512;
+  // Codes are asked for before there are tokens, but no more at a time than keep the memory busy: else whoever makes the
+  // tokens waits behind all of them.
+  static constexpr bool EARLY = SUMS;
+  static constexpr int UNDER_WAY = 72 * 1024 / (RG * PANEL_BYTES);  // stages
   static_assert(!SUMS || EXCHANGED + 4 * OWN * 256 <= STAGES * STAGE, "sums lie where operands were");
   static_assert(!OWN_STAGE || (STAGES % KG == 0 && STAGES >= 2 * KG && KG * OWN * 512 <= STAGE),
                 "a group alone has two of the stages, and its sums have room in the second");
@@ -38,12 +46,14 @@ struct WideRoom {
 template <class R>
 struct WideBoard {
   uint64_t full[R::STAGES], empty[R::STAGES], shown, sent;
+  uint64_t first[R::EARLY ? R::STAGES : 1];  // tokens of the first stages, of which `full` says that codes are there
   // Of the tokens; less: what sums are too large by, or the float of a sum of values.
   float scale[R::T];
   int less[R::T];
   OfRow rows[4 * 64];
   __device__ void init() {
     for (int s = 0; s < R::STAGES; ++s) barrier_init(full[s], 3), barrier_init(empty[s], 4 * R::RG);
+    for (int s = 0; R::EARLY && s < R::STAGES; ++s) barrier_init(first[s], 1);
     barrier_init(shown, 1);
     if (R::SENT) barrier_init(sent, 1), barrier_expect(sent, R::SENT);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -84,12 +94,10 @@ struct WideFeeder {
   __device__ __forceinline__ int steps_of(const WideWork& work, int i) const {
     return min(R::S, work.last - work.first - i * R::S);
   }
-  __device__ __forceinline__ void put_tokens(int stage, int count, int column, int token) const {
+  __device__ __forceinline__ void put_tokens(uint64_t& bar, int stage, int count, int column, int token) const {
 #pragma unroll
     for (int s = 0; s < R::S; ++s) {
-      if (s < count) {
-        copy_tokens(base + stage * R::STAGE + s * R::TOKENS, &map, board.full[stage], column + s * 128, token);
-      }
+      if (s < count) copy_tokens(base + stage * R::STAGE + s * R::TOKENS, &map, bar, column + s * 128, token);
     }
   }
 
@@ -105,12 +113,12 @@ struct WideFeeder {
         const bool one = elected();
 #pragma unroll 1
         for (; i < early; ++i) {
-          if (one) barrier_expect(board.full[i], steps_of(work, i) * p.box * 128);
+          if (one) barrier_arrive(board.full[i]), barrier_expect(board.first[i], steps_of(work, i) * p.box * 128);
         }
         wait_for_last();
 #pragma unroll 1
         for (i = 0; i < early; ++i) {
-          if (one) put_tokens(i, steps_of(work, i), (work.first + i * R::S) * 128, token);
+          if (one) put_tokens(board.first[i], i, steps_of(work, i), (work.first + i * R::S) * 128, token);
         }
         if (early == R::STAGES) ring.turn = 1;
       }
@@ -120,7 +128,7 @@ struct WideFeeder {
         barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
         if (elected()) {
           barrier_expect(board.full[ring.stage], count * p.box * 128);
-          put_tokens(ring.stage, count, (work.first + i * R::S) * 128, token);
+          put_tokens(board.full[ring.stage], ring.stage, count, (work.first + i * R::S) * 128, token);
         }
       }
     });
@@ -154,6 +162,12 @@ struct WideFeeder {
     if (lane == 0) barrier_arrive(board.shown);
   }
 
+  // The next stage is free, and of the first ones, no more are under way than may be.
+  __device__ __forceinline__ static void wait_for_room(WideBoard<R>& board, const ManyRing<R>& ring) {
+    barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
+    if (R::EARLY && !ring.turn && ring.stage >= R::UNDER_WAY) barrier_wait(board.full[ring.stage - R::UNDER_WAY], 0);
+  }
+
   // Every other panel.
   __device__ __forceinline__ void codes(int rank, int which) {
     constexpr int OWN = (R::RG + 1) / 2;
@@ -166,17 +180,17 @@ struct WideFeeder {
 #pragma unroll 1
       for (int step = work.first; step < work.last; step += R::S, ring.next()) {
         const int count = min(R::S, work.last - step);
-        barrier_wait(board.empty[ring.stage], ring.turn ^ 1);
+        wait_for_room(board, ring);
         const uint32_t to = base + ring.stage * R::STAGE + R::S * R::TOKENS + which * R::PANEL_BYTES;
         if (elected()) {
           barrier_expect(board.full[ring.stage], own * count * (R::CODES + of_levels));
 #pragma unroll
           for (int i = 0; i < OWN; ++i) {
             if (i >= own) break;
-            copy_bytes(to + 2 * i * R::PANEL_BYTES, codes + 2 * i * apart * R::CODES, count * R::CODES,
+            copy_once(to + 2 * i * R::PANEL_BYTES, codes + 2 * i * apart * R::CODES, count * R::CODES,
                        board.full[ring.stage]);
             if constexpr (R::LEVELS != 0) {
-              copy_bytes(to + 2 * i * R::PANEL_BYTES + R::S * R::CODES, levels + 2 * i * apart * of_levels,
+              copy_once(to + 2 * i * R::PANEL_BYTES + R::S * R::CODES, levels + 2 * i * apart * of_levels,
                          count * of_levels, board.full[ring.stage]);
             }
           }

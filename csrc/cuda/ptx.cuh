@@ -23,6 +23,15 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
   copy_async(shared_address(to), from, there);
 }
 
+// The same of what nobody reads again: it leaves the L2 before what somebody does.
+__device__ __forceinline__ void copy_async_once(uint32_t to, const void* from, bool there) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+               "r"(there ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
 // 16 bytes that are read once, or zeros; then nothing is read.
 __device__ __forceinline__ uint4 load_once(const void* from, bool there) {
   uint4 x;

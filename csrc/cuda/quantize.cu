@@ -14,12 +14,18 @@ namespace {
 
 constexpr int MOST_CHANNELS = 32768, MANY = 2048;
 constexpr int ASKED = 256;              // rows, up to which they are asked for early
-constexpr int WIDE = 16, BESIDE = 512;  // rows from which linear_wide.cuh follows; threads of a block beside its own
+constexpr int WIDE = 2, BESIDE = 512;   // rows from which linear_wide.cuh follows; threads of a block beside its own
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr int BLOCKS = 4;  // of BESIDE threads on a multiprocessor
+#else
+constexpr int BLOCKS = 3;
+#endif
+constexpr int most_beside(int kind) { return kind == HFL_OF_ROWS ? 4 : kind == HFL_OF_NORM ? 1 : 0; }  // pieces
 
-// THREADS: at most; of fewer, registers are so few that a block fits beside one of linear_wide.cuh, which is then set up
-// while this one runs.
+// THREADS: at most; of fewer, registers are so few that a block fits beside one of linear_wide.cuh in each quarter of a
+// multiprocessor. That one is then set up while this one runs.
 template <int PIECES, int KIND, int DTYPE, int THREADS = MOST_THREADS>
-__global__ void __launch_bounds__(THREADS, THREADS == BESIDE ? 3 : 1) quantize_kernel(
+__global__ void __launch_bounds__(THREADS, THREADS == BESIDE ? BLOCKS : 1) quantize_kernel(
     const __grid_constant__ hfl_quantize a) {
   const int64_t row = blockIdx.x;
   let_next_begin();
@@ -41,13 +47,17 @@ __global__ void __launch_bounds__(THREADS, THREADS == BESIDE ? 3 : 1) quantize_k
   if (threadIdx.x == 0) a.sums[row] = sum;
 }
 
-// With 8 channels a thread once, twice, four times; and that beside another kernel.
+// With 8 channels a thread once, twice, four times; and that with most pieces for which there are registers beside another
+// kernel.
 template <int KIND, int DTYPE>
 std::array<const void*, 4> kernels() {
+  const void* beside = nullptr;
+  if constexpr (KIND != HFL_OF_GATE) {
+    beside = reinterpret_cast<const void*>(&quantize_kernel<most_beside(KIND), KIND, DTYPE, BESIDE>);
+  }
   return {reinterpret_cast<const void*>(&quantize_kernel<1, KIND, DTYPE>),
           reinterpret_cast<const void*>(&quantize_kernel<2, KIND, DTYPE>),
-          reinterpret_cast<const void*>(&quantize_kernel<4, KIND, DTYPE>),
-          reinterpret_cast<const void*>(&quantize_kernel<4, HFL_OF_ROWS, DTYPE, BESIDE>)};
+          reinterpret_cast<const void*>(&quantize_kernel<4, KIND, DTYPE>), beside};
 }
 template <int DTYPE>
 std::array<const void*, 4> kernels_of(int kind) {
@@ -80,8 +90,8 @@ const char* check(const hfl_quantize& a) {
 extern "C" const char* hfl_quantize_cuda(const hfl_quantize* a) {
   if (const char* message = hfl::check(*a)) return message;
   const int warps = (a->columns / 8 + hfl::WARP - 1) / hfl::WARP;
-  const bool beside = a->kind == HFL_OF_ROWS && a->tokens >= hfl::WIDE && a->tokens < hfl::MANY &&
-                      warps <= 4 * hfl::BESIDE / hfl::WARP;
+  const int pieces = hfl::most_beside(a->kind);
+  const bool beside = a->tokens >= hfl::WIDE && a->tokens < hfl::MANY && warps <= pieces * hfl::BESIDE / hfl::WARP;
   const int most = (beside ? hfl::BESIDE : hfl::MOST_THREADS) / hfl::WARP;
   const auto kernels =
       a->dtype == HFL_BF16 ? hfl::kernels_of<HFL_BF16>(a->kind) : hfl::kernels_of<HFL_F16>(a->kind);
@@ -89,7 +99,7 @@ extern "C" const char* hfl_quantize_cuda(const hfl_quantize* a) {
   // has more than 8 channels in norm.cu has as many here.
   int which = a->tokens >= hfl::MANY && warps >= 4 && (a->kind != HFL_OF_NORM || warps <= most) ? 2 : 0;
   while (warps > most << which) ++which;
-  const void* kernel = kernels[static_cast<size_t>(beside && which == 2 ? 3 : which)];
+  const void* kernel = kernels[static_cast<size_t>(beside && 1 << which == pieces ? 3 : which)];
   const int threads = (warps + (1 << which) - 1) / (1 << which) * hfl::WARP;
   hfl_quantize copy = *a;
   void* arguments[] = {&copy};

@@ -250,13 +250,20 @@ __device__ __forceinline__ float steps_of(float x) {
   return __fmul_rn(steps, __uint_as_float((255u << 23) - (bits & 0x7f800000u)));
 }
 
+// x / 127, rounded as a division is: what a first quotient lacks is exact.
+__device__ __forceinline__ float step_of(float x) {
+  constexpr float PART = 1.0f / 127.0f;
+  const float step = __fmul_rn(x, PART);
+  return __fmaf_rn(__fmaf_rn(-127.0f, step, x), PART, step);
+}
+
 // What a row is multiplied with to become 8 bits, and what they are multiplied with; not a number where it is none.
 struct Steps {
   float up, scale;
   __device__ __forceinline__ explicit Steps(float most) {
     const bool finite = most < INFINITY;  // and no NaN
     up = !finite || most < LEAST ? 0.0f : steps_of(most);
-    scale = finite ? __fdiv_rn(most, 127.0f) : __int_as_float(0x7fc00000);
+    scale = finite ? step_of(most) : __int_as_float(0x7fc00000);
   }
 };
 
