@@ -424,6 +424,19 @@ def test_units_of_a_block(outputs: int, columns: int) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("rows", [1, 2, 16, 40])
+def test_several_large_weights(rows: int) -> None:
+    """Each by its own launch where there is more than one token."""
+    need("cuda")
+    weights, tokens = [stored(compiled.LARGE + n, 256) for n in (0, 70)], moved(random_tokens(rows, 256), "cuda")
+    with use_backend("torch"):
+        expected = [linear.w4a8_linear(tokens, w, None, torch.bfloat16) for w in weights]
+    with use_backend("compiled"):
+        got = [linear.w4a8_linears(tokens, weights, [None, None], torch.bfloat16) for _ in range(3)]
+    assert all(torch.equal(a, b) for each in got for a, b in zip(each, expected, strict=True))
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("rows", [2, 16, 64, 200])
 def test_counters_that_nobody_needs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a graph that is captured on another stream they would be filled in each call, and nothing begin before."""

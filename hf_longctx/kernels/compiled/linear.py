@@ -19,6 +19,8 @@ MOST_OF_ONE = 16384
 """Channels of a row up to which the launch of the product makes 8 bits of it."""
 FEW, FEW_OF_SEVERAL = 1, 16
 """Tokens up to which the time on CUDA is that of reading the weight; or, of several weights, that of their launches."""
+LARGE = 8192
+"""Rows of a weight that is read for longer than a launch takes, so that several of them need not be one."""
 
 
 class HflQuantize(ctypes.Structure):
@@ -170,7 +172,7 @@ def w4a8_linears(
     """`linear.w4a8_linears`."""
     device = tokens.values.device
     outs = [torch.empty(len(tokens.values), len(w.scale), dtype=dtype, device=device) for w in weights]
-    few = FEW if len(weights) == 1 else FEW_OF_SEVERAL
+    few = FEW if len(weights) == 1 or min(len(w.scale) for w in weights) >= LARGE else FEW_OF_SEVERAL
     blocks = [_block(tokens, *each, few) for each in zip(weights, biases, outs, strict=True)]
     if device.type != "cuda":
         for block in blocks:
