@@ -177,7 +177,9 @@ int64_t attend_scratch(const hfl_attend& a, int others, int32_t* splits) {
   const int most = most_splits(a, fit - others, units);
   const int wanted = (slabs + most * kernel.warps - 1) / (most * kernel.warps);
   const int each = slabs_of_warp(slabs, wanted, kernel.warps) * kernel.warps;
-  *splits = (slabs + each - 1) / each;
+  // Short units that are a block for each multiprocessor without being cut keep memory as busy, and need not be merged.
+  const bool whole = 4 * units >= fit && slabs <= 4 * kernel.warps;
+  *splits = whole ? 1 : (slabs + each - 1) / each;
   return *splits == 1 ? 0 : units * *splits * ROWS * (a.dim + 2) * static_cast<int64_t>(sizeof(float));
 }
 

@@ -79,6 +79,22 @@ __device__ __forceinline__ int place_of(int kind, bool there, int* counts) {
   return __shfl_sync(0xffffffffu, before, first) + __popc(same & ((1u << lane_of_thread()) - 1));
 }
 
+// act(row, read(row)), a row of each thread in a round, and all threads in every round: some rounds are read at once.
+template <typename Read, typename Do>
+__device__ __forceinline__ void each_round(int rows, Read read, Do act) {
+  constexpr int AT_ONCE = 4;
+#pragma unroll 1
+  for (int first = 0; first < rows; first += AT_ONCE * ROW_THREADS) {
+    decltype(read(0)) x[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) x[i] = read(first + i * ROW_THREADS + static_cast<int>(threadIdx.x));
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      if (first + i * ROW_THREADS < rows) act(first + i * ROW_THREADS + static_cast<int>(threadIdx.x), x[i]);
+    }
+  }
+}
+
 // Sort rows by their first slot, and cut them into pieces of the same slots and at most `most` rows. One block.
 // counts, begins: shared, a place for each slot, before them one for none, behind them one for slots that are not
 // there.
@@ -90,20 +106,26 @@ __device__ __forceinline__ void sort_rows(const hfl_delta& a, const To& to, int 
   };
   for (int i = thread; i < kinds; i += ROW_THREADS) counts[i] = 0;
   __syncthreads();
-  for (int first = 0; first < a.rows; first += ROW_THREADS) {
-    place_of(kind(first + thread), first + thread < a.rows, counts);
-  }
+  each_round(a.rows, kind, [&](int row, int own) { place_of(own, row < a.rows, counts); });
   __syncthreads();
-  int before = 0, total = 0;
-  for (int first = 0; first < kinds; first += ROW_THREADS, before += total) {
-    const int i = first + thread;
-    const int begin = before + count_before(i < kinds ? counts[i] : 0, total);
+  int before = 0, total = 0, pieces = 0, more = 0;
+  for (int first = 0; first < kinds; first += ROW_THREADS, before += total, pieces += more) {
+    const int i = first + thread, count = i < kinds ? counts[i] : 0;
+    const int begin = before + count_before(count, total);
+    const int own = (count + most - 1) / most, piece = pieces + count_before(own, more);
+    if (a.planes == 1) {
+      for (int n = 0; n < own; ++n) to.starts[piece + n] = begin + n * most;
+    }
     if (i < kinds) begins[i] = begin, counts[i] = begin;
   }
   __syncthreads();
-  for (int first = 0; first < a.rows; first += ROW_THREADS) {
-    const int row = first + thread, place = place_of(kind(row), row < a.rows, counts);
+  each_round(a.rows, kind, [&](int row, int own) {
+    const int place = place_of(own, row < a.rows, counts);
     if (row < a.rows) to.order[place] = row;
+  });
+  if (a.planes == 1) {
+    if (thread == 0) to.starts[pieces] = a.rows, *to.pieces = pieces;
+    return;
   }
   __syncthreads();
   before = 0;

@@ -73,6 +73,21 @@ struct Streamer {
       ask(ring + static_cast<uint32_t>(chunk * CHUNK_BYTES), from, quarter, chunk);
     }
   }
+  // A tile of the first phase on its way to the L2, for all ranks: each brings the weights of two of its outputs, and
+  // where bits lie together those of two rows.
+  __device__ __forceinline__ void bring_tile_near(int tile, const StreamRow& row) const {
+    constexpr int EACH_NEAR = TILE / RANKS;
+    const int part = part_of(tile), begin = output_of(tile, part), outputs = one_of(p.a.outputs, part);
+    const int own = rank_here() * EACH_NEAR + lane % EACH_NEAR, slot = row.slot_of(own), words = p.a.inputs / WORD;
+    if (lane >= EACH_NEAR) return;
+    if (begin + own < outputs) {
+      const uint16_t* weight = static_cast<const uint16_t*>(one_of(p.a.weight, part));
+      bring_near(weight + (begin + own) * one_of(p.a.weight_r, part), min(p.a.inputs, PHASE * QUARTER) * 2);
+    }
+    if (p.phases == 1 && begin + TILE <= outputs && slot >= 0 && slot < p.a.slots) {
+      bring_near(one_of(p.a.bits, part) + (static_cast<int64_t>(slot) * outputs + begin) * words, TILE * words * 4);
+    }
+  }
   // The next chunk, once it is there; and when it is used, what takes its place: chunk - CHUNKS of a quarter `then`.
   __device__ __forceinline__ void take(uint4 (&own)[2]) const {
     copy_wait<DEEP - 1>();

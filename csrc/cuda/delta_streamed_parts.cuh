@@ -52,10 +52,18 @@ __device__ __forceinline__ void come_by(uint64_t& bar) {
   if (lane_of_thread() == 0) barrier_arrive(bar);
 }
 
-// 16 bytes that are read once, or zeros, to shared memory.
+// As copy_async_once, but that what tells the L2 has no registers, of which there is none to spare.
 __device__ __forceinline__ void copy_once(uint32_t to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, once;\n}" ::"r"(to),
+      "l"(from), "r"(there ? 16 : 0)
+      : "memory");
+}
+
+// A multiple of 16 bytes on its way to the L2.
+__device__ __forceinline__ void bring_near(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // Where a lane's first weights and bits of a tile lie, of two outputs 8 apart.

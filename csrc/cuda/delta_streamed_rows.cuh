@@ -34,6 +34,8 @@ struct StreamTask {
   __host__ __device__ int all_told_bytes() const { return STREAM_WARPS / 4 * 3 * told_bytes(); }
   __host__ __device__ int phase_bytes() const { return columns() * X_BYTES + a.rows * STEP_BYTES; }
   __host__ __device__ int known_bytes() const { return all_told_bytes() + (phases > 1 ? 2 : 1) * phase_bytes(); }
+  // Warps whose first tiles are brought near: 16 MB of an H200's multiprocessors, with bits or without.
+  __host__ __device__ int near_warps() const { return phases > 1 ? 8 : 4; }
   __host__ __device__ static int ring_bytes(int deep) { return STREAM_WARPS * deep * CHUNK_BYTES; }
   __host__ __device__ int owned_bytes() const { return RANKS * TILE * columns() * 4; }
   __host__ __device__ int kept_bytes() const { return phases > 1 ? owned_bytes() : 0; }  // for each tile of the others
@@ -81,21 +83,21 @@ __device__ __forceinline__ int rank_here() {
   return rank;
 }
 
-// A 32 x 32 matrix of bits, a row in each lane, transposed.
+// Four 8 x 8 matrices of bits, of each a byte in each of 8 lanes side by side, transposed.
 struct Transposed {
-  uint32_t by[5], keep[5];  // how far bits of the other lane go; which of the own ones stay
+  uint32_t by[3], keep[3];  // how far bits of the other lane go; which of the own ones stay
 
   __device__ __forceinline__ explicit Transposed(int lane) {
-    constexpr uint32_t LOW[5] = {0x55555555u, 0x33333333u, 0x0f0f0f0fu, 0x00ff00ffu, 0x0000ffffu};
+    constexpr uint32_t LOW[3] = {0x55555555u, 0x33333333u, 0x0f0f0f0fu};
 #pragma unroll
-    for (int i = 0; i < 5; ++i) {
+    for (int i = 0; i < 3; ++i) {
       const bool upper = lane >> i & 1;
       by[i] = upper ? 32u - (1u << i) : 1u << i, keep[i] = upper ? ~LOW[i] : LOW[i];
     }
   }
   __device__ __forceinline__ uint32_t of(uint32_t x) const {
 #pragma unroll
-    for (int i = 4; i >= 0; --i) {
+    for (int i = 2; i >= 0; --i) {
       const uint32_t other = __shfl_xor_sync(0xffffffffu, x, 1 << i);
       x = (x & keep[i]) | (__funnelshift_l(other, other, by[i]) & ~keep[i]);
     }
@@ -105,23 +107,34 @@ struct Transposed {
 
 // What a warp knows of its row.
 struct StreamRow {
-  int row, slot;
+  int row, slots;  // slots: in each lane that of a row
+  float scale;     // in each lane that of a part
 
-  // Its slot and scales, for the board. The kernel before may still write slots: they are looked at again.
-  __device__ __forceinline__ StreamRow(const StreamTask& p, StreamBoard& board, int row_) : row(row_), slot(now(p)) {
-    find(p, board);
+  __device__ __forceinline__ StreamRow(const StreamTask& p, int row_) : row(row_), slots(slots_now(p)), scale(0.0f) {}
+  // Its scales. The kernel before may still write slots: they are looked at again.
+  __device__ __forceinline__ void look(const StreamTask& p) {
+    const int lane = lane_of_thread(), slot = slot_of(row);
+    const bool there = slot >= 0 && slot < p.a.slots && lane < p.a.parts;
+    scale = there ? one_of(p.a.scales, lane)[slot] : 0.0f;
+    if (slot >= p.a.slots) scale = __int_as_float(0x7fffffff);  // there is no such slot
   }
-  // And the row's inputs of this rank and of the first phase.
+  // For all lanes of a warp.
+  __device__ __forceinline__ int slot_of(int other) const { return __shfl_sync(0xffffffffu, slots, other); }
+
+  // Slot and scales for the board, and the row's inputs of this rank and of the first phase.
   __device__ __forceinline__ void bring(const StreamTask& p, StreamBoard& board, const StreamShare& share,
                                         unsigned char* x) {
-    const int lane = lane_of_thread(), before = slot;
+    const int lane = lane_of_thread(), before = slots;
     uint4 raw[2];
     const uint16_t* from = static_cast<const uint16_t*>(p.a.x) + row * p.a.x_r + share.begin * QUARTER;
     const auto there = [&](int i) { return row < p.a.rows && lane + 32 * i < share.mine * (QUARTER / 8); };
 #pragma unroll
     for (int i = 0; i < 2; ++i) raw[i] = there(i) ? reinterpret_cast<const uint4*>(from)[lane + 32 * i] : uint4{};
-    slot = now(p);
-    if (slot != before) find(p, board);
+    slots = slots_now(p);
+    if (__any_sync(0xffffffffu, slots != before)) look(p);
+    const int slot = slot_of(row);
+    if (lane < HFL_STREAMED_PARTS) board.scales[lane][row] = scale;
+    if (lane == 0) board.slots[row] = slot < p.a.slots ? slot : -1;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (there(i)) reinterpret_cast<uint4*>(x + row * X_BYTES)[lane + 32 * i] = raw[i];
@@ -159,40 +172,37 @@ struct StreamRow {
   }
 
  private:
-  __device__ __forceinline__ int now(const StreamTask& p) const {
+  __device__ __forceinline__ static int slots_now(const StreamTask& p) {
+    const int row = lane_of_thread();
     int found = -1;
     if (row < p.a.rows) {
       asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(p.a.slots_of_rows + row) : "memory");
     }
     return found;
   }
-  __device__ __forceinline__ void find(const StreamTask& p, StreamBoard& board) const {
-    const int lane = lane_of_thread();
-    const bool there = slot >= 0 && slot < p.a.slots;
-    float scale = 0.0f;
-    if (there && lane < p.a.parts) scale = one_of(p.a.scales, lane)[slot];
-    if (slot >= p.a.slots) scale = __int_as_float(0x7fffffff);  // there is no such slot
-    if (lane < HFL_STREAMED_PARTS) board.scales[lane][row] = scale;
-    if (lane == 0) board.slots[row] = there ? slot : -1;
-  }
-  // Bits of whole numbers, of each 32 inputs a word of each place; the sum of these numbers.
+  // Bits of whole numbers, of each 32 inputs a word of each place; the sum of these numbers. Of each word eight lanes
+  // have four inputs, 8 apart: so a byte of these is a byte of words.
   __device__ __forceinline__ float write_places(const StreamTask& p, int lane, float factor, int quarters,
                                                 const unsigned char* x, unsigned char* planes) const {
+    constexpr int APART = STEP_BYTES / PLACES / 4;  // words from place to place
     const Transposed transposed(lane);
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(x + row * X_BYTES) + lane / 8 * WORD + lane % 8;
+    uint32_t* to = reinterpret_cast<uint32_t*>(planes + row * STEP_BYTES) + lane % 8 * APART + lane / 8;
     int sum = 0;
 #pragma unroll 1
     for (int quarter = 0; quarter < quarters; ++quarter) {
-      const uint16_t* from = reinterpret_cast<const uint16_t*>(x + row * X_BYTES) + quarter * QUARTER + lane;
-      uint32_t words[4];
+      uint32_t whole[4];
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const int whole = __float2int_rn(to_float(from[w * 32], p.a.dtype) * factor);
-        sum += whole, words[w] = transposed.of(static_cast<uint32_t>(whole));
+      for (int j = 0; j < 4; ++j) {
+        const int number = __float2int_rn(to_float(from[quarter * QUARTER + j * 8], p.a.dtype) * factor);
+        sum += number, whole[j] = static_cast<uint32_t>(number);
       }
-      if (lane < PLACES) {
-        uint4* to = reinterpret_cast<uint4*>(planes + row * STEP_BYTES);
-        to[lane * 4 + quarter] = make_uint4(words[0], words[1], words[2], words[3]);
-      }
+      const uint32_t low = __byte_perm(whole[0], whole[1], 0x5140), far = __byte_perm(whole[2], whole[3], 0x5140);
+      const uint32_t bytes[PLACES / 8] = {__byte_perm(low, far, 0x5410), __byte_perm(low, far, 0x7632),
+                                          __byte_perm(__byte_perm(whole[0], whole[1], 0x62),
+                                                      __byte_perm(whole[2], whole[3], 0x62), 0x5410)};
+#pragma unroll
+      for (int i = 0; i < PLACES / 8; ++i) to[i * 8 * APART + quarter * 4] = transposed.of(bytes[i]);
     }
     const float low = static_cast<float>(__reduce_add_sync(0xffffffffu, sum & 0xffff)),
                 high = static_cast<float>(__reduce_add_sync(0xffffffffu, sum >> 16));
