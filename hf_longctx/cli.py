@@ -156,7 +156,3 @@ def main() -> None:
             raise
         typer.secho(f"error: {' '.join(str(error).split()) or type(error).__name__}", fg="red", err=True)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

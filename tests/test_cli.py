@@ -200,7 +200,7 @@ def test_a_wrong_option_is_exit_code_2(run) -> None:
 
 def test_the_command_as_a_process_prints_no_traceback() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hf_longctx.cli", "demo", "-m", "./no-such-folder"],
+        [sys.executable, "-m", "hf_longctx", "demo", "-m", "./no-such-folder"],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},

@@ -31,7 +31,7 @@ _Resume = Annotated[bool, typer.Option("--resume", help="Go on with the trials t
 
 app = typer.Typer(
     help="Measure a model under several methods. Several GPUs share the trials of needle, passkey and ruler: "
-    "accelerate launch -m hf_longctx.cli eval ...",
+    "accelerate launch -m hf_longctx eval ...",
     no_args_is_help=True,
 )
 

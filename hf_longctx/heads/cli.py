@@ -116,7 +116,7 @@ def train(
 ) -> None:
     """Train a gate for each KV head: which of them need all keys, for `DuoAttention(pattern="pattern/")`.
 
-    The model stays as it is. For several GPUs: accelerate launch -m hf_longctx.cli heads train ...
+    The model stays as it is. For several GPUs: accelerate launch -m hf_longctx heads train ...
     """
     console = _begin()
     from ..evals import assets

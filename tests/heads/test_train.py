@@ -445,7 +445,7 @@ def test_layers_with_a_window_of_their_own_have_no_gates() -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_that_reads_both_their_lessons(folder: Path, tmp_path: Path) -> None:
     args = "--steps 3 --keys 1 --words 2 --sink 2 --window 6 --shortest 200 --longest 240 --rate 0.05"
-    command = [sys.executable, "-m", "hf_longctx.cli", "heads", "train", "-m", str(folder), *args.split()]
+    command = [sys.executable, "-m", "hf_longctx", "heads", "train", "-m", str(folder), *args.split()]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

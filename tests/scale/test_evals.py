@@ -31,7 +31,7 @@ def launch(folder: Path, out: Path, *more: str) -> subprocess.CompletedProcess[s
     asked = ["--methods", METHODS, "--lengths", "280,300,320", "--depths", "2", "--new-tokens", "3", "--batch", "1"]
     where = ["-m", str(folder), "--device", "cpu", "--dtype", "float32", "--chunk", "64", "--out", str(out)]
     start = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    port = ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "hf_longctx.cli"]
+    port = ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "hf_longctx"]
     command = [*start, *port, "eval", "needle", *where, *asked, *more]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(world.ROOT)}
     return subprocess.run(command, cwd=world.ROOT, env=env, capture_output=True, text=True, timeout=300)
