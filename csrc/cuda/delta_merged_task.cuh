@@ -21,17 +21,10 @@ struct MergedRows {
   explicit MergedRows(const hfl_delta& a) {
     const int64_t rows = a.rows;
     bytes = 0;
-    x = static_cast<uint16_t*>(take(a.scratch, rows * a.inputs * 2));
-    order = static_cast<int32_t*>(take(a.scratch, rows * 4));
-    starts = static_cast<int32_t*>(take(a.scratch, rows * 4 + 4));
-    pieces = static_cast<int32_t*>(take(a.scratch, 4));
-  }
-
- private:
-  void* take(void* scratch, int64_t size) {
-    void* at = static_cast<char*>(scratch) + bytes;
-    bytes += (size + 127) / 128 * 128;
-    return at;
+    x = take<uint16_t>(a.scratch, bytes, rows * a.inputs);
+    order = take<int32_t>(a.scratch, bytes, rows);
+    starts = take<int32_t>(a.scratch, bytes, rows + 1);
+    pieces = take<int32_t>(a.scratch, bytes, 1);
   }
 };
 

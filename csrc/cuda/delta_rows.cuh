@@ -10,6 +10,14 @@ namespace hfl {
 constexpr int DIGITS = 3, WORD = 32, BLOCK = 128, CHUNK = 1024, FRACTION = 22;
 constexpr int ROW_THREADS = 512, ROW_WARPS = ROW_THREADS / 32;
 
+// Room for so many values in scratch memory, behind `bytes` bytes of it, which become more.
+template <class T>
+T* take(void* scratch, int64_t& bytes, int64_t count) {
+  T* at = reinterpret_cast<T*>(static_cast<char*>(scratch) + bytes);
+  bytes += (count * static_cast<int64_t>(sizeof(T)) + 127) / 128 * 128;
+  return at;
+}
+
 // Where everything lies in the scratch memory.
 struct DeltaRows {
   uint8_t* digits;  // [R, DIGITS, padded K]: the 32 bytes of a word of bits are words 4, 0, 5, 1, 6, 2, 7, 3:
@@ -26,20 +34,13 @@ struct DeltaRows {
   explicit DeltaRows(const hfl_delta& a) : padded((a.inputs + CHUNK - 1) / CHUNK * CHUNK) {
     const int64_t rows = a.rows;
     bytes = 0;
-    digits = static_cast<uint8_t*>(take(a.scratch, rows * DIGITS * padded));
-    sums = static_cast<float*>(take(a.scratch, rows * DIGITS * (padded / BLOCK) * 4));
-    totals = static_cast<float*>(take(a.scratch, rows * DIGITS * 4));
-    units = static_cast<float*>(take(a.scratch, rows * 4));
-    order = static_cast<int32_t*>(take(a.scratch, rows * 4));
-    starts = static_cast<int32_t*>(take(a.scratch, rows * 4 + 4));
-    pieces = static_cast<int32_t*>(take(a.scratch, 4));
-  }
-
- private:
-  void* take(void* scratch, int64_t size) {
-    void* at = static_cast<char*>(scratch) + bytes;
-    bytes += (size + 127) / 128 * 128;
-    return at;
+    digits = take<uint8_t>(a.scratch, bytes, rows * DIGITS * padded);
+    sums = take<float>(a.scratch, bytes, rows * DIGITS * (padded / BLOCK));
+    totals = take<float>(a.scratch, bytes, rows * DIGITS);
+    units = take<float>(a.scratch, bytes, rows);
+    order = take<int32_t>(a.scratch, bytes, rows);
+    starts = take<int32_t>(a.scratch, bytes, rows + 1);
+    pieces = take<int32_t>(a.scratch, bytes, 1);
   }
 };
 
